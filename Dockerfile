@@ -1,0 +1,26 @@
+# For GPU nodes:  docker build -t memoryformer . && docker run --gpus all --ipc=host -v "$PWD:/workspace" memoryformer --help
+# (as your own user: add --user "$(id -u):$(id -g)").
+ARG BASE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-runtime
+FROM ${BASE}
+
+# The base keeps its packages in the system's Python, which Debian marks as its own (PEP 668).
+ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
+
+WORKDIR /opt/memoryformer
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY mf_train mf_train
+# The tested versions, but the base's torch: with its own version as the constraint, pip leaves it alone.
+RUN grep -v '^torch==' constraints.txt > /tmp/constraints.txt \
+ && python -c 'import torch; print(f"torch=={torch.__version__}")' >> /tmp/constraints.txt \
+ && pip install -c /tmp/constraints.txt '.[train,standalone]' \
+ && python -c 'import torch; assert torch.version.cuda, "pip replaced the CUDA build of torch"' \
+ && rm /tmp/constraints.txt
+COPY configs configs
+COPY tokenizer tokenizer
+COPY launch launch
+
+RUN useradd --create-home --shell /bin/bash trainer && mkdir -p /workspace && chown trainer /workspace
+USER trainer
+WORKDIR /workspace
+ENTRYPOINT ["memoryformer"]
+CMD ["--help"]

@@ -1,0 +1,61 @@
+# make            what there is
+# PYTHON=...      the interpreter that .venv is made with (3.11 or newer)
+# PYTEST_ARGS=... added to pytest's command line
+
+SHELL := /bin/bash
+VENV := .venv
+STAMP := $(VENV)/.installed
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check format drills clean
+
+help:
+	@echo "make setup       create .venv with everything that is needed (once)"
+	@echo "make quickstart  train, convert and prompt a small model on this machine"
+	@echo "make test        the test suite"
+	@echo "make check       ruff, ruff format and mypy"
+	@echo "make format      apply ruff's fixes and formatting"
+	@echo "make drills      the slow tests"
+	@echo "make clean       remove .venv, caches and runs/quickstart"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@python=; for candidate in $(CANDIDATES); do \
+		if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "No Python 3.11 or newer among: $(CANDIDATES). Install one, or say where: make setup PYTHON=/path/to/python" >&2; exit 1; \
+	fi; \
+	if ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
+		echo "$$python has no venv module (on Debian and Ubuntu: apt-get install python3-venv)." >&2; exit 1; \
+	fi; \
+	echo "[setup] creating $(VENV) with $$($$python --version)"; \
+	$$python -m venv $(VENV)
+	@echo "[setup] installing into $(VENV): torch, deepspeed, megatron-core and the rest, nothing compiles (1 to 10 minutes)"
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "[setup] done: $(VENV)/bin/memoryformer"
+
+quickstart: $(STAMP)
+	@MF_PYTHON=$(VENV)/bin/python bash launch/quickstart.sh
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+drills: $(STAMP)
+	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache runs/quickstart
+	find mf_train tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,46 @@
+"""Restoring an engine from a checkpoint of any degrees and stage: each rank reads the fragments that it keeps."""
+
+from mf_train.checkpoint.layout import KINDS
+from mf_train.checkpoint.read import CheckpointReader
+from mf_train.errors import UserError
+from mf_train.model.initialise import split_dimension
+from mf_train.parallel.agreement import together
+from mf_train.parallel.engine import Engine
+
+
+def load_checkpoint(engine: Engine, reader: CheckpointReader) -> None:
+    """Set masters, moments and the count of updates of a freshly built engine. Collective.
+
+    Raises UserError where the checkpoint is of another model.
+    """
+    together(lambda: _check_shapes(engine, reader), engine.device)
+    engine.create_moments()
+    together(lambda: _read_fragments(engine, reader), engine.device)
+    engine.reset_step(reader.manifest.step)
+    engine.refresh_parameters()
+
+
+def _read_fragments(engine: Engine, reader: CheckpointReader) -> None:
+    degrees = engine.groups.degrees
+    for name, fragment in engine.fragments().items():
+        for kind in KINDS:
+            values = reader.read_fragment(
+                name, kind, degrees.tensor_rank, degrees.tensor, fragment.start, fragment.numel
+            )
+            target = fragment.of(fragment.flat.data) if kind == "master" else engine.moment(fragment, kind)
+            target.copy_(values)
+
+
+def _check_shapes(engine: Engine, reader: CheckpointReader) -> None:
+    ours = {}
+    for name, parameter in engine.model.named_parameters():
+        shape = list(engine.local_shape(parameter))
+        shape[split_dimension(name)] *= engine.groups.degrees.tensor
+        ours[name] = tuple(shape)
+    if ours != reader.shapes:
+        differing = sorted(n for n in {*ours, *reader.shapes} if ours.get(n) != reader.shapes.get(n))
+        name = differing[0]
+        raise UserError(
+            f"{reader.checkpoint}: of another model: {name} is {reader.shapes.get(name)} there and {ours.get(name)} "
+            "in this configuration"
+        )

@@ -1,0 +1,169 @@
+"""Writing a checkpoint: every tensor-parallel rank its slices, spread over data-parallel ranks; complete or absent."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mf_train.checkpoint.layout import (
+    CONFIG,
+    FORMAT,
+    KINDS,
+    LATEST,
+    MANIFEST,
+    PROBE,
+    STATE,
+    TOKENIZER,
+    Manifest,
+    list_checkpoints,
+    part_name,
+    step_name,
+)
+from mf_train.checkpoint.tensor_file import TensorFileWriter
+from mf_train.model.initialise import split_dimension
+from mf_train.parallel.agreement import together
+from mf_train.parallel.degrees import Degrees
+from mf_train.parallel.engine import Engine
+
+MAX_PARTS = 8  # files of one kind and tensor-parallel rank; more would not write faster
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a checkpoint holds beside the tensors; only rank 0's is written."""
+
+    state: Mapping[str, Any]
+    config_yaml: str
+    tokenizer: bytes
+    probe: Mapping[str, Tensor]
+
+
+def save_checkpoint(engine: Engine, folder: Path, step: int, extras: Extras, keep: int) -> Path:
+    """Write `folder`/step-N, point `latest` to it and delete all but the newest `keep` (0: none). Collective.
+
+    The files are written beside, synced, and the folder renamed at the end: it is complete or absent.
+    Raises OSError on the rank that could not write, and PeerError on the others.
+    """
+    degrees = engine.groups.degrees
+    final = folder / step_name(step)
+    partial = folder / f".{step_name(step)}.partial"
+    shapes = {name: engine.local_shape(p) for name, p in engine.model.named_parameters()}
+    parts = _assign_parts(shapes, min(degrees.data, MAX_PARTS))
+
+    def prepare() -> None:
+        if degrees.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def finish() -> None:
+        if degrees.rank == 0:
+            _write_extras(partial, extras)
+            _write_manifest(partial, step, degrees, shapes, parts)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(partial, final)
+            _point_latest(folder, final.name)
+            _rotate(folder, keep)
+
+    together(prepare, engine.device)
+    for kind in KINDS:
+        for part in range(max(parts.values()) + 1):
+            names = [name for name, assigned in parts.items() if assigned == part]
+            _write_part(engine, partial, kind, part, names, shapes)
+    together(finish, engine.device)
+    return final
+
+
+def _write_part(
+    engine: Engine, folder: Path, kind: str, part: int, names: list[str], shapes: Mapping[str, torch.Size]
+) -> None:
+    """One file for each tensor-parallel rank, by the data-parallel rank of the part's number. Collective."""
+    degrees = engine.groups.degrees
+    fragments = engine.fragments()
+    mine = degrees.data_rank == part
+    path = folder / part_name(kind, degrees.tensor_rank, degrees.tensor, part)
+
+    # a rank that cannot write goes on receiving, so that the others' collectives end; then all raise together
+    failure: OSError | None = None
+    writer: TensorFileWriter | None = None
+    try:
+        if mine:
+            writer = TensorFileWriter(path, {name: (torch.float32, shapes[name]) for name in names})
+    except OSError as error:
+        failure = error
+    for name in names:
+        tensor = engine.collect(name, fragments.get(name), kind, part)
+        if writer is not None and tensor is not None and failure is None:
+            try:
+                writer.write(name, tensor)
+            except OSError as error:
+                failure = error
+
+    def close() -> None:
+        if failure is not None:
+            raise failure
+        if writer is not None:
+            writer.__exit__(None, None, None)
+
+    together(close, engine.device)
+
+
+def _assign_parts(shapes: Mapping[str, torch.Size], parts: int) -> dict[str, int]:
+    """Part of each parameter: largest first, always to the emptiest part."""
+    filled = [0] * parts
+    assigned = {}
+    for name in sorted(shapes, key=lambda name: (-shapes[name].numel(), name)):
+        part = filled.index(min(filled))
+        assigned[name] = part
+        filled[part] += shapes[name].numel()
+    return {name: assigned[name] for name in shapes}
+
+
+def _write_manifest(
+    folder: Path, step: int, degrees: Degrees, shapes: Mapping[str, torch.Size], parts: dict[str, int]
+) -> None:
+    parameters = {}
+    for name, shape in shapes.items():
+        parameters[name] = list(shape)
+        parameters[name][split_dimension(name)] *= degrees.tensor
+    manifest = Manifest(
+        format=FORMAT,
+        step=step,
+        tensor_parallel=degrees.tensor,
+        parameters=parameters,
+        parts=parts,
+        files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+    )
+    _write_synced(folder / MANIFEST, manifest.to_json().encode())
+
+
+def _write_extras(folder: Path, extras: Extras) -> None:
+    _write_synced(folder / STATE, (json.dumps(extras.state, indent=1) + "\n").encode())
+    _write_synced(folder / CONFIG, extras.config_yaml.encode())
+    _write_synced(folder / TOKENIZER, extras.tokenizer)
+    with TensorFileWriter(folder / PROBE, {n: (t.dtype, t.shape) for n, t in extras.probe.items()}) as writer:
+        for name, tensor in extras.probe.items():
+            writer.write(name, tensor)
+
+
+def _point_latest(folder: Path, name: str) -> None:
+    beside = folder / f".{LATEST}.partial"
+    _write_synced(beside, f"{name}\n".encode())
+    os.replace(beside, folder / LATEST)
+
+
+def _rotate(folder: Path, keep: int) -> None:
+    for old in list_checkpoints(folder)[: -keep or None] if keep else []:
+        shutil.rmtree(old)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,212 @@
+"""The command line: thin verbs, each importing what it needs when it runs."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mf_train.errors import PeerError, TrainingError, UserError
+
+FAILURE, MISTAKE = 1, 2
+_PEER_WAIT_SECONDS = 5.0
+_FILES = "text, JSONL or Parquet files; may be repeated"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 failure, 2 the user's mistake, 75 stopped on request after saving."""
+    options = _build_parser().parse_args(arguments)
+    try:
+        status = options.run(options)
+    except UserError as error:
+        _speak(str(error))
+        status = MISTAKE
+    except (TrainingError, OSError) as error:
+        _speak(str(error))
+        status = FAILURE
+    except PeerError as error:
+        status = error.status
+    except KeyboardInterrupt:
+        status = 130
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def _speak(message: str) -> None:
+    """One line to standard error, by one rank.
+
+    A mistake that every rank sees is rank 0's to tell: the others wait until their launcher has ended them, and
+    speak only if they are still there, because then the mistake was theirs alone.
+    """
+    from mf_train.parallel.processes import find_process
+
+    try:
+        rank = find_process().rank
+    except UserError:
+        rank = 0
+    if rank != 0:
+        time.sleep(_PEER_WAIT_SECONDS)
+    print(f"memoryformer: {message}", file=sys.stderr, flush=True)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from mf_train.config.loading import load_config
+    from mf_train.parallel.processes import find_process
+
+    config = load_config(options.config, options.overrides)
+    process = find_process()
+
+    from mf_train.training.run import train
+
+    return train(config, process)
+
+
+def _tokenizer_train(options: argparse.Namespace) -> int:
+    from mf_train.data.tokenizer import train_tokenizer
+
+    train_tokenizer(options.input, options.vocab_size, options.output)
+    return 0
+
+
+def _data_inspect(options: argparse.Namespace) -> int:
+    from mf_train.config.loading import load_config
+    from mf_train.data.inspect import inspect_data
+
+    for line in inspect_data(load_config(options.config, options.overrides), options.step):
+        print(line)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from mf_train.standalone.convert import convert
+
+    for line in convert(options.checkpoint, options.output, options.dtype):
+        print(line, flush=True)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from mf_train.standalone.generate import generate
+
+    for piece in generate(
+        options.model, options.prompt, options.max_new_tokens, options.temperature, options.seed
+    ):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from mf_train.standalone.evaluate import evaluate
+
+    for line in evaluate(
+        options.model, options.data, options.sequence_length, options.sequences, options.batch_size
+    ):
+        print(line)
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="memoryformer",
+        description="Pretrain MemoryFormer language models, and use what comes out.",
+        epilog="Each command's --help shows an example.",
+    )
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    train = _add(
+        commands,
+        "train",
+        "pretrain a model",
+        "memoryformer train configs/quickstart.yaml training.steps=100",
+        _train,
+    )
+    _add_config(train)
+
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer").add_subparsers(
+        metavar="verb", required=True
+    )
+    example = (
+        "memoryformer tokenizer train --input 'corpus/*.jsonl.gz' --vocab-size 32000 --output tokenizer-32k"
+    )
+    verb = _add(tokenizer, "train", "train a sentencepiece model", example, _tokenizer_train)
+    verb.add_argument(
+        "--input",
+        required=True,
+        action="append",
+        metavar="GLOB",
+        help="text, JSONL or Parquet files; may be repeated",
+    )
+    verb.add_argument("--vocab-size", required=True, type=int, metavar="N")
+    verb.add_argument("--output", required=True, type=Path, metavar="DIR")
+
+    data = commands.add_parser("data", help="look at training data").add_subparsers(
+        metavar="verb", required=True
+    )
+    example = "memoryformer data inspect configs/quickstart.yaml --step 3"
+    verb = _add(
+        data, "inspect", "show sources, counts and a step's batch with its digest", example, _data_inspect
+    )
+    _add_config(verb)
+    verb.add_argument(
+        "--step",
+        type=int,
+        default=1,
+        help="the step whose batch is shown, from 1 as in metrics.jsonl (default: 1)",
+    )
+
+    example = "memoryformer convert runs/quickstart/checkpoints/latest quickstart-model --dtype bfloat16"
+    verb = _add(commands, "convert", "turn a checkpoint into a standalone model", example, _convert)
+    verb.add_argument("checkpoint", type=Path, help="a checkpoint, its 'latest' file, or a run's folder")
+    verb.add_argument("output", type=Path, metavar="OUT", help="a folder that does not exist yet")
+    verb.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default=None,
+        help="of the weights (default: the run's precision)",
+    )
+
+    example = "memoryformer generate quickstart-model 'The state of the Union'"
+    verb = _add(commands, "generate", "continue a text with a standalone model", example, _generate)
+    verb.add_argument("model", type=Path)
+    verb.add_argument("prompt")
+    verb.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    verb.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token each time"
+    )
+    verb.add_argument("--seed", type=int, default=0)
+
+    example = "memoryformer evaluate quickstart-model --data 'configs/quickstart-text/validation/*'"
+    verb = _add(
+        commands, "evaluate", "loss, perplexity and bits per byte of a standalone model", example, _evaluate
+    )
+    verb.add_argument("model", type=Path)
+    verb.add_argument(
+        "--data",
+        required=True,
+        action="append",
+        metavar="GLOB",
+        help="text, JSONL or Parquet files; may be repeated",
+    )
+    verb.add_argument("--sequence-length", type=int, default=None, metavar="S", help="default: the model's")
+    verb.add_argument("--sequences", type=int, default=0, metavar="N", help="only the first N (default: all)")
+    verb.add_argument("--batch-size", type=int, default=8, metavar="B")
+    return parser
+
+
+def _add(commands, name, summary, example, run) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example: {example}",
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's"
+    )

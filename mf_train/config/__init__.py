@@ -1,0 +1,29 @@
+"""The configuration of a run: typed sections. `mf_train.config.loading` reads them from YAML. Imports no torch."""
+
+from mf_train.config.model import ModelConfig
+from mf_train.config.sections import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "TokenizerConfig",
+    "TrainingConfig",
+]

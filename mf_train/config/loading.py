@@ -1,0 +1,216 @@
+"""YAML and `section.key=value` overrides to a typed Config; every mistake names its key and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mf_train.config.sections import Config
+from mf_train.errors import UserError
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply dotted overrides (`training.steps=100`) in order, and check every key and type.
+
+    Raises UserError naming the file and the key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name the YAML file in it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    tree = _parse_yaml(text, str(path))
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as 'model:' at the top level")
+    tree.pop("versions", None)  # a run's own config.yaml records package versions; they are not settings
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], origin: str) -> Config:
+    """Typed Config of a parsed YAML tree. `origin` is named in errors. Raises UserError."""
+    config: Config = _build(Config, tree, key="", origin=origin)
+    check_config(config, origin)
+    return config
+
+
+def config_to_tree(config: Config) -> dict[str, Any]:
+    """Plain dicts, lists and scalars of a Config: what config.yaml and checkpoints hold."""
+    return _plain(dataclasses.asdict(config))
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in a parsed tree, the value read as YAML. Raises UserError on another form."""
+    key, equals, value = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {override!r}: write it as section.key=value, such as training.steps=100")
+    node = tree
+    for index, part in enumerate(parts[:-1]):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            parent = ".".join(parts[: index + 1])
+            raise UserError(f"override {override!r}: {parent} is not a section; set it as a whole")
+    node[parts[-1]] = _parse_yaml(value, f"override {override!r}")
+
+
+def check_config(config: Config, origin: str) -> None:
+    """Refuse values that no run can use; checks that need the number of processes are the trainer's.
+
+    Raises UserError naming the key.
+    """
+
+    def refuse(message: str) -> typing.NoReturn:
+        raise UserError(f"{origin}: {message}")
+
+    positive = {
+        "training.steps": config.training.steps,
+        "training.global_batch_size": config.training.global_batch_size,
+        "training.micro_batch_size": config.training.micro_batch_size,
+        "training.collective_timeout_seconds": config.training.collective_timeout_seconds,
+        "data.logical_streams": config.data.logical_streams,
+        "parallel.tensor": config.parallel.tensor,
+        "logging.interval": config.logging.interval,
+        "optimizer.learning_rate": config.optimizer.learning_rate,
+        "optimizer.table_learning_rate_multiplier": config.optimizer.table_learning_rate_multiplier,
+        "optimizer.eps": config.optimizer.eps,
+    }
+    not_negative = {
+        "training.validation_interval": config.training.validation_interval,
+        "training.validation_sequences": config.training.validation_sequences,
+        "checkpoint.interval": config.checkpoint.interval,
+        "checkpoint.keep": config.checkpoint.keep,
+        "logging.telemetry_interval": config.logging.telemetry_interval,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "optimizer.gradient_clip": config.optimizer.gradient_clip,
+        "schedule.warmup_steps": config.schedule.warmup_steps or 0,
+    }
+    for key, value in positive.items():
+        if not value > 0:
+            refuse(f"{key} is {value}: it must be above 0")
+    for key, value in not_negative.items():
+        if not value >= 0:
+            refuse(f"{key} is {value}: it must be 0 or more")
+    if config.parallel.zero_stage not in (0, 1, 2, 3):
+        refuse(f"parallel.zero_stage is {config.parallel.zero_stage}: choose 0, 1, 2 or 3")
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        refuse(f"optimizer.betas is {list(config.optimizer.betas)}: each must be in [0, 1)")
+    if not 0 <= config.schedule.minimum_fraction <= 1:
+        refuse(f"schedule.minimum_fraction is {config.schedule.minimum_fraction}: it must be in [0, 1]")
+    for name in ("train", "validation"):
+        for index, source in enumerate(getattr(config.data, name)):
+            key = f"data.{name}[{index}]"
+            if (source.path is None) == (source.hub is None):
+                refuse(f"{key}: give either 'path' (local files) or 'hub' (a dataset's name), and not both")
+            if not source.weight > 0:
+                refuse(f"{key}.weight is {source.weight}: it must be above 0")
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{origin}:{where} is not valid YAML ({getattr(error, 'problem', error)})") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key stands once and 3e-4 is a number (YAML 1.1 reads it as text)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _convert(annotation: Any, value: Any, key: str, origin: str) -> Any:
+    """`value` as the annotated type, or UserError. Only int -> float and number-like text -> float convert."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if dataclasses.is_dataclass(annotation):
+        return _build(typing.cast(type, annotation), value, key, origin)
+    if typing.get_origin(annotation) is tuple:
+        return _convert_tuple(annotation, value, key, origin)
+    if typing.get_origin(annotation) is typing.Literal:
+        if value not in typing.get_args(annotation):
+            choices = ", ".join(map(str, typing.get_args(annotation)))
+            raise UserError(f"{origin}: {key} is {value!r}: choose one of {choices}")
+        return value
+    if annotation is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{origin}: {key} is {value!r}: expected {_NAMES.get(annotation, annotation)}")
+
+
+def _convert_tuple(annotation: Any, value: Any, key: str, origin: str) -> tuple[Any, ...]:
+    arguments = typing.get_args(annotation)
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{origin}: {key} is {value!r}: expected a list")
+    if arguments[-1] is Ellipsis:
+        arguments = (arguments[0],) * len(value)
+    if len(arguments) != len(value):
+        raise UserError(f"{origin}: {key} has {len(value)} values: expected {len(arguments)}")
+    return tuple(
+        _convert(a, v, f"{key}[{i}]", origin) for i, (a, v) in enumerate(zip(arguments, value, strict=True))
+    )
+
+
+def _build(section: type, tree: Any, key: str, origin: str) -> Any:
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{origin}: {key} is {tree!r}: expected keys and values")
+    hints = typing.get_type_hints(section)
+    values = {}
+    for name, value in tree.items():
+        dotted = f"{key}.{name}" if key else str(name)
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(hints)}"
+            raise UserError(f"{origin}: unknown key {dotted!r}: {hint}")
+        values[name] = _convert(hints[name], value, dotted, origin)
+    try:
+        return section(**values)
+    except ValueError as error:
+        raise UserError(f"{origin}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -1,0 +1,109 @@
+"""The shape of a model: one typed section that the trainer, the converter and the converted model share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Kind = Literal["memoryformer", "dense"]
+Score = Literal["probability", "scaled_probability"]
+NormKind = Literal["layernorm", "rmsnorm"]
+Activation = Literal["none", "gelu", "relu"]
+
+MAX_BITS = 16  # a code is at most two bytes wide on the wire (SPEC: 2 bytes up to 16 bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes and choices of one model, MemoryFormer or its dense peer.
+
+    Symbols of the paper: `hidden_size` D, `num_layers` L, `num_heads` H, `bits` tau, `expand_bits` e,
+    `temperature` t, `vocab_size` V, `sequence_length` S. The number of tables of a layer is K = D / tau.
+    The dense peer ignores `bits`, `expand_bits`, `score`, `temperature`, `ffn_inner_norm` and `ffn_activation`.
+
+    Raises ValueError when a value is out of range or the sizes do not divide.
+    """
+
+    kind: Kind = "memoryformer"
+    hidden_size: int = 512
+    num_layers: int = 6
+    num_heads: int = 8
+    bits: int = 8
+    expand_bits: int = 2
+    score: Score = "probability"
+    temperature: float = 1.0
+    norm: NormKind = "layernorm"  # before Q/K/V, before the FFN, before the head
+    ffn_inner_norm: NormKind = "layernorm"  # between the two memory layers of the FFN (Norm3)
+    ffn_activation: Activation = "none"  # between the two memory layers (Table 6's ablation)
+    norm_epsilon: float = 1e-5
+    rotary_fraction: float = 0.25
+    rotary_base: float = 10000.0
+    vocab_size: int = 50304
+    sequence_length: int = 2048
+
+    @property
+    def head_size(self) -> int:
+        """Features of one attention head, D / H."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_tables(self) -> int:
+        """K, the number of tables of every memory layer: D / tau."""
+        return self.hidden_size // self.bits
+
+    @property
+    def inner_bits(self) -> int:
+        """tau', the bits of one table's code in the second FFN layer: tau + e."""
+        return self.bits + self.expand_bits
+
+    @property
+    def inner_size(self) -> int:
+        """Features between the two memory layers of the FFN: (tau + e) * K."""
+        return self.inner_bits * self.num_tables
+
+    @property
+    def rotary_size(self) -> int:
+        """Features of each head that are rotated; even."""
+        return int(self.head_size * self.rotary_fraction) // 2 * 2
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
+                )
+        for name in ("hidden_size", "num_layers", "num_heads", "bits", "vocab_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"model.temperature is {self.temperature}: it must be above 0")
+        if not 0 <= self.rotary_fraction <= 1:
+            raise ValueError(f"model.rotary_fraction is {self.rotary_fraction}: it must be between 0 and 1")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.num_heads {self.num_heads} does not divide model.hidden_size {self.hidden_size}: "
+                "choose a divisor"
+            )
+        if self.kind == "memoryformer":
+            self._check_tables()
+
+    def _check_tables(self) -> None:
+        if self.hidden_size % self.bits:
+            raise ValueError(
+                f"model.bits {self.bits} does not divide model.hidden_size {self.hidden_size}: "
+                "a layer has hidden_size / bits tables"
+            )
+        if self.expand_bits < 0 or self.inner_bits > MAX_BITS:
+            raise ValueError(
+                f"model.bits {self.bits} + model.expand_bits {self.expand_bits} = {self.inner_bits}: "
+                f"the second FFN layer's codes must have {self.bits} to {MAX_BITS} bits"
+            )
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "kind": get_args(Kind),
+    "score": get_args(Score),
+    "norm": get_args(NormKind),
+    "ffn_inner_norm": get_args(NormKind),
+    "ffn_activation": get_args(Activation),
+}

@@ -1,0 +1,115 @@
+"""The sections of a training configuration, typed, with what each key means and its unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mf_train.config.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of documents: local files (`path`, a file, folder or glob) or a dataset of the hub (`hub`)."""
+
+    path: str | None = None
+    hub: str | None = None  # owner/name on the Hugging Face hub
+    hub_config: str | None = None  # the dataset's configuration name, where it has several
+    split: str = "train"  # of a hub dataset
+    text_field: str = "text"  # the column or JSON key that holds the text
+    weight: float = 1.0  # share of the training sequences, relative to the other sources' weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and the seed of its order."""
+
+    train: tuple[SourceConfig, ...] = ()
+    validation: tuple[SourceConfig, ...] = ()
+    seed: int = 0
+    logical_streams: int = 64  # the batches are dealt from this many streams; data parallelism must divide it
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The sentencepiece model: a `.model` file or the folder that holds `tokenizer.model`."""
+
+    path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW. Tables have their own learning rate: `learning_rate * table_learning_rate_multiplier`."""
+
+    learning_rate: float = 1e-3
+    table_learning_rate_multiplier: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of tables, embedding and head; norms and biases have none
+    gradient_clip: float = 1.0  # largest global L2 norm of the gradient; 0 switches clipping off
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over the steps: linear warm-up, then cosine to a share of the peak, or constant."""
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int | None = None  # None: 1 % of training.steps
+    minimum_fraction: float = 0.01  # last learning rate as a share of the peak (cosine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Degrees. Data parallelism is the number of processes divided by `tensor`."""
+
+    tensor: int = 1
+    zero_stage: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The run: its length, batch, arithmetic, device and folder."""
+
+    steps: int = 1000
+    global_batch_size: int = 8  # sequences a step
+    micro_batch_size: int = 8  # sequences a forward pass of one data-parallel rank
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0  # of the initial weights
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    output_dir: str = "runs/default"
+    validation_interval: int = 0  # steps between validations (and one after the last step); 0: none
+    validation_sequences: int = 0  # sequences of the validation text that are used; 0: all
+    collective_timeout_seconds: int = 600  # a collective that waits longer ends the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and what to resume from."""
+
+    interval: int = 0  # steps between checkpoints; one is always written after the last step; 0: only that
+    keep: int = 2  # newest complete checkpoints that are kept; 0: all
+    resume: str = "auto"  # auto: the run folder's newest | never | a checkpoint's path
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What rank 0 shows and writes beside metrics.jsonl."""
+
+    interval: int = 10  # steps between printed lines when the output is not a terminal
+    tensorboard: bool = True
+    telemetry_interval: int = 0  # steps between reports on the tables (rows read, entropy); 0: none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole training configuration: what a YAML file in configs/ describes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

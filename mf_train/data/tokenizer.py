@@ -1,0 +1,263 @@
+"""The tokenizer: a sentencepiece model, used and trained. The only file that imports sentencepiece."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mf_train.config import SourceConfig
+from mf_train.data.segments import split_text
+from mf_train.errors import UserError
+
+if TYPE_CHECKING:
+    from mf_train.data.sources import Documents
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
+UNKNOWN_ID = 1  # never produced: what has no piece is written as bytes
+FIRST_BYTE_ID = 2  # <0x00> ... <0xFF> are ids 2 ... 257
+SMALLEST_VOCABULARY = FIRST_BYTE_ID + 256 + 1
+
+_SPACE_MARK = "\u2581"  # how sentencepiece writes a space inside pieces
+_UNKNOWN_MARK = "\u2585"  # sentencepiece drops training sentences that hold it
+_TRAINING_SEGMENT_BYTES = 4096
+
+
+class Tokenizer:
+    """A sentencepiece model: text to ids and back.
+
+    A model that `train_tokenizer` made loses nothing: `decode(encode(text)) == text` for every valid text.
+    Raises UserError when `path` is neither a sentencepiece model nor a folder holding `tokenizer.model`,
+    or when the model has no end-of-text piece.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = _find_model(path)
+        proto = self.path.read_bytes()
+        self.fingerprint = hashlib.blake2b(proto, digest_size=8).hexdigest()
+        self._processor = _load_processor(proto, self.path)
+        self.vocab_size: int = self._processor.vocab_size()
+        self.end_of_text_id = self._find_end_of_text()
+        self._space_mark_ids = self._find_bytes(_SPACE_MARK.encode("utf-8"))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without an end-of-text id. `<|endoftext|>` written in the text is ordinary text."""
+        ids: list[int] = self.encode_array(text).tolist()
+        return ids
+
+    def encode_array(self, text: str) -> npt.NDArray[np.int32]:
+        """As `encode`, as an int32 array [T]."""
+        if _SPACE_MARK not in text or self._space_mark_ids is None:
+            return self._encode(text)
+        # sentencepiece would read the mark itself as a space and lose it: write it as its three bytes
+        parts = [self._encode(part) for part in text.split(_SPACE_MARK)]
+        joined = [parts[0]]
+        for part in parts[1:]:
+            joined += [self._space_mark_ids, part]
+        return np.concatenate(joined)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
+        """The text of `ids`; end of text adds nothing. Raises ValueError on an id outside the vocabulary."""
+        plain = [int(i) for i in ids]
+        if plain and not 0 <= min(plain) <= max(plain) < self.vocab_size:
+            raise ValueError(
+                f"ids {min(plain)} to {max(plain)}: this vocabulary has ids 0 to {self.vocab_size - 1}"
+            )
+        text: str = self._processor.decode(plain)
+        return text
+
+    @cached_property
+    def token_bytes(self) -> npt.NDArray[np.int32]:
+        """UTF-8 bytes of text that each id stands for, [V]; 0 for control ids such as end of text."""
+        sizes = np.zeros(self.vocab_size, np.int32)
+        for token in range(self.vocab_size):
+            if self._processor.is_byte(token):
+                sizes[token] = 1
+            elif not (self._processor.is_control(token) or self._processor.is_unknown(token)):
+                sizes[token] = len(
+                    self._processor.id_to_piece(token).replace(_SPACE_MARK, " ").encode("utf-8")
+                )
+        return sizes
+
+    def _encode(self, text: str) -> npt.NDArray[np.int32]:
+        return np.array(self._processor.encode(text), np.int32)
+
+    def _find_end_of_text(self) -> int:
+        end: int = self._processor.eos_id()
+        if end >= 0:
+            return end
+        end = self._processor.piece_to_id(END_OF_TEXT)
+        if end != self._processor.unk_id():
+            return end
+        raise UserError(
+            f"tokenizer.path: {self.path} has neither an end-of-sentence piece nor {END_OF_TEXT!r}: "
+            "train one with 'memoryformer tokenizer train'"
+        )
+
+    def _find_bytes(self, utf8: bytes) -> npt.NDArray[np.int32] | None:
+        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in utf8]
+        return np.array(ids, np.int32) if all(self._processor.is_byte(i) for i in ids) else None
+
+
+def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+    """Refuse a tokenizer with more ids than the model has embeddings. Raises UserError."""
+    if tokenizer.vocab_size > model_vocab_size:
+        raise UserError(
+            f"model.vocab_size is {model_vocab_size}, but the tokenizer {tokenizer.path} has "
+            f"{tokenizer.vocab_size} ids: set model.vocab_size to {tokenizer.vocab_size} or more"
+        )
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    vocab_size: int,
+    output_dir: str | Path,
+    *,
+    text_field: str = "text",
+    max_bytes: int = 256_000_000,
+) -> Path:
+    """Train a lossless byte-fallback BPE model on documents; writes and returns `output_dir/tokenizer.model`.
+
+    `inputs` are files, folders or globs of the formats of training sources. When they hold more than
+    `max_bytes` of text, documents are drawn in a fixed pseudo-random order up to that size;
+    `tokenizer_info.json` beside the model says how much was read. The same inputs and versions give the
+    same bytes. Raises UserError when the inputs cannot be read or do not support the vocabulary size.
+    """
+    import sentencepiece
+
+    from mf_train.data.sources import open_source
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"--vocab-size {vocab_size}: bytes and special ids alone need {SMALLEST_VOCABULARY} or more"
+        )
+    sources = [open_source(SourceConfig(path=i, text_field=text_field), "--input") for i in inputs]
+    if not any(source.num_bytes for source in sources):
+        raise UserError(f"--input {' '.join(inputs)}: no text in the documents")
+    used = {"documents": 0, "bytes": 0}
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_segments(sources, max_bytes, used),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            max_sentence_length=4 * _TRAINING_SEGMENT_BYTES,
+            eos_id=END_OF_TEXT_ID,
+            eos_piece=END_OF_TEXT,
+            unk_id=UNKNOWN_ID,
+            unk_piece="<unk>",
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _vocabulary_error(error, vocab_size) from error
+    info = {
+        "vocab_size": vocab_size,
+        "inputs": list(inputs),
+        "documents": used["documents"],
+        "bytes": used["bytes"],
+        "sentencepiece": sentencepiece.__version__,
+    }
+    return _write_model(Path(output_dir), model.getvalue(), info)
+
+
+def _training_segments(sources: list[Documents], max_bytes: int, used: dict[str, int]) -> Iterator[str]:
+    """Short segments of the documents: sentencepiece skips what is longer than max_sentence_length."""
+    from mf_train.data.order import DocumentOrder
+
+    total = sum(source.num_bytes for source in sources)
+    for index, source in enumerate(sources):
+        budget = source.num_bytes if total <= max_bytes else source.num_bytes * max_bytes // total
+        order = DocumentOrder(seed=0, source=index, num_documents=len(source))
+        for number in range(len(source)):
+            if budget <= 0:
+                break
+            text = source[number if total <= max_bytes else order[number]]
+            size = len(text.encode("utf-8"))
+            budget -= size
+            used["documents"] += 1
+            used["bytes"] += size
+            for mark in (_SPACE_MARK, _UNKNOWN_MARK):
+                text = text.replace(mark, "")
+            yield from split_text(text, _TRAINING_SEGMENT_BYTES)
+
+
+def _vocabulary_error(error: RuntimeError, vocab_size: int) -> Exception:
+    message = " ".join(str(error).split())
+    if too_high := re.search(r"value <= (\d+)", message):
+        return UserError(
+            f"--vocab-size {vocab_size}: this text supports {too_high[1]} at most; give more text or less"
+        )
+    if too_low := re.search(r"required_chars\. (\d+) vs (\d+)", message):
+        return UserError(f"--vocab-size {vocab_size}: the characters of this text need {too_low[2]} or more")
+    return error
+
+
+def _write_model(output_dir: Path, proto: bytes, info: dict[str, Any]) -> Path:
+    """Both files, each complete or absent, the model last."""
+    info_bytes = (json.dumps(info, indent=2) + "\n").encode("utf-8")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for name, content in (("tokenizer_info.json", info_bytes), ("tokenizer.model", proto)):
+            partial = output_dir / f".{name}.{os.getpid()}"
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(output_dir / name)
+    except OSError as error:
+        raise UserError(f"--output {output_dir}: cannot be written ({error.strerror})") from None
+    return output_dir / "tokenizer.model"
+
+
+def _find_model(path: str | Path) -> Path:
+    if not str(path):
+        raise UserError(
+            "tokenizer.path is not set: name a sentencepiece model or the folder of 'tokenizer.model'"
+        )
+    found = Path(path).expanduser()
+    if found.is_dir():
+        found = found / "tokenizer.model"
+    if not found.is_file():
+        raise UserError(
+            f"tokenizer.path: {found} does not exist: "
+            "train one with 'memoryformer tokenizer train --output DIR'"
+        )
+    return found
+
+
+def _load_processor(proto: bytes, path: Path) -> Any:
+    import sentencepiece
+
+    if proto:
+        try:
+            return sentencepiece.SentencePieceProcessor(model_proto=proto, num_threads=1)
+        except RuntimeError:
+            pass
+    raise UserError(
+        f"tokenizer.path: {path} is not a sentencepiece model: give the .model file that was trained"
+    )

@@ -1,0 +1,85 @@
+"""Held-out text as fixed blocks: the trainer and `memoryformer evaluate` read the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from mf_train.config import SourceConfig
+from mf_train.data.segments import split_text
+from mf_train.data.sources import open_source
+from mf_train.data.tokenizer import Tokenizer
+from mf_train.errors import UserError
+
+IGNORED = -100  # target of padding: cross-entropy's ignore_index
+
+
+class ValidationBlocks:
+    """Tokens cut in blocks of S + 1 that overlap by one: every token but the very first is predicted once.
+
+    `blocks[i]` is (inputs [S], targets [S]), int64. The last block is filled up with end of text whose
+    targets are IGNORED. `num_tokens` counts the predicted tokens, `num_bytes` the UTF-8 bytes they stand
+    for (end of text stands for none): bits per byte = loss * num_tokens / num_bytes / ln 2.
+    """
+
+    def __init__(self, tokens_t: npt.NDArray[np.int32], tokenizer: Tokenizer, sequence_length: int) -> None:
+        assert len(tokens_t) >= 2
+        self.tokens_t = tokens_t
+        self.sequence_length = sequence_length
+        self.num_tokens = len(tokens_t) - 1
+        self.num_bytes = int(tokenizer.token_bytes[tokens_t[1:]].sum(dtype=np.int64))
+        self._padding = tokenizer.end_of_text_id
+
+    def __len__(self) -> int:
+        return -(-self.num_tokens // self.sequence_length)
+
+    def __getitem__(self, i: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"there are {len(self)} validation blocks: there is no block {i}")
+        block = self.tokens_t[i * self.sequence_length : (i + 1) * self.sequence_length + 1].astype(np.int64)
+        missing = self.sequence_length + 1 - len(block)
+        inputs = np.concatenate([block[:-1], np.full(missing, self._padding)])
+        targets = np.concatenate([block[1:], np.full(missing, IGNORED)])
+        return inputs, targets
+
+    def unigram_entropy(self) -> float:
+        """Entropy of the predicted tokens' own frequencies, in nats a token.
+
+        No model that ignores context can have a lower loss on these tokens, whatever it was trained on.
+        """
+        counts = np.unique(self.tokens_t[1:], return_counts=True)[1]
+        shares = counts / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
+
+
+def validation_blocks(
+    sources: Sequence[SourceConfig],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    limit: int = 0,
+    key: str = "data.validation",
+) -> ValidationBlocks:
+    """The sources' documents in order, each followed by end of text, as blocks; the first `limit` (0: all).
+
+    `key` is named in errors. Weights do not matter here. Empty documents are skipped. Memory: 4 bytes a token.
+    Raises UserError when a source cannot be read or there are fewer than two tokens.
+    """
+    wanted = limit * sequence_length + 1 if limit else None
+    parts: list[npt.NDArray[np.int32]] = []
+    held = 0
+    for index, source in enumerate(sources):
+        documents = open_source(source, f"{key}[{index}]")
+        for number in range(len(documents)):
+            if wanted is not None and held >= wanted:
+                break
+            for segment in split_text(documents[number]):
+                parts.append(tokenizer.encode_array(segment))
+                held += len(parts[-1])
+            if len(documents.utf8(number)):
+                parts.append(np.array([tokenizer.end_of_text_id], np.int32))
+                held += 1
+    if held < 2:
+        raise UserError(f"{key}: no text in the validation sources: name files with at least a few words")
+    return ValidationBlocks(np.concatenate(parts)[:wanted], tokenizer, sequence_length)

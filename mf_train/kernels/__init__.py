@@ -1,0 +1,148 @@
+"""The memory layer's two steps, behind one choice of backend.
+
+`hash_codes` turns features into codes and weights (elementwise, tiny); `lookup` sums weighted table rows
+(memory traffic). Backends: "composition" (custom operators over torch operations, every device),
+"reference" (float64, for tests), and "auto", which is the composition.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+
+__all__ = ["hash_codes", "lookup"]
+
+BACKENDS = ("auto", "composition", "reference")
+SCORES = ("probability", "scaled_probability")
+MAX_BITS = 16
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The number of values from 0 up that each accepted type of code can hold.
+CODE_CAPACITY = {torch.uint8: 2**8, torch.int16: 2**15, torch.int32: 2**31, torch.int64: 2**63}
+
+
+def hash_codes(
+    x: Tensor,
+    num_tables: int,
+    temperature: float = 1.0,
+    score: str = "probability",
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Cut x into K chunks of tau values; give each chunk's sign pattern and its probability (Eq. 2-4, 10).
+
+    With z = x as [..., K, tau]: bit_i = (z_i >= 0), code = sum_i bit_i 2**i, and
+    weight = prod_i sigmoid(2 |z_i| / temperature), which is what a softmax over all 2**tau sign patterns
+    gives to the pattern of z. For `score="scaled_probability"` the weight is that times sum_i |z_i|.
+    Codes carry no gradient; the weight's gradient takes sign(0) = +1, as the bit does, for -0.0 too.
+    A NaN gives bit 0 and makes its chunk's weight NaN.
+
+    Args:
+        x: [..., D] float32, bfloat16, float16 or float64; any leading shape, empty included. D = K * tau,
+            tau from 1 to 16.
+        num_tables: K.
+        temperature: t > 0.
+        score: "probability" or "scaled_probability".
+        backend: "auto", "composition" or "reference".
+
+    Returns:
+        codes [..., K], uint8 for tau <= 8, int16 for tau <= 15, int32 for 16; and weights [..., K] in x's
+        dtype, computed in float32 (float64 for float64 x; always float64 in the reference), then rounded.
+
+    Raises:
+        ValueError: an argument of the wrong shape, type or range, named with its value.
+    """
+    _check_choice("backend", backend, BACKENDS)
+    _check_choice("score", score, SCORES)
+    _check_float("x", x)
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    if num_tables < 1:
+        raise ValueError(f"num_tables must be at least 1, got {num_tables}")
+    if x.dim() < 1 or x.shape[-1] % num_tables:
+        raise ValueError(
+            f"x's last dimension must be a multiple of num_tables = {num_tables}, "
+            f"got x of shape {tuple(x.shape)}"
+        )
+    tau = x.shape[-1] // num_tables
+    if not 1 <= tau <= MAX_BITS:
+        raise ValueError(
+            f"x has {x.shape[-1]} features for num_tables = {num_tables}, so {tau} bits a table; "
+            f"1 to {MAX_BITS} are possible"
+        )
+    if backend == "reference":
+        return reference.hash_codes(x, num_tables, temperature, score)
+    weights, codes = ops.hash_codes(x, num_tables, float(temperature), score)
+    return codes, weights
+
+
+def lookup(
+    codes: Tensor, weights: Tensor, tables: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Sum the rows that the codes name, weighted: y = sum_k weight_k * table_k[code_k] + bias (Eq. 11).
+
+    Weights are rounded to the tables' dtype first. Outputs are summed over k, in order, rows' gradients over
+    tokens, in order, and weights' gradients over columns: each in float32 (float64 for float64 tables) and
+    rounded once, to the tables' dtype (a weight's gradient then to the weights' dtype).
+    In float32, a slice of the tables' columns gives the same bits as those columns of the whole. The backward
+    pass gives the same bits in every run; for it codes, weights and the tables themselves are kept, no rows.
+
+    Args:
+        codes: [..., K] uint8, int16, int32 or int64, each in [0, 2**tau). Their range is not checked: a code
+            outside it reads a row of another table, or fails in torch's words.
+        weights: [..., K] floating point; its dtype may differ from the tables'.
+        tables: [K, 2**tau, O] float32, bfloat16, float16 or float64, tau from 1 to 16.
+        bias: [O] of the tables' dtype, or None.
+        backend: "auto", "composition" or "reference".
+
+    Returns:
+        y [..., O] in the tables' dtype.
+
+    Raises:
+        ValueError: arguments whose shapes, dtypes or devices do not fit together, named with their values.
+    """
+    _check_choice("backend", backend, BACKENDS)
+    _check_float("weights", weights)
+    _check_float("tables", tables)
+    _check_tables(codes, tables)
+    if codes.dim() < 1 or codes.shape != weights.shape or codes.shape[-1] != tables.shape[0]:
+        raise ValueError(
+            "codes and weights must both be [..., K] for tables [K, 2**tau, O], "
+            f"got codes {tuple(codes.shape)}, weights {tuple(weights.shape)}, tables {tuple(tables.shape)}"
+        )
+    if bias is not None and (bias.shape != tables.shape[-1:] or bias.dtype != tables.dtype):
+        raise ValueError(
+            f"bias must be [{tables.shape[-1]}] and {tables.dtype} as the tables, "
+            f"got {tuple(bias.shape)} and {bias.dtype}"
+        )
+    for name, tensor in (("codes", codes), ("weights", weights), ("bias", bias)):
+        if tensor is not None and tensor.device != tables.device:
+            raise ValueError(f"{name} is on {tensor.device}, but tables is on {tables.device}")
+    if backend == "reference":
+        return reference.lookup(codes, weights, tables, bias)
+    y = ops.lookup(codes, weights, tables)
+    return y if bias is None else y + bias
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def _check_tables(codes: Tensor, tables: Tensor) -> None:
+    """The tables' shape, and that codes have a type that can name all their rows."""
+    if tables.dim() != 3 or tables.numel() == 0:
+        raise ValueError(f"tables must be [K, 2**tau, O], none of them 0, got {tuple(tables.shape)}")
+    rows = tables.shape[1]
+    if rows not in [2**tau for tau in range(1, MAX_BITS + 1)]:
+        raise ValueError(f"tables must have 2**tau rows, tau from 1 to {MAX_BITS}, got {tuple(tables.shape)}")
+    if codes.dtype not in CODE_CAPACITY:
+        raise ValueError(f"codes must be uint8, int16, int32 or int64, got {codes.dtype}")
+    if rows > CODE_CAPACITY[codes.dtype]:
+        raise ValueError(f"codes of {codes.dtype} cannot name {rows} rows of tables {tuple(tables.shape)}")

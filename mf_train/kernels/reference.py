@@ -1,0 +1,40 @@
+"""Hash and lookup straight from the equations (SPEC.md section 1): what every backend is tested against.
+
+Everything is computed in float64 and rounded once, at the end. Gradients are autograd's. A lookup gathers
+every row that it reads, [..., K, O] in float64: for tests, not for training.
+"""
+
+import torch
+from torch import Tensor
+
+from .composition import code_dtype
+
+
+def hash_codes(
+    x: Tensor, num_tables: int, temperature: float = 1.0, score: str = "probability"
+) -> tuple[Tensor, Tensor]:
+    """Codes and weights [..., K] of x [..., D] (Eq. 2-4, 10)."""
+    tau = x.shape[-1] // num_tables
+    z = x.double().reshape(*x.shape[:-1], num_tables, tau)
+    codes = torch.zeros(z.shape[:-1], dtype=torch.int64, device=x.device)
+    weights = z.new_ones(z.shape[:-1])
+    total = z.new_zeros(z.shape[:-1])
+    for i in range(tau):
+        bit = z[..., i] >= 0
+        magnitude = torch.where(bit, z[..., i], -z[..., i])
+        codes = codes + bit * 2**i
+        weights = weights * torch.sigmoid(2 * magnitude / temperature)
+        total = total + magnitude
+    if score == "scaled_probability":
+        weights = weights * total
+    return codes.to(code_dtype(tau)), weights.to(x.dtype)
+
+
+def lookup(codes: Tensor, weights: Tensor, tables: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y [..., O] = sum_k weight_k * table_k[code_k] + bias (Eq. 11), in the tables' dtype."""
+    num_tables = tables.shape[0]
+    rows = tables.double()[torch.arange(num_tables, device=tables.device), codes.long()]
+    y = (weights.double().unsqueeze(-1) * rows).sum(-2)
+    if bias is not None:
+        y = y + bias.double()
+    return y.to(tables.dtype)

@@ -1,0 +1,83 @@
+"""Causal attention with rotary embedding on the first part of each head, as in Pythia; it has no parameters."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of earlier positions, a layer at a time; `transformers`' caches fit."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Append key and value [B, H, S, head] of a layer and return all of them, [B, H, T, head]."""
+
+    def get_seq_length(self) -> int:
+        """Positions held so far."""
+
+
+def rotary_table(positions: Tensor, size: int, base: float) -> Rotary:
+    """Cosine and sine of the rotary angles, float32: positions [S] or [B, S] -> [..., 1, S, size / 2].
+
+    Angle of pair i at position p: p * base^(-2i / size) (RoFormer, arXiv 2104.09864, Eq. 15).
+    """
+    frequencies = base ** (
+        -torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / max(size, 1)
+    )
+    angles = (positions.to(torch.float32).unsqueeze(-1) * frequencies).unsqueeze(-3)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the first features of each head; pairs are (i, i + size / 2), as in GPT-NeoX. x: [B, H, S, head]."""
+    cosine, sine = (part.to(x.dtype) for part in rotary)
+    half = cosine.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine, rest), dim=-1)
+
+
+class Attention(nn.Module):
+    """softmax(rope(q) rope(k)^T / sqrt(head)) v over whole heads: [B, S, H * head] three times -> the same shape.
+
+    The number of heads follows from the input, so a rank that holds some of the heads runs the same code.
+    """
+
+    def __init__(self, head_size: int) -> None:
+        super().__init__()
+        self.head_size = head_size
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: Rotary,
+        layer: int,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        q, k, v = (x.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for x in (query, key, value))
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.update(k, v, layer)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
+        return y.transpose(1, 2).flatten(-2)
+
+
+def causal_mask(length: int, past: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
+    """Boolean mask [B or 1, 1, S, T] (True: attend) for S new positions after `past` ones, or None where plain
+    causal attention or attention to everything says the same. padding [B, T]: 0 where a position is padding.
+    """
+    padded = padding is not None and not bool(padding.all())
+    if not padded and (past == 0 or length == 1):
+        return None
+    query = torch.arange(past, past + length, device=device).unsqueeze(-1)
+    mask = (torch.arange(past + length, device=device) <= query)[None, None]
+    if padding is None or not padded:
+        return mask
+    # a padded query attends to itself, so that its softmax is not empty
+    own = torch.arange(past + length, device=device) == query
+    return (mask & padding[:, None, None, :].bool()) | own

@@ -1,0 +1,69 @@
+"""Parameters and FLOPs of a model from its configuration alone, counted as the paper counts them."""
+
+from dataclasses import dataclass
+
+from mf_train.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters by kind."""
+
+    tables: int  # table entries of all memory layers
+    dense: int  # matrices of the dense peer's blocks
+    embedding: int
+    head: int
+    small: int  # norms and biases
+
+    @property
+    def total(self) -> int:
+        return self.tables + self.dense + self.embedding + self.head + self.small
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    """Exact number of parameters of the model that `MemoryFormer(config)` builds."""
+    size, inner = config.hidden_size, config.inner_size
+
+    def norm(features: int, kind: str) -> int:
+        return features * (2 if kind == "layernorm" else 1)
+
+    small = 2 * norm(size, config.norm)
+    tables = dense = 0
+    if config.kind == "memoryformer":
+        rows, inner_rows = 2**config.bits, 2**config.inner_bits
+        tables = config.num_tables * (rows * (3 * size + inner) + inner_rows * size)
+        small += norm(inner, config.ffn_inner_norm) + 4 * size + inner
+    else:
+        dense = 12 * size**2
+        small += 9 * size
+    vocabulary = config.vocab_size * size
+    return ParameterCounts(
+        tables=tables * config.num_layers,
+        dense=dense * config.num_layers,
+        embedding=vocabulary,
+        head=vocabulary,
+        small=small * config.num_layers + norm(size, config.norm),
+    )
+
+
+@dataclass(frozen=True)
+class BlockFlops:
+    """Multiply-adds of one block's forward pass over one sequence (one multiply-add = 1, as in Table 1)."""
+
+    attention: int  # the two products with S x S matrices
+    layers: int  # fully-connected layers, or the memory layers that replace them
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.layers
+
+
+def count_block_flops(config: ModelConfig, sequence_length: int | None = None) -> BlockFlops:
+    """FLOPs of a block at a sequence length (default: the configuration's).
+
+    Attention 2 S^2 D; dense layers 12 S D^2; memory layers 6 K S D (section 3.3 of the paper, which counts
+    the two FFN lookups as 3 K S D together whatever e is).
+    """
+    s, d = sequence_length or config.sequence_length, config.hidden_size
+    layers = 6 * config.num_tables * s * d if config.kind == "memoryformer" else 12 * s * d * d
+    return BlockFlops(attention=2 * s * s * d, layers=layers)

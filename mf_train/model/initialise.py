@@ -1,0 +1,66 @@
+"""The initial weights, all of them, as a function of (seed, parameter's name, place) alone."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mf_train.config.model import ModelConfig
+from mf_train.model.sums import num_chunks
+
+TABLE_STD = 0.02
+
+
+def initialise(model: nn.Module, seed: int, rank: int = 0, size: int = 1) -> None:
+    """Set every parameter of a model, or of tensor-parallel rank `rank` of `size`, in place.
+
+    | parameter | value |
+    |---|---|
+    | norm weights | 1 |
+    | all biases | 0 |
+    | tables, embedding, head of a MemoryFormer | N(0, 0.02^2) |
+    | dense peer: embedding, head, query, key, value, up | N(0, 2 / (5 D)) (small init, arXiv 1910.05895) |
+    | dense peer: output, down | N(0, (2 / (L sqrt(D)))^2) (as GPT-NeoX initialises Pythia) |
+
+    Each matrix is drawn in up to 8 chunks of its split dimension, each with a generator of its own, on the CPU: a rank
+    draws only what it holds, and every number of ranks and every device starts from the same weights.
+    """
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            std = _standard_deviation(name, config)
+            if std > 0:
+                _fill_normal(parameter, std, seed, name, rank, size)
+            else:
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+
+
+def split_dimension(name: str) -> int:
+    """The dimension of a parameter that tensor parallelism splits: columns of tables and embedding, else rows."""
+    if name.endswith(".tables"):
+        return 2
+    return 1 if name == "embedding.weight" else 0
+
+
+def _standard_deviation(name: str, config: ModelConfig) -> float:
+    """Of a parameter that is drawn; 0 for one that is set (norms and biases)."""
+    module, _, kind = name.rpartition(".")
+    if kind == "bias" or "norm" in module.rpartition(".")[2]:
+        return 0.0
+    if config.kind == "memoryformer":
+        return TABLE_STD
+    if module.endswith((".output", ".down")):
+        return 2 / (config.num_layers * math.sqrt(config.hidden_size))
+    return math.sqrt(2 / (5 * config.hidden_size))
+
+
+def _fill_normal(parameter: Tensor, std: float, seed: int, name: str, rank: int, size: int) -> None:
+    dimension = split_dimension(name)
+    whole = parameter.shape[dimension] * size
+    width = whole // num_chunks(whole)
+    for index, part in enumerate(parameter.split(width, dimension)):
+        chunk = rank * (parameter.shape[dimension] // width) + index
+        digest = hashlib.blake2b(f"{seed}/{name}/{chunk}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        part.copy_(torch.empty(part.shape).normal_(0.0, std, generator=generator))

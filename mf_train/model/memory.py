@@ -1,0 +1,56 @@
+"""The two steps of a memory layer (Eq. 2-11): hash (features to codes and weights) and lookup (tables to features)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mf_train.config.model import Score
+from mf_train.kernels import hash_codes, lookup
+
+
+class Hash(nn.Module):
+    """Codes and weights of x [..., D], `bits` features a table: [..., K] integers and [..., K] floats.
+
+    It has no parameters. Tensor parallelism replaces it by one that also sends codes and weights to the other ranks.
+    """
+
+    def __init__(self, bits: int, temperature: float, score: Score) -> None:
+        super().__init__()
+        self.bits = bits
+        self.temperature = temperature
+        self.score = score
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return hash_codes(x, x.shape[-1] // self.bits, self.temperature, self.score)
+
+
+class Lookup(nn.Module):
+    """K tables of 2^tau rows and O columns, and a bias (Eq. 11): codes and weights [..., K] -> [..., O]."""
+
+    def __init__(self, num_tables: int, bits: int, features: int) -> None:
+        super().__init__()
+        self.tables = nn.Parameter(torch.empty(num_tables, 2**bits, features))
+        self.bias = nn.Parameter(torch.empty(features))
+
+    def forward(self, codes: Tensor, weights: Tensor) -> Tensor:
+        return lookup(codes, weights, self.tables, self.bias)
+
+
+def record_codes(model: nn.Module) -> tuple[dict[str, Tensor], list[RemovableHandle]]:
+    """Hooks that keep the codes of each hash's last forward pass, by the hash's name; remove the handles after."""
+    codes: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor]) -> None:
+            codes[name] = outputs[0].detach()
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(keep(name))
+        for name, module in model.named_modules()
+        if isinstance(module, Hash)
+    ]
+    return codes, handles

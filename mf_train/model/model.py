@@ -1,0 +1,67 @@
+"""The whole model on one device: embedding, blocks, final norm, head. Parallelism is applied from outside."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mf_train.config.model import ModelConfig
+from mf_train.model.attention import KeyValueCache, causal_mask, rotary_table
+from mf_train.model.block import DenseBlock, MemoryFormerBlock
+from mf_train.model.head import Head
+from mf_train.model.initialise import initialise
+from mf_train.model.norm import Norm
+
+
+class Embedding(nn.Module):
+    """Token embedding: integers [B, S] -> [B, S, D]. Split by column it needs no traffic."""
+
+    def __init__(self, vocab_size: int, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, features))
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.weight)
+
+
+class MemoryFormer(nn.Module):
+    """A causal language model of memory layers, or its dense peer where `config.kind` is "dense".
+
+    Weights are drawn from `seed` (see `initialise`); under `torch.device("meta")` they are left unset.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        block = MemoryFormerBlock if config.kind == "memoryformer" else DenseBlock
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = Norm(config.hidden_size, config.norm, config.norm_epsilon)
+        self.head = Head(config.hidden_size, config.vocab_size)
+        if not self.head.weight.is_meta:
+            initialise(self, seed)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Logits [B, S, V], or with `targets` [B, S] the cross-entropy of each token in nats [B, S].
+
+        A target of -100 has no loss. `attention_mask` [B, T] is 0 at padding; positions count from the first token
+        that is not padding. `cache` holds the keys and values of earlier positions and takes the new ones.
+        """
+        past = cache.get_seq_length() if cache is not None else 0
+        length = token_ids.shape[1]
+        positions = torch.arange(past, past + length, device=token_ids.device)
+        mask = causal_mask(length, past, attention_mask, token_ids.device)
+        if mask is not None and attention_mask is not None:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, past:]
+        rotary = rotary_table(positions, self.config.rotary_size, self.config.rotary_base)
+        x = self.embedding(token_ids)
+        for block in self.blocks:
+            x = block(x, rotary, mask, cache)
+        logits: Tensor = self.head(self.final_norm(x))
+        return logits if targets is None else self.head.token_losses(logits, targets)

@@ -1,0 +1,91 @@
+"""The plain model made tensor-parallel by one ordered function; the block's code stays what it is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mf_train.model import MemoryFormer
+from mf_train.model.head import Head
+from mf_train.model.initialise import split_dimension
+from mf_train.model.memory import Hash
+from mf_train.model.norm import Norm
+from mf_train.parallel.exchange import Exchange, gather_codes, gather_features
+
+
+def shard_model(model: MemoryFormer, exchange: Exchange) -> MemoryFormer:
+    """Turn a plain MemoryFormer into this rank's part of a tensor-parallel one, in place.
+
+    1. Every parameter becomes its slice (`split_dimension`): columns of tables and embedding, rows of the head,
+       features of norms and biases. Nothing is replicated. Meta tensors stay meta.
+    2. Norms exchange their sums. 3. Hashes exchange codes and weights. 4. The head gathers features.
+    Names of modules and parameters do not change. The degrees must have passed `check_degrees`.
+    """
+    _slice_parameters(model, exchange)
+    _swap(model, Norm, lambda norm: TensorParallelNorm(norm, exchange))
+    _swap(model, Hash, lambda hash_: TensorParallelHash(hash_, exchange))
+    _swap(model, Head, lambda head: TensorParallelHead(head, exchange))
+    return model
+
+
+class TensorParallelNorm(Norm):
+    """A Norm whose features are split over ranks: its two sums a token are gathered."""
+
+    def __init__(self, plain: Norm, exchange: Exchange) -> None:
+        with torch.device("meta"):
+            super().__init__(plain.features, plain.kind, plain.epsilon)
+        self.weight, self.bias = plain.weight, plain.bias
+        self.exchange = exchange
+
+    def gather(self, sums: Tensor) -> Tensor:
+        return self.exchange.gather_values(sums)
+
+
+class TensorParallelHash(Hash):
+    """Hashes this rank's K/P chunks, then gathers the codes and weights of all K."""
+
+    def __init__(self, plain: Hash, exchange: Exchange) -> None:
+        super().__init__(plain.bits, plain.temperature, plain.score)
+        self.exchange = exchange
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return gather_codes(*super().forward(x), self.exchange)
+
+
+class TensorParallelHead(Head):
+    """Holds V/P rows of the vocabulary: gathers the features, then a maximum and two sums a token."""
+
+    def __init__(self, plain: Head, exchange: Exchange) -> None:
+        with torch.device("meta"):
+            super().__init__(1, plain.vocab_size)
+        self.weight = plain.weight
+        self.exchange = exchange
+        self.first_token = exchange.rank * plain.weight.shape[0]
+
+    def gather_features(self, x: Tensor) -> Tensor:
+        return gather_features(x, self.exchange)
+
+    def gather_sums(self, sums: Tensor) -> Tensor:
+        return self.exchange.gather_values(sums)
+
+
+def slice_of_rank(tensor: Tensor, name: str, rank: int, size: int) -> Tensor:
+    """The view of a whole parameter that tensor-parallel rank `rank` of `size` holds."""
+    dimension = split_dimension(name)
+    width = tensor.shape[dimension] // size
+    return tensor.narrow(dimension, rank * width, width)
+
+
+def _slice_parameters(model: nn.Module, exchange: Exchange) -> None:
+    for name, parameter in list(model.named_parameters()):
+        part = slice_of_rank(parameter.detach(), name, exchange.rank, exchange.size).clone()
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(part))
+
+
+def _swap(model: nn.Module, kind: type[nn.Module], build: Callable[[Any], nn.Module]) -> None:
+    for name, module in list(model.named_modules()):
+        if type(module) is kind:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, build(module))

@@ -1,0 +1,71 @@
+"""The run's folder: whether it may be used, what to resume from, and the configuration recorded in it."""
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from mf_train.checkpoint.layout import list_checkpoints, resolve_checkpoint
+from mf_train.config import Config
+from mf_train.config.loading import config_to_tree, load_config
+from mf_train.errors import UserError
+
+PACKAGES = ("torch", "deepspeed", "megatron-core", "sentencepiece", "datasets", "safetensors", "numpy")
+
+
+def find_resume(config: Config) -> Path | None:
+    """The checkpoint to continue from, or None for a new run.
+
+    Raises UserError where the folder holds another model's run, or a run that would be overwritten.
+    """
+    folder = Path(config.training.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another training.output_dir")
+    recorded = folder / "config.yaml"
+    if recorded.is_file():
+        _check_same_model(config, recorded)
+    existing = list_checkpoints(folder / "checkpoints")
+    if config.checkpoint.resume == "auto":
+        return existing[-1] if existing else None
+    if config.checkpoint.resume == "never":
+        if existing:
+            raise UserError(
+                f"{folder}: holds checkpoints up to {existing[-1].name} and checkpoint.resume is never; choose "
+                "another training.output_dir, delete the folder, or set checkpoint.resume=auto"
+            )
+        return None
+    return resolve_checkpoint(Path(config.checkpoint.resume))
+
+
+def resolved_yaml(config: Config) -> str:
+    """The whole configuration as YAML, with the versions of the packages that matter."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    tree = config_to_tree(config) | {"versions": versions}
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def record_config(config: Config) -> None:
+    """Write config.yaml into the run's folder, creating it. Raises OSError."""
+    folder = Path(config.training.output_dir)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    beside = folder / ".config.yaml.partial"
+    beside.write_text(resolved_yaml(config), encoding="utf-8")
+    os.replace(beside, folder / "config.yaml")
+
+
+def _check_same_model(config: Config, recorded: Path) -> None:
+    before, now = asdict(load_config(recorded).model), asdict(config.model)
+    for key, value in now.items():
+        if before[key] != value:
+            raise UserError(
+                f"{recorded.parent}: holds a run of another model (model.{key} is {before[key]} there and {value} "
+                "here); choose another training.output_dir or delete the folder"
+            )

@@ -1,0 +1,321 @@
+"""One training run, from its configuration to its last checkpoint; reads from top to bottom."""
+
+import math
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mf_train.checkpoint.load import load_checkpoint
+from mf_train.checkpoint.read import CheckpointReader
+from mf_train.checkpoint.save import Extras, save_checkpoint
+from mf_train.config import Config
+from mf_train.data.digest import format_digest, from_int64, rows_digest, to_int64
+from mf_train.data.prefetch import Prefetcher
+from mf_train.data.stream import TokenStream, merge_states
+from mf_train.data.tokenizer import Tokenizer, check_vocabulary
+from mf_train.data.validation import ValidationBlocks, validation_blocks
+from mf_train.errors import TrainingError, UserError
+from mf_train.model import MemoryFormer
+from mf_train.model.counts import count_parameters
+from mf_train.model.initialise import initialise
+from mf_train.parallel.agreement import agree, together
+from mf_train.parallel.degrees import Degrees, check_degrees
+from mf_train.parallel.engine import Engine
+from mf_train.parallel.exchange import Exchange
+from mf_train.parallel.groups import Groups, start_processes, stop_processes
+from mf_train.parallel.processes import Process
+from mf_train.parallel.tensor import shard_model
+from mf_train.training.folder import find_resume, record_config, resolved_yaml
+from mf_train.training.metrics import LiveLine, MetricsWriter, cut_metrics
+from mf_train.training.probe import run_probe
+from mf_train.training.schedule import learning_rate
+from mf_train.training.signals import StopRequest
+from mf_train.training.telemetry import TableTelemetry
+from mf_train.training.validate import validation_loss
+
+DONE, STOPPED = 0, 75
+
+
+def train(config: Config, process: Process) -> int:
+    """Train on this process and its peers until `training.steps` or a stop signal; returns the exit status.
+
+    Raises UserError, TrainingError or OSError on the rank that reports a failure and PeerError on the others.
+    """
+    stop = StopRequest().install()
+    check_degrees(config, process.world_size)
+    degrees = Degrees(process.rank, process.world_size, config.parallel.tensor, process.local_rank)
+    device = _find_device(config, process)
+    start_processes(process, device, config.training.collective_timeout_seconds)
+    try:
+        groups = Groups(degrees, config.training.collective_timeout_seconds)
+        inputs = together(lambda: _open_inputs(config, degrees), device)
+        run = _Run(config, groups, device, inputs, stop)
+        try:
+            return run.run()
+        finally:
+            run.close()
+    finally:
+        stop_processes()
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run reads before it starts."""
+
+    tokenizer: Tokenizer
+    stream: TokenStream
+    validation: ValidationBlocks | None
+    checkpoint: CheckpointReader | None
+
+
+def _find_device(config: Config, process: Process) -> torch.device:
+    wanted = config.training.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("training.device is cuda and no CUDA device is visible: set training.device=cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if process.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {process.local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): start one "
+            "process for each GPU"
+        )
+    return torch.device("cuda", process.local_rank)
+
+
+def _open_inputs(config: Config, degrees: Degrees) -> _Inputs:
+    """Tokenizer, stream, validation text and the checkpoint to resume from; UserError for any mistake in them."""
+    resume = find_resume(config)
+    reader = CheckpointReader(resume) if resume is not None else None
+    tokenizer = Tokenizer(config.tokenizer.path)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    stream = TokenStream(
+        config.data,
+        tokenizer,
+        config.model.sequence_length,
+        config.training.global_batch_size,
+        degrees.data_rank,
+        degrees.data,
+    )
+    if reader is not None:
+        stream.load_state_dict(reader.state()["stream"])
+    validation = None
+    if config.training.validation_interval:
+        validation = validation_blocks(
+            config.data.validation,
+            tokenizer,
+            config.model.sequence_length,
+            config.training.validation_sequences,
+        )
+    if degrees.rank == 0:
+        record_config(config)
+    return _Inputs(tokenizer, stream, validation, reader)
+
+
+class _Run:
+    """The state of a run and its loop."""
+
+    def __init__(
+        self, config: Config, groups: Groups, device: torch.device, inputs: _Inputs, stop: StopRequest
+    ) -> None:
+        self.config = config
+        self.groups = groups
+        self.degrees = groups.degrees
+        self.device = device
+        self.inputs = inputs
+        self.stop = stop
+        self.folder = Path(config.training.output_dir)
+        self.exchange = Exchange(groups.tensor) if self.degrees.tensor > 1 else None
+        self.engine = Engine(self._build_model(), config, groups, device)
+        self.telemetry = TableTelemetry(self.engine.model, groups.data)
+        self.step = 0
+        self.tokens = 0
+        self.last_checkpoint: Path | None = None
+        if inputs.checkpoint is not None:
+            self._restore(inputs.checkpoint)
+        self.stream_state = inputs.stream.state_dict()
+        self.batches = Prefetcher(inputs.stream)
+        self.metrics: MetricsWriter | None = None
+        self.line = LiveLine(config.training.steps, config.logging.interval)
+
+    def run(self) -> int:
+        config = self.config
+        together(self._open_metrics, self.device)
+        self._say(self._summary())
+        if self.step >= config.training.steps:
+            self._say(f"{self.folder}: already at step {self.step} of {config.training.steps}; nothing to do")
+            return DONE
+        while self.step < config.training.steps:
+            started = time.perf_counter()
+            batch, state, failure = self._next_batch()
+            waited = time.perf_counter() - started
+            digest, stopped = self._agree_on_batch(batch, failure)
+            if stopped:
+                self._save()
+                self._say(f"stopped on request after step {self.step}; run the same command again to go on")
+                return STOPPED
+            metrics = self._train_step(batch, digest)
+            self.stream_state = state
+            metrics["data_wait_seconds"] = waited
+            self._finish_metrics(metrics, time.perf_counter() - started)
+            last = self.step == config.training.steps
+            if self._due(config.training.validation_interval, last) and self.inputs.validation is not None:
+                metrics["validation_loss"] = validation_loss(
+                    self.engine, self.inputs.validation, config.training.micro_batch_size
+                )
+            self._report(metrics)
+            if self._due(config.checkpoint.interval, last) or last:
+                self._save()
+        self._say(f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.last_checkpoint}")
+        return DONE
+
+    def close(self) -> None:
+        self.batches.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    # one step
+
+    def _next_batch(self) -> tuple[torch.Tensor | None, Any, Exception | None]:
+        """This rank's rows [G/R, S+1] and the stream's state after them, or the error of reading them."""
+        try:
+            rows, state = self.batches.next_batch()
+        except (UserError, OSError) as error:
+            return None, None, error
+        return torch.from_numpy(rows), state, None
+
+    def _agree_on_batch(self, batch: torch.Tensor | None, failure: Exception | None) -> tuple[str, bool]:
+        """Digest of the global batch, and whether any rank was asked to stop; raises if any rank has no batch."""
+        digest = 0
+        if batch is not None and self.degrees.tensor_rank == 0:
+            digest = rows_digest(self.inputs.stream.row_numbers, batch.numpy())
+        values = [to_int64(digest), int(self.stop.requested), int(failure is not None)]
+        shared = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(shared)
+        total, stops, failures = shared.tolist()
+        if failures:
+            status = 0 if failure is None else 2 if isinstance(failure, UserError) else 1
+            agree(status, failure, self.device)
+        return format_digest(from_int64(total)), stops > 0
+
+    def _train_step(self, batch: torch.Tensor | None, digest: str) -> dict[str, Any]:
+        assert batch is not None
+        config, step = self.config, self.step + 1
+        sent = self.exchange.bytes_sent if self.exchange else 0
+        telemetry = self._due(config.logging.telemetry_interval, False, step)
+        if telemetry:
+            self.telemetry.start()
+        micro_batches = batch.to(self.device, torch.long).split(config.training.micro_batch_size)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, rows in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
+            loss += self.engine.backward(rows[:, :-1], rows[:, 1:], last=is_last) / len(micro_batches)
+        dist.all_reduce(loss, group=self.groups.data)
+        mean = loss.item() / self.degrees.data
+        self._check_finite("loss", mean, step, digest)
+        rate = learning_rate(step, config.training.steps, config.optimizer.learning_rate, config.schedule)
+        norm = self.engine.update(rate)
+        self._check_finite("gradient norm", norm, step, digest)
+        self.step = step
+        local_tokens = batch.shape[0] * config.model.sequence_length
+        self.tokens += local_tokens * self.degrees.data
+        metrics: dict[str, Any] = {
+            "step": step,
+            "tokens": self.tokens,
+            "loss": mean,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "batch_digest": digest,
+            "tensor_parallel_bytes_per_token": (self.exchange.bytes_sent - sent) / local_tokens
+            if self.exchange
+            else 0,
+        }
+        if telemetry:
+            metrics["tables"] = self.telemetry.finish()
+        return metrics
+
+    def _check_finite(self, name: str, value: float, step: int, digest: str) -> None:
+        """All ranks have the same value, so all raise; the command line lets rank 0 speak."""
+        if not math.isfinite(value):
+            good = self.last_checkpoint or "none"
+            raise TrainingError(
+                f"step {step}: {name} is {value} (batch {digest}); last good checkpoint: {good}; resume from it with "
+                "a lower optimizer.learning_rate, or look at the batch with 'memoryformer data inspect'"
+            )
+
+    def _finish_metrics(self, metrics: dict[str, Any], seconds: float) -> None:
+        tokens = self.config.training.global_batch_size * self.config.model.sequence_length
+        metrics["step_seconds"] = seconds
+        metrics["tokens_per_second"] = tokens / seconds
+        if self.device.type == "cuda":
+            metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        else:
+            metrics["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _due(self, interval: int, last: bool, step: int | None = None) -> bool:
+        return interval > 0 and ((step or self.step) % interval == 0 or last)
+
+    # set-up, saving, showing
+
+    def _build_model(self) -> MemoryFormer:
+        with torch.device("meta"):
+            model = MemoryFormer(self.config.model)
+        if self.exchange is not None:
+            shard_model(model, self.exchange)
+        model.to_empty(device=self.device)
+        initialise(model, self.config.training.seed, self.degrees.tensor_rank, self.degrees.tensor)
+        return model
+
+    def _restore(self, reader: CheckpointReader) -> None:
+        load_checkpoint(self.engine, reader)
+        state = reader.state()
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.last_checkpoint = reader.checkpoint
+
+    def _open_metrics(self) -> None:
+        if self.degrees.rank == 0:
+            cut_metrics(self.folder, self.step)
+            self.metrics = MetricsWriter(self.folder, self.config.logging.tensorboard)
+
+    def _save(self) -> None:
+        self.last_checkpoint = save_checkpoint(
+            self.engine, self.folder / "checkpoints", self.step, self._extras(), self.config.checkpoint.keep
+        )
+
+    def _extras(self) -> Extras:
+        """Collective. The streams' positions are gathered: their number does not depend on the number of ranks."""
+        states: list[Any] = [None] * self.degrees.data
+        dist.all_gather_object(states, self.stream_state["streams"], group=self.groups.data)
+        stream = merge_states([{**self.stream_state, "streams": streams} for streams in states])
+        return Extras(
+            state={"step": self.step, "tokens": self.tokens, "stream": stream},
+            config_yaml=resolved_yaml(self.config),
+            tokenizer=self.inputs.tokenizer.path.read_bytes(),
+            probe=run_probe(self.engine, self.exchange),
+        )
+
+    def _summary(self) -> str:
+        counts = count_parameters(self.config.model)
+        degrees, training = self.degrees, self.config.training
+        resumed = f", resumed after step {self.step} from {self.last_checkpoint}" if self.step else ""
+        return (
+            f"{self.config.model.kind}: {counts.total / 1e6:.1f} M parameters ({counts.tables / 1e6:.1f} M in tables); "
+            f"{degrees.world_size} processes on {self.device.type} = tensor {degrees.tensor} x data {degrees.data}, "
+            f"ZeRO {self.config.parallel.zero_stage}, {training.precision}; run folder {self.folder}{resumed}"
+        )
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        if self.metrics is None:
+            return
+        self.metrics.write(metrics)
+        self.line.show(metrics)
+        if "validation_loss" in metrics:
+            self.line.say(f"step {self.step}: validation loss {metrics['validation_loss']:.4f}")
+
+    def _say(self, text: str) -> None:
+        if self.degrees.rank == 0:
+            self.line.say(text)

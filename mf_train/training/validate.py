@@ -1,0 +1,30 @@
+"""The validation loss of the model in training, over the blocks that `memoryformer evaluate` reads too."""
+
+import torch
+import torch.distributed as dist
+
+from mf_train.data.validation import IGNORED, ValidationBlocks
+from mf_train.parallel.engine import Engine
+
+
+def validation_loss(engine: Engine, blocks: ValidationBlocks, batch_size: int) -> float:
+    """Mean loss of a token in nats. Rank r of R takes blocks r, r + R, ...; collective over all ranks."""
+    degrees = engine.groups.degrees
+    length = blocks.sequence_length
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    rounds = -(-len(blocks) // degrees.data)
+    mine = [number * degrees.data + degrees.data_rank for number in range(rounds)]
+    for start in range(0, rounds, batch_size):
+        batch = mine[start : start + batch_size]
+        # every rank runs the same number of passes: one that has no block left runs one without targets
+        inputs = torch.zeros((len(batch), length), dtype=torch.long)
+        targets = torch.full((len(batch), length), IGNORED)
+        for row, number in enumerate(batch):
+            if number < len(blocks):
+                inputs[row], targets[row] = (torch.from_numpy(array) for array in blocks[number])
+        with torch.no_grad():
+            losses = engine.forward(inputs.to(engine.device), targets.to(engine.device))
+        sums[0] += losses.sum(dtype=torch.float64)
+        sums[1] += (targets != IGNORED).sum()
+    dist.all_reduce(sums, group=engine.groups.data)
+    return (sums[0] / sums[1]).item()

@@ -1,0 +1,37 @@
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.environments import make_bare_environment
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's folder."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Path]:
+    """`bare_environment(["torch"])`: the python of an environment with just these distributions.
+
+    With what they require, and nothing else that is installed here; this project is not in it. Made once for
+    each list. Run it with `-P` or from a folder without `mf_train` to keep this checkout out, and from the
+    repository's folder, with `-c` or `-m`, to have it in.
+    """
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(distributions: list[str]) -> Path:
+        key = tuple(sorted(distributions))
+        if key not in made:
+            made[key] = make_bare_environment(tmp_path_factory.mktemp("bare"), list(key))
+        return made[key]
+
+    return make

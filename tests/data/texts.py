@@ -1,0 +1,34 @@
+"""Documents for the tests, and files of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+WORDS = (
+    "the Congress of these United States\n\n shall  be 1848 naïve 🎉 \t and — provided for, by law. ".split(
+        " "
+    )
+)
+
+
+def random_documents(count: int, seed: int, longest: int = 120) -> list[str]:
+    """Documents of 0 to `longest` words, each beginning with its number; about one in eight is empty."""
+    random_state = random.Random(seed)
+    documents = []
+    for number in range(count):
+        words = random_state.choices(WORDS, k=random_state.randint(0, longest))
+        documents.append("" if random_state.random() < 1 / 8 else " ".join([f"[{number}]", *words]))
+    return documents
+
+
+def json_lines(documents: Sequence[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+
+
+def write_json_lines(path: Path, documents: Sequence[str]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(json_lines(documents))
+    return str(path)

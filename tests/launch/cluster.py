@@ -1,0 +1,276 @@
+"""A real SLURM cluster on one machine: munged, slurmctld, and four nodes in namespaces of their own.
+
+Needs root, Debian's slurm-wlm and munge, and iproute2. Every node has its own network (a veth pair on a bridge),
+host name, mounts and process ids, so host names, rendezvous and signals behave as on a cluster. Two nodes have
+GPUs, by SLURM's books. Everything that is started dies with the process that started it. Only one cluster at a
+time, kept by a lock: its names and addresses are fixed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PROGRAMS = "munged slurmctld slurmd sbatch squeue scontrol scancel ip unshare nsenter".split()
+BRIDGE, NETWORK = "mfslurm", "10.77.13"
+LOCK = Path("/run/lock/mf-slurm-cluster")
+CPUS = 4  # of every node, as configured: they need not exist
+FINISHED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
+
+SLURM_CONF = """\
+ClusterName=mftest
+SlurmctldHost={host}({network}.254)
+SlurmctldPort=17917
+SlurmdPort=17918
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld
+SlurmdLogFile={folder}/log/slurmd-%n
+MailProg=/bin/true
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+MpiDefault=none
+SlurmdParameters=config_overrides
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+KillWait=5
+MinJobAge=3600
+SlurmdTimeout=10
+MessageTimeout=10
+GresTypes=gpu
+NodeName=n[1-2] NodeAddr={network}.[1-2] CPUs={cpus} State=UNKNOWN
+NodeName=g[1-2] NodeAddr={network}.[3-4] CPUs={cpus} Gres=gpu:2 State=UNKNOWN
+PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=gpu Nodes=g[1-2] Default=NO MaxTime=INFINITE State=UP
+"""
+# Devices that every machine has stand for GPUs: SLURM only hands out their numbers.
+GRES_CONF = """\
+NodeName=g[1-2] Name=gpu File=/dev/zero
+NodeName=g[1-2] Name=gpu File=/dev/null
+"""
+NODES = {f"{NETWORK}.{i}": name for i, name in enumerate(("n1", "n2", "g1", "g2"), start=1)}
+
+# What a node runs as its process 1; $1 is the cluster's folder, $2 the node's name.
+NODE = """
+hostname "$2"
+mount --bind "$1/hosts" /etc/hosts
+mount -t tmpfs tmpfs /dev/shm
+exec slurmd -D -N "$2"
+"""
+
+
+def why_not() -> str | None:
+    """The reason why no cluster can run on this machine, or None."""
+    if os.geteuid() != 0:
+        return "a SLURM cluster in namespaces needs root"
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if missing:
+        return (
+            f"missing {', '.join(missing)}: apt-get install --no-install-recommends slurm-wlm munge iproute2"
+        )
+    if subprocess.run(
+        ["unshare", "--net", "--pid", "--fork", "--mount-proc", "true"], capture_output=True
+    ).returncode:
+        return "this machine does not let root make namespaces"
+    return None
+
+
+class Cluster:
+    """A running cluster; `environment` makes SLURM's commands speak to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def run(self, *command: str | Path, cwd: Path | None = None, timeout: float = 30) -> str:
+        """Runs a command against the cluster and returns what it printed."""
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=cwd,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def submit(self, *arguments: str | Path, cwd: Path, **variables: str) -> int:
+        """`sbatch arguments` with environment variables; returns the job's number."""
+        settings = [f"{name}={value}" for name, value in variables.items()]
+        return int(self.run("env", *settings, "sbatch", "--parsable", *arguments, cwd=cwd))
+
+    def job(self, number: int) -> dict[str, str]:
+        """What `scontrol show job` tells, by its keys (JobState, ExitCode, Restarts ...)."""
+        words = self.run("scontrol", "--oneliner", "show", "job", str(number)).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait_for_end(self, number: int, timeout: float) -> dict[str, str]:
+        """Waits until the job has finished for good; returns its `job`."""
+        deadline = time.monotonic() + timeout
+        while (job := self.job(number))["JobState"] not in FINISHED:
+            assert time.monotonic() < deadline, f"job {number} is {job['JobState']} after {timeout:g} s"
+            time.sleep(0.2)
+        return job
+
+    def start(self) -> None:
+        """Starts everything and waits until all nodes are idle."""
+        folder, host = self.folder, socket.gethostname().split(".")[0]
+        for name in ("munge", "state", "spool", "log"):
+            (folder / name).mkdir(parents=True)
+        hosts = {"127.0.0.1": "localhost", f"{NETWORK}.254": host, **NODES}
+        (folder / "hosts").write_text("".join(f"{address} {name}\n" for address, name in hosts.items()))
+        (folder / "slurm.conf").write_text(
+            SLURM_CONF.format(folder=folder, host=host, network=NETWORK, cpus=CPUS)
+        )
+        (folder / "gres.conf").write_text(GRES_CONF)
+        make_network()
+
+        munge = folder / "munge"
+        key = munge / "key"
+        key.touch(0o400)
+        key.write_bytes(os.urandom(128))
+        files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed")]
+        self._start("munged", "munged", "--foreground", "--force", f"--socket={munge / 'socket'}", *files)
+        self._start("slurmctld", "slurmctld", "-D", "-c")
+        for i, name in enumerate(NODES.values(), start=1):
+            (folder / "spool" / name).mkdir()
+            node = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            shell = ["bash", "-c", NODE, "node", str(folder), name]
+            self._start(name, "nsenter", f"--net=/run/netns/{BRIDGE}{i}", *node, *shell)
+        self._wait_until_idle(30)
+
+    def _start(self, name: str, *command: str) -> None:
+        with open(self.folder / "log" / f"{name}.console", "wb") as console:
+            self._daemons.append(
+                subprocess.Popen(
+                    command,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=console,
+                    stderr=console,
+                    preexec_fn=_die_with_parent,
+                )
+            )
+
+    def _wait_until_idle(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while True:
+            told = subprocess.run(
+                ["sinfo", "-h", "-t", "idle", "-o", "%D"],
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
+            if told.stdout.strip() == str(len(NODES)):
+                return
+            if time.monotonic() > deadline:
+                logs = "".join(
+                    f"-- {path.name}\n{path.read_text(errors='replace')[-2000:]}"
+                    for path in sorted((self.folder / "log").iterdir())
+                )
+                raise AssertionError(
+                    f"the cluster is not idle after {timeout:g} s\n{told.stdout}{told.stderr}{logs}"
+                )
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Ends every process of the cluster and removes its network."""
+        for daemon in reversed(self._daemons):
+            if daemon.args[0] == "nsenter":  # type: ignore[index]
+                for first in _children(daemon.pid):  # the node's process 1, which takes all others with it
+                    os.kill(first, signal.SIGKILL)
+            else:
+                daemon.terminate()
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        remove_network()
+
+
+@contextmanager
+def running_cluster(folder: Path) -> Iterator[Cluster]:
+    """A cluster, gone afterwards. Waits up to 5 minutes while another one is running."""
+    with open(LOCK, "w") as lock:
+        _acquire(lock.fileno(), 300)
+        remove_network()  # what a killed predecessor may have left
+        cluster = Cluster(folder)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+def make_network() -> None:
+    """A bridge on this host, and for each node a network namespace with one end of a veth pair on it."""
+    _ip("link", "add", BRIDGE, "type", "bridge")
+    _ip("addr", "add", f"{NETWORK}.254/24", "dev", BRIDGE)
+    _ip("link", "set", BRIDGE, "up")
+    for i in range(1, len(NODES) + 1):
+        namespace = link = f"{BRIDGE}{i}"
+        _ip("netns", "add", namespace)
+        _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+        _ip("link", "set", link, "master", BRIDGE, "up")
+        _ip("-n", namespace, "link", "set", "lo", "up")
+        _ip("-n", namespace, "addr", "add", f"{NETWORK}.{i}/24", "dev", "eth0")
+        _ip("-n", namespace, "link", "set", "eth0", "up")
+
+
+def remove_network() -> None:
+    """Removes what make_network made, or a part of it."""
+    for line in _ip("netns", "list").splitlines():
+        if line.startswith(BRIDGE):
+            _ip("netns", "del", line.split()[0])
+    if Path("/sys/class/net", BRIDGE).exists():
+        _ip("link", "del", BRIDGE)
+
+
+def _children(process: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def _ip(*arguments: str) -> str:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
+    return done.stdout
+
+
+def _acquire(lock: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            assert time.monotonic() < deadline, f"another SLURM cluster holds {LOCK}"
+            time.sleep(0.5)
+
+
+def _die_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,0 +1,191 @@
+"""What may import what, and what every import needs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+BareEnvironment = Callable[[list[str]], Path]
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = "mf_train"
+
+# Each part of the package, and the parts that it may import. It goes down only.
+LAYERS = {
+    "errors": set(),
+    "config": {"errors"},
+    "kernels": set(),
+    "model": {"kernels", "config"},
+    "parallel": {"model", "config", "errors"},
+    "data": {"config", "errors"},
+    "checkpoint": {"parallel", "model", "config", "errors"},
+    "training": {"checkpoint", "data", "parallel", "model", "kernels", "config", "errors"},
+    "standalone": {"checkpoint", "data", "model", "kernels", "config", "errors"},
+    "__main__": {"cli"},
+}
+LAYERS["cli"] = set(LAYERS) - {"__main__"}
+
+# Dependencies that are heavy, change often or are hard to install: one file each, or one folder.
+ONE_FILE_EACH = ["deepspeed", "megatron", "sentencepiece", "datasets"]
+ONE_FOLDER_EACH = {"pyarrow": "data", "transformers": "standalone", "triton": "kernels"}
+# Parts whose modules import nothing of other projects but these.
+THIRD_PARTY = {"errors": set(), "config": {"yaml"}, "kernels": {"torch", "triton"}, "model": {"torch"}}
+CORE_DISTRIBUTIONS = ["torch", "numpy", "pyyaml", "safetensors"]  # those that pip installs without an extra
+
+
+def module_files() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    files = {}
+    for path in sorted((REPOSITORY / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(REPOSITORY).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
+
+
+MODULES = module_files()
+
+
+def part_of(module: str) -> str:
+    """`mf_train.model.block` -> `model`."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imported_modules(module: str, path: Path) -> Iterator[str]:
+    """Absolute names that the file imports, also inside functions and through importlib."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(filter(None, [above, node.module or ""]))
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            if name in ("import_module", "__import__", "find_spec") and isinstance(node.args[0].value, str):
+                yield node.args[0].value
+
+
+def files_importing(name: str) -> set[str]:
+    """Modules of the package that import the dependency `name` anywhere in their file."""
+    return {
+        module
+        for module, path in MODULES.items()
+        if any(found.split(".")[0] == name for found in imported_modules(module, path))
+    }
+
+
+def run_python(python: str | Path, code: str, *arguments: str, cwd: Path = REPOSITORY) -> str:
+    """Runs code with an empty environment, and sockets that may not connect; returns what it printed."""
+    no_network = """
+import socket
+def refuse(*_): raise OSError("this import reached for the network")
+socket.socket.connect = socket.socket.connect_ex = refuse
+"""
+    command = [str(python), "-c", no_network + code, *arguments]
+    done = subprocess.run(command, cwd=cwd, env={}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# Imports each module in a fork of one process that has torch already, so that no module profits from
+# another's imports. Prints the failures: module, then the missing top-level package or the error.
+IMPORT_EACH = """
+import importlib, os, sys, traceback
+import torch
+for module in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            print(module, (error.name or "").split(".")[0], flush=True)
+        except BaseException:
+            print(module, traceback.format_exc(), flush=True)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status:
+        print(module, "ended with status", status, flush=True)
+"""
+
+
+def test_the_package_has_modules() -> None:
+    assert {"mf_train.errors", "mf_train.config", "mf_train.model"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_only(module: str) -> None:
+    part = part_of(module)
+    assert not part or part in LAYERS, f"say in LAYERS what {PACKAGE}.{part} may import"
+    allowed = LAYERS.get(part, set()) | {part, ""}
+    inside = {name for name in imported_modules(module, MODULES[module]) if name.split(".")[0] == PACKAGE}
+    if not part:
+        assert not inside, f"{PACKAGE}/__init__.py imports {sorted(inside)}, so every part would"
+    # `from mf_train import __version__` names no part
+    wrong = {name for name in inside if part_of(name) in LAYERS and part_of(name) not in allowed}
+    assert not wrong, f"{module} may import {sorted(allowed - {''})} only, but imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("name", ONE_FILE_EACH)
+def test_a_hostile_dependency_lives_in_one_file(name: str) -> None:
+    assert len(files_importing(name)) <= 1, f"{name} is imported by {sorted(files_importing(name))}"
+
+
+@pytest.mark.parametrize("name", ONE_FOLDER_EACH)
+def test_a_hostile_dependency_lives_in_one_folder(name: str) -> None:
+    wrong = {module for module in files_importing(name) if part_of(module) != ONE_FOLDER_EACH[name]}
+    assert not wrong, f"{name} belongs in {ONE_FOLDER_EACH[name]}/, but {sorted(wrong)} import it"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if part_of(module) in THIRD_PARTY])
+def test_lower_parts_need_little(module: str) -> None:
+    roots = {name.split(".")[0] for name in imported_modules(module, MODULES[module])}
+    foreign = roots - sys.stdlib_module_names - {PACKAGE, "__future__"}
+    assert foreign <= THIRD_PARTY[part_of(module)]
+
+
+def test_every_module_imports_without_environment_variables_and_network() -> None:
+    assert run_python(sys.executable, IMPORT_EACH, *MODULES) == ""
+
+
+def test_every_module_imports_with_the_core_dependencies(bare_environment: BareEnvironment) -> None:
+    """What needs an extra is imported when it is used; only that dependency's file may ask for it at once."""
+    owners = defaultdict(set)
+    for name in [*ONE_FILE_EACH, *ONE_FOLDER_EACH]:
+        for module in files_importing(name):
+            owners[module].add(name)
+    failures = run_python(bare_environment(CORE_DISTRIBUTIONS), IMPORT_EACH, *MODULES).splitlines()
+    unexpected = [line for line in failures if line.partition(" ")[2] not in owners[line.split(" ")[0]]]
+    assert not unexpected, "\n".join(unexpected)
+
+
+def test_the_model_needs_torch_alone(bare_environment: BareEnvironment) -> None:
+    code = """
+import importlib.util
+absent = "deepspeed megatron datasets transformers sentencepiece yaml safetensors pytest"
+for name in absent.split():
+    assert importlib.util.find_spec(name) is None, name
+try:
+    import deepspeed
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("deepspeed can be imported")
+
+import torch
+from mf_train.model import MemoryFormer, ModelConfig
+config = ModelConfig(hidden_size=32, num_layers=2, num_heads=2, bits=4, expand_bits=1, vocab_size=64)
+tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))
+logits = MemoryFormer(config)(tokens)
+assert logits.shape == (2, 8, 64) and bool(torch.isfinite(logits).all())
+logits.square().mean().backward()
+print("ok")
+"""
+    assert run_python(bare_environment(["torch"]), code).strip() == "ok"

@@ -1,6 +1,7 @@
 """The command line: thin verbs, each importing what it needs when it runs."""
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ def _speak(message: str) -> None:
     except UserError:
         rank = 0
     if rank != 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a launcher's request to end is not one to save any more
         time.sleep(_PEER_WAIT_SECONDS)
     print(f"memoryformer: {message}", file=sys.stderr, flush=True)
 

@@ -26,6 +26,7 @@ from mf_train.checkpoint.layout import (
     step_name,
 )
 from mf_train.checkpoint.tensor_file import TensorFileWriter
+from mf_train.errors import PeerError, TrainingError
 from mf_train.model.initialise import split_dimension
 from mf_train.parallel.agreement import together
 from mf_train.parallel.degrees import Degrees
@@ -48,11 +49,30 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, extras: Extras, kee
     """Write `folder`/step-N, point `latest` to it and delete all but the newest `keep` (0: none). Collective.
 
     The files are written beside, synced, and the folder renamed at the end: it is complete or absent.
-    Raises OSError on the rank that could not write, and PeerError on the others.
+    Raises TrainingError on one rank if any could not write, and PeerError on the others.
     """
+    try:
+        return _save(engine, folder, step, extras, keep)
+    except (OSError, PeerError) as error:
+        if engine.groups.degrees.rank == 0:
+            shutil.rmtree(_partial(folder, step), ignore_errors=True)
+        if isinstance(error, PeerError):
+            raise
+        complete = [path.name for path in list_checkpoints(folder)]
+        raise TrainingError(
+            f"{folder}: the checkpoint of step {step} could not be written ({error.strerror or error}); the newest "
+            f"complete one is {complete[-1] if complete else 'none'}: make room or mend the folder, and run again"
+        ) from error
+
+
+def _partial(folder: Path, step: int) -> Path:
+    return folder / f".{step_name(step)}.partial"
+
+
+def _save(engine: Engine, folder: Path, step: int, extras: Extras, keep: int) -> Path:
     degrees = engine.groups.degrees
     final = folder / step_name(step)
-    partial = folder / f".{step_name(step)}.partial"
+    partial = _partial(folder, step)
     shapes = {name: engine.local_shape(p) for name, p in engine.model.named_parameters()}
     parts = _assign_parts(shapes, min(degrees.data, MAX_PARTS))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -103,11 +104,11 @@ def check_config(config: Config, origin: str) -> None:
         "schedule.warmup_steps": config.schedule.warmup_steps or 0,
     }
     for key, value in positive.items():
-        if not value > 0:
-            refuse(f"{key} is {value}: it must be above 0")
+        if not 0 < value < math.inf:
+            refuse(f"{key} is {value}: it must be a number above 0")
     for key, value in not_negative.items():
-        if not value >= 0:
-            refuse(f"{key} is {value}: it must be 0 or more")
+        if not 0 <= value < math.inf:
+            refuse(f"{key} is {value}: it must be a number, 0 or more")
     if config.parallel.zero_stage not in (0, 1, 2, 3):
         refuse(f"parallel.zero_stage is {config.parallel.zero_stage}: choose 0, 1, 2 or 3")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
@@ -119,8 +120,8 @@ def check_config(config: Config, origin: str) -> None:
             key = f"data.{name}[{index}]"
             if (source.path is None) == (source.hub is None):
                 refuse(f"{key}: give either 'path' (local files) or 'hub' (a dataset's name), and not both")
-            if not source.weight > 0:
-                refuse(f"{key}.weight is {source.weight}: it must be above 0")
+            if not 0 < source.weight < math.inf:
+                refuse(f"{key}.weight is {source.weight}: it must be a number above 0")
 
 
 def _parse_yaml(text: str, origin: str) -> Any:
@@ -129,15 +130,22 @@ def _parse_yaml(text: str, origin: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{origin}:{where} is not valid YAML ({getattr(error, 'problem', error)})") from None
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise UserError(f"{origin}:{where} is not valid YAML ({problem})") from None
+    except ValueError as error:  # such as the date 2024-13-45
+        raise UserError(f"{origin}: is not valid YAML ({error})") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key stands once and 3e-4 is a number (YAML 1.1 reads it as text)."""
+    """Safe YAML in which a key stands once. `<<` merges of YAML 1.1 work."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -148,7 +156,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _convert(annotation: Any, value: Any, key: str, origin: str) -> Any:
-    """`value` as the annotated type, or UserError. Only int -> float and number-like text -> float convert."""
+    """`value` as the annotated type, or UserError.
+
+    Only int -> float and number-like text -> float convert (YAML 1.1 reads 3e-4 as text).
+    """
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -165,7 +176,7 @@ def _convert(annotation: Any, value: Any, key: str, origin: str) -> Any:
     if annotation is float and not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -75,8 +76,9 @@ class ModelConfig:
         for name in ("hidden_size", "num_layers", "num_heads", "bits", "vocab_size", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
-        if self.temperature <= 0:
-            raise ValueError(f"model.temperature is {self.temperature}: it must be above 0")
+        for name in ("temperature", "norm_epsilon", "rotary_base"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be a number above 0")
         if not 0 <= self.rotary_fraction <= 1:
             raise ValueError(f"model.rotary_fraction is {self.rotary_fraction}: it must be between 0 and 1")
         if self.hidden_size % self.num_heads:
@@ -96,7 +98,7 @@ class ModelConfig:
         if self.expand_bits < 0 or self.inner_bits > MAX_BITS:
             raise ValueError(
                 f"model.bits {self.bits} + model.expand_bits {self.expand_bits} = {self.inner_bits}: "
-                f"the second FFN layer's codes must have {self.bits} to {MAX_BITS} bits"
+                f"expand_bits must be 0 or more and the sum at most {MAX_BITS}"
             )
 
 

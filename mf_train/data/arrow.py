@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,9 +23,15 @@ def text_table(documents: list[bytes]) -> Any:
     return pa.table({"text": pa.array(documents, pa.large_binary()).cast(pa.large_string())})
 
 
-def text_bytes(chunks: Sequence[Any]) -> int:
-    """UTF-8 bytes of all values of text arrays without nulls."""
-    return sum(pc.sum(pc.binary_length(chunk)).as_py() or 0 for chunk in chunks)
+def text_buffers(array: Any) -> tuple[npt.NDArray[np.integer[Any]], memoryview]:
+    """Offsets [n + 1] and UTF-8 data of a text array without nulls: value i is data[offsets[i]:offsets[i + 1]].
+
+    Both are views of Arrow's own memory. (Taking the array's element i would copy its text.)
+    """
+    _, offsets, data = array.buffers()
+    width: type[np.signedinteger[Any]] = np.int64 if pa.types.is_large_string(array.type) else np.int32
+    wanted = slice(array.offset, array.offset + len(array) + 1)
+    return np.frombuffer(offsets, width)[wanted], memoryview(data or b"")
 
 
 def as_text(column: Any, what: str, key: str) -> Any:

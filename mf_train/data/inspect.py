@@ -9,17 +9,21 @@ from mf_train.data.digest import batch_digest
 from mf_train.data.sources import Documents, open_source
 from mf_train.data.stream import Tokens, TokenStream
 from mf_train.data.tokenizer import END_OF_TEXT, Tokenizer, check_vocabulary
+from mf_train.errors import UserError
 
 _SHOWN_CHARACTERS = 200
 _SLOW_SECONDS = 2.0
 
 
-def inspect_data(config: Config, step: int = 0) -> list[str]:
-    """Lines of text: tokenizer, sources, and the global batch of `step` (0 is the first) with its digest.
+def inspect_data(config: Config, step: int = 1) -> list[str]:
+    """Lines of text: tokenizer, sources, and the global batch of a step with its digest.
 
+    Steps count from 1, as in metrics.jsonl.
     The batches before `step` are made, too, to get there; the last line says so where it took long.
-    Raises UserError as TokenStream and Tokenizer do.
+    Raises UserError as TokenStream and Tokenizer do, and for a step below 1.
     """
+    if step < 1:
+        raise UserError(f"--step {step}: the first step is 1")
     tokenizer = Tokenizer(config.tokenizer.path)
     check_vocabulary(tokenizer, config.model.vocab_size)
     stream = TokenStream(
@@ -36,12 +40,12 @@ def inspect_data(config: Config, step: int = 0) -> list[str]:
         documents = open_source(source, f"data.validation[{index}]")
         lines += _describe(f"validation[{index}]", source, documents, "")
     started = time.monotonic()
-    for _ in range(step):
+    for _ in range(step - 1):
         stream.next_batch()
     lines += _describe_batch(stream.next_batch(), tokenizer, step)
     seconds = time.monotonic() - started
     if seconds > _SLOW_SECONDS:
-        lines.append(f"(making the {step} batches before it took {seconds:.0f} s)")
+        lines.append(f"(making the {step - 1} batches before it took {seconds:.0f} s)")
     return lines
 
 

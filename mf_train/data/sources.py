@@ -26,10 +26,12 @@ class Documents:
     """
 
     def __init__(self, name: str, chunks: Sequence[Any], files: tuple[Path, ...] = ()) -> None:
+        from mf_train.data.arrow import text_buffers
+
         self.name = name
         self.files = files
-        self._chunks = [chunk for chunk in chunks if len(chunk)]
-        self._ends = np.cumsum([len(chunk) for chunk in self._chunks], dtype=np.int64)
+        self._chunks = [text_buffers(chunk) for chunk in chunks if len(chunk)]
+        self._ends = np.cumsum([len(offsets) - 1 for offsets, _ in self._chunks], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -42,15 +44,14 @@ class Documents:
         if not 0 <= i < len(self):
             raise IndexError(f"{self.name} has {len(self)} documents: there is no document {i}")
         chunk = int(np.searchsorted(self._ends, i, side="right"))
-        start = int(self._ends[chunk - 1]) if chunk else 0
-        return memoryview(self._chunks[chunk][i - start].as_buffer())
+        offsets, data = self._chunks[chunk]
+        local = i - (int(self._ends[chunk - 1]) if chunk else 0)
+        return data[int(offsets[local]) : int(offsets[local + 1])]
 
     @cached_property
     def num_bytes(self) -> int:
         """UTF-8 bytes of all documents together."""
-        from mf_train.data.arrow import text_bytes
-
-        return text_bytes(self._chunks)
+        return sum(int(offsets[-1]) - int(offsets[0]) for offsets, _ in self._chunks)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -44,6 +44,7 @@ class Engine:
 
     def __init__(self, model: MemoryFormer, config: Config, groups: Groups, device: torch.device) -> None:
         os.environ["DS_ACCELERATOR"] = device.type
+        os.environ.setdefault("LOCAL_RANK", str(groups.degrees.local_rank))  # it asks for this one of torchrun's
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         import deepspeed
 

@@ -8,6 +8,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from mf_train.errors import TrainingError
+
 
 class MetricsWriter:
     """Appends one JSON object a step to metrics.jsonl, and its numbers to TensorBoard. For rank 0."""
@@ -21,8 +23,12 @@ class MetricsWriter:
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, metrics: dict[str, Any]) -> None:
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
+        """Raises TrainingError where the file cannot be written."""
+        try:
+            self.file.write(json.dumps(metrics) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise TrainingError(f"{self.file.name}: {error.strerror}; make room and run again") from error
         if self.tensorboard is None:
             return
         for key, value in metrics.items():

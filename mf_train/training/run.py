@@ -19,7 +19,7 @@ from mf_train.data.prefetch import Prefetcher
 from mf_train.data.stream import TokenStream, merge_states
 from mf_train.data.tokenizer import Tokenizer, check_vocabulary
 from mf_train.data.validation import ValidationBlocks, validation_blocks
-from mf_train.errors import TrainingError, UserError
+from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.model import MemoryFormer
 from mf_train.model.counts import count_parameters
 from mf_train.model.initialise import initialise
@@ -51,16 +51,15 @@ def train(config: Config, process: Process) -> int:
     degrees = Degrees(process.rank, process.world_size, config.parallel.tensor, process.local_rank)
     device = _find_device(config, process)
     start_processes(process, device, config.training.collective_timeout_seconds)
+    groups = Groups(degrees, config.training.collective_timeout_seconds)
+    inputs = together(lambda: _open_inputs(config, degrees), device)
+    run = _Run(config, groups, device, inputs, stop)
     try:
-        groups = Groups(degrees, config.training.collective_timeout_seconds)
-        inputs = together(lambda: _open_inputs(config, degrees), device)
-        run = _Run(config, groups, device, inputs, stop)
-        try:
-            return run.run()
-        finally:
-            run.close()
+        status = run.run()
     finally:
-        stop_processes()
+        run.close()
+    stop_processes()  # only after success: a rank that left a collective must not wait for its peers here
+    return status
 
 
 @dataclass(frozen=True)
@@ -239,8 +238,10 @@ class _Run:
         return metrics
 
     def _check_finite(self, name: str, value: float, step: int, digest: str) -> None:
-        """All ranks have the same value, so all raise; the command line lets rank 0 speak."""
+        """All ranks have the same value, so all raise, and rank 0 says why."""
         if not math.isfinite(value):
+            if self.degrees.rank != 0:
+                raise PeerError(1)
             good = self.last_checkpoint or "none"
             raise TrainingError(
                 f"step {step}: {name} is {value} (batch {digest}); last good checkpoint: {good}; resume from it with "
@@ -301,11 +302,18 @@ class _Run:
     def _summary(self) -> str:
         counts = count_parameters(self.config.model)
         degrees, training = self.degrees, self.config.training
+        held_out = self.inputs.validation
+        validation = (
+            f"\nvalidation: {len(held_out)} sequences, {held_out.num_tokens:,} tokens; a model without context cannot "
+            f"get below their unigram entropy, {held_out.unigram_entropy():.4f}"
+            if held_out is not None
+            else ""
+        )
         resumed = f", resumed after step {self.step} from {self.last_checkpoint}" if self.step else ""
         return (
             f"{self.config.model.kind}: {counts.total / 1e6:.1f} M parameters ({counts.tables / 1e6:.1f} M in tables); "
             f"{degrees.world_size} processes on {self.device.type} = tensor {degrees.tensor} x data {degrees.data}, "
-            f"ZeRO {self.config.parallel.zero_stage}, {training.precision}; run folder {self.folder}{resumed}"
+            f"ZeRO {self.config.parallel.zero_stage}, {training.precision}; run folder {self.folder}{resumed}{validation}"
         )
 
     def _report(self, metrics: dict[str, Any]) -> None:

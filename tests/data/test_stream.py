@@ -366,4 +366,4 @@ def test_states_that_do_not_belong_together_are_refused(data: DataConfig, tokeni
         merge_states([first.state_dict(), second.state_dict()])
 
 
-GOLDEN_STREAM = []
+GOLDEN_STREAM = ["92bc5e08a8d9022d", "b8f6aad83f0cde9d", "6ec63fde2d9ac66d"]

@@ -88,12 +88,12 @@ def test_inspect(sources: tuple[list[SourceConfig], list[str]], tokenizer: Token
     )
     stream = TokenStream(config.data, tokenizer, 32, 4)
     batches = [stream.next_batch() for _ in range(3)]
-    lines = inspect_data(config, step=2)
+    lines = inspect_data(config, step=3)
     shown = "\n".join(lines)
     assert "4096 ids, end of text 0" in lines[0]
     assert f"train[0] {first.path}: 1 files, 9 documents" in lines[1] and "(50.0% of the rows)" in lines[1]
     assert f"validation[0] {second.path}" in shown
-    assert f"batch of step 2: 4 rows of 33 tokens (32 predicted), digest {batch_digest(batches[2])}" in shown
+    assert f"batch of step 3: 4 rows of 33 tokens (32 predicted), digest {batch_digest(batches[2])}" in shown
     text = "<|endoftext|>".join("".join(tokenizer.decode([t])) if t else "" for t in batches[2][0].tolist())
     assert text.replace("<|endoftext|>", "")[:5] in shown
     with pytest.raises(UserError, match=r"model\.vocab_size is 100"):

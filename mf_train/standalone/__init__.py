@@ -1,0 +1,1 @@
+"""The standalone model: made from a checkpoint, loaded by `transformers` without this project, used and measured."""

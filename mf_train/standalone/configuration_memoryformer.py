@@ -1,0 +1,36 @@
+"""The configuration of a converted model as a `transformers` class; a converted model carries a copy of this file."""
+
+from dataclasses import fields
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from mf_train.config.model import ModelConfig
+from mf_train.standalone.names import CONFIG_KEYS
+
+
+class MemoryFormerConfig(PretrainedConfig):
+    """Every key of ModelConfig, four of them under transformers' names (see `CONFIG_KEYS`).
+
+    Raises ValueError where ModelConfig does.
+    """
+
+    model_type = "memoryformer"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' way
+
+    def __init__(self, **settings: Any) -> None:
+        model = ModelConfig(
+            **{name: settings.pop(key) for name, key in _keys().items() if settings.get(key) is not None}
+        )
+        for name, key in _keys().items():
+            setattr(self, key, getattr(model, name))
+        settings.setdefault("tie_word_embeddings", False)
+        super().__init__(**settings)
+
+    def to_model_config(self) -> ModelConfig:
+        """The plain model's configuration."""
+        return ModelConfig(**{name: getattr(self, key) for name, key in _keys().items()})
+
+
+def _keys() -> dict[str, str]:
+    return {field.name: CONFIG_KEYS.get(field.name, field.name) for field in fields(ModelConfig)}

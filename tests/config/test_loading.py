@@ -1,0 +1,263 @@
+"""YAML and overrides to a Config: what loads, and the one line of every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mf_train.config import Config, ModelConfig, OptimizerConfig, SourceConfig
+from mf_train.config.loading import config_to_tree, load_config, parse_config
+from mf_train.errors import UserError
+
+
+def load(folder: Path, text: str | bytes, *overrides: str) -> Config:
+    path = folder / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_config(path, overrides)
+
+
+def mistake(folder: Path, text: str | bytes, *overrides: str) -> str:
+    """The message of the refusal, which must be one line that names the file or the override."""
+    with pytest.raises(UserError) as refusal:
+        load(folder, text, *overrides)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert message.startswith((f"{folder / 'run.yaml'}: ", "override "))
+    return message
+
+
+def test_values_and_defaults(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "model: {hidden_size: 48, bits: 4, num_heads: 3, temperature: 2}\n"
+        "optimizer: {learning_rate: 3e-4, betas: [0.8, 0.9]}\n"
+        "data: {train: [{path: a.txt, weight: 2}, {hub: owner/name}]}\n"
+        "training:\n",
+    )
+    assert config == Config(
+        model=ModelConfig(hidden_size=48, bits=4, num_heads=3, temperature=2.0),
+        optimizer=OptimizerConfig(learning_rate=3e-4, betas=(0.8, 0.9)),
+        data=dataclasses.replace(
+            Config().data, train=(SourceConfig(path="a.txt", weight=2.0), SourceConfig(hub="owner/name"))
+        ),
+    )
+    assert type(config.model.temperature) is float and type(config.data.train[0].weight) is float
+    assert load(tmp_path, "") == Config()
+
+
+def test_overrides_win_in_their_order(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "training: {steps: 1, seed: 7}",
+        "training.steps=2",
+        "training.steps=3",
+        "optimizer.learning_rate=3e-4",
+        "training.output_dir=runs/a=b",
+        "data.validation=[{path: v.txt}]",
+        "schedule.warmup_steps=",
+    )
+    assert (config.training.steps, config.training.seed) == (3, 7)
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.training.output_dir == "runs/a=b"
+    assert config.data.validation == (SourceConfig(path="v.txt"),)
+    assert config.schedule.warmup_steps is None
+
+
+def test_a_run_s_own_config_loads_again(tmp_path: Path) -> None:
+    assert load(tmp_path, "versions: {torch: 2.13.0}\ntraining: {steps: 5}").training.steps == 5
+
+
+def test_anchors_and_merges(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "data:\n"
+        "  train: [&source {path: a.txt, weight: 3}]\n"
+        "  validation: [{<<: *source, path: b.txt}]\n",
+    )
+    assert config.data.validation == (SourceConfig(path="b.txt", weight=3.0),)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_round_trip(seed: int, tmp_path: Path) -> None:
+    """A config with every value drawn at random comes back from YAML as it was."""
+    config = random_config(random.Random(seed))
+    assert parse_config(config_to_tree(config), "here") == config
+    assert load(tmp_path, yaml.safe_dump(config_to_tree(config), sort_keys=False)) == config
+
+
+def random_config(dice: random.Random) -> Config:
+    bits, tables = dice.randint(1, 8), dice.randint(1, 6)
+    special: dict[str, Any] = {
+        "bits": bits,
+        "hidden_size": bits * tables,
+        "num_heads": dice.choice([1, bits, tables]),
+        "expand_bits": dice.randint(0, 3),
+        "rotary_fraction": dice.random(),
+        "minimum_fraction": dice.random(),
+        "betas": (dice.random(), dice.random()),
+        "zero_stage": dice.randrange(4),
+        "hub": None,
+    }
+
+    def value(annotation: Any, name: str) -> Any:
+        if name in special:
+            return special[name]
+        if dataclasses.is_dataclass(annotation):
+            return section(typing.cast(type, annotation))
+        if typing.get_origin(annotation) is tuple:
+            return tuple(section(typing.get_args(annotation)[0]) for _ in range(dice.randrange(3)))
+        if typing.get_origin(annotation) is typing.Literal:
+            return dice.choice(typing.get_args(annotation))
+        if annotation is bool:
+            return dice.random() < 0.5
+        if annotation is float:
+            return dice.choice([1.0, 1e-8, 3e-4, dice.uniform(0.1, 1e5)])
+        if annotation in (int, int | None):
+            return dice.randint(1, 10**6)
+        return dice.choice(["text", "3", "true", "null", "1e-3", "ä b: c #d", "'\""])
+
+    def section(kind: type) -> Any:
+        hints = typing.get_type_hints(kind)
+        return kind(**{field.name: value(hints[field.name], field.name) for field in dataclasses.fields(kind)})
+
+    config: Config = section(Config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "near"),
+    [
+        ("modle: {}", "modle", "model"),
+        ("model: {hiden_size: 8}", "model.hiden_size", "hidden_size"),
+        ("optimizer: {lerning_rate: 1}", "optimizer.lerning_rate", "learning_rate"),
+        ("data: {train: [{path: a, wieght: 1}]}", "data.train[0].wieght", "weight"),
+    ],
+)
+def test_misspelt_keys_name_the_nearest(text: str, key: str, near: str, tmp_path: Path) -> None:
+    assert mistake(tmp_path, text).endswith(f"unknown key {key!r}: did you mean {near!r}?")
+
+
+def test_a_misspelt_override_names_the_nearest(tmp_path: Path) -> None:
+    assert "unknown key 'training.stpes': did you mean 'steps'?" in mistake(
+        tmp_path, "", "training.stpes=3"
+    )
+
+
+def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> None:
+    assert mistake(tmp_path, "parallel: {xyz: 1}").endswith(
+        "unknown key 'parallel.xyz': known keys: tensor, zero_stage"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('training: {steps: "10"}', "training.steps is '10': expected a whole number"),
+        ("training: {steps: 1.5}", "training.steps is 1.5: expected a whole number"),
+        ("training: {steps: 1e3}", "training.steps is '1e3': expected a whole number"),
+        ("training: {steps: true}", "training.steps is True: expected a whole number"),
+        ("training: {steps: }", "training.steps is None: expected a whole number"),
+        ("logging: {tensorboard: 1}", "logging.tensorboard is 1: expected true or false"),
+        ('logging: {tensorboard: "yes"}', "logging.tensorboard is 'yes': expected true or false"),
+        ("optimizer: {learning_rate: fast}", "optimizer.learning_rate is 'fast': expected a number"),
+        ("optimizer: {learning_rate: yes}", "optimizer.learning_rate is True: expected a number"),
+        ("optimizer: {learning_rate: [1]}", "optimizer.learning_rate is [1]: expected a number"),
+        ("tokenizer: {path: 3}", "tokenizer.path is 3: expected text"),
+        ("checkpoint: {resume: false}", "checkpoint.resume is False: expected text"),
+        ("data: {train: {path: a}}", "data.train is {'path': 'a'}: expected a list"),
+        ("data: {train: [a.txt]}", "data.train[0] is 'a.txt': expected keys and values"),
+        ("optimizer: {betas: [0.9]}", "optimizer.betas has 1 values: expected 2"),
+        ("optimizer: {betas: [0.9, x]}", "optimizer.betas[1] is 'x': expected a number"),
+        ("model: 3", "model is 3: expected keys and values"),
+        ("[1, 2]", "expected sections such as 'model:' at the top level"),
+        ("just text", "expected sections such as 'model:' at the top level"),
+    ],
+)
+def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
+    assert mistake(tmp_path, text).endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.kind=dens", "model.kind is 'dens': choose one of memoryformer, dense"),
+        ("model.norm=batchnorm", "model.norm is 'batchnorm': choose one of layernorm, rmsnorm"),
+        ("model.score=x", "model.score is 'x': choose one of probability, scaled_probability"),
+        ("model.bits=7", "model.bits 7 does not divide model.hidden_size 512"),
+        ("model.num_heads=5", "model.num_heads 5 does not divide model.hidden_size 512"),
+        ("model.expand_bits=9", "model.bits 8 + model.expand_bits 9 = 17"),
+        ("model.expand_bits=-1", "model.bits 8 + model.expand_bits -1 = 7"),
+        ("model.num_layers=0", "model.num_layers is 0: it must be at least 1"),
+        ("model.temperature=0", "model.temperature is 0.0: it must be a number above 0"),
+        ("model.temperature=.nan", "model.temperature is nan: it must be a number above 0"),
+        ("model.norm_epsilon=-1e-5", "model.norm_epsilon is -1e-05: it must be a number above 0"),
+        ("model.rotary_fraction=1.5", "model.rotary_fraction is 1.5: it must be between 0 and 1"),
+        ("training.precision=float16", "training.precision is 'float16': choose one of float32, bfloat16"),
+        ("training.steps=0", "training.steps is 0: it must be a number above 0"),
+        ("training.micro_batch_size=-1", "training.micro_batch_size is -1: it must be a number above 0"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate is inf: it must be a number above 0"),
+        ("optimizer.weight_decay=-0.1", "optimizer.weight_decay is -0.1: it must be a number, 0 or more"),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas is [0.9, 1.0]: each must be in [0, 1)"),
+        ("schedule.minimum_fraction=2", "schedule.minimum_fraction is 2.0: it must be in [0, 1]"),
+        ("schedule.warmup_steps=-1", "schedule.warmup_steps is -1: it must be a number, 0 or more"),
+        ("parallel.zero_stage=4", "parallel.zero_stage is 4: choose 0, 1, 2 or 3"),
+        ("parallel.tensor=0", "parallel.tensor is 0: it must be a number above 0"),
+        ("data.train=[{path: a, hub: b}]", "data.train[0]: give either 'path'"),
+        ("data.validation=[{}]", "data.validation[0]: give either 'path'"),
+        ("data.train=[{path: a, weight: 0}]", "data.train[0].weight is 0.0: it must be a number above 0"),
+    ],
+)
+def test_values_that_no_run_can_use(override: str, words: str, tmp_path: Path) -> None:
+    assert words in mistake(tmp_path, "", override)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.steps", "write it as section.key=value"),
+        ("training.steps: 3", "write it as section.key=value"),
+        ("=3", "write it as section.key=value"),
+        ("training..steps=3", "write it as section.key=value"),
+        ("training.steps=[1", "is not valid YAML"),
+        ("training.steps=\0", "is not valid YAML"),
+        ("training.steps.x=1", "training.steps is not a section; set it as a whole"),
+    ],
+)
+def test_bad_overrides(override: str, words: str, tmp_path: Path) -> None:
+    message = mistake(tmp_path, "training: {steps: 3}", override)
+    assert message.startswith(f"override {override!r}:") and words in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model:\n  bits: 8\n  bits: 4", "line 3 is not valid YAML (key 'bits' stands twice)"),
+        ("model: {}\nmodel: {}", "line 2 is not valid YAML (key 'model' stands twice)"),
+        ("model: [1", "line 1 is not valid YAML"),
+        ("model:\n\tbits: 8", "line 2 is not valid YAML"),
+        ("model: {}\n---\nmodel: {}", "line 2 is not valid YAML"),
+        ("? [a]\n: b", "line 1 is not valid YAML (a key must be text)"),
+        ("model: !!python/name:os.system", "line 1 is not valid YAML"),
+        ("model: 2024-13-45", "is not valid YAML (month"),
+        ("model: \0", "is not valid YAML (unacceptable character #x0000"),
+        (b"model: \xff", "not UTF-8 text (invalid start byte at byte 7)"),
+        ("model:\n".encode("utf-16"), "not UTF-8 text"),
+    ],
+)
+def test_files_that_are_not_yaml(text: str | bytes, words: str, tmp_path: Path) -> None:
+    assert words in mistake(tmp_path, text)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^.*/none\.yaml: no such configuration file$"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r": is a folder; name the YAML file in it$"):
+        load_config(tmp_path)
+    with pytest.raises(UserError, match=r": cannot be read \(File name too long\)$"):
+        load_config("x" * 5000)

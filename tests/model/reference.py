@@ -1,0 +1,128 @@
+"""The two models again, written from SPEC.md with loops and in float64: slow, and sharing no code with mf_train."""
+
+from __future__ import annotations
+
+import cmath
+import math
+
+import torch
+from torch import Tensor
+
+from mf_train.config import ModelConfig
+
+Weights = dict[str, Tensor]
+
+
+def logits_of(weights: Weights, config: ModelConfig, token_ids: Tensor) -> Tensor:
+    """[B, S] -> [B, S, V]; weights by their names in the model, float64."""
+    rows = []
+    for sequence in token_ids.tolist():
+        x = torch.stack([weights["embedding.weight"][token] for token in sequence])
+        for layer in range(config.num_layers):
+            prefix = f"blocks.{layer}."
+            block = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+            x = memory_block(x, block, config) if config.kind == "memoryformer" else dense_block(x, block, config)
+        x = norm(x, weights, "final_norm", config.norm, config.norm_epsilon)
+        rows.append(torch.einsum("sd,vd->sv", x, weights["head.weight"]))
+    return torch.stack(rows)
+
+
+def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token; 0 where the target is -100."""
+    losses = []
+    for row, target in zip(logits.flatten(0, 1), targets.flatten().tolist(), strict=True):
+        shifted = row - row.max().detach()
+        losses.append(row.sum() * 0 if target == -100 else shifted.exp().sum().log() - shifted[target])
+    return torch.stack(losses).view(targets.shape)
+
+
+def memory_block(x: Tensor, w: Weights, config: ModelConfig) -> Tensor:
+    """Eq. 13. x [S, D]."""
+    h = norm(x, w, "norm_attention", config.norm, config.norm_epsilon)
+    q, k, v = (memory_layer(h, w, name, config.bits, config) for name in ("query", "key", "value"))
+    z = x + attention(q, k, v, config)
+    m = memory_layer(norm(z, w, "norm_ffn", config.norm, config.norm_epsilon), w, "up", config.bits, config)
+    if config.ffn_activation == "gelu":
+        m = gelu(m)
+    elif config.ffn_activation == "relu":
+        m = torch.where(m > 0, m, 0)
+    inner = norm(m, w, "norm_inner", config.ffn_inner_norm, config.norm_epsilon)
+    return z + memory_layer(inner, w, "down", config.bits + config.expand_bits, config)
+
+
+def dense_block(x: Tensor, w: Weights, config: ModelConfig) -> Tensor:
+    """Pythia's block with sequential residuals."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return torch.einsum("si,oi->so", x, w[f"{name}.weight"]) + w[f"{name}.bias"]
+
+    h = norm(x, w, "norm_attention", config.norm, config.norm_epsilon)
+    q, k, v = (linear(h, name) for name in ("query", "key", "value"))
+    z = x + linear(attention(q, k, v, config), "output")
+    h = norm(z, w, "norm_ffn", config.norm, config.norm_epsilon)
+    return z + linear(gelu(linear(h, "up")), "down")
+
+
+def memory_layer(x: Tensor, w: Weights, name: str, bits: int, config: ModelConfig) -> Tensor:
+    """Eq. 2-11 for every token of x [S, K * bits], one table after the other."""
+    tables, bias = w[f"{name}.tables"], w[f"{name}.bias"]
+    outputs = []
+    for token in x:
+        y = bias
+        for table, z in zip(tables, token.view(-1, bits), strict=True):
+            code, weight, total = 0, torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+            for i in range(bits):
+                positive = z[i].item() >= 0
+                code += positive * 2**i
+                size = z[i] if positive else -z[i]
+                weight = weight / (1 + torch.exp(-2 * size / config.temperature))
+                total = total + size
+            if config.score == "scaled_probability":
+                weight = weight * total
+            y = y + weight * table[code]
+        outputs.append(y)
+    return torch.stack(outputs)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
+    """Causal attention over the heads of q, k, v [S, D], token by token."""
+    size = config.hidden_size // config.num_heads
+    rotated = int(size * config.rotary_fraction) // 2 * 2
+    heads = []
+    for start in range(0, config.hidden_size, size):
+        part = slice(start, start + size)
+        queries = [rotate(x, p, rotated, config.rotary_base) for p, x in enumerate(q[:, part])]
+        keys = [rotate(x, p, rotated, config.rotary_base) for p, x in enumerate(k[:, part])]
+        outputs = []
+        for position, query in enumerate(queries):
+            scores = torch.stack([(query * key).sum() for key in keys[: position + 1]]) / math.sqrt(size)
+            shares = (scores - scores.max().detach()).exp()
+            shares = shares / shares.sum()
+            outputs.append((shares.unsqueeze(-1) * v[: position + 1, part]).sum(0))
+        heads.append(torch.stack(outputs))
+    return torch.cat(heads, dim=-1)
+
+
+def rotate(x: Tensor, position: int, rotated: int, base: float) -> Tensor:
+    """Multiply the complex numbers x[i] + j x[i + rotated / 2] by exp(j position base^(-2 i / rotated))."""
+    half = rotated // 2
+    turned = list(x)
+    for i in range(half):
+        turn = cmath.exp(1j * position * base ** (-2 * i / rotated))
+        turned[i] = x[i] * turn.real - x[i + half] * turn.imag
+        turned[i + half] = x[i] * turn.imag + x[i + half] * turn.real
+    return torch.stack(turned)
+
+
+def norm(x: Tensor, w: Weights, name: str, kind: str, epsilon: float) -> Tensor:
+    outputs = []
+    for token in x:
+        if kind == "layernorm":
+            token = token - token.sum() / len(token)
+        scale = ((token * token).sum() / len(token) + epsilon) ** -0.5
+        outputs.append(token * scale * w[f"{name}.weight"] + (w[f"{name}.bias"] if kind == "layernorm" else 0))
+    return torch.stack(outputs)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))

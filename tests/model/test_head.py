@@ -1,0 +1,83 @@
+"""Logits in chunks of the vocabulary, and the cross-entropy, against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mf_train.model.head import Head
+
+
+def random_case(vocab_size: int, scale: float, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, targets of which some are ignored, and the gradient of each loss."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(4, 9, vocab_size, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    targets = torch.randint(vocab_size, (4, 9), generator=generator)
+    targets[0, 0], targets[0, 1], targets[1, 3], targets[3, 8] = 0, vocab_size - 1, -100, -100
+    return logits, targets, torch.rand(4, 9, generator=generator, dtype=torch.float64)
+
+
+def torch_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-6)], ids=str
+)
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize("vocab_size", [2, 7, 100, 4096, 50304])
+def test_losses_and_gradient(vocab_size: int, scale: float, dtype: torch.dtype, tolerance: float) -> None:
+    logits, targets, share = random_case(vocab_size, scale, dtype, vocab_size)
+    head = Head(4, vocab_size)
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    losses, expected = head.token_losses(ours, targets), torch_losses(theirs, targets)
+    assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(losses.double(), expected, rtol=tolerance, atol=5 * tolerance)
+    assert (losses[targets == -100] == 0).all()
+
+    losses.backward(share.to(losses.dtype))
+    expected.backward(share)
+    assert ours.grad is not None and theirs.grad is not None and ours.grad.dtype == dtype
+    # bfloat16: the gradient is rounded once; extreme logits: exp of a number with a float32 rounding
+    tolerance = 8e-3 if dtype == torch.bfloat16 else tolerance * max(1.0, scale / 10)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance / 100)
+    assert (ours.grad[targets == -100] == 0).all()
+
+
+def test_one_logit_above_all_others_and_infinite_ones_below() -> None:
+    logits = torch.full((1, 3, 16), -1e4)
+    logits[0, :, 5] = 1e4
+    logits[0, 2, :5] = -torch.inf
+    targets = torch.tensor([[5, 6, 5]])
+    losses = Head(4, 16).token_losses(logits.requires_grad_(), targets)
+    assert losses.tolist() == [[0.0, 2e4, 0.0]]
+    losses.sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+def test_gradcheck() -> None:
+    logits, targets, _ = random_case(24, 2.0, torch.float64, 1)
+    head = Head(4, 24)
+    assert torch.autograd.gradcheck(lambda x: head.token_losses(x, targets), (logits.requires_grad_(),))
+
+
+@pytest.mark.parametrize("vocab_size", [9, 20, 64])
+def test_logits_are_the_product_with_every_row(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    head = Head(6, vocab_size).double()
+    with torch.no_grad():
+        head.weight.normal_(generator=generator)
+    x = torch.randn(2, 5, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    logits = head(x)
+    expected = torch.einsum("bsd,vd->bsv", x, head.weight)
+    torch.testing.assert_close(logits, expected)
+    dy = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(logits, [x, head.weight], dy),
+        torch.autograd.grad(expected, [x, head.weight], dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)

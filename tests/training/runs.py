@@ -1,0 +1,100 @@
+"""Real training runs in processes of their own, small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOKENIZER = REPOSITORY / "tokenizer"
+
+
+def small_config(folder: Path, text: Path) -> dict[str, Any]:
+    """A configuration tree that trains in seconds on the JSONL file `text` and writes to `folder`."""
+    return {
+        "model": {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "bits": 4,
+            "vocab_size": 4096,
+            "sequence_length": 32,
+        },
+        "data": {"train": [{"path": str(text)}], "validation": [{"path": str(text)}], "logical_streams": 8},
+        "tokenizer": {"path": str(TOKENIZER)},
+        "optimizer": {"learning_rate": 3e-3},
+        "schedule": {"kind": "constant", "warmup_steps": 2},
+        "training": {
+            "steps": 12,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "device": "cpu",
+            "output_dir": str(folder),
+            "validation_sequences": 5,
+        },
+        "logging": {"tensorboard": False, "interval": 1},
+    }
+
+
+def write_text(path: Path, documents: int = 40) -> Path:
+    """A JSONL file of short English documents, different from each other."""
+    words = "the union of states shall order its affairs with care and report each year to the people".split()
+    with path.open("w") as file:
+        for number in range(documents):
+            text = " ".join(words[(number * 7 + i * i) % len(words)] for i in range(60 + number))
+            file.write(json.dumps({"text": f"Message {number}. {text}"}) + "\n")
+    return path
+
+
+def run_command(
+    arguments: list[str], processes: int = 1, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """`memoryformer ARGUMENTS` in one process, or under torchrun in several."""
+    return subprocess.run(
+        command_line(arguments, processes),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        cwd=REPOSITORY,
+    )
+
+
+def command_line(arguments: list[str], processes: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", "mf_train", *arguments]
+
+
+def environment() -> dict[str, str]:
+    outside = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in outside}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def train(
+    tree: dict[str, Any], *overrides: str, processes: int = 1, expect: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Train a configuration tree, its file written beside the output folder; asserts the exit status."""
+    folder = Path(tree["training"]["output_dir"])
+    config = folder.parent / f"{folder.name}.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    done = run_command(["train", str(config), *overrides], processes)
+    # torchrun ends with 1 whatever its processes ended with
+    wanted = expect if processes == 1 else min(expect, 1)
+    assert done.returncode == wanted, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines of standard error that the command itself wrote."""
+    return [line for line in done.stderr.splitlines() if line.startswith("memoryformer: ")]

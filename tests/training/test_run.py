@@ -1,0 +1,217 @@
+"""Whole runs: metrics, resume, stopping on request, other shapes, what ends a run."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mf_train.checkpoint.layout import list_checkpoints, resolve_checkpoint
+from mf_train.checkpoint.read import CheckpointReader
+from tests.training.runs import (
+    command_line,
+    complaints,
+    environment,
+    read_metrics,
+    small_config,
+    train,
+    write_text,
+)
+
+STEPS, MIDDLE = 12, 6
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run in one process with checkpoints at steps 6 and 12."""
+    folder = tmp_path_factory.mktemp("reference")
+    tree = small_config(folder / "run", write_text(folder / "text.jsonl"))
+    tree["training"]["validation_interval"] = MIDDLE
+    tree["logging"] = {"tensorboard": True, "interval": 1, "telemetry_interval": 4}
+    done = train(tree, f"training.steps={STEPS}", f"checkpoint.interval={MIDDLE}", "checkpoint.keep=0")
+    assert "ZeRO 1" in done.stdout and f"step {STEPS}/{STEPS}" in done.stdout
+    assert not done.stderr, done.stderr
+    return folder / "run"
+
+
+def tree_beside(reference: Path, folder: Path) -> dict[str, Any]:
+    """The reference's configuration, writing elsewhere."""
+    tree: dict[str, Any] = yaml.safe_load((reference.parent / "run.yaml").read_text())
+    tree["training"] |= {"steps": STEPS, "output_dir": str(folder), "validation_interval": 0}
+    tree["logging"] = {"tensorboard": False}
+    return tree
+
+
+def test_metrics_hold_what_the_interface_promises(reference: Path) -> None:
+    metrics = read_metrics(reference)
+    assert [entry["step"] for entry in metrics] == list(range(1, STEPS + 1))
+    keys = {
+        "step",
+        "tokens",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "step_seconds",
+        "tokens_per_second",
+        "data_wait_seconds",
+        "batch_digest",
+        "tensor_parallel_bytes_per_token",
+        "peak_memory_bytes",
+    }
+    for entry in metrics:
+        assert keys <= set(entry)
+        assert entry["tokens"] == entry["step"] * 8 * 32
+        assert len(entry["batch_digest"]) == 16 and int(entry["batch_digest"], 16) >= 0
+        assert ("validation_loss" in entry) == (entry["step"] in (MIDDLE, STEPS))
+        assert ("tables" in entry) == (entry["step"] % 4 == 0)
+    assert len({entry["batch_digest"] for entry in metrics}) == STEPS
+    assert [entry["learning_rate"] for entry in metrics[:3]] == [1.5e-3, 3e-3, 3e-3]
+    assert metrics[0]["loss"] == pytest.approx(math.log(4096), rel=0.02)  # small weights: near uniform
+    tables = metrics[3]["tables"]
+    assert set(tables) == {f"blocks.{b}.hash_{h}" for b in range(2) for h in ("attention", "ffn", "inner")}
+    for report in tables.values():
+        assert (
+            0 < report["rows_read"] <= 1 and 0 < report["entropy"] <= 1 and 0 < report["largest_share"] <= 1
+        )
+
+
+def test_run_folder(reference: Path) -> None:
+    assert (reference / "checkpoints" / "latest").read_text() == "step-000000012\n"
+    assert [path.name for path in list_checkpoints(reference / "checkpoints")] == [
+        "step-000000006",
+        "step-000000012",
+    ]
+    recorded = yaml.safe_load((reference / "config.yaml").read_text())
+    assert recorded["model"]["rotary_fraction"] == 0.25  # defaults are resolved
+    assert (
+        recorded["versions"]["torch"] == torch.__version__.partition("+")[0] or recorded["versions"]["torch"]
+    )
+    assert list((reference / "tensorboard").glob("events.*"))
+
+
+def test_a_finished_run_started_again_does_nothing(reference: Path) -> None:
+    before = (reference / "metrics.jsonl").read_bytes()
+    tree: dict[str, Any] = yaml.safe_load((reference.parent / "run.yaml").read_text())
+    done = train(tree, f"training.steps={STEPS}")
+    assert "nothing to do" in done.stdout
+    assert (reference / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_is_exact_after_a_lost_end(reference: Path, tmp_path: Path) -> None:
+    """A run cut off after its first checkpoint, with lines written after it and a torn last one."""
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-000000012")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:9]) + lines[9][:25])
+    train(tree_beside(reference, folder))
+    ours, theirs = read_metrics(folder), read_metrics(reference)
+    assert [entry["step"] for entry in ours] == list(range(1, STEPS + 1))
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert mine["loss"] == expected["loss"]  # every bit
+        assert mine["grad_norm"] == expected["grad_norm"]
+        assert mine["batch_digest"] == expected["batch_digest"]
+    assert_equal_checkpoints(folder, reference)
+
+
+def assert_equal_checkpoints(one: Path, other: Path) -> None:
+    readers = [CheckpointReader(resolve_checkpoint(folder)) for folder in (one, other)]
+    for name in readers[0].shapes:
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(*(reader.read(name, kind) for reader in readers)), (name, kind)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "data", "stage"), [(1, 2, 2), (2, 1, 0), (2, 2, 3)], ids=lambda value: str(value)
+)
+def test_resume_on_another_shape(reference: Path, tmp_path: Path, tensor: int, data: int, stage: int) -> None:
+    checkpoint = reference / "checkpoints" / "step-000000006"
+    tree = tree_beside(reference, tmp_path / "run")
+    tree["parallel"] = {"tensor": tensor, "zero_stage": stage}
+    tree["checkpoint"] = {"resume": str(checkpoint)}
+    train(tree, processes=tensor * data)
+    ours, theirs = read_metrics(tmp_path / "run"), read_metrics(reference)[MIDDLE:]
+    assert [entry["step"] for entry in ours] == list(range(MIDDLE + 1, STEPS + 1))
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert mine["batch_digest"] == expected["batch_digest"]
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert (mine["tensor_parallel_bytes_per_token"] > 0) == (tensor > 1)
+    # and back again: what a sharded run wrote restarts in one process
+    again = tree_beside(reference, tmp_path / "again")
+    again["training"]["steps"] = STEPS + 1
+    again["checkpoint"] = {"resume": str(tmp_path / "run")}
+    train(again)
+    assert read_metrics(tmp_path / "again")[0]["step"] == STEPS + 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_75(reference: Path, tmp_path: Path, number: signal.Signals) -> None:
+    tree = tree_beside(reference, tmp_path / "run")
+    tree["training"]["steps"] = 2000
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    process = subprocess.Popen(
+        command_line(["train", str(config)]), stdout=subprocess.PIPE, text=True, env=environment()
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    stopped = len(read_metrics(tmp_path / "run"))
+    assert f"stopped on request after step {stopped}" in output
+    assert CheckpointReader(resolve_checkpoint(tmp_path / "run")).manifest.step == stopped
+    tree["training"]["steps"] = stopped + 2
+    train(tree)
+    ours, theirs = read_metrics(tmp_path / "run"), read_metrics(reference)
+    assert [entry["step"] for entry in ours] == list(range(1, stopped + 3))
+    for mine, expected in zip(ours, theirs, strict=False):
+        assert mine["loss"] == expected["loss"]
+
+
+def test_a_nan_loss_stops_the_run(reference: Path, tmp_path: Path) -> None:
+    tree = tree_beside(reference, tmp_path / "run")
+    tree["optimizer"] = {"learning_rate": 1e30, "gradient_clip": 0.0}
+    done = train(tree, "checkpoint.interval=1", "schedule.warmup_steps=5", processes=2, expect=1)
+    (line,) = complaints(done)
+    metrics = read_metrics(tmp_path / "run")
+    step = metrics[-1]["step"] + 1
+    assert line.startswith(f"memoryformer: step {step}: ")
+    assert "is nan" in line or "is inf" in line
+    assert f"last good checkpoint: {tmp_path}/run/checkpoints/step-{step - 1:09d}" in line
+    assert "(batch " in line
+    assert all(math.isfinite(entry["loss"]) for entry in metrics)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_keeps_the_last_checkpoint(reference: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], check=True)
+    try:
+        tree = tree_beside(reference, disk / "run")
+        done = train(tree, "checkpoint.interval=2", "checkpoint.keep=0", processes=2, expect=1)
+        (line,) = complaints(done)
+        assert "No space left" in line and "the newest complete one is step-" in line
+        complete = list_checkpoints(disk / "run" / "checkpoints")
+        assert complete and complete[-1].name in line
+        for path in complete:
+            CheckpointReader(path)
+        assert {path.name for path in (disk / "run" / "checkpoints").iterdir()} == {
+            "latest",
+            *(path.name for path in complete),
+        }
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

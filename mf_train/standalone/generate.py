@@ -37,7 +37,9 @@ def generate(
         )
     yield prompt
     held: list[int] = []
-    for token in new_tokens(plain, ids, max_new_tokens, temperature, seed, tokenizer.end_of_text_id):
+    for token in new_tokens(plain, ids, max_new_tokens, temperature, seed, tokenizer.vocab_size):
+        if token == tokenizer.end_of_text_id:
+            break
         held.append(token)
         text = tokenizer.decode(held)
         # at most the last three bytes of a character that is not yet complete are held back
@@ -49,21 +51,19 @@ def generate(
 
 @torch.no_grad()
 def new_tokens(
-    model: MemoryFormer, ids: list[int], count: int, temperature: float, seed: int, end: int
+    model: MemoryFormer, ids: list[int], count: int, temperature: float, seed: int, vocab_size: int
 ) -> Iterator[int]:
-    """Up to `count` tokens after `ids`, ending before `end`."""
+    """`count` tokens after `ids`, each below `vocab_size`: a model may have rows that no text of its tokenizer uses."""
     generator = torch.Generator().manual_seed(seed)
     cache = Cache(model.config.num_layers)
     step = torch.tensor([ids])
     for _ in range(count):
-        logits = model(step, cache=cache)[0, -1].float()
+        logits = model(step, cache=cache)[0, -1, :vocab_size].float()
         if temperature > 0:
             probabilities = (logits / temperature).softmax(-1)
             token = int(torch.multinomial(probabilities, 1, generator=generator))
         else:
             token = int(logits.argmax())
-        if token == end:
-            return
         yield token
         step = torch.tensor([[token]])
 

@@ -47,8 +47,13 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits [B, S, V] of token ids [B, S].
 
         attention_mask [B, T] is 0 at padding, T counting cached positions too. With `labels` [B, S] the loss is the
-        mean cross-entropy in nats of predicting labels[:, i + 1] at position i, -100 being left out.
+        mean cross-entropy in nats of predicting labels[:, i + 1] at position i, -100 being left out. Raises ValueError
+        for a mask of another shape, such as static caches need.
         """
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has {attention_mask.dim()} dimensions: give [B, T], and use the default (dynamic) cache"
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         logits = self.model(input_ids, attention_mask=attention_mask, cache=past_key_values)

@@ -72,6 +72,7 @@ class LiveLine:
         self.terminal = sys.stdout.isatty()
         self.recent: deque[float] = deque(maxlen=50)
         self.first = True
+        self.open = False  # the terminal's cursor stands behind a line that is still rewritten
 
     def show(self, metrics: dict[str, Any]) -> None:
         self.recent.append(metrics["step_seconds"])
@@ -84,10 +85,12 @@ class LiveLine:
         )
         if self.terminal:
             print(f"\r\033[K{text}", end="", flush=True)
+            self.open = True
         elif self.first or step % self.interval == 0 or step == self.steps:
             print(text, flush=True)
         self.first = False
 
     def say(self, text: str) -> None:
-        """Print a line of its own."""
-        print(f"\r\033[K{text}" if self.terminal else text, flush=True)
+        """Print a line of its own, below what was shown."""
+        print(f"\n{text}" if self.open else text, flush=True)
+        self.open = False

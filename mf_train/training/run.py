@@ -301,20 +301,21 @@ class _Run:
 
     def _summary(self) -> str:
         counts = count_parameters(self.config.model)
-        degrees, training = self.degrees, self.config.training
-        held_out = self.inputs.validation
-        validation = (
-            f"\nvalidation: {len(held_out)} sequences, {held_out.num_tokens:,} tokens; a model without context cannot "
-            f"get below their unigram entropy, {held_out.unigram_entropy():.4f}"
-            if held_out is not None
-            else ""
-        )
-        resumed = f", resumed after step {self.step} from {self.last_checkpoint}" if self.step else ""
-        return (
-            f"{self.config.model.kind}: {counts.total / 1e6:.1f} M parameters ({counts.tables / 1e6:.1f} M in tables); "
-            f"{degrees.world_size} processes on {self.device.type} = tensor {degrees.tensor} x data {degrees.data}, "
-            f"ZeRO {self.config.parallel.zero_stage}, {training.precision}; run folder {self.folder}{resumed}{validation}"
-        )
+        degrees, training, held_out = self.degrees, self.config.training, self.inputs.validation
+        processes = "1 process" if degrees.world_size == 1 else f"{degrees.world_size} processes"
+        lines = [
+            f"{self.config.model.kind}: {counts.total / 1e6:.1f} M parameters, {counts.tables / 1e6:.1f} M in tables",
+            f"{processes} on {self.device.type}: tensor {degrees.tensor} x data {degrees.data}, "
+            f"ZeRO {self.config.parallel.zero_stage}, {training.precision}; run folder {self.folder}",
+        ]
+        if held_out is not None:
+            lines.append(
+                f"validation: {len(held_out)} sequences, {held_out.num_tokens:,} tokens, unigram entropy "
+                f"{held_out.unigram_entropy():.4f} nats (no model without context has a lower loss)"
+            )
+        if self.step:
+            lines.append(f"resumed after step {self.step} from {self.last_checkpoint}")
+        return "\n".join(lines)
 
     def _report(self, metrics: dict[str, Any]) -> None:
         if self.metrics is None:

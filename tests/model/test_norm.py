@@ -60,24 +60,22 @@ def test_gradcheck(features: int, kind: NormKind) -> None:
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-@pytest.mark.parametrize(
-    ("mean", "tolerance"), [(0.0, 1e-6), (1e2, 2e-5), (1e4, 2e-3)], ids=["0", "100", "10000"]
-)
-def test_float32_with_a_large_mean(mean: float, tolerance: float, kind: NormKind) -> None:
-    """The statistics do not cancel: a mean of 1e4 costs no more than its own rounding, 6e-8 of it, does."""
+@pytest.mark.parametrize("mean", [0.0, 1e2, -1e4])
+def test_float32_with_a_large_mean(mean: float, kind: NormKind) -> None:
+    """Nothing cancels but the mean's own rounding: a few units of 2^-24, of the mean, where a naive
+    E[x^2] - E[x]^2 would have lost the variance of 1 at a mean of 1e4.
+    """
     norm = make_norm(512, kind, dtype=torch.float32)
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(4)) + mean
-    expected = torch_norm(x, norm)
-    torch.testing.assert_close(norm(x).double(), expected, rtol=tolerance, atol=tolerance)
+    error = (norm(x) - torch_norm(x, norm)).abs().max()
+    assert error < 4 * 2**-24 * (abs(mean) + 8) * norm.weight.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-@pytest.mark.parametrize("value", [0.0, 3.0, -1e30, 1e-30])
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e18, 1e-30])
 def test_constant_features_stay_finite(value: float, kind: NormKind) -> None:
     norm = make_norm(16, kind, dtype=torch.float32)
     x = torch.full((2, 16), value, requires_grad=True)
-    if abs(value) == 1e30 and kind == "rmsnorm":
-        pytest.skip("squares beyond float32, as in torch's own")
     y = norm(x)
     assert y.isfinite().all()
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()

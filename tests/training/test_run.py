@@ -215,3 +215,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(reference: Path, tmp_path: Path) 
         }
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
+def test_resume_in_bfloat16_is_exact_on_the_same_shape(reference: Path, tmp_path: Path, stage: int) -> None:
+    tree = tree_beside(reference, tmp_path / "whole")
+    tree["training"] |= {"steps": 4, "precision": "bfloat16"}
+    tree["parallel"] = {"zero_stage": stage}
+    train(tree, "checkpoint.interval=2", processes=2)
+    again = tree | {"checkpoint": {"resume": str(tmp_path / "whole/checkpoints/step-000000002")}}
+    again["training"] = tree["training"] | {"output_dir": str(tmp_path / "again")}
+    train(again, processes=2)
+    ours, theirs = read_metrics(tmp_path / "again"), read_metrics(tmp_path / "whole")[2:]
+    assert [entry["loss"] for entry in ours] == [entry["loss"] for entry in theirs]
+    assert_equal_checkpoints(tmp_path / "again", tmp_path / "whole")

@@ -1,0 +1,54 @@
+"""Real training runs, trained once for all tests of this folder, and what they convert to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mf_train.checkpoint.layout import resolve_checkpoint
+from mf_train.standalone.convert import convert
+from tests.training.runs import small_config, train, write_text
+
+VALIDATED_SEQUENCES = 5
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's folder, its last checkpoint, the text that it validated on, and its converted model."""
+
+    run: Path
+    checkpoint: Path
+    text: Path
+    model: Path
+    said: list[str]  # by `convert`
+
+
+@pytest.fixture(scope="session")
+def float32_two(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Trained in float32 by two processes, tables split over both."""
+    return _train(tmp_path_factory.mktemp("float32-two"), processes=2, precision="float32")
+
+
+@pytest.fixture(scope="session")
+def float32_one(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The same run in one process."""
+    return _train(tmp_path_factory.mktemp("float32-one"), processes=1, precision="float32")
+
+
+@pytest.fixture(scope="session")
+def bfloat16_two(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Trained in bfloat16 by two processes, tables split over both."""
+    return _train(tmp_path_factory.mktemp("bfloat16-two"), processes=2, precision="bfloat16")
+
+
+def _train(folder: Path, processes: int, precision: str) -> Trained:
+    text = write_text(folder / "text.jsonl")
+    tree = small_config(folder / "run", text)
+    tree["model"]["vocab_size"] = 4160  # more than the tokenizer has
+    tree["training"] |= {"steps": 3, "precision": precision, "validation_interval": 3}
+    train(tree, f"parallel.tensor={processes}", processes=processes)
+    checkpoint = resolve_checkpoint(folder / "run")
+    said = list(convert(checkpoint, folder / "model"))
+    return Trained(folder / "run", checkpoint, text, folder / "model", said)

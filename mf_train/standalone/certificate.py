@@ -66,7 +66,7 @@ def compare(folder: Path, probe: Mapping[str, Tensor]) -> Comparison:
 
 
 def check(comparison: Comparison, exact: bool) -> None:
-    """Refuse a conversion that is not what was trained. `exact`: a float32 run, written in float32.
+    """Refuse a conversion that is not what was trained. `exact`: a float32 run on a CPU, written in float32.
 
     Raises TrainingError with the numbers.
     """

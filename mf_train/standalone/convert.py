@@ -65,12 +65,15 @@ def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: 
         (folder / name).write_bytes(content)
     digests = copy_weights(reader, folder, getattr(torch, dtype))
     comparison = compare(folder, read_probe(source / PROBE))
-    check(comparison, exact=dtype == config.training.precision == "float32")
+    # on another kind of processor a value that rounds across zero may change a code, and no conversion is to blame
+    exact = dtype == config.training.precision == "float32" and state["device"] == "cpu"
+    check(comparison, exact=exact)
     origin = {
         "checkpoint": source.name,
         "step": reader.manifest.step,
         "tokens": state["tokens"],
         "precision": config.training.precision,
+        "device": state["device"],
         "tensor_parallel": reader.manifest.tensor_parallel,
     }
     write_certificate(folder, origin, dtype, digests, comparison)

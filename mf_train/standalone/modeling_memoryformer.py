@@ -52,7 +52,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
-                f"attention_mask has {attention_mask.dim()} dimensions: give [B, T], and use the default (dynamic) cache"
+                f"attention_mask has {attention_mask.dim()} dimensions: give [B, T], and use the default cache"
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()

@@ -293,7 +293,7 @@ class _Run:
         dist.all_gather_object(states, self.stream_state["streams"], group=self.groups.data)
         stream = merge_states([{**self.stream_state, "streams": streams} for streams in states])
         return Extras(
-            state={"step": self.step, "tokens": self.tokens, "stream": stream},
+            state={"step": self.step, "tokens": self.tokens, "device": self.device.type, "stream": stream},
             config_yaml=resolved_yaml(self.config),
             tokenizer=self.inputs.tokenizer.path.read_bytes(),
             probe=run_probe(self.engine, self.exchange),

@@ -26,7 +26,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, weights: dict[str, Tenso
         local = {name: slice_of_rank(value, name, rank, tensor) for name, value in weights.items()}
         _write_tensors(folder / part_name("master", rank, tensor, 0), local)
     _write_tensors(folder / PROBE, _probe(config, weights))
-    (folder / STATE).write_text(json.dumps({"step": 7, "tokens": 700}))
+    (folder / STATE).write_text(json.dumps({"step": 7, "tokens": 700, "device": "cpu"}))
     (folder / CONFIG).write_text(yaml.safe_dump(config_to_tree(Config(model=config))))
     (folder / TOKENIZER).write_bytes((SHIPPED / "tokenizer.model").read_bytes())
     shapes = {name: list(value.shape) for name, value in weights.items()}

@@ -76,6 +76,7 @@ def test_the_certificate_holds(which: str, request: pytest.FixtureRequest) -> No
         "step": 3,
         "tokens": 3 * 8 * 32,
         "precision": dtype,
+        "device": "cpu",
         "tensor_parallel": 1 if which == "float32_one" else 2,
     }
     tensors = stored(trained.model / SINGLE)

@@ -30,8 +30,10 @@ def test_evaluate_gives_the_trainers_validation_loss(
     trained: Trained = request.getfixturevalue(which)
     with pytest.raises(SystemExit) as ended:
         main(
-            ["evaluate", str(trained.model), "--data", str(trained.text)]
-            + ["--sequences", str(VALIDATED_SEQUENCES), "--batch-size", "3"]
+            [
+                *("evaluate", str(trained.model), "--data", str(trained.text)),
+                *("--sequences", str(VALIDATED_SEQUENCES), "--batch-size", "3"),
+            ]
         )
     assert ended.value.code == 0
     printed = dict(

@@ -1,0 +1,92 @@
+"""Degrees: which rank is what, and the refusal of what does not divide, with its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from mf_train.errors import UserError
+from mf_train.parallel.degrees import Degrees, check_degrees
+
+
+def make_config(tensor: int = 1, batch: int = 64, micro: int = 2, **model: Any) -> Config:
+    sizes = {"hidden_size": 96, "bits": 4, "num_heads": 8, "num_layers": 1, "vocab_size": 64}
+    return Config(
+        model=ModelConfig(**sizes | model),
+        parallel=ParallelConfig(tensor=tensor),
+        training=TrainingConfig(global_batch_size=batch, micro_batch_size=micro),
+        data=DataConfig(logical_streams=64),
+    )
+
+
+def test_neighbours_are_tensor_parallel() -> None:
+    places = [Degrees(rank, 8, 2) for rank in range(8)]
+    assert [(d.data_rank, d.tensor_rank) for d in places] == [(r // 2, r % 2) for r in range(8)]
+    assert {d.data for d in places} == {4}
+
+
+@pytest.mark.parametrize(("tensor", "world_size"), [(1, 1), (1, 8), (2, 2), (2, 16), (4, 4), (8, 64)])
+def test_what_divides_is_accepted(tensor: int, world_size: int) -> None:
+    check_degrees(make_config(tensor, num_heads=8, hidden_size=96), world_size)
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "words"),
+    [
+        (make_config(2), 3, ["parallel.tensor 2 does not divide", "processes 3"]),
+        (make_config(4), 2, ["parallel.tensor 4 does not divide", "processes 2"]),
+        (make_config(16, hidden_size=256, num_heads=16), 16, ["parallel.tensor is 16", "choose 1, 2, 4 or 8"]),
+        (make_config(3), 3, ["parallel.tensor is 3", "choose 1, 2, 4 or 8"]),
+        (make_config(8, hidden_size=48, num_heads=8, bits=4), 8, ["parallel.tensor 8", "tables", " 12"]),
+        (make_config(4, num_heads=6), 4, ["parallel.tensor 4", "model.num_heads 6"]),
+        (make_config(2, num_heads=3), 2, ["parallel.tensor 2", "model.num_heads 3"]),
+        (make_config(4, vocab_size=66), 4, ["parallel.tensor 4", "model.vocab_size 66"]),
+        (make_config(2, kind="dense"), 2, ["parallel.tensor is 2", "model.kind is dense", "parallel.tensor=1"]),
+        (make_config(1, batch=10, micro=2), 4, ["training.global_batch_size 10", "micro_batch_size 2", "degree 4"]),
+        (make_config(2, batch=12, micro=4), 4, ["training.global_batch_size 12", "micro_batch_size 4", "degree 2"]),
+        (make_config(1, batch=2, micro=4), 1, ["training.global_batch_size 2", "micro_batch_size 4"]),
+        (make_config(1, batch=6, micro=2), 3, ["data.logical_streams 64", "degree 3"]),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_its_numbers(
+    config: Config, world_size: int, words: list[str]
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        check_degrees(config, world_size)
+    message = str(refusal.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_what_is_accepted_can_be_split(tensor: int) -> None:
+    """Every accepted shape has chunks of norms and head that no rank's border cuts."""
+    accepted = 0
+    for bits in (1, 2, 3, 5, 8):
+        for tables in (tensor, 3 * tensor, 5, 6):
+            for heads in (tensor, 2 * tensor, 3):
+                for vocab_size in (8, 10, 12):
+                    if bits * tables % heads:
+                        continue
+                    model = {"bits": bits, "hidden_size": bits * tables, "num_heads": heads}
+                    config = make_config(tensor, vocab_size=vocab_size, **model)
+                    try:
+                        check_degrees(config, tensor)
+                    except UserError:
+                        continue
+                    accepted += 1
+                    assert all(
+                        size % tensor == 0
+                        for size in (tables, heads, vocab_size, config.model.hidden_size, config.model.inner_size)
+                    )
+    assert accepted > 5
+
+
+def test_a_vocabulary_of_one_token_is_refused() -> None:
+    config = make_config()
+    with pytest.raises(UserError, match=r"model\.vocab_size is 1"):
+        check_degrees(replace(config, model=replace(config.model, vocab_size=1)), 1)

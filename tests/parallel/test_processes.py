@@ -1,0 +1,84 @@
+"""Which process this is, from the environment of torchrun, of srun, or of neither."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mf_train.errors import UserError
+from mf_train.parallel.processes import Process, find_process
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node-1",
+    "MASTER_PORT": "29500",
+}
+SRUN = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_JOB_NODELIST": "node-[1-2]",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+}
+# what a batch script has outside srun: SLURM_PROCID is there, and is not a task's
+BATCH_SCRIPT = {"SLURM_JOB_ID": "12345", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+def test_alone() -> None:
+    assert find_process({}) == find_process(BATCH_SCRIPT) == Process(0, 1, 0, "127.0.0.1", 0)
+
+
+def test_torchrun_s_environment_also_inside_srun() -> None:
+    expected = Process(rank=5, world_size=8, local_rank=1, master_address="node-1", master_port=29500)
+    assert find_process(TORCHRUN) == find_process(SRUN | TORCHRUN) == expected
+
+
+def test_srun_s_environment() -> None:
+    process = find_process(SRUN | {"MASTER_ADDR": "node-1"})
+    assert (process.rank, process.world_size, process.local_rank) == (5, 8, 1)
+    assert process.master_address == "node-1" and 1024 < process.master_port < 65536
+    other_rank = find_process(SRUN | {"MASTER_ADDR": "node-1", "SLURM_PROCID": "0"})
+    assert other_rank.master_port == process.master_port
+    assert find_process(SRUN | {"MASTER_ADDR": "n", "MASTER_PORT": "1234"}).master_port == 1234
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {name: value for name, value in TORCHRUN.items() if name != "MASTER_ADDR"},
+        {name: value for name, value in TORCHRUN.items() if name != "MASTER_PORT"},
+        TORCHRUN | {"RANK": "first"},
+        {name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"},
+        SRUN | {"MASTER_ADDR": "n", "MASTER_PORT": ""},
+    ],
+    ids=["no address", "no port", "rank", "no local id", "port"],
+)
+def test_incomplete_environments_are_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"^environment: .* start with torchrun or srun$"):
+        find_process(environment)
+
+
+def test_srun_without_scontrol_asks_for_the_address() -> None:
+    """In a process whose PATH has no scontrol."""
+    code = (
+        "from mf_train.errors import UserError\n"
+        "from mf_train.parallel.processes import find_process\n"
+        "try: find_process()\n"
+        "except UserError as error: print(error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PATH": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path), **SRUN},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.count("\n") == 1
+    assert "'node-[1-2]'" in result.stdout and result.stdout.endswith("set MASTER_ADDR\n")

@@ -1,0 +1,292 @@
+"""Short trainings under every degree and stage, in one start of 4 processes, and the same training by torch alone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mf_train.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from mf_train.model import MemoryFormer
+from mf_train.model.head import Head
+from mf_train.model.initialise import initialise, split_dimension
+from mf_train.model.memory import record_codes
+from mf_train.parallel.degrees import Degrees, check_degrees
+from mf_train.parallel.engine import MOMENTS, Engine
+from mf_train.parallel.exchange import Exchange
+from mf_train.parallel.groups import Groups, start_processes, stop_processes
+from mf_train.parallel.processes import Process
+from mf_train.parallel.tensor import TensorParallelHead, shard_model
+
+Weights = dict[str, Tensor]
+
+MODEL = ModelConfig(
+    hidden_size=32, num_layers=2, num_heads=4, bits=4, expand_bits=2, vocab_size=128, sequence_length=16
+)
+# Clipping is active at every step; decay and the tables' multiplier are large enough to show in the weights.
+OPTIMIZER = OptimizerConfig(
+    learning_rate=3e-3, table_learning_rate_multiplier=0.5, weight_decay=0.3, gradient_clip=0.3
+)
+STEPS, BATCH, MICRO = 10, 8, 2
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One training. `warm`: its optimiser state is made before the first step and set back, as a resume does."""
+
+    tensor: int
+    data: int
+    stage: int
+    precision: str
+    warm: bool = False
+
+    def __str__(self) -> str:
+        return f"P{self.tensor}-R{self.data}-stage{self.stage}-{self.precision}{'-warm' * self.warm}"
+
+
+@dataclass
+class Record:
+    """What one rank saw of a training; collected tensors are this tensor-parallel rank's slices."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: Weights = field(default_factory=dict)  # of the first step, clipped
+    state: dict[str, Weights] = field(default_factory=dict)  # master and moments after step 5
+    codes: list[dict[str, Tensor]] = field(default_factory=list)  # of the probe after steps 1, 5 and the last
+    probe_losses: dict[str, Tensor] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)  # elements of each parameter whose master is here
+    tensor_rank: int = 0
+    collected: bool = True  # state was collected on this data-parallel rank
+
+
+def case_config(case: Case) -> Config:
+    return Config(
+        model=MODEL,
+        optimizer=OPTIMIZER,
+        parallel=ParallelConfig(tensor=case.tensor, zero_stage=case.stage),
+        training=TrainingConfig(global_batch_size=BATCH, micro_batch_size=MICRO, precision=case.precision),
+    )
+
+
+def batch_of(step: int) -> Tensor:
+    """Tokens [BATCH, S + 1] of which some are far more frequent than others, so that there is much to learn."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    uniform = torch.rand(BATCH, MODEL.sequence_length + 1, generator=generator)
+    return (uniform.pow(3) * MODEL.vocab_size).long()
+
+
+def probe() -> Tensor:
+    return torch.randint(MODEL.vocab_size, (4, 17), generator=torch.Generator().manual_seed(5))
+
+
+# the parallel training
+
+
+def run_worlds(
+    rank: int, world_size: int, worlds: list[tuple[list[int], int, list[Case]]]
+) -> list[dict[str, Any]]:
+    """Each world in turn: its ranks, its port, its cases. Returns this rank's results of each world.
+
+    Larger worlds come first: DeepSpeed numbers parameters through the life of a process, and compares the
+    numbers between ranks.
+    """
+    results = []
+    for members, port, cases in worlds:
+        found: dict[str, Any] = {}
+        if rank in members:
+            process = Process(members.index(rank), len(members), 0, "127.0.0.1", port)
+            start_processes(process, CPU, 120)
+            for case in cases:
+                found[str(case)] = run_case(case, process)
+            if len(members) == 4:
+                found["cross-entropy"] = [compare_cross_entropy(process, tensor) for tensor in (2, 4)]
+            stop_processes()
+        results.append(found)
+    return results
+
+
+def make_groups(process: Process, tensor: int) -> Groups:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    return Groups(Degrees(process.rank, process.world_size, tensor), 120)
+
+
+def run_case(case: Case, process: Process) -> Record:
+    config = case_config(case)
+    check_degrees(config, process.world_size)
+    groups = make_groups(process, case.tensor)
+    degrees = groups.degrees
+    with torch.device("meta"):
+        model = MemoryFormer(MODEL)
+    if case.tensor > 1:
+        shard_model(model, Exchange(groups.tensor))
+    model.to_empty(device=CPU)
+    initialise(model, 0, degrees.tensor_rank, case.tensor)
+    engine = Engine(model, config, groups, CPU)
+    if case.warm:
+        warm_up(engine)
+
+    last = degrees.data - 1  # the rank that collects is never the only one that it could be
+    record = Record(tensor_rank=degrees.tensor_rank, collected=degrees.data_rank == last)
+    for step in range(1, 4 if case.warm else STEPS + 1):
+        micro_batches = batch_of(step)[degrees.data_rank :: degrees.data].split(MICRO)
+        loss = torch.zeros((), dtype=torch.float64)
+        for index, rows in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
+            loss += engine.backward(rows[:, :-1], rows[:, 1:], last=is_last) / len(micro_batches)
+        dist.all_reduce(loss, group=groups.data)
+        record.losses.append(loss.item() / degrees.data)
+        record.norms.append(engine.update(OPTIMIZER.learning_rate))
+        if case.warm:
+            continue
+        if step == 1:
+            first = collect(engine, "exp_avg", last)
+            record.gradients = {name: value / (1 - OPTIMIZER.betas[0]) for name, value in first.items()}
+        if step == 5:
+            record.state = {kind: collect(engine, kind, last) for kind in ("master", *MOMENTS)}
+            record.probe_losses["as it is"] = probe_losses(engine)
+        if step in (1, 5, STEPS):
+            record.codes.append(probe_codes(engine))
+    if not case.warm:
+        record.held = {name: fragment.numel for name, fragment in engine.fragments().items()}
+        halve_masters(engine)
+        record.state["halved"] = collect(engine, "master", last)
+        record.probe_losses["halved"] = probe_losses(engine)
+    engine.engine.destroy()
+    return record
+
+
+def warm_up(engine: Engine) -> None:
+    """What a resume does before it writes: state that exists, no step taken, weights as they were."""
+    before = collect(engine, "master", 0)
+    engine.create_moments()
+    after = collect(engine, "master", 0)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for fragment in engine.fragments().values():
+        for kind in MOMENTS:
+            engine.moment(fragment, kind).zero_()
+    engine.reset_step(0)
+
+
+def collect(engine: Engine, kind: str, data_rank: int) -> Weights:
+    fragments = engine.fragments()
+    found = {}
+    for name, _ in engine.model.named_parameters():
+        value = engine.collect(name, fragments.get(name), kind, data_rank)
+        assert (value is None) == (engine.groups.degrees.data_rank != data_rank)
+        if value is not None:
+            assert value.dtype == torch.float32
+            found[name] = value
+    return found
+
+
+def probe_losses(engine: Engine) -> Tensor:
+    with torch.no_grad():
+        return engine.forward(probe()[:, :-1], probe()[:, 1:])
+
+
+def probe_codes(engine: Engine) -> dict[str, Tensor]:
+    codes, handles = record_codes(engine.model)
+    probe_losses(engine)
+    for handle in handles:
+        handle.remove()
+    return codes
+
+
+def halve_masters(engine: Engine) -> None:
+    for fragment in engine.fragments().values():
+        fragment.of(fragment.flat.detach()).mul_(0.5)
+    engine.refresh_parameters()
+
+
+def compare_cross_entropy(process: Process, tensor: int) -> tuple[Tensor, Tensor]:
+    """Largest difference of losses and of their gradients from megatron-core's, in float32."""
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    groups = make_groups(process, tensor)
+    generator = torch.Generator().manual_seed(tensor)
+    whole = torch.randn(5, 3, 64, generator=generator) * 4
+    targets = torch.randint(64, (5, 3), generator=generator)
+    share = torch.rand(5, 3, generator=generator)
+    head = Head(4, 64)
+    head.weight = torch.nn.Parameter(head.weight.detach().chunk(tensor)[groups.degrees.tensor_rank])
+    ours, theirs = (
+        whole.chunk(tensor, dim=-1)[groups.degrees.tensor_rank].clone().requires_grad_() for _ in range(2)
+    )
+    losses = TensorParallelHead(head, Exchange(groups.tensor)).token_losses(ours, targets)
+    expected = vocab_parallel_cross_entropy(theirs * 1, targets)  # it writes into its input
+    losses.backward(share)
+    expected.backward(share)
+    assert ours.grad is not None and theirs.grad is not None and theirs.grad.abs().max() > 0.1
+    return (losses - expected).abs().max().detach(), (ours.grad - theirs.grad).abs().max()
+
+
+# the same by torch alone
+
+
+def train_plainly(precision: str) -> Record:
+    """One process, torch's AdamW on float32 masters, gradients summed in float32."""
+    model = MemoryFormer(MODEL, seed=0)
+    working = copy.deepcopy(model).to(torch.bfloat16) if precision == "bfloat16" else model
+    masters = dict(model.named_parameters())
+    tables = [p for name, p in masters.items() if name.endswith(".tables")]
+    matrices = [masters["embedding.weight"], masters["head.weight"]]
+    others = [p for n, p in masters.items() if "norm" in n or n.endswith(".bias")]
+    assert len(tables) + len(matrices) + len(others) == len(masters)
+    rate = OPTIMIZER.learning_rate
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": tables, "lr": rate * OPTIMIZER.table_learning_rate_multiplier},
+            {"params": matrices},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=rate,
+        betas=OPTIMIZER.betas,
+        eps=OPTIMIZER.eps,
+        weight_decay=OPTIMIZER.weight_decay,
+    )
+    record = Record()
+    for step in range(1, STEPS + 1):
+        sums = {name: torch.zeros_like(p) for name, p in masters.items()}
+        loss = 0.0
+        for rows in batch_of(step).split(MICRO):
+            mean = working(rows[:, :-1], rows[:, 1:]).mean()
+            gradients = torch.autograd.grad(mean * (MICRO / BATCH), list(working.parameters()))
+            for name, gradient in zip(sums, gradients, strict=True):
+                sums[name] += gradient.float()
+            loss += mean.item() * MICRO / BATCH
+        norm = torch.cat([g.double().flatten() for g in sums.values()]).norm().item()
+        for name, parameter in masters.items():
+            parameter.grad = sums[name] * min(1.0, OPTIMIZER.gradient_clip / norm)
+        optimizer.step()
+        record.losses.append(loss)
+        record.norms.append(norm)
+        if working is not model:
+            with torch.no_grad():
+                for name, parameter in working.named_parameters():
+                    parameter.copy_(masters[name])
+        if step == 1:
+            record.gradients = {name: p.grad.clone() for name, p in masters.items() if p.grad is not None}
+        if step == 5:
+            record.state["master"] = {name: p.detach().clone() for name, p in masters.items()}
+            for kind in MOMENTS:
+                record.state[kind] = {n: optimizer.state[p][kind].clone() for n, p in masters.items()}
+        if step in (1, 5, STEPS):
+            codes, handles = record_codes(working)
+            working(probe()[:, :-1])
+            for handle in handles:
+                handle.remove()
+            record.codes.append(codes)
+    return record
+
+
+def join(parts: list[Weights]) -> Weights:
+    """Whole parameters of the slices of tensor-parallel ranks in order."""
+    return {name: torch.cat([part[name] for part in parts], split_dimension(name)) for name in parts[0]}

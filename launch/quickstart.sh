@@ -12,18 +12,18 @@ echo "[1/3] training configs/quickstart.yaml on 2 processes (up to 4 minutes)"
 OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 \
     -m mf_train train configs/quickstart.yaml
 
-checkpoint=$run/checkpoints/$(<$run/checkpoints/latest)
-echo "[2/3] converting $checkpoint to $run/model (seconds)"
+echo "[2/3] converting the newest checkpoint of $run to $run/model (seconds)"
 rm -rf "$run/model"
-"$python" -m mf_train convert "$checkpoint" "$run/model"
+"$python" -m mf_train convert "$run" "$run/model"
 
 echo "[3/3] generating from $run/model (seconds)"
-"$python" -m mf_train generate "$run/model" "$prompt"
+"$python" -m mf_train generate "$run/model" "$prompt" --temperature 0.7
 
 memoryformer=$(dirname "$(command -v "$python")")/memoryformer
 cat <<END
 
 Go on with
-  $memoryformer generate $run/model "Fellow citizens,"
+  $memoryformer generate $run/model "Fellow citizens," --temperature 0.7
+  $memoryformer evaluate $run/model --data 'configs/quickstart-text/validation/*'
   $memoryformer train --help
 END

@@ -44,7 +44,8 @@ class Engine:
 
     def __init__(self, model: MemoryFormer, config: Config, groups: Groups, device: torch.device) -> None:
         os.environ["DS_ACCELERATOR"] = device.type
-        os.environ.setdefault("LOCAL_RANK", str(groups.degrees.local_rank))  # it asks for this one of torchrun's
+        # it asks for this one of torchrun's variables
+        os.environ.setdefault("LOCAL_RANK", str(groups.degrees.local_rank))
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         import deepspeed
 
@@ -162,6 +163,8 @@ class Engine:
         zero = self.engine.optimizer
         parameters: list[Any] = list(self.model.parameters())  # DeepSpeed adds attributes
         if self.stage == 3:
+            # parameters that a forward pass left gathered would keep their old values
+            self.engine.empty_partition_cache()
             for parameter in parameters:
                 fragment = self._find_fragment(parameter)
                 if fragment is not None:

@@ -76,9 +76,7 @@ def test_a_run_s_own_config_loads_again(tmp_path: Path) -> None:
 def test_anchors_and_merges(tmp_path: Path) -> None:
     config = load(
         tmp_path,
-        "data:\n"
-        "  train: [&source {path: a.txt, weight: 3}]\n"
-        "  validation: [{<<: *source, path: b.txt}]\n",
+        "data:\n  train: [&source {path: a.txt, weight: 3}]\n  validation: [{<<: *source, path: b.txt}]\n",
     )
     assert config.data.validation == (SourceConfig(path="b.txt", weight=3.0),)
 
@@ -124,7 +122,9 @@ def random_config(dice: random.Random) -> Config:
 
     def section(kind: type) -> Any:
         hints = typing.get_type_hints(kind)
-        return kind(**{field.name: value(hints[field.name], field.name) for field in dataclasses.fields(kind)})
+        return kind(
+            **{field.name: value(hints[field.name], field.name) for field in dataclasses.fields(kind)}
+        )
 
     config: Config = section(Config)
     return config
@@ -144,9 +144,7 @@ def test_misspelt_keys_name_the_nearest(text: str, key: str, near: str, tmp_path
 
 
 def test_a_misspelt_override_names_the_nearest(tmp_path: Path) -> None:
-    assert "unknown key 'training.stpes': did you mean 'steps'?" in mistake(
-        tmp_path, "", "training.stpes=3"
-    )
+    assert "unknown key 'training.stpes': did you mean 'steps'?" in mistake(tmp_path, "", "training.stpes=3")
 
 
 def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> None:

@@ -21,7 +21,11 @@ def logits_of(weights: Weights, config: ModelConfig, token_ids: Tensor) -> Tenso
         for layer in range(config.num_layers):
             prefix = f"blocks.{layer}."
             block = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            x = memory_block(x, block, config) if config.kind == "memoryformer" else dense_block(x, block, config)
+            x = (
+                memory_block(x, block, config)
+                if config.kind == "memoryformer"
+                else dense_block(x, block, config)
+            )
         x = norm(x, weights, "final_norm", config.norm, config.norm_epsilon)
         rows.append(torch.einsum("sd,vd->sv", x, weights["head.weight"]))
     return torch.stack(rows)
@@ -120,7 +124,9 @@ def norm(x: Tensor, w: Weights, name: str, kind: str, epsilon: float) -> Tensor:
         if kind == "layernorm":
             token = token - token.sum() / len(token)
         scale = ((token * token).sum() / len(token) + epsilon) ** -0.5
-        outputs.append(token * scale * w[f"{name}.weight"] + (w[f"{name}.bias"] if kind == "layernorm" else 0))
+        outputs.append(
+            token * scale * w[f"{name}.weight"] + (w[f"{name}.bias"] if kind == "layernorm" else 0)
+        )
     return torch.stack(outputs)
 
 

@@ -126,9 +126,7 @@ def test_cached_decoding_of_left_padded_rows(kind: str) -> None:
     cache, parts, end = ListCache(), [], 0
     for piece in (6, 1, 1, 2):
         end += piece
-        parts.append(
-            model(tokens[:, end - piece : end], attention_mask=mask[:, :end], cache=cache)
-        )
+        parts.append(model(tokens[:, end - piece : end], attention_mask=mask[:, :end], cache=cache))
     logits = torch.cat(parts, dim=1)
     torch.testing.assert_close(logits[0], model(tokens[:1])[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(logits[1, 4:], model(tokens[1:, 4:])[0], rtol=1e-9, atol=1e-9)

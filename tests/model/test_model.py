@@ -54,7 +54,14 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_loss_and_every_gradient(case: str) -> None:
-    settings = {"hidden_size": 24, "num_layers": 2, "num_heads": 2, "bits": 3, "vocab_size": 37, **CASES[case]}
+    settings = {
+        "hidden_size": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "bits": 3,
+        "vocab_size": 37,
+        **CASES[case],
+    }
     config = ModelConfig(**settings)
     seed = sorted(CASES).index(case)
     model = random_model(config, seed)
@@ -102,7 +109,9 @@ def test_narrow_types_come_close(dtype: torch.dtype, tolerance: float, kind: str
 
 
 def test_dense_peer_against_torch_modules() -> None:
-    config = ModelConfig(kind="dense", hidden_size=48, num_layers=1, num_heads=3, vocab_size=61, rotary_fraction=0)
+    config = ModelConfig(
+        kind="dense", hidden_size=48, num_layers=1, num_heads=3, vocab_size=61, rotary_fraction=0
+    )
     model = random_model(config, 8)
     tokens, targets = random_tokens(config, 9, 3, 20)
     w = dict(model.named_parameters())

@@ -38,15 +38,31 @@ def test_what_divides_is_accepted(tensor: int, world_size: int) -> None:
     [
         (make_config(2), 3, ["parallel.tensor 2 does not divide", "processes 3"]),
         (make_config(4), 2, ["parallel.tensor 4 does not divide", "processes 2"]),
-        (make_config(16, hidden_size=256, num_heads=16), 16, ["parallel.tensor is 16", "choose 1, 2, 4 or 8"]),
+        (
+            make_config(16, hidden_size=256, num_heads=16),
+            16,
+            ["parallel.tensor is 16", "choose 1, 2, 4 or 8"],
+        ),
         (make_config(3), 3, ["parallel.tensor is 3", "choose 1, 2, 4 or 8"]),
         (make_config(8, hidden_size=48, num_heads=8, bits=4), 8, ["parallel.tensor 8", "tables", " 12"]),
         (make_config(4, num_heads=6), 4, ["parallel.tensor 4", "model.num_heads 6"]),
         (make_config(2, num_heads=3), 2, ["parallel.tensor 2", "model.num_heads 3"]),
         (make_config(4, vocab_size=66), 4, ["parallel.tensor 4", "model.vocab_size 66"]),
-        (make_config(2, kind="dense"), 2, ["parallel.tensor is 2", "model.kind is dense", "parallel.tensor=1"]),
-        (make_config(1, batch=10, micro=2), 4, ["training.global_batch_size 10", "micro_batch_size 2", "degree 4"]),
-        (make_config(2, batch=12, micro=4), 4, ["training.global_batch_size 12", "micro_batch_size 4", "degree 2"]),
+        (
+            make_config(2, kind="dense"),
+            2,
+            ["parallel.tensor is 2", "model.kind is dense", "parallel.tensor=1"],
+        ),
+        (
+            make_config(1, batch=10, micro=2),
+            4,
+            ["training.global_batch_size 10", "micro_batch_size 2", "degree 4"],
+        ),
+        (
+            make_config(2, batch=12, micro=4),
+            4,
+            ["training.global_batch_size 12", "micro_batch_size 4", "degree 2"],
+        ),
         (make_config(1, batch=2, micro=4), 1, ["training.global_batch_size 2", "micro_batch_size 4"]),
         (make_config(1, batch=6, micro=2), 3, ["data.logical_streams 64", "degree 3"]),
     ],
@@ -81,7 +97,13 @@ def test_what_is_accepted_can_be_split(tensor: int) -> None:
                     accepted += 1
                     assert all(
                         size % tensor == 0
-                        for size in (tables, heads, vocab_size, config.model.hidden_size, config.model.inner_size)
+                        for size in (
+                            tables,
+                            heads,
+                            vocab_size,
+                            config.model.hidden_size,
+                            config.model.inner_size,
+                        )
                     )
     assert accepted > 5
 

@@ -6,6 +6,8 @@ start of 4 processes (tests/parallel/worlds.py).
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,46 +30,81 @@ from tests.parallel.worlds import (
 
 pytestmark = pytest.mark.distributed
 
-PRECISIONS = ("float32", "bfloat16")
+# The bound for bfloat16, relative, over 10 steps; up to 1.2e-3 and 1.5e-2 were seen. Rounding flips codes, which
+# changes the loss, and Adam moves a weight whose gradient is rounding alone as far as any other.
+BFLOAT16_LOSS, BFLOAT16_NORM = 3e-3, 5e-2
 
 
-def cases_of(tensor: int, data: int, stages: tuple[int, ...] = (0, 1, 2, 3)) -> list[Case]:
-    return [Case(tensor, data, stage, precision) for precision in PRECISIONS for stage in stages]
+def select(tensor: int, data: int, precision: str, stages: tuple[int, ...], warm: bool = False) -> list[Case]:
+    return [Case(tensor, data, stage, precision, warm) for stage in stages]
 
 
-WARM = [Case(2, 2, stage, precision, warm=True) for precision in PRECISIONS for stage in range(4)]
+EVERY = (0, 1, 2, 3)
+# Ranks of the 4, and what they train; larger worlds first (see run_worlds). Most of the time is P = 4 on few cores.
 WORLDS = [
-    ([0, 1, 2, 3], cases_of(2, 2) + WARM + cases_of(4, 1, (0, 1))),
-    ([0, 1], cases_of(2, 1)),
-    ([2, 3], cases_of(1, 2)),
-    ([0], cases_of(1, 1)),
+    (
+        [0, 1, 2, 3],
+        select(2, 2, "float32", EVERY)
+        + select(2, 2, "bfloat16", EVERY)
+        + select(2, 2, "float32", (1, 3), warm=True)
+        + select(2, 2, "bfloat16", (0, 2), warm=True)
+        + select(4, 1, "float32", (0,)),
+    ),
+    ([0, 1], select(2, 1, "float32", EVERY) + select(2, 1, "bfloat16", (0, 3))),
+    ([2, 3], select(1, 2, "float32", EVERY) + select(1, 2, "bfloat16", (0, 3))),
+    ([0], select(1, 1, "float32", EVERY) + select(1, 1, "bfloat16", EVERY)),
 ]
-CASES = [case for _, cases in WORLDS for case in cases if not case.warm]
-FLOAT32 = [case for case in CASES if case.precision == "float32"]
+SLOW_WORLDS = [
+    (
+        [0, 1, 2, 3],
+        select(2, 2, "float32", (0, 2), warm=True)
+        + select(2, 2, "bfloat16", (1, 3), warm=True)
+        + select(4, 1, "float32", (1, 2, 3))
+        + select(4, 1, "bfloat16", EVERY),
+    ),
+    ([0, 1], select(2, 1, "bfloat16", (1, 2))),
+    ([2, 3], select(1, 2, "bfloat16", (1, 2))),
+]
 
 
-@pytest.fixture(scope="module")
-def found() -> list[list[dict[str, Any]]]:
+def cases_in(worlds: list[tuple[list[int], list[Case]]]) -> list[Case]:
+    return [case for _, cases in worlds for case in cases]
+
+
+FAST = set(cases_in(WORLDS))
+EVERY_CASE = [
+    pytest.param(case, id=str(case), marks=[] if case in FAST else [pytest.mark.slow])
+    for case in sorted(FAST | set(cases_in(SLOW_WORLDS)))
+]
+CASES = [p for p in EVERY_CASE if not p.values[0].warm]
+FLOAT32 = [p for p in CASES if p.values[0].precision == "float32"]
+WARM = [p for p in EVERY_CASE if p.values[0].warm]
+
+
+@functools.cache
+def results(slow: bool) -> list[list[dict[str, Any]]]:
     """By rank, then by world."""
-    worlds = [(members, _free_port(), cases) for members, cases in WORLDS]
-    return run_distributed(run_worlds, 4, worlds, timeout=500)
+    worlds = [(members, _free_port(), cases) for members, cases in (SLOW_WORLDS if slow else WORLDS)]
+    return run_distributed(run_worlds, 4, worlds, timeout=900 if slow else 500)
 
 
-@pytest.fixture(scope="module")
-def records(found: list[list[dict[str, Any]]]) -> dict[Case, list[Record]]:
-    """Of each case's ranks, in order."""
-    return {
-        case: [found[rank][index][str(case)] for rank in members]
-        for index, (members, cases) in enumerate(WORLDS)
-        for case in cases
-    }
+def records_of(case: Case) -> list[Record]:
+    """Of the case's ranks, in order."""
+    slow = case not in FAST
+    found = results(slow)
+    [(index, members)] = [
+        (index, members)
+        for index, (members, cases) in enumerate(SLOW_WORLDS if slow else WORLDS)
+        if case in cases
+    ]
+    return [found[rank][index][str(case)] for rank in members]
 
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Record]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    trained = {precision: train_plainly(precision) for precision in PRECISIONS}
+    trained = {precision: train_plainly(precision) for precision in ("float32", "bfloat16")}
     torch.set_num_threads(threads)
     return trained
 
@@ -97,15 +134,14 @@ def test_the_trainings_are_worth_comparing(plain: dict[str, Record]) -> None:
         assert record.losses[0] - record.losses[-1] > 0.1
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_loss_curve(case: Case, records: dict[Case, list[Record]], plain: dict[str, Record]) -> None:
-    """Float32: 1e-5. bfloat16: BFLOAT16_LOSS, as a code that flips changes the loss, and Adam divides gradients by
-    their size, so that rounding moves weights whose gradient is small as far as others.
-    """
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_curve(case: Case, plain: dict[str, Record]) -> None:
+    """Float32: 1e-5. bfloat16: as stated above."""
     expected = plain[case.precision]
+    ranks = records_of(case)
     loss_bound, norm_bound = (1e-5, 1e-4) if case.precision == "float32" else (BFLOAT16_LOSS, BFLOAT16_NORM)
-    for record in records[case]:
-        assert record.losses == records[case][0].losses and record.norms == records[case][0].norms
+    for record in ranks:
+        assert record.losses == ranks[0].losses and record.norms == ranks[0].norms
         loss, norm = (
             largest_relative(record.losses, expected.losses),
             largest_relative(record.norms, expected.norms),
@@ -114,33 +150,32 @@ def test_the_loss_curve(case: Case, records: dict[Case, list[Record]], plain: di
         assert loss < loss_bound and norm < norm_bound
 
 
-BFLOAT16_LOSS, BFLOAT16_NORM = 2e-3, 5e-2
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_of_the_first_step(
-    case: Case, records: dict[Case, list[Record]], plain: dict[str, Record]
-) -> None:
-    error, name = largest_error(whole(records[case], "gradients"), plain[case.precision].gradients)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_the_first_step(case: Case, plain: dict[str, Record]) -> None:
+    error, name = largest_error(whole(records_of(case), "gradients"), plain[case.precision].gradients)
     print(f"{case}: {error:.1e} ({name})")
     assert error < (1e-4 if case.precision == "float32" else 3e-2), name
 
 
-@pytest.mark.parametrize("case", FLOAT32, ids=str)
-def test_weights_and_moments_after_five_steps(
-    case: Case, records: dict[Case, list[Record]], plain: dict[str, Record]
-) -> None:
+@pytest.mark.parametrize("case", FLOAT32)
+def test_weights_and_moments_after_five_steps(case: Case, plain: dict[str, Record]) -> None:
+    # most of a key's bias adds the same to every score of a query: its gradient is rounding alone, which Adam follows
     for kind in ("master", "exp_avg", "exp_avg_sq"):
-        error, name = largest_error(whole(records[case], kind), plain["float32"].state[kind])
-        print(f"{case} {kind}: {error:.1e} ({name})")
-        assert error < 1e-4, (kind, name)
+        actual, expected = whole(records_of(case), kind), plain["float32"].state[kind]
+        for names, bound in (
+            ([name for name in expected if not name.endswith("key.bias")], 2e-5),
+            ([name for name in expected if name.endswith("key.bias")], 1e-3),
+        ):
+            error, name = largest_error({n: actual[n] for n in names}, {n: expected[n] for n in names})
+            print(f"{case} {kind}: {error:.1e} ({name})")
+            assert error < bound, (kind, name)
 
 
-@pytest.mark.parametrize("case", FLOAT32, ids=str)
-def test_codes_hardly_flip(case: Case, records: dict[Case, list[Record]], plain: dict[str, Record]) -> None:
+@pytest.mark.parametrize("case", FLOAT32)
+def test_codes_hardly_flip(case: Case, plain: dict[str, Record]) -> None:
     """Codes of the probe after 1, 5 and 10 steps against the plain run's; a value at rounding distance may flip."""
     flips, total = 0, 0
-    for ours, theirs in zip(records[case][0].codes, plain["float32"].codes, strict=True):
+    for ours, theirs in zip(records_of(case)[0].codes, plain["float32"].codes, strict=True):
         assert ours.keys() == theirs.keys() and len(ours) == 3 * MODEL.num_layers
         for name, codes in theirs.items():
             flips += int((ours[name] != codes).sum())
@@ -149,46 +184,48 @@ def test_codes_hardly_flip(case: Case, records: dict[Case, list[Record]], plain:
     assert flips <= 5 and total > 5000
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_element_is_kept_once(case: Case, records: dict[Case, list[Record]]) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_every_element_is_kept_once(case: Case) -> None:
     """Across tensor- and, from stage 1 on, data-parallel ranks."""
     copies = case.data if case.stage == 0 else 1
     for name, parameter in MemoryFormer(MODEL).named_parameters():
-        held = sum(record.held.get(name, 0) for record in records[case])
+        held = sum(record.held.get(name, 0) for record in records_of(case))
         assert held == copies * parameter.numel(), name
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_collected_masters_are_the_model(case: Case, records: dict[Case, list[Record]]) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_collected_masters_are_the_model(case: Case) -> None:
     """A plain model with the collected masters has the engine's losses; so again after they were changed in place."""
     for kind, losses in (("master", "as it is"), ("halved", "halved")):
         model = MemoryFormer(MODEL)
-        model.load_state_dict(whole(records[case], kind))
+        model.load_state_dict(whole(records_of(case), kind))
         model.to(getattr(torch, case.precision))
         with torch.no_grad():
             expected = model(probe()[:, :-1], probe()[:, 1:])
-        for record in records[case]:
+        for record in records_of(case):
             torch.testing.assert_close(record.probe_losses[losses], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", WARM, ids=str)
-def test_state_made_in_advance_changes_nothing(case: Case, records: dict[Case, list[Record]]) -> None:
-    cold = records[Case(case.tensor, case.data, case.stage, case.precision)]
-    for record, other in zip(records[case], cold, strict=True):
+@pytest.mark.parametrize("case", WARM)
+def test_state_made_in_advance_changes_nothing(case: Case) -> None:
+    cold = records_of(replace(case, warm=False))
+    for record, other in zip(records_of(case), cold, strict=True):
         assert record.losses == other.losses[:3] and record.norms == other.norms[:3]
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["P2", "P4"])
-def test_cross_entropy_is_megatron_s(index: int, found: list[list[dict[str, Any]]]) -> None:
+def test_cross_entropy_is_megatron_s(index: int) -> None:
     for rank in range(4):
-        loss_error, gradient_error = found[rank][0]["cross-entropy"][index]
+        loss_error, gradient_error = results(False)[rank][0]["cross-entropy"][index]
         assert loss_error < 1e-5 and gradient_error < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["memoryformer", "dense"])
 def test_parameter_groups(kind: str) -> None:
     """Each parameter in one group; its decay and multiplier follow from its name."""
-    model = MemoryFormer(ModelConfig(kind=kind, hidden_size=32, num_layers=2, num_heads=2, bits=4, vocab_size=32))
+    model = MemoryFormer(
+        ModelConfig(kind=kind, hidden_size=32, num_layers=2, num_heads=2, bits=4, vocab_size=32)
+    )
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.3, table_learning_rate_multiplier=2.5))
     names = {id(p): name for name, p in model.named_parameters()}
     seen = []

@@ -54,9 +54,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype) -> MemoryFormer:
 
 
 def random_tokens(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(
-        config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(2)
-    )
+    tokens = torch.randint(config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(2))
     targets = tokens[:, 1:].clone()
     targets[0, 3] = -100
     return tokens[:, :-1], targets
@@ -209,7 +207,9 @@ def test_codes_cost_less_than_activations(size: int, dtype: str) -> None:
     ours = bytes_per_token(config, width, size)
     blocks = sum(ours.values()) - ours["features"] - ours["loss"] - (size - 1) * 16  # without the final norm
     megatron = config.num_layers * 4 * 2 * (size - 1) / size * config.hidden_size * width
-    print(f"\nP={size} {dtype}: blocks {blocks:.0f} bytes a token, activations {megatron:.0f}; with the head {ours}")
+    print(
+        f"\nP={size} {dtype}: blocks {blocks:.0f} bytes a token, activations {megatron:.0f}; with the head {ours}"
+    )
     assert blocks < megatron / 2
 
 

@@ -40,7 +40,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     tree.pop("versions", None)  # a run's own config.yaml records package versions; they are not settings
     for override in overrides:
         apply_override(tree, override)
-    return parse_config(tree, str(path))
+    return parse_config(tree, " with ".join([str(path), *overrides]))
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> Config:

@@ -11,7 +11,7 @@ Score = Literal["probability", "scaled_probability"]
 NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["none", "gelu", "relu"]
 
-MAX_BITS = 16  # a code is at most two bytes wide on the wire (SPEC: 2 bytes up to 16 bits)
+MAX_BITS = 16  # a code travels in at most two bytes
 
 
 @dataclass(frozen=True, kw_only=True)

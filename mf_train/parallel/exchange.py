@@ -71,11 +71,15 @@ class _GatherCodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, codes: Tensor, weights: Tensor, exchange: Exchange) -> Any:
         ctx.exchange = exchange
-        packed = torch.cat((weights.view(torch.uint8), codes.view(torch.uint8)), dim=-1)
+        # 16-bit codes come as int32 (torch computes little with uint16); they travel in two bytes
+        narrow = codes.to(torch.int16) if codes.dtype == torch.int32 else codes
+        packed = torch.cat((weights.view(torch.uint8), narrow.view(torch.uint8)), dim=-1)
         gathered = exchange.all_gather(packed)
         border = weights.shape[-1] * weights.element_size()
         all_weights = _join(gathered[..., :border].contiguous().view(weights.dtype))
-        all_codes = _join(gathered[..., border:].contiguous().view(codes.dtype))
+        all_codes = _join(gathered[..., border:].contiguous().view(narrow.dtype))
+        if narrow is not codes:
+            all_codes = all_codes.to(codes.dtype) & 0xFFFF
         ctx.mark_non_differentiable(all_codes)
         return all_codes, all_weights
 

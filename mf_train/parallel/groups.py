@@ -24,7 +24,7 @@ class Groups:
 
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=degrees.tensor,
-            distributed_timeout_minutes=max(1, timeout_seconds // 60),
+            distributed_timeout_minutes=-(-timeout_seconds // 60),  # it takes whole minutes
             create_gloo_process_groups=False,
         )
         self.degrees = degrees

@@ -25,33 +25,45 @@ def find_process(environment: Mapping[str, str] = os.environ) -> Process:
     A batch script is not a task of srun, so `python -m mf_train` in it is one process alone.
     Raises UserError where the variables are incomplete.
     """
-    try:
-        if "RANK" in environment and "WORLD_SIZE" in environment:
-            return Process(
-                rank=int(environment["RANK"]),
-                world_size=int(environment["WORLD_SIZE"]),
-                local_rank=int(environment.get("LOCAL_RANK", "0")),
-                master_address=environment["MASTER_ADDR"],
-                master_port=int(environment["MASTER_PORT"]),
-            )
-        if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
-            job = int(environment["SLURM_JOB_ID"])
-            return Process(
-                rank=int(environment["SLURM_PROCID"]),
-                world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
-                local_rank=int(environment["SLURM_LOCALID"]),
-                master_address=environment.get("MASTER_ADDR") or _first_host(environment),
-                master_port=int(environment.get("MASTER_PORT", 20000 + job % 20000)),
-            )
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"environment: {error} is missing or not a number: start with torchrun or srun"
-        ) from None
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return Process(
+            rank=_number(environment, "RANK"),
+            world_size=_number(environment, "WORLD_SIZE"),
+            local_rank=_number(environment, "LOCAL_RANK", 0),
+            master_address=_text(environment, "MASTER_ADDR"),
+            master_port=_number(environment, "MASTER_PORT"),
+        )
+    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+        return Process(
+            rank=_number(environment, "SLURM_PROCID"),
+            world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
+            local_rank=_number(environment, "SLURM_LOCALID"),
+            master_address=environment.get("MASTER_ADDR") or _first_host(environment),
+            master_port=_number(
+                environment, "MASTER_PORT", 20000 + _number(environment, "SLURM_JOB_ID") % 20000
+            ),
+        )
     return Process()
 
 
+def _text(environment: Mapping[str, str], name: str) -> str:
+    if name not in environment:
+        raise UserError(f"environment: {name} is missing: start with torchrun or srun, which set it")
+    return environment[name]
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if default is not None and name not in environment:
+        return default
+    text = _text(environment, name)
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"environment: {name} is {text!r}: expected a whole number") from None
+
+
 def _first_host(environment: Mapping[str, str]) -> str:
-    hosts = environment["SLURM_JOB_NODELIST"]
+    hosts = _text(environment, "SLURM_JOB_NODELIST")
     try:
         listing = subprocess.run(
             ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True, timeout=60

@@ -23,12 +23,13 @@ def load(folder: Path, text: str | bytes, *overrides: str) -> Config:
 
 
 def mistake(folder: Path, text: str | bytes, *overrides: str) -> str:
-    """The message of the refusal, which must be one line that names the file or the override."""
+    """The message of the refusal, which must be one line that names the file and the overrides, or one of these."""
     with pytest.raises(UserError) as refusal:
         load(folder, text, *overrides)
     message = str(refusal.value)
     assert "\n" not in message
-    assert message.startswith((f"{folder / 'run.yaml'}: ", "override "))
+    everything = " with ".join([str(folder / "run.yaml"), *overrides])
+    assert message.startswith((f"{everything}: ", f"{folder / 'run.yaml'}: ", "override "))
     return message
 
 

@@ -17,7 +17,7 @@ from mf_train.config import ModelConfig
 from mf_train.model import MemoryFormer
 from mf_train.model.memory import Hash, Lookup
 from mf_train.model.norm import Norm
-from mf_train.parallel.exchange import Exchange
+from mf_train.parallel.exchange import Exchange, gather_codes
 from mf_train.parallel.tensor import shard_model, slice_of_rank
 from tests.distributed import run_distributed
 
@@ -230,3 +230,24 @@ def test_lookups_alone_have_the_same_bits_per_column_slice() -> None:
             for name, parameter in layer.named_parameters():
                 setattr(part, name, nn.Parameter(slice_of_rank(parameter.detach(), f".{name}", rank, size)))
             assert torch.equal(part(codes, weights), whole.chunk(size, dim=-1)[rank])
+
+
+def exchanged_codes(rank: int, world_size: int) -> list[bool]:
+    exchange = Exchange(dist.group.WORLD)
+    equal = []
+    for dtype, largest in ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**16)):
+        whole = torch.randint(largest, (3, 5, 8), generator=torch.Generator().manual_seed(7)).to(dtype)
+        whole[0, 0, :2] = largest - 1
+        weights = torch.rand(3, 5, 8, generator=torch.Generator().manual_seed(8))
+        mine = slice(rank * 4, rank * 4 + 4)
+        before = exchange.bytes_sent
+        codes, gathered = gather_codes(whole[..., mine], weights[..., mine], exchange)
+        width = 4 + (1 if dtype == torch.uint8 else 2)
+        equal.append(exchange.bytes_sent - before == 3 * 5 * 4 * width)
+        equal.append(codes.dtype == dtype and torch.equal(codes, whole) and torch.equal(gathered, weights))
+    return equal
+
+
+def test_codes_of_every_width_travel_in_one_or_two_bytes() -> None:
+    for equal in run_distributed(exchanged_codes, 2, init=True):
+        assert all(equal), equal

@@ -85,8 +85,7 @@ def _save(engine: Engine, folder: Path, step: int, extras: Extras, keep: int) ->
         if degrees.rank == 0:
             _write_extras(partial, extras)
             _write_manifest(partial, step, degrees, shapes, parts)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(partial, final)
+            _replace_folder(partial, final)
             _point_latest(folder, final.name)
             _rotate(folder, keep)
 
@@ -169,6 +168,16 @@ def _write_extras(folder: Path, extras: Extras) -> None:
     with TensorFileWriter(folder / PROBE, {n: (t.dtype, t.shape) for n, t in extras.probe.items()}) as writer:
         for name, tensor in extras.probe.items():
             writer.write(name, tensor)
+
+
+def _replace_folder(new: Path, place: Path) -> None:
+    """Put `new` at `place`; what stood there (a run that went back) is deleted only afterwards."""
+    old = place.with_name(f".{place.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        os.rename(place, old)
+    os.rename(new, place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _point_latest(folder: Path, name: str) -> None:

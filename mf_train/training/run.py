@@ -133,6 +133,7 @@ class _Run:
         self.telemetry = TableTelemetry(self.engine.model, groups.data)
         self.step = 0
         self.tokens = 0
+        self.saved_step = 0
         self.last_checkpoint: Path | None = None
         if inputs.checkpoint is not None:
             self._restore(inputs.checkpoint)
@@ -154,7 +155,8 @@ class _Run:
             waited = time.perf_counter() - started
             digest, stopped = self._agree_on_batch(batch, failure)
             if stopped:
-                self._save()
+                if self.step > self.saved_step:
+                    self._save()
                 self._say(f"stopped on request after step {self.step}; run the same command again to go on")
                 return STOPPED
             metrics = self._train_step(batch, digest)
@@ -275,6 +277,7 @@ class _Run:
         load_checkpoint(self.engine, reader)
         state = reader.state()
         self.step, self.tokens = state["step"], state["tokens"]
+        self.saved_step = self.step
         self.last_checkpoint = reader.checkpoint
 
     def _open_metrics(self) -> None:
@@ -286,6 +289,7 @@ class _Run:
         self.last_checkpoint = save_checkpoint(
             self.engine, self.folder / "checkpoints", self.step, self._extras(), self.config.checkpoint.keep
         )
+        self.saved_step = self.step
 
     def _extras(self) -> Extras:
         """Collective. The streams' positions are gathered: their number does not depend on the number of ranks."""

@@ -181,6 +181,25 @@ def test_a_signal_saves_and_exits_75(reference: Path, tmp_path: Path, number: si
         assert mine["loss"] == expected["loss"]
 
 
+def test_a_signal_before_the_first_step_leaves_nothing_to_save(reference: Path, tmp_path: Path) -> None:
+    tree = tree_beside(reference, tmp_path / "run")
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    process = subprocess.Popen(
+        command_line(["train", str(config)]), stdout=subprocess.PIPE, text=True, env=environment()
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "run" / "config.yaml").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)  # the engine is not built yet
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "stopped on request after step 0" in output
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+    train(tree)
+    assert read_metrics(tmp_path / "run")[0]["loss"] == read_metrics(reference)[0]["loss"]
+
+
 def test_a_nan_loss_stops_the_run(reference: Path, tmp_path: Path) -> None:
     tree = tree_beside(reference, tmp_path / "run")
     tree["optimizer"] = {"learning_rate": 1e30, "gradient_clip": 0.0}

@@ -4,9 +4,12 @@ The only file with deepspeed. What it reads of DeepSpeed beyond its public calls
 `refresh_parameters`: where a rank keeps its float32 master weights under each stage.
 """
 
+import contextlib
+import io
 import logging
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,22 +46,12 @@ class Engine:
     """A model under DeepSpeed ZeRO stage 0, 1, 2 or 3 in float32 or bfloat16."""
 
     def __init__(self, model: MemoryFormer, config: Config, groups: Groups, device: torch.device) -> None:
-        os.environ["DS_ACCELERATOR"] = device.type
-        # it asks for this one of torchrun's variables
-        os.environ.setdefault("LOCAL_RANK", str(groups.degrees.local_rank))
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        import deepspeed
-
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-            False  # it would be compiled at start on a CPU
-        )
+        deepspeed = _import_deepspeed(device, groups.degrees.local_rank)
         self.stage = config.parallel.zero_stage
         self.gradient_clip = config.optimizer.gradient_clip
         self.groups = groups
         self.device = device
         self.model = model
-        self.precision = torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
         for parameter in model.parameters():
             # DeepSpeed sums the gradient's norm over the tensor-parallel group for parameters marked so
             setattr(parameter, "tensor_model_parallel", True)  # noqa: B010 - not an attribute of Parameter
@@ -70,13 +63,14 @@ class Engine:
             eps=config.optimizer.eps,
             fused=True,
         )
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            mpu=groups,
-            dist_init_required=False,
-            config=_deepspeed_config(config, groups.degrees.data),
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints reports on memory
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                mpu=groups,
+                dist_init_required=False,
+                config=_deepspeed_config(config, groups.degrees.data),
+            )
         self.optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
         self.accumulation: int = self.engine.gradient_accumulation_steps()
         self.reset_step()
@@ -224,6 +218,20 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
         for parameters, weight_decay, scale in groups
         if parameters
     ]
+
+
+def _import_deepspeed(device: torch.device, local_rank: int) -> Any:
+    """The package, told of the device, with nothing compiled at start and errors alone in its log."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # it asks for this one of torchrun's variables
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # the import sets it back
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on a CPU
+    # it uses names that torch 2.13 has renamed
+    warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning, r"torch\.distributed")
+    return deepspeed
 
 
 def _deepspeed_config(config: Config, data_degree: int) -> dict[str, Any]:

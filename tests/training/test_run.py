@@ -243,7 +243,9 @@ def test_resume_in_bfloat16_is_exact_on_the_same_shape(reference: Path, tmp_path
     tree = tree_beside(reference, tmp_path / "whole")
     tree["training"] |= {"steps": 4, "precision": "bfloat16"}
     tree["parallel"] = {"zero_stage": stage}
-    train(tree, "checkpoint.interval=2", processes=2)
+    done = train(tree, "checkpoint.interval=2", processes=2)
+    # the summary, steps 1 and 4, the end: nothing that DeepSpeed prints or warns about
+    assert len(done.stdout.splitlines()) == 2 + 2 + 1 and not done.stderr, done.stdout + done.stderr
     again = tree | {"checkpoint": {"resume": str(tmp_path / "whole/checkpoints/step-000000002")}}
     again["training"] = tree["training"] | {"output_dir": str(tmp_path / "again")}
     train(again, processes=2)

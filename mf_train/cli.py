@@ -122,7 +122,7 @@ def _build_parser() -> argparse.ArgumentParser:
         commands,
         "train",
         "pretrain a model",
-        "memoryformer train configs/quickstart.yaml training.steps=100",
+        "memoryformer train configs/quickstart.yaml parallel.tensor=1 training.steps=100",
         _train,
     )
     _add_config(train)

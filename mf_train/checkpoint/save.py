@@ -91,31 +91,28 @@ def _save(engine: Engine, folder: Path, step: int, extras: Extras, keep: int) ->
 
     together(prepare, engine.device)
     for kind in KINDS:
-        for part in range(max(parts.values()) + 1):
-            names = [name for name, assigned in parts.items() if assigned == part]
-            _write_part(engine, partial, kind, part, names, shapes)
+        _write_kind(engine, partial, kind, parts, shapes)
     together(finish, engine.device)
     return final
 
 
-def _write_part(
-    engine: Engine, folder: Path, kind: str, part: int, names: list[str], shapes: Mapping[str, torch.Size]
+def _write_kind(
+    engine: Engine, folder: Path, kind: str, parts: Mapping[str, int], shapes: Mapping[str, torch.Size]
 ) -> None:
-    """One file for each tensor-parallel rank, by the data-parallel rank of the part's number. Collective."""
+    """Masters or one moment: each data-parallel rank with a part's number writes that part. Collective."""
     degrees = engine.groups.degrees
     fragments = engine.fragments()
-    mine = degrees.data_rank == part
-    path = folder / part_name(kind, degrees.tensor_rank, degrees.tensor, part)
+    mine = {name: (torch.float32, shapes[name]) for name, part in parts.items() if part == degrees.data_rank}
+    path = folder / part_name(kind, degrees.tensor_rank, degrees.tensor, degrees.data_rank)
 
     # a rank that cannot write goes on receiving, so that the others' collectives end; then all raise together
     failure: OSError | None = None
     writer: TensorFileWriter | None = None
     try:
-        if mine:
-            writer = TensorFileWriter(path, {name: (torch.float32, shapes[name]) for name in names})
+        writer = TensorFileWriter(path, mine) if mine else None
     except OSError as error:
         failure = error
-    for name in names:
+    for name, part in parts.items():
         tensor = engine.collect(name, fragments.get(name), kind, part)
         if writer is not None and tensor is not None and failure is None:
             try:

@@ -36,7 +36,7 @@ def check_degrees(config: Config, world_size: int) -> None:
     if world_size % tensor:
         raise UserError(
             f"parallel.tensor {tensor} does not divide the number of processes {world_size}: "
-            "start a multiple of parallel.tensor processes"
+            f"start {tensor} or a multiple (torchrun --nproc-per-node {tensor} -m mf_train train ...), or change it"
         )
     if tensor > 1:
         _check_tensor(config)

@@ -46,9 +46,8 @@ def _speak(message: str) -> None:
     except UserError:
         rank = 0
     if rank != 0:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_DFL
-        )  # a launcher's request to end is not one to save any more
+        # a launcher's request to end is not one to save any more
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_PEER_WAIT_SECONDS)
     print(f"memoryformer: {message}", file=sys.stderr, flush=True)
 

@@ -37,7 +37,7 @@ MAX_PARTS = 8  # files of one kind and tensor-parallel rank; more would not writ
 
 @dataclass(frozen=True)
 class Extras:
-    """What a checkpoint holds beside the tensors; only rank 0's is written."""
+    """What a checkpoint holds beside the tensors."""
 
     state: Mapping[str, Any]
     config_yaml: str
@@ -45,8 +45,10 @@ class Extras:
     probe: Mapping[str, Tensor]
 
 
-def save_checkpoint(engine: Engine, folder: Path, step: int, extras: Extras, keep: int) -> Path:
+def save_checkpoint(engine: Engine, folder: Path, step: int, extras: Extras | None, keep: int) -> Path:
     """Write `folder`/step-N, point `latest` to it and delete all but the newest `keep` (0: none). Collective.
+
+    Rank 0 gives `extras`.
 
     The files are written beside, synced, and the folder renamed at the end: it is complete or absent.
     Raises TrainingError on one rank if any could not write, and PeerError on the others.
@@ -69,7 +71,7 @@ def _partial(folder: Path, step: int) -> Path:
     return folder / f".{step_name(step)}.partial"
 
 
-def _save(engine: Engine, folder: Path, step: int, extras: Extras, keep: int) -> Path:
+def _save(engine: Engine, folder: Path, step: int, extras: Extras | None, keep: int) -> Path:
     degrees = engine.groups.degrees
     final = folder / step_name(step)
     partial = _partial(folder, step)
@@ -83,6 +85,7 @@ def _save(engine: Engine, folder: Path, step: int, extras: Extras, keep: int) ->
 
     def finish() -> None:
         if degrees.rank == 0:
+            assert extras is not None
             _write_extras(partial, extras)
             _write_manifest(partial, step, degrees, shapes, parts)
             _replace_folder(partial, final)

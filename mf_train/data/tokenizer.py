@@ -43,9 +43,9 @@ class Tokenizer:
 
     def __init__(self, path: str | Path) -> None:
         self.path = _find_model(path)
-        proto = self.path.read_bytes()
-        self.fingerprint = hashlib.blake2b(proto, digest_size=8).hexdigest()
-        self._processor = _load_processor(proto, self.path)
+        self.model_bytes = self.path.read_bytes()
+        self.fingerprint = hashlib.blake2b(self.model_bytes, digest_size=8).hexdigest()
+        self._processor = _load_processor(self.model_bytes, self.path)
         self.vocab_size: int = self._processor.vocab_size()
         self.end_of_text_id = self._find_end_of_text()
         self._space_mark_ids = self._find_bytes(_SPACE_MARK.encode("utf-8"))

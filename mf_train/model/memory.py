@@ -1,10 +1,10 @@
 """The two steps of a memory layer (Eq. 2-11): hash (features to codes and weights) and lookup (tables to features)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mf_train.config.model import Score
 from mf_train.kernels import hash_codes, lookup
@@ -38,8 +38,9 @@ class Lookup(nn.Module):
         return lookup(codes, weights, self.tables, self.bias)
 
 
-def record_codes(model: nn.Module) -> tuple[dict[str, Tensor], list[RemovableHandle]]:
-    """Hooks that keep the codes of each hash's last forward pass, by the hash's name; remove the handles after."""
+@contextmanager
+def record_codes(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within the block, keeps the codes of each hash's last forward pass, by the hash's name."""
     codes: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -48,9 +49,8 @@ def record_codes(model: nn.Module) -> tuple[dict[str, Tensor], list[RemovableHan
 
         return hook
 
-    handles = [
-        module.register_forward_hook(keep(name))
-        for name, module in model.named_modules()
-        if isinstance(module, Hash)
-    ]
-    return codes, handles
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, Hash):
+                hooks.enter_context(module.register_forward_hook(keep(name)))
+        yield codes

@@ -48,11 +48,8 @@ def compare(folder: Path, probe: Mapping[str, Tensor]) -> Comparison:
     The whole model is in memory for this, once, in the dtype written.
     """
     model = load_model(folder)
-    codes, handles = record_codes(model)
-    with torch.no_grad():
+    with torch.no_grad(), record_codes(model) as codes:
         logits = model(probe["tokens"].unsqueeze(0))[0].float()
-    for handle in handles:
-        handle.remove()
     recorded = {name.removeprefix(_CODES): codes for name, codes in probe.items() if name.startswith(_CODES)}
     assert recorded.keys() == codes.keys(), "the checkpoint's probe and the model have different hashes"
     changed = {name: int((recorded[name] != codes[name][0]).sum()) for name in recorded}

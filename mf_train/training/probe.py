@@ -20,11 +20,8 @@ def probe_tokens(config: ModelConfig) -> Tensor:
 def run_probe(engine: Engine, exchange: Exchange | None) -> dict[str, Tensor]:
     """`tokens` [n], `logits` float32 [n, V] and `codes.NAME` [n, K] of every hash. Collective over all ranks."""
     tokens = probe_tokens(engine.model.config)
-    codes, handles = record_codes(engine.model)
-    with torch.no_grad():
+    with torch.no_grad(), record_codes(engine.model) as codes:
         logits = engine.forward(tokens.to(engine.device))
-    for handle in handles:
-        handle.remove()
     if exchange is not None:
         logits = exchange.all_gather(logits).movedim(0, -2).flatten(-2)
     return {"tokens": tokens[0], "logits": logits[0].float().cpu()} | {

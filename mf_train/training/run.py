@@ -145,7 +145,8 @@ class _Run:
     def run(self) -> int:
         config = self.config
         together(self._open_metrics, self.device)
-        self._say(self._summary())
+        if self.degrees.rank == 0:
+            self.line.say(self._summary())
         if self.step >= config.training.steps:
             self._say(f"{self.folder}: already at step {self.step} of {config.training.steps}; nothing to do")
             return DONE
@@ -291,16 +292,22 @@ class _Run:
         )
         self.saved_step = self.step
 
-    def _extras(self) -> Extras:
-        """Collective. The streams' positions are gathered: their number does not depend on the number of ranks."""
+    def _extras(self) -> Extras | None:
+        """What rank 0 writes; None elsewhere. Collective.
+
+        The streams' positions are gathered: their number does not depend on the number of ranks.
+        """
         states: list[Any] = [None] * self.degrees.data
         dist.all_gather_object(states, self.stream_state["streams"], group=self.groups.data)
+        probe = run_probe(self.engine, self.exchange)
+        if self.degrees.rank != 0:
+            return None
         stream = merge_states([{**self.stream_state, "streams": streams} for streams in states])
         return Extras(
             state={"step": self.step, "tokens": self.tokens, "device": self.device.type, "stream": stream},
             config_yaml=resolved_yaml(self.config),
-            tokenizer=self.inputs.tokenizer.path.read_bytes(),
-            probe=run_probe(self.engine, self.exchange),
+            tokenizer=self.inputs.tokenizer.model_bytes,
+            probe=probe,
         )
 
     def _summary(self) -> str:

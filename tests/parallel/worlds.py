@@ -193,10 +193,8 @@ def probe_losses(engine: Engine) -> Tensor:
 
 
 def probe_codes(engine: Engine) -> dict[str, Tensor]:
-    codes, handles = record_codes(engine.model)
-    probe_losses(engine)
-    for handle in handles:
-        handle.remove()
+    with record_codes(engine.model) as codes:
+        probe_losses(engine)
     return codes
 
 
@@ -279,10 +277,8 @@ def train_plainly(precision: str) -> Record:
             for kind in MOMENTS:
                 record.state[kind] = {n: optimizer.state[p][kind].clone() for n, p in masters.items()}
         if step in (1, 5, STEPS):
-            codes, handles = record_codes(working)
-            working(probe()[:, :-1])
-            for handle in handles:
-                handle.remove()
+            with record_codes(working) as codes:
+                working(probe()[:, :-1])
             record.codes.append(codes)
     return record
 

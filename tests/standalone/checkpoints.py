@@ -50,8 +50,7 @@ def _probe(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]
     model = MemoryFormer(config)
     model.load_state_dict(weights)
     tokens = torch.randint(config.vocab_size, (24,), generator=torch.Generator().manual_seed(1))
-    codes, _ = record_codes(model)
-    with torch.no_grad():
+    with torch.no_grad(), record_codes(model) as codes:
         logits = model(tokens[None])[0]
     return {"tokens": tokens, "logits": logits} | {f"codes.{name}": value[0] for name, value in codes.items()}
 

@@ -29,11 +29,9 @@ def telemetry_of_rank(
     telemetry.start()
     seen = []
     for rows in tokens.split(3):
-        codes, handles = record_codes(model)
-        model(rows)
-        for handle in handles:
-            handle.remove()
-        seen.append(dict(codes))
+        with record_codes(model) as codes:
+            model(rows)
+        seen.append(codes)
     report = telemetry.finish()
     model(tokens)  # after finish: not counted
     telemetry.start()

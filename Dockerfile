@@ -6,6 +6,9 @@ FROM ${BASE}
 # The base keeps its packages in the system's Python, which Debian marks as its own (PEP 668).
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 
+# g++ is for the C++ operation on CPUs and for the launchers that Triton compiles.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-dev && rm -rf /var/lib/apt/lists/*
+
 WORKDIR /opt/memoryformer
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY mf_train mf_train

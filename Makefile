@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi; \
 	echo "[setup] creating $(VENV) with $$($$python --version)"; \
 	$$python -m venv $(VENV)
-	@echo "[setup] installing into $(VENV): torch, deepspeed, megatron-core and the rest, nothing compiles (1 to 10 minutes)"
+	@echo "[setup] installing into $(VENV): torch, deepspeed, megatron-core and the rest (1 to 10 minutes)"
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 	@echo "[setup] done: $(VENV)/bin/memoryformer"

@@ -164,9 +164,8 @@ def _build_parser() -> argparse.ArgumentParser:
     verb.add_argument("output", type=Path, metavar="OUT", help="a folder that does not exist yet")
     verb.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
         default=None,
-        help="of the weights (default: the run's precision)",
+        help="of the weights: float32, bfloat16 or, for tables and LM head, int8 (default: the run's precision)",
     )
 
     example = "memoryformer generate quickstart-model 'The state of the Union'"

@@ -1,20 +1,22 @@
 """The memory layer's two steps, behind one choice of backend.
 
-`hash_codes` turns features into codes and weights (elementwise, tiny); `lookup` sums weighted table rows
-(memory traffic). Backends: "composition" (custom operators over torch operations, every device),
-"reference" (float64, for tests), and "auto", which is the composition.
+`hash_codes` turns features into codes and weights (elementwise, tiny); `lookup` sums weighted table rows (memory
+traffic), `lookup_all` those of several table sets that share the codes. Backends: "cpu" (C++), "triton", "cuda" (the
+shared-memory forward, built on request), "composition" (torch operations, every device), "reference" (float64,
+for tests), and "auto", which takes the fastest that is there for the tensors' device and dtype.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
+from .backends import BACKENDS, describe, fast_loss, fast_norm, find_backend
 
-__all__ = ["hash_codes", "lookup"]
+__all__ = ["describe", "fast_loss", "fast_norm", "hash_codes", "lookup", "lookup_all", "lookup_int8"]
 
-BACKENDS = ("auto", "composition", "reference")
 SCORES = ("probability", "scaled_probability")
 MAX_BITS = 16
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,7 +46,7 @@ def hash_codes(
         num_tables: K.
         temperature: t > 0.
         score: "probability" or "scaled_probability".
-        backend: "auto", "composition" or "reference".
+        backend: one of BACKENDS.
 
     Returns:
         codes [..., K], uint8 for tau <= 8, int16 for tau <= 15, int32 for 16; and weights [..., K] in x's
@@ -73,7 +75,7 @@ def hash_codes(
         )
     if backend == "reference":
         return reference.hash_codes(x, num_tables, temperature, score)
-    weights, codes = ops.hash_codes(x, num_tables, float(temperature), score)
+    weights, codes = ops.hash_codes(x, num_tables, float(temperature), score, backend)
     return codes, weights
 
 
@@ -89,39 +91,89 @@ def lookup(
     pass gives the same bits in every run; for it codes, weights and the tables themselves are kept, no rows.
 
     Args:
-        codes: [..., K] uint8, int16, int32 or int64, each in [0, 2**tau). Their range is not checked: a code
-            outside it reads a row of another table, or fails in torch's words.
+        codes: [..., K] uint8, int16, int32 or int64, each in [0, 2**tau). On a CPU others are an error; on a GPU,
+            where looking would wait for the device, the composition stops the process and the kernels give NaN.
         weights: [..., K] floating point; its dtype may differ from the tables'.
         tables: [K, 2**tau, O] float32, bfloat16, float16 or float64, tau from 1 to 16.
         bias: [O] of the tables' dtype, or None.
-        backend: "auto", "composition" or "reference".
+        backend: one of BACKENDS.
 
     Returns:
         y [..., O] in the tables' dtype.
 
     Raises:
-        ValueError: arguments whose shapes, dtypes or devices do not fit together, named with their values.
+        ValueError: arguments whose shapes, dtypes, devices or values do not fit together, named with their values.
     """
+    return lookup_all(codes, weights, [tables], [bias], backend=backend)[0]
+
+
+def lookup_all(
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """`lookup` in each of several sets of tables that read the same codes, such as those of Q, K and V.
+
+    All sets have the same K, tau, dtype and device; the weights' gradient is the sum over the sets, in order. Reads
+    are sorted once for all sets. Arguments, results and errors otherwise as `lookup`'s, a list of each.
+    """
+    biases = [None] * len(tables) if biases is None else biases
     _check_choice("backend", backend, BACKENDS)
     _check_float("weights", weights)
-    _check_float("tables", tables)
-    _check_tables(codes, tables)
-    if codes.dim() < 1 or codes.shape != weights.shape or codes.shape[-1] != tables.shape[0]:
+    if not tables or len(biases) != len(tables):
         raise ValueError(
-            "codes and weights must both be [..., K] for tables [K, 2**tau, O], "
-            f"got codes {tuple(codes.shape)}, weights {tuple(weights.shape)}, tables {tuple(tables.shape)}"
+            f"there must be one bias (or None) for each set of tables, got {len(biases)} and {len(tables)}"
         )
-    if bias is not None and (bias.shape != tables.shape[-1:] or bias.dtype != tables.dtype):
-        raise ValueError(
-            f"bias must be [{tables.shape[-1]}] and {tables.dtype} as the tables, "
-            f"got {tuple(bias.shape)} and {bias.dtype}"
-        )
-    for name, tensor in (("codes", codes), ("weights", weights), ("bias", bias)):
-        if tensor is not None and tensor.device != tables.device:
-            raise ValueError(f"{name} is on {tensor.device}, but tables is on {tables.device}")
+    for table, bias in zip(tables, biases, strict=True):
+        _check_float("tables", table)
+        _check_tables(codes, table)
+        _check_sizes(codes, weights, table, bias)
+        if table.shape[:2] != tables[0].shape[:2] or table.dtype != tables[0].dtype:
+            raise ValueError(
+                "all sets of tables must have one K, 2**tau and dtype, "
+                f"got {tuple(tables[0].shape)} {tables[0].dtype} and {tuple(table.shape)} {table.dtype}"
+            )
     if backend == "reference":
-        return reference.lookup(codes, weights, tables, bias)
-    y = ops.lookup(codes, weights, tables)
+        pairs = zip(tables, biases, strict=True)
+        return [reference.lookup(codes, weights, table, bias) for table, bias in pairs]
+    results = ops.lookup(codes, weights, list(tables), backend)
+    return [y if bias is None else y + bias for y, bias in zip(results, biases, strict=True)]
+
+
+def lookup_int8(
+    codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`lookup` in tables of 8-bit integers with a scale a row, for inference: no gradient.
+
+    y = sum_k weight_k * scales_k[code_k] * tables_k[code_k] + bias, summed in float32 and rounded to weights' dtype.
+
+    Args:
+        codes: [..., K], as for `lookup`.
+        weights: [..., K] floating point.
+        tables: [K, 2**tau, O] int8.
+        scales: [K, 2**tau] float32.
+        bias: [O] of weights' dtype, or None.
+
+    Returns:
+        y [..., O] in weights' dtype.
+
+    Raises:
+        ValueError: as `lookup`.
+    """
+    _check_float("weights", weights)
+    if tables.dtype != torch.int8:
+        raise ValueError(f"tables must be int8, got {tables.dtype}")
+    _check_tables(codes, tables)
+    if scales.dtype != torch.float32 or scales.shape != tables.shape[:2]:
+        raise ValueError(
+            f"scales must be float32 [K, 2**tau] = {tuple(tables.shape[:2])}, "
+            f"got {scales.dtype} {tuple(scales.shape)}"
+        )
+    _check_sizes(codes, weights, tables, bias, weights.dtype)
+    y: Tensor = find_backend("auto", weights).lookup_int8(codes, weights, tables, scales)
     return y if bias is None else y + bias
 
 
@@ -146,3 +198,22 @@ def _check_tables(codes: Tensor, tables: Tensor) -> None:
         raise ValueError(f"codes must be uint8, int16, int32 or int64, got {codes.dtype}")
     if rows > CODE_CAPACITY[codes.dtype]:
         raise ValueError(f"codes of {codes.dtype} cannot name {rows} rows of tables {tuple(tables.shape)}")
+
+
+def _check_sizes(
+    codes: Tensor, weights: Tensor, tables: Tensor, bias: Tensor | None, bias_dtype: torch.dtype | None = None
+) -> None:
+    """Codes, weights and bias fit a set of tables, and lie on its device."""
+    if codes.dim() < 1 or codes.shape != weights.shape or codes.shape[-1] != tables.shape[0]:
+        raise ValueError(
+            "codes and weights must both be [..., K] for tables [K, 2**tau, O], "
+            f"got codes {tuple(codes.shape)}, weights {tuple(weights.shape)}, tables {tuple(tables.shape)}"
+        )
+    wanted = bias_dtype or tables.dtype
+    if bias is not None and (bias.shape != tables.shape[-1:] or bias.dtype != wanted):
+        raise ValueError(
+            f"bias must be [{tables.shape[-1]}] and {wanted}, got {tuple(bias.shape)} and {bias.dtype}"
+        )
+    for name, tensor in (("codes", codes), ("weights", weights), ("bias", bias)):
+        if tensor is not None and tensor.device != tables.device:
+            raise ValueError(f"{name} is on {tensor.device}, but tables is on {tables.device}")

@@ -5,11 +5,14 @@ This file needs torch alone and nothing else of the package: a converted model c
 written out; `ops` uses them so that training keeps only x, codes, weights and the tables between the passes.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _SUM = 0  # embedding_bag's mode, as its operators number it
+_GATHERED_ELEMENTS = 2**23  # rows of int8 tables that are widened to float32 at a time: 32 MiB
 
 
 def code_dtype(bits: int) -> torch.dtype:
@@ -67,52 +70,92 @@ def hash_codes_backward(
     return slope.mul_(sign).mul_(d_probability.unsqueeze(-1)).flatten(-2).to(x.dtype)
 
 
+def _check_codes(codes: Tensor, tables: Tensor) -> None:
+    """Refuse codes that name no row of their table: ValueError on a CPU, an asynchronous assertion on a GPU."""
+    rows = tables.shape[1]
+    if torch.iinfo(codes.dtype).max < rows or codes.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if codes.device.type == "cpu":
+        least, most = (int(value) for value in codes.aminmax())
+        if least < 0 or most >= rows:
+            raise ValueError(
+                f"codes must be in [0, {rows}) for tables of shape {tuple(tables.shape)}, "
+                f"got codes from {least} to {most}"
+            )
+    else:
+        torch._assert_async(((codes >= 0) & (codes < rows)).all(), f"codes must be in [0, {rows})")
+
+
 def _row_numbers(codes: Tensor, rows_per_table: int) -> Tensor:
-    """Codes [..., K] as row numbers [N, K] of all tables laid end to end: int32, which sorts in half the time."""
+    """Codes [..., K] as row numbers [N, K] of all tables laid end to end.
+
+    int32, which sorts in half the time, unless rows or reads are too many to number in it.
+    """
     num_tables = codes.shape[-1]
-    first_row = torch.arange(
-        0, num_tables * rows_per_table, rows_per_table, dtype=torch.int32, device=codes.device
-    )
-    return codes.reshape(-1, num_tables).to(torch.int32) + first_row
+    rows = num_tables * rows_per_table
+    dtype = torch.int32 if max(rows, codes.numel()) < 2**31 else torch.int64
+    first_row = torch.arange(0, rows, rows_per_table, dtype=dtype, device=codes.device)
+    return codes.reshape(-1, num_tables).to(dtype) + first_row
 
 
-def lookup(codes: Tensor, weights: Tensor, tables: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y [..., O] = sum_k weight_k * table_k[code_k] + bias (Eq. 11); tables [K, 2**tau, O] give y's dtype."""
-    num_tables, rows_per_table, out_features = tables.shape
-    y_no = F.embedding_bag(
-        _row_numbers(codes, rows_per_table),
-        tables.flatten(0, 1),
-        per_sample_weights=weights.reshape(-1, num_tables).to(tables.dtype),
-        mode="sum",
-    )
-    y = y_no.view(*codes.shape[:-1], out_features)
-    return y if bias is None else y + bias
+def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
+    """For each set of tables [K, 2^tau, O]: y [..., O] = sum_k weight_k * table_k[code_k] (Eq. 11), in its dtype."""
+    num_tables, rows_per_table = tables[0].shape[:2]
+    _check_codes(codes, tables[0])
+    row_nk = _row_numbers(codes, rows_per_table)
+    weights_nk = weights.reshape(-1, num_tables).to(tables[0].dtype)
+    results = []
+    for table in tables:
+        y_no = F.embedding_bag(row_nk, table.flatten(0, 1), per_sample_weights=weights_nk, mode="sum")
+        results.append(y_no.view(*codes.shape[:-1], table.shape[-1]))
+    return results
 
 
-def lookup_backward(dy: Tensor, codes: Tensor, weights: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
-    """d weights [..., K] (weights' dtype) and d tables [K, 2**tau, O]; the same bits in every run.
+def lookup_backward(
+    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """d weights [..., K] (weights' dtype), summed over the sets, and each set's d tables; same bits in every run.
 
     The reads (one per token and table) are sorted by row, stably. So d weights fetches a row once for all its
     readers, and d tables is itself a lookup, in which each row sums dy over its readers: one writer, no atomics.
     """
-    num_tables, rows_per_table, out_features = tables.shape
-    dy_no = dy.reshape(-1, out_features).contiguous()
+    num_tables, rows_per_table = tables[0].shape[:2]
     row, read = _row_numbers(codes, rows_per_table).flatten().sort(stable=True)
-    token = (read // num_tables).to(torch.int32)
-    row_edges = torch.arange(num_tables * rows_per_table + 1, dtype=torch.int32, device=dy.device)
+    token = (read // num_tables).to(row.dtype)
+    row_edges = torch.arange(num_tables * rows_per_table + 1, dtype=row.dtype, device=codes.device)
+    offsets = torch.searchsorted(row, row_edges, out_int32=row.dtype == torch.int32)
+    read_weights = weights.flatten()[read].to(tables[0].dtype)
 
-    # <dy[token], table[row]> of each read: the operator behind F.embedding_bag's gradient, called alone, because
-    # autograd would bring its own d tables. It takes the bag of a read from the fifth argument, not from offsets.
-    d_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        dy_no, tables.flatten(0, 1), row, row_edges[:0], token, _SUM
-    )
-    d_tables = F.embedding_bag(
-        token,
-        dy_no,
-        torch.searchsorted(row, row_edges, out_int32=True),
-        per_sample_weights=weights.flatten()[read].to(tables.dtype),
-        mode="sum",
-        include_last_offset=True,
-    )
-    d_weights = torch.empty_like(d_weights).scatter_(0, read, d_weights)
-    return d_weights.view(weights.shape).to(weights.dtype), d_tables.view(tables.shape)
+    d_read_weights = torch.zeros((), dtype=tables[0].dtype, device=codes.device)
+    d_tables = []
+    for dy, table in zip(dys, tables, strict=True):
+        dy_no = dy.reshape(-1, table.shape[-1]).contiguous()
+        # <dy[token], table[row]> of each read: the operator behind F.embedding_bag's gradient, called alone, because
+        # autograd would bring its own d tables. It takes the bag of a read from the fifth argument, not from offsets.
+        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            dy_no, table.flatten(0, 1), row, row_edges[:0], token, _SUM
+        )
+        d_read_weights = products + d_read_weights
+        d_table = F.embedding_bag(
+            token, dy_no, offsets, per_sample_weights=read_weights, mode="sum", include_last_offset=True
+        )
+        d_tables.append(d_table.view(table.shape))
+    d_weights = torch.empty_like(read_weights).scatter_(0, read, d_read_weights)
+    return d_weights.view(weights.shape).to(weights.dtype), d_tables
+
+
+def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) -> Tensor:
+    """y [..., O] = sum_k weight_k * scale_k[code_k] * table_k[code_k], in weights' dtype; float32 sums, no gradient.
+
+    tables [K, 2^tau, O] int8, scales [K, 2^tau] float32. Rows are gathered, for a few tokens at a time.
+    """
+    num_tables, rows_per_table, out_features = tables.shape
+    _check_codes(codes, tables)
+    row_nk = _row_numbers(codes, rows_per_table)
+    factors_nk = weights.reshape(-1, num_tables).float() * scales.flatten()[row_nk]
+    tokens = max(_GATHERED_ELEMENTS // (num_tables * out_features), 1)
+    parts = [
+        torch.bmm(factor_nk.unsqueeze(1), tables.flatten(0, 1)[row].float()).squeeze(1)
+        for row, factor_nk in zip(row_nk.split(tokens), factors_nk.split(tokens), strict=True)
+    ]
+    return torch.cat(parts).view(*codes.shape[:-1], out_features).to(weights.dtype)

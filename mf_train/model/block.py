@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mf_train.config.model import ModelConfig
 from mf_train.model.attention import Attention, KeyValueCache, Rotary
-from mf_train.model.memory import Hash, Lookup
+from mf_train.model.memory import Hash, Lookup, lookup_each
 from mf_train.model.norm import Norm
 
 
@@ -34,7 +34,7 @@ class MemoryFormerBlock(nn.Module):
         self, x: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         codes, weights = self.hash_attention(self.norm_attention(x))
-        q, k, v = (table(codes, weights) for table in (self.query, self.key, self.value))
+        q, k, v = lookup_each(codes, weights, (self.query, self.key, self.value))
         z = x + self.attention(q, k, v, rotary, self.layer, mask, cache)
         m = self.activation(self.up(*self.hash_ffn(self.norm_ffn(z))))
         return z + self.down(*self.hash_inner(self.norm_inner(m)))

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mf_train.model.sums import chunk_sums, num_chunks, pairwise_sum
+from mf_train.kernels import fast_loss
+from mf_train.model.loss_steps import STEPS
+from mf_train.model.sums import num_chunks, pairwise_sum
 
 IGNORED = -100  # a target without a loss, as in torch.nn.functional.cross_entropy
 
@@ -36,8 +38,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of this rank's part of the vocabulary: [..., D] -> [..., V / P]."""
         x = self.gather_features(x)
-        chunks = self.weight.split(self.vocab_size // num_chunks(self.vocab_size))
-        return torch.cat([F.linear(x, chunk) for chunk in chunks], dim=-1)
+        logits: Tensor = _Logits.apply(x, self.weight, self.vocab_size // num_chunks(self.vocab_size))
+        return logits
 
     def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token in nats, float32 (float64 for float64 logits); 0 where the target is -100.
@@ -48,36 +50,47 @@ class Head(nn.Module):
         return losses
 
 
+class _Logits(torch.autograd.Function):
+    """x [..., D] times each chunk of the weight's rows, written side by side: [..., V / P]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, chunk: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if torch.compiler.is_compiling():  # which does not trace a result written into columns
+            return torch.cat([F.linear(x, rows) for rows in weight.split(chunk)], dim=-1)
+        logits = x.new_empty(*x.shape[:-1], weight.shape[0])
+        x_nd, logits_nv = x.flatten(0, -2), logits.flatten(0, -2)
+        for rows, columns in zip(weight.split(chunk), logits_nv.split(chunk, dim=-1), strict=True):
+            torch.mm(x_nd, rows.t(), out=columns)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        d_logits_nv = gradients[0].flatten(0, -2)
+        return gradients[0] @ weight, d_logits_nv.t() @ x.flatten(0, -2), None
+
+
 class _CrossEntropy(torch.autograd.Function):
     """-log softmax(logits)[target]; the logits and one normaliser a token are all that is kept for the backward."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, head: Head) -> Tensor:
-        wide = logits.to(_loss_dtype(logits.dtype))
-        largest = head.gather_sums(wide.amax(-1)).amax(-1)
+        steps = fast_loss(logits) or STEPS
+        largest = head.gather_sums(steps.largest(logits)).amax(-1)
         chunk = head.vocab_size // num_chunks(head.vocab_size)
-        shifted = wide - largest.unsqueeze(-1)
-        total = pairwise_sum(head.gather_sums(chunk_sums(shifted.exp(), chunk)))
+        total = pairwise_sum(head.gather_sums(steps.exp_sums(logits, largest, chunk)))
         local = targets - head.first_token
-        mine = (local >= 0) & (local < logits.shape[-1])
-        local = torch.where(mine, local, 0)
+        local = torch.where((local >= 0) & (local < logits.shape[-1]), local, -1)
+        picked = logits.gather(-1, local.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         # one rank has the target's logit and the others zero, so this sum is exact
-        picked = torch.where(mine, shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1), 0)
-        picked = pairwise_sum(head.gather_sums(picked))
+        shifted = torch.where(local >= 0, picked.to(largest.dtype) - largest, 0)
         valid = targets != IGNORED
-        ctx.save_for_backward(logits, local, mine, valid, largest + total.log())
-        return torch.where(valid, total.log() - picked, 0)
+        ctx.save_for_backward(logits, local, valid, largest + total.log())
+        return torch.where(valid, total.log() - pairwise_sum(head.gather_sums(shifted)), 0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        logits, local, mine, valid, normaliser = ctx.saved_tensors
-        gradient = torch.where(valid, gradients[0], 0).to(normaliser.dtype)
-        d_logits = (logits.to(normaliser.dtype) - normaliser.unsqueeze(-1)).exp_()
-        d_logits.mul_(gradient.unsqueeze(-1))
-        at_target = torch.where(mine, -gradient, 0).unsqueeze(-1)
-        d_logits.scatter_add_(-1, local.unsqueeze(-1), at_target)
-        return d_logits.to(logits.dtype), None, None
-
-
-def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+        logits, local, valid, normaliser = ctx.saved_tensors
+        factor = torch.where(valid, gradients[0], 0).to(normaliser.dtype)
+        return (fast_loss(logits) or STEPS).gradient(logits, normaliser, factor, local), None, None

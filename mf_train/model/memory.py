@@ -1,13 +1,13 @@
 """The two steps of a memory layer (Eq. 2-11): hash (features to codes and weights) and lookup (tables to features)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from mf_train.config.model import Score
-from mf_train.kernels import hash_codes, lookup
+from mf_train.kernels import hash_codes, lookup, lookup_all
 
 
 class Hash(nn.Module):
@@ -36,6 +36,14 @@ class Lookup(nn.Module):
 
     def forward(self, codes: Tensor, weights: Tensor) -> Tensor:
         return lookup(codes, weights, self.tables, self.bias)
+
+
+def lookup_each(codes: Tensor, weights: Tensor, lookups: Sequence[nn.Module]) -> list[Tensor]:
+    """What each of several lookups of the same codes gives, in one pass over the codes where they are plain ones."""
+    plain = [module for module in lookups if isinstance(module, Lookup)]
+    if len(plain) < len(lookups):
+        return [module(codes, weights) for module in lookups]
+    return lookup_all(codes, weights, [module.tables for module in plain], [module.bias for module in plain])
 
 
 @contextmanager

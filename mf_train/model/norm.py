@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mf_train.config.model import NormKind
-from mf_train.model.sums import chunk_moments, chunk_sums, num_chunks, pairwise_moments, pairwise_sum
+from mf_train.kernels import fast_norm
+from mf_train.model.norm_steps import STEPS
+from mf_train.model.sums import num_chunks, pairwise_moments, pairwise_sum
 
 Gather = Callable[[Tensor], Tensor]
 
@@ -49,36 +51,24 @@ class _Normalise(torch.autograd.Function):
         epsilon: float,
         gather: Gather,
     ) -> Tensor:
-        wide = x.to(_statistics_dtype(x.dtype))
+        steps = fast_norm(x) or STEPS
         chunk = features // num_chunks(features)
-        sums = gather(torch.stack(chunk_moments(wide, chunk, centred=bias is not None), dim=-1))
+        sums = gather(steps.moments(x, chunk, centred=bias is not None))
         mean, squares = pairwise_moments(sums[..., 0, :], sums[..., 1, :], x.shape[-1])
         rstd = torch.rsqrt(squares / features + epsilon)
-        y = (wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) * weight
-        if bias is not None:
-            y = y + bias
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.features, ctx.gather, ctx.has_bias = features, gather, bias is not None
-        return y.to(x.dtype)
+        y: Tensor = steps.normalise(x, mean, rstd, weight, bias)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, mean, rstd = ctx.saved_tensors
-        rstd = rstd.unsqueeze(-1)
-        normal = (x.to(rstd.dtype) - mean.unsqueeze(-1)) * rstd
-        dy = gradients[0].to(rstd.dtype)
-        scaled = dy * weight
+        steps = fast_norm(x) or STEPS
         chunk = ctx.features // num_chunks(ctx.features)
-        partial = torch.stack((chunk_sums(scaled, chunk), chunk_sums(scaled * normal, chunk)), dim=-1)
-        sums = pairwise_sum(ctx.gather(partial)).unsqueeze(-2) / ctx.features
-        dx = scaled - normal * sums[..., 1]
-        if ctx.has_bias:
-            dx = dx - sums[..., 0]
-        tokens = tuple(range(x.dim() - 1))
-        d_weight = (dy * normal).sum(tokens).to(weight.dtype)
-        d_bias = dy.sum(tokens).to(weight.dtype) if ctx.has_bias else None
-        return (dx * rstd).to(x.dtype), d_weight, d_bias, None, None, None
-
-
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+        partial = steps.gradient_sums(gradients[0], x, mean, rstd, weight, chunk)
+        sums = pairwise_sum(ctx.gather(partial)) / ctx.features
+        dx, d_weight, d_bias = steps.gradients(
+            gradients[0], x, mean, rstd, weight, sums, centred=ctx.has_bias
+        )
+        return dx, d_weight, d_bias if ctx.has_bias else None, None, None, None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,6 +33,13 @@ class Comparison:
     changed_codes: dict[str, float]  # share of the codes of each hash, by the hash's name
     changed: int
     codes: int  # compared, in all
+    recorded_loss: float  # the trainer's mean cross-entropy of each token but the first, in nats
+    loss: float  # the written model's
+    divergence: float  # mean KL divergence of its predictions from the trainer's, in nats
+
+    @property
+    def loss_difference(self) -> float:
+        return self.loss - self.recorded_loss
 
 
 def read_probe(path: Path) -> dict[str, Tensor]:
@@ -45,7 +53,7 @@ def read_probe(path: Path) -> dict[str, Tensor]:
 def compare(folder: Path, probe: Mapping[str, Tensor]) -> Comparison:
     """Load the model that was written and run the plain model on the trainer's tokens.
 
-    The whole model is in memory for this, once, in the dtype written.
+    The model's files are mapped into memory for this and not copied.
     """
     model = load_model(folder)
     with torch.no_grad(), record_codes(model) as codes:
@@ -53,12 +61,17 @@ def compare(folder: Path, probe: Mapping[str, Tensor]) -> Comparison:
     recorded = {name.removeprefix(_CODES): codes for name, codes in probe.items() if name.startswith(_CODES)}
     assert recorded.keys() == codes.keys(), "the checkpoint's probe and the model have different hashes"
     changed = {name: int((recorded[name] != codes[name][0]).sum()) for name in recorded}
+    before, after = probe["logits"].double().log_softmax(-1), logits.double().log_softmax(-1)
+    targets = probe["tokens"][1:]
     return Comparison(
         tokens=probe["tokens"].tolist(),
         largest_logit_difference=(logits - probe["logits"]).abs().max().item(),
         changed_codes={name: count / recorded[name].numel() for name, count in changed.items()},
         changed=sum(changed.values()),
         codes=sum(codes.numel() for codes in recorded.values()),
+        recorded_loss=F.nll_loss(before[:-1], targets).item(),
+        loss=F.nll_loss(after[:-1], targets).item(),
+        divergence=F.kl_div(after, before, reduction="batchmean", log_target=True).item(),
     )
 
 
@@ -83,7 +96,10 @@ def check(comparison: Comparison, exact: bool) -> None:
 def write_certificate(
     folder: Path, source: Mapping[str, Any], dtype: str, tensors: Mapping[str, str], comparison: Comparison
 ) -> None:
-    """certificate.json: SHA-256 of every tensor and of every other file of the folder, and the comparison."""
+    """certificate.json: SHA-256 of every tensor and of every other file of the folder, and the comparison.
+
+    `dtype` is `convert`'s. Losses and the divergence are in nats a token.
+    """
     files = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
@@ -98,6 +114,11 @@ def write_certificate(
             "tokens": comparison.tokens,
             "largest_logit_difference": comparison.largest_logit_difference,
             "changed_codes": comparison.changed_codes,
+            "predicted_tokens": len(comparison.tokens) - 1,
+            "recorded_loss": comparison.recorded_loss,
+            "loss": comparison.loss,
+            "loss_difference": comparison.loss_difference,
+            "divergence": comparison.divergence,
         },
         "tensors": dict(tensors),
         "files": files,

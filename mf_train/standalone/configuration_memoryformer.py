@@ -6,19 +6,23 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from mf_train.config.model import ModelConfig
-from mf_train.standalone.names import CONFIG_KEYS
+from mf_train.standalone.names import CONFIG_KEYS, INT8
 
 
 class MemoryFormerConfig(PretrainedConfig):
-    """Every key of ModelConfig, four of them under transformers' names (see `CONFIG_KEYS`).
+    """Every key of ModelConfig, four of them under transformers' names (see `CONFIG_KEYS`), and `table_dtype`.
 
-    Raises ValueError where ModelConfig does.
+    `table_dtype` is "int8" where tables and LM head are int8 with scales, else None. Raises ValueError where
+    ModelConfig does, and for another `table_dtype`.
     """
 
     model_type = "memoryformer"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' way
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, table_dtype: str | None = None, **settings: Any) -> None:
+        if table_dtype not in (None, INT8):
+            raise ValueError(f"table_dtype is {table_dtype!r}: it must be {INT8!r} or absent")
+        self.table_dtype = table_dtype
         model = ModelConfig(
             **{name: settings.pop(key) for name, key in _keys().items() if settings.get(key) is not None}
         )

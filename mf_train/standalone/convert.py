@@ -18,22 +18,28 @@ from mf_train.errors import UserError
 from mf_train.model.counts import count_parameters
 from mf_train.model.model import MemoryFormer
 from mf_train.standalone.certificate import Comparison, check, compare, read_probe, write_certificate
+from mf_train.standalone.names import INT8
 from mf_train.standalone.settings_files import settings_files
 from mf_train.standalone.source_files import source_files
 from mf_train.standalone.tokenizer_files import tokenizer_files
 from mf_train.standalone.weights import copy_weights
 
+DTYPES = ("float32", "bfloat16", INT8)
+
 
 def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterator[str]:
     """Write the standalone model of a checkpoint into `output`, which is complete or absent; yields lines to show.
 
-    `dtype` is "float32", "bfloat16" or None for the precision that the run trained in. The written model is loaded
-    again and compared with what the trainer recorded in the checkpoint.
+    `dtype` is one of DTYPES, or None for the precision that the run trained in; "int8" is of tables and LM head, with
+    a float32 scale a row, and makes the rest bfloat16. The written model is loaded again and compared with what the
+    trainer recorded in the checkpoint.
 
     Raises UserError for a checkpoint or an output that cannot be used, TrainingError where the written model does not
     compute what the trainer did, OSError where writing fails. None of them leaves anything at `output`.
     """
     started = time.perf_counter()
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype is {dtype!r}: it must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     output = Path(os.path.abspath(output))
     _check_output(output)
     reader = CheckpointReader(resolve_checkpoint(checkpoint))
@@ -51,7 +57,7 @@ def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterato
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    yield from _describe_result(reader, output, dtype, comparison, time.perf_counter() - started)
+    yield from _describe_result(reader, config, output, dtype, comparison, time.perf_counter() - started)
 
 
 def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: Path) -> Comparison:
@@ -112,15 +118,23 @@ def _describe_source(reader: CheckpointReader, config: Config) -> str:
 
 
 def _describe_result(
-    reader: CheckpointReader, output: Path, dtype: str, comparison: Comparison, seconds: float
+    reader: CheckpointReader, config: Config, output: Path, dtype: str, comparison: Comparison, seconds: float
 ) -> Iterator[str]:
     size = sum(path.stat().st_size for path in output.iterdir())
     shown = os.path.relpath(output) if output.is_relative_to(Path.cwd()) else str(output)
-    yield f"wrote {shown}: {len(reader.shapes)} tensors in {dtype}, {size / 1e6:.1f} MB in all, {seconds:.1f} s"
+    written = "int8 (tables and LM head) and bfloat16" if dtype == INT8 else dtype
+    yield f"wrote {shown}: {len(reader.shapes)} tensors in {written}, {size / 1e6:.1f} MB in all, {seconds:.1f} s"
     yield (
         f"certificate: on {len(comparison.tokens)} tokens the largest logit difference from the trainer is "
         f"{comparison.largest_logit_difference:.3g}, and {comparison.changed} of {comparison.codes} codes changed"
     )
+    if dtype != config.training.precision:
+        yield (
+            f"loss on {len(comparison.tokens) - 1} of these random tokens: {comparison.loss:.4f} nats, "
+            f"{comparison.loss_difference:+.4f} against the trainer; predictions diverge by "
+            f"{comparison.divergence:.2g} nats"
+        )
+        yield f"loss on text: memoryformer evaluate {shlex.quote(shown)} --data GLOB"
     yield f"try: memoryformer generate {shlex.quote(shown)} 'Once upon a time'"
 
 

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.model.model import MemoryFormer
+from mf_train.standalone.cache import Cache
+from mf_train.standalone.decoding import FastPath
 from mf_train.standalone.load import load_model
 
 _INCOMPLETE = "\ufffd"  # what bytes that are not yet a whole character decode to
@@ -56,33 +57,17 @@ def new_tokens(
     """`count` tokens after `ids`, each below `vocab_size`: a model may have rows that no text of its tokenizer uses."""
     generator = torch.Generator().manual_seed(seed)
     cache = Cache(model.config.num_layers)
-    step = torch.tensor([ids])
+    fast = FastPath()
+    step = torch.tensor(ids)
     for _ in range(count):
-        logits = model(step, cache=cache)[0, -1, :vocab_size].float()
+        logits = fast.logits(model, step, cache.keys, cache.values) if len(step) == 1 else None
+        if logits is None:
+            logits = model(step.unsqueeze(0), cache=cache)[:, -1]
+        logits = logits[0, :vocab_size].float()
         if temperature > 0:
             probabilities = (logits / temperature).softmax(-1)
             token = int(torch.multinomial(probabilities, 1, generator=generator))
         else:
             token = int(logits.argmax())
         yield token
-        step = torch.tensor([[token]])
-
-
-class Cache:
-    """Keys and values of all layers, [B, H, T, head]; what the model calls a KeyValueCache."""
-
-    def __init__(self, layers: int) -> None:
-        self.held: list[tuple[Tensor, Tensor] | None] = [None] * layers
-
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        before = self.held[layer]
-        both = (key, value) if before is None else (_append(before[0], key), _append(before[1], value))
-        self.held[layer] = both
-        return both
-
-    def get_seq_length(self) -> int:
-        return 0 if self.held[0] is None else self.held[0][0].shape[2]
-
-
-def _append(before: Tensor, new: Tensor) -> Tensor:
-    return torch.cat((before, new), dim=2)
+        step = torch.tensor([token])

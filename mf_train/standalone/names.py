@@ -11,3 +11,8 @@ CONFIG_KEYS = {
     "sequence_length": "max_position_embeddings",
     "temperature": "hash_temperature",
 }
+
+# A key of config.json that ModelConfig does not have, only present where it is "int8": tables and LM head are int8 with
+# float32 scales, and `dtype` is that of all other weights.
+TABLE_DTYPE = "table_dtype"
+INT8 = "int8"

@@ -6,16 +6,17 @@ from typing import Any
 
 from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_parameters
-from mf_train.standalone.names import CONFIG_KEYS
+from mf_train.standalone.names import CONFIG_KEYS, INT8, TABLE_DTYPE
 
 
 def settings_files(
     config: Config, dtype: str, end_of_text_id: int, state: dict[str, Any]
 ) -> dict[str, bytes]:
-    """Contents by file name. `state` is the checkpoint's: step and tokens seen."""
+    """Contents by file name. `dtype` is `convert`'s; `state` is the checkpoint's: step and tokens seen."""
+    dtypes = {"dtype": "bfloat16", TABLE_DTYPE: INT8} if dtype == INT8 else {"dtype": dtype}
     special = {name: end_of_text_id for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {
-        "config.json": _json(_model_tree(config.model) | special | {"dtype": dtype}),
+        "config.json": _json(_model_tree(config.model) | special | dtypes),
         "generation_config.json": _json(special),
         "README.md": _model_card(config, dtype, state).encode(),
     }
@@ -35,6 +36,9 @@ def _model_tree(model: ModelConfig) -> dict[str, Any]:
 
 def _model_card(config: Config, dtype: str, state: dict[str, Any]) -> str:
     model, counts = config.model, count_parameters(config.model)
+    weights = dtype
+    if dtype == INT8:
+        weights = "int8 in tables and LM head, with a float32 scale for each row, and bfloat16 elsewhere"
     rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(model).items())
     return f"""---
 library_name: transformers
@@ -44,8 +48,8 @@ pipeline_tag: text-generation
 
 A causal language model of {counts.total:,} parameters, {counts.tables:,} of them in lookup tables
 (MemoryFormer, arXiv 2411.12992), after {state["step"]:,} steps and {state["tokens"]:,} tokens of training in
-{config.training.precision}. Weights are {dtype}. `certificate.json` has their hashes and how far this model's results
-are from the trainer's.
+{config.training.precision}. Weights are {weights}.
+`certificate.json` has their hashes and how far this model's results are from the trainer's.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -2,13 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mf_train.checkpoint.read import CheckpointReader, Region
-from mf_train.checkpoint.tensor_file import TensorFileWriter
+from mf_train.checkpoint.tensor_file import ALIGNMENT, TensorFileWriter
+from mf_train.errors import TrainingError
+from mf_train.model.quantized import quantize_rows, row_scales, scales_name
 from mf_train.standalone.names import PARAMETER_PREFIX
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -18,33 +23,78 @@ SLICE_BYTES = 64_000_000
 Shape = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of the files. `convert` makes some rows of it from the same rows of a parameter's float32 values."""
+
+    parameter: str
+    dtype: torch.dtype
+    shape: Shape
+    convert: Callable[[Tensor], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
 def copy_weights(
     reader: CheckpointReader, folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
 ) -> dict[str, str]:
-    """Write every parameter in `dtype` under its outside name; returns the SHA-256 of each one's bytes in the file.
+    """Write every parameter in `dtype` under its outside name; returns the SHA-256 of each tensor's bytes in the file.
 
+    For torch.int8, tables and head are int8 with float32 `scales` beside them and all other parameters bfloat16.
     One file `model.safetensors`, or shards of at most `shard_bytes` (a larger tensor has one of its own) and an
-    index, as transformers expects. Raises UserError where the checkpoint is damaged, OSError where writing fails.
+    index, as transformers expects. Raises UserError where the checkpoint is damaged, TrainingError where values that
+    are not finite cannot be int8, OSError where writing fails.
     """
-    shards = _plan_shards(reader.shapes, dtype, shard_bytes)
+    tensors = stored_tensors(reader.shapes, dtype)
+    shards = _plan_shards(tensors, shard_bytes)
     digests: dict[str, str] = {}
     for file, names in shards.items():
-        layout = {PARAMETER_PREFIX + name: (dtype, reader.shapes[name]) for name in names}
+        layout = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
         with TensorFileWriter(folder / file, layout, {"format": "pt"}) as writer:
             for name in names:
-                digests[PARAMETER_PREFIX + name] = _copy_tensor(reader, name, dtype, writer)
+                digests[name] = _copy_tensor(reader, tensors[name], writer)
     if len(shards) > 1:
-        _write_index(folder / INDEX, reader.shapes, shards, dtype)
+        _write_index(folder / INDEX, reader.shapes, tensors, shards)
     return digests
 
 
-def _copy_tensor(reader: CheckpointReader, name: str, dtype: torch.dtype, writer: TensorFileWriter) -> str:
+def stored_tensors(shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, Stored]:
+    """What the files hold for a checkpoint's parameters, by outside name, in the checkpoint's order."""
+    tensors = {}
+    floats = torch.bfloat16 if dtype == torch.int8 else dtype
+    for name, shape in shapes.items():
+        outside, scales = PARAMETER_PREFIX + name, scales_name(name)
+        if dtype == torch.int8 and scales:
+            tensors[outside] = Stored(name, torch.int8, shape, lambda rows: quantize_rows(rows)[0])
+            tensors[PARAMETER_PREFIX + scales] = Stored(name, torch.float32, shape[:-1], row_scales)
+        else:
+            tensors[outside] = Stored(name, floats, shape, lambda values: values.to(floats))
+    return tensors
+
+
+def _copy_tensor(reader: CheckpointReader, stored: Stored, writer: TensorFileWriter) -> str:
     digest = hashlib.sha256()
-    for region in row_major_regions(reader.shapes[name], SLICE_BYTES // torch.float32.itemsize):
-        part = reader.read(name, region=region).to(dtype).contiguous()
+    for region in whole_rows(reader.shapes[stored.parameter], SLICE_BYTES // torch.float32.itemsize):
+        part = stored.convert(reader.read(stored.parameter, region=region)).contiguous()
+        if stored.convert is row_scales and not part.isfinite().all():
+            raise TrainingError(
+                f"{reader.checkpoint}: {stored.parameter} holds values that are not finite and cannot be int8; "
+                "use an earlier checkpoint"
+            )
         writer.append(part)
         digest.update(part.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def whole_rows(shape: Shape, max_elements: int) -> Iterator[Region]:
+    """As `row_major_regions`, but the last of several dimensions is never cut, however long it is."""
+    if len(shape) == 1:
+        yield from row_major_regions(shape, max_elements)
+        return
+    for region in row_major_regions(shape[:-1], max(max_elements // shape[-1], 1)):
+        yield (*region, slice(0, shape[-1]))
 
 
 def row_major_regions(shape: Shape, max_elements: int) -> Iterator[Region]:
@@ -61,28 +111,33 @@ def row_major_regions(shape: Shape, max_elements: int) -> Iterator[Region]:
             yield (slice(row, row + 1), *region)
 
 
-def _plan_shards(shapes: Mapping[str, Shape], dtype: torch.dtype, limit: int) -> dict[str, list[str]]:
-    """File name -> parameters, in the checkpoint's order."""
+def _plan_shards(tensors: Mapping[str, Stored], limit: int) -> dict[str, list[str]]:
+    """File name -> tensors: in the checkpoint's order over the files, by alignment within each."""
     groups: list[list[str]] = []
     filled = limit
-    for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if not groups or filled + size > limit:
+    for name, stored in tensors.items():
+        if not groups or filled + stored.nbytes > limit:
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += size
+        filled += stored.nbytes
+    for group in groups:
+        # a file has no gaps: with falling divisors of the sizes, each tensor begins at a multiple of its own divisor,
+        # and so every table whose size is a multiple of a cache line begins at one
+        group.sort(key=lambda name: -math.gcd(tensors[name].nbytes, ALIGNMENT))
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 def _write_index(
-    path: Path, shapes: Mapping[str, Shape], shards: Mapping[str, list[str]], dtype: torch.dtype
+    path: Path, shapes: Mapping[str, Shape], tensors: Mapping[str, Stored], shards: Mapping[str, list[str]]
 ) -> None:
-    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
     index = {
-        "metadata": {"total_size": parameters * dtype.itemsize, "total_parameters": parameters},
-        "weight_map": {PARAMETER_PREFIX + name: file for file, names in shards.items() for name in names},
+        "metadata": {
+            "total_size": sum(stored.nbytes for stored in tensors.values()),
+            "total_parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
+        },
+        "weight_map": {name: file for file, names in shards.items() for name in names},
     }
     path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

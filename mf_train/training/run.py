@@ -1,5 +1,7 @@
 """One training run, from its configuration to its last checkpoint; reads from top to bottom."""
 
+import ctypes
+import logging
 import math
 import resource
 import time
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mf_train import kernels
 from mf_train.checkpoint.load import load_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.save import Extras, save_checkpoint
@@ -39,6 +42,7 @@ from mf_train.training.telemetry import TableTelemetry
 from mf_train.training.validate import validation_loss
 
 DONE, STOPPED = 0, 75
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 def train(config: Config, process: Process) -> int:
@@ -50,8 +54,11 @@ def train(config: Config, process: Process) -> int:
     check_degrees(config, process.world_size)
     degrees = Degrees(process.rank, process.world_size, config.parallel.tensor, process.local_rank)
     device = _find_device(config, process)
+    logging.getLogger(kernels.__name__).setLevel(logging.ERROR)  # the summary says which kernels run
     start_processes(process, device, config.training.collective_timeout_seconds)
     groups = Groups(degrees, config.training.collective_timeout_seconds)
+    if device.type == "cpu":
+        _keep_freed_memory()
     inputs = together(lambda: _open_inputs(config, degrees), device)
     run = _Run(config, groups, device, inputs, stop)
     try:
@@ -84,6 +91,17 @@ def _find_device(config: Config, process: Process) -> torch.device:
             "process for each GPU"
         )
     return torch.device("cuda", process.local_rank)
+
+
+def _keep_freed_memory() -> None:
+    """Keep the memory of freed tensors for the next ones, instead of handing it to the kernel and clearing it anew.
+
+    Every step needs the same buffers; on the quickstart fresh pages cost a tenth of a step. glibc only (mallopt(3)).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _open_inputs(config: Config, degrees: Degrees) -> _Inputs:
@@ -318,6 +336,7 @@ class _Run:
             f"{self.config.model.kind}: {counts.total / 1e6:.1f} M parameters, {counts.tables / 1e6:.1f} M in tables",
             f"{processes} on {self.device.type}: tensor {degrees.tensor} x data {degrees.data}, "
             f"ZeRO {self.config.parallel.zero_stage}, {training.precision}; run folder {self.folder}",
+            f"hash and lookup: {kernels.describe(self.device)}",
         ]
         if held_out is not None:
             lines.append(

@@ -1,5 +1,6 @@
 """Hash: codes, weights and gradients of every backend against brute force and float64."""
 
+import functools
 import itertools
 import math
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mf_train.kernels import composition, hash_codes, ops, reference
+from mf_train.kernels import composition, cpu, hash_codes, ops, reference
 
 SCORES = ["probability", "scaled_probability"]
 # Relative to the largest entry: a few roundings of the dtype.
@@ -19,6 +20,15 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     error = (actual.double() - expected.double()).abs().max() if actual.numel() else 0
     scale = expected.double().abs().max() if actual.numel() else 1
     assert error <= tolerance * scale, (float(error), float(scale))
+
+
+# Those that run here; what needs a GPU has tests of its own.
+BACKENDS = ["composition", *(["cpu"] if cpu.library() is not None else [])]
+
+
+def run(backend: str):
+    """`hash_codes` by one backend, or as a converted model has it, differentiated by autograd."""
+    return composition.hash_codes if backend == "plain" else functools.partial(hash_codes, backend=backend)
 
 
 def hash_with_gradient(function, x: Tensor, d_weights: Tensor, *arguments, **options):
@@ -51,17 +61,19 @@ def test_reference_is_the_softmax_over_all_sign_patterns(tau: int, score: str) -
     torch.testing.assert_close(dx, expected_dx, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", [hash_codes, composition.hash_codes], ids=["operator", "plain"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "plain"])
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("tau", [*range(1, 13), 15, 16])
-def test_hash_equals_the_reference(tau: int, dtype: torch.dtype, score: str, function) -> None:
+def test_hash_equals_the_reference(tau: int, dtype: torch.dtype, score: str, backend: str) -> None:
+    if backend == "cpu" and dtype not in (torch.float32, torch.bfloat16):
+        backend = "auto"
     generator = torch.Generator().manual_seed(100 + tau)
     num_tables = int(torch.randint(1, 12, (), generator=generator))
     temperature = float(torch.rand((), generator=generator)) + 0.5
     x = torch.randn(2, 7, num_tables * tau, generator=generator).to(dtype)
     d_weights = torch.randn(2, 7, num_tables, generator=generator).to(dtype)
-    codes, weights, dx = hash_with_gradient(function, x, d_weights, num_tables, temperature, score)
+    codes, weights, dx = hash_with_gradient(run(backend), x, d_weights, num_tables, temperature, score)
     # From the same rounded numbers, in float64 throughout.
     true_codes, true_weights, true_dx = hash_with_gradient(
         reference.hash_codes, x.double(), d_weights, num_tables, temperature, score
@@ -85,14 +97,10 @@ def test_gradcheck(backend: str, score: str) -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize(
-    "function",
-    [hash_codes, composition.hash_codes, reference.hash_codes],
-    ids=["operator", "plain", "reference"],
-)
-def test_both_zeros_count_as_positive(function, score: str) -> None:
+@pytest.mark.parametrize("backend", [*BACKENDS, "plain", "reference"])
+def test_both_zeros_count_as_positive(backend: str, score: str) -> None:
     x = torch.tensor([0.0, -0.0, -1.0, 0.0])
-    codes, weights, dx = hash_with_gradient(function, x, torch.ones(1), 1, 1.0, score)
+    codes, weights, dx = hash_with_gradient(run(backend), x, torch.ones(1), 1, 1.0, score)
     hit = 1 / (1 + math.exp(-2))
     probability = hit / 8
     assert codes.tolist() == [0b1011]
@@ -104,7 +112,7 @@ def test_both_zeros_count_as_positive(function, score: str) -> None:
     torch.testing.assert_close(dx, expected)
 
 
-@pytest.mark.parametrize("backend", ["composition", "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_nan_gives_bit_zero_and_a_nan_weight_in_its_chunk_only(backend: str) -> None:
     x = torch.tensor([1.0, math.nan, 1.0, 1.0, math.inf, -math.inf])
     codes, weights = hash_codes(x, 3, backend=backend)
@@ -113,7 +121,7 @@ def test_nan_gives_bit_zero_and_a_nan_weight_in_its_chunk_only(backend: str) -> 
     assert weights[2] == 1
 
 
-@pytest.mark.parametrize("backend", ["composition", "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 0, 3), (2, 1, 3)], ids=str)
 def test_every_leading_shape(lead: tuple[int, ...], backend: str) -> None:
     x = torch.randn(*lead, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
@@ -123,19 +131,22 @@ def test_every_leading_shape(lead: tuple[int, ...], backend: str) -> None:
     assert x.grad is not None and x.grad.shape == x.shape
 
 
-def test_strided_input_and_strided_gradient() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_input_and_strided_gradient(backend: str) -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(24, 5, generator=generator).t()
     d_weights = torch.randn(4, 5, generator=generator).t()
-    actual = hash_with_gradient(hash_codes, x, d_weights, 4)
-    expected = hash_with_gradient(hash_codes, x.contiguous(), d_weights.contiguous(), 4)
+    actual = hash_with_gradient(run(backend), x, d_weights, 4)
+    expected = hash_with_gradient(run(backend), x.contiguous(), d_weights.contiguous(), 4)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("tau", [1, 3, 6, 8, 10, 12, 16])
-def test_a_chunk_has_the_same_bits_in_any_company(tau: int, score: str) -> None:
+def test_a_chunk_has_the_same_bits_in_any_company(tau: int, score: str, backend: str) -> None:
     """Tensor parallelism hashes K / P chunks a rank; generation hashes one token at a time."""
+    hash_codes = run(backend)
     x = torch.randn(33, 16 * tau, generator=torch.Generator().manual_seed(tau))
     codes, weights = hash_codes(x, 16, score=score)
     for degree in (2, 4, 8, 16):
@@ -156,14 +167,16 @@ def test_training_keeps_x_alone() -> None:
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype, score: str) -> None:
+def test_opcheck(dtype: torch.dtype, score: str, backend: str) -> None:
     for shape, num_tables in (((5, 20), 2), ((3, 12), 4), ((12,), 1), ((0, 12), 3)):
         x = torch.randn(shape, dtype=dtype)
-        torch.library.opcheck(ops.hash_codes, (x.requires_grad_(), num_tables, 0.8, score))
+        torch.library.opcheck(ops.hash_codes, (x.requires_grad_(), num_tables, 0.8, score, backend))
         d_weights = torch.randn(*shape[:-1], num_tables, dtype=dtype)
-        torch.library.opcheck(ops.hash_codes_backward, (d_weights, x.detach(), num_tables, 0.8, score))
+        arguments = (d_weights, x.detach(), num_tables, 0.8, score, backend)
+        torch.library.opcheck(ops.hash_codes_backward, arguments)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +198,16 @@ def test_errors_name_the_argument(arguments: tuple, message: str) -> None:
         hash_codes(*arguments)
 
 
-def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend must be one of auto, composition, reference, got 'cuda'"):
-        hash_codes(torch.randn(2, 8), 2, backend="cuda")
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("fast", "backend must be one of auto, composition, cpu, triton, cuda, reference, got 'fast'"),
+        (
+            "triton",
+            "backend 'triton' cannot be used: the tensors are on cpu; leave the choice to backend='auto'",
+        ),
+    ],
+)
+def test_a_backend_that_cannot_run(backend: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hash_codes(torch.randn(2, 8), 2, backend=backend)

@@ -1,6 +1,7 @@
 """Lookup: outputs and gradients against float64; column slices, determinism, memory, swapped storage."""
 
 import ast
+import functools
 import runpy
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mf_train.kernels import composition, hash_codes, lookup, ops, reference
+from mf_train.kernels import composition, cpu, hash_codes, lookup, lookup_all, lookup_int8, ops, reference
 
 # Relative to the largest entry. A float32 sum of K terms and a few roundings of the narrow types.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -29,6 +30,21 @@ def random_arguments(
     weights = torch.rand(*lead, num_tables, generator=generator).to(dtype)
     tables = torch.randn(num_tables, 2**tau, out_features, generator=generator).to(dtype)
     return codes.to(composition.code_dtype(tau)), weights, tables
+
+
+# Those that run here; what needs a GPU has tests of its own.
+BACKENDS = ["composition", *(["cpu"] if cpu.library() is not None else [])]
+
+
+def plain_lookup(codes: Tensor, weights: Tensor, tables: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The composition as a converted model has it: differentiated by autograd."""
+    (y,) = composition.lookup(codes, weights, [tables])
+    return y if bias is None else y + bias
+
+
+def run(backend: str):
+    """`lookup` by one backend, or the converted model's."""
+    return plain_lookup if backend == "plain" else functools.partial(lookup, backend=backend)
 
 
 def lookup_with_gradients(function, codes, weights, tables, dy, bias=None) -> list[Tensor]:
@@ -65,10 +81,12 @@ def test_reference_is_the_sum_over_tables() -> None:
     torch.testing.assert_close(d_bias, dy.sum(0))
 
 
-@pytest.mark.parametrize("function", [lookup, composition.lookup], ids=["operator", "plain"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "plain"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("tau", range(1, 13))
-def test_lookup_equals_the_reference(tau: int, dtype: torch.dtype, function) -> None:
+def test_lookup_equals_the_reference(tau: int, dtype: torch.dtype, backend: str) -> None:
+    if backend == "cpu" and dtype not in (torch.float32, torch.bfloat16):
+        backend = "auto"  # which is the composition then
     generator = torch.Generator().manual_seed(tau)
     num_tables = int(torch.randint(1, 8, (), generator=generator)) * 2 - 1
     out_features = int(torch.randint(1, 40, (), generator=generator)) * 2 - 1
@@ -76,7 +94,7 @@ def test_lookup_equals_the_reference(tau: int, dtype: torch.dtype, function) -> 
     codes, weights, tables = random_arguments(tau, tau, num_tables, out_features, lead, dtype)
     bias = torch.randn(out_features, generator=generator).to(dtype)
     dy = torch.randn(*lead, out_features, generator=generator).to(dtype)
-    actual = lookup_with_gradients(function, codes, weights, tables, dy, bias)
+    actual = lookup_with_gradients(run(backend), codes, weights, tables, dy, bias)
     # From the same rounded numbers, in float64 throughout.
     expected = lookup_with_gradients(
         reference.lookup, codes, weights.double(), tables.double(), dy.double(), bias.double()
@@ -86,9 +104,11 @@ def test_lookup_equals_the_reference(tau: int, dtype: torch.dtype, function) -> 
         assert_close(a, e, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("backend", ["auto", "composition"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_types_round_once(dtype: torch.dtype) -> None:
+def test_narrow_types_round_once(dtype: torch.dtype, backend: str) -> None:
     """Sums in float32: an error of the size of one rounding, though 1 024 tokens meet in each row."""
+    lookup = run(backend)
     codes, weights, tables = random_arguments(3, 1, 64, 48, (2048,), dtype)
     dy = torch.randn(2048, 48, generator=torch.Generator().manual_seed(4)).to(dtype)
     actual = lookup_with_gradients(lookup, codes, weights, tables, dy)
@@ -98,9 +118,21 @@ def test_narrow_types_round_once(dtype: torch.dtype) -> None:
         assert (a.double() - e).norm() <= 1.1 * rounding
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_weights_are_rounded_to_the_tables_dtype(table_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("backend", "table_dtype", "weight_dtype"),
+    [
+        (backend, table_dtype, weight_dtype)
+        for backend in BACKENDS
+        for table_dtype in (torch.float32, torch.bfloat16, torch.float64)
+        for weight_dtype in (torch.float32, torch.bfloat16, torch.float64)
+        if backend == "composition" or torch.float64 not in (table_dtype, weight_dtype)
+    ],
+    ids=str,
+)
+def test_weights_are_rounded_to_the_tables_dtype(
+    backend: str, table_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    lookup = run(backend)
     codes, weights, tables = random_arguments(5, 4, 6, 10, (9,))
     weights, tables = weights.to(weight_dtype), tables.to(table_dtype)
     dy = torch.randn(9, 10, generator=torch.Generator().manual_seed(6)).to(table_dtype)
@@ -112,8 +144,10 @@ def test_weights_are_rounded_to_the_tables_dtype(table_dtype: torch.dtype, weigh
     assert torch.equal(mixed[2], same[2])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("code_dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
-def test_every_code_type_gives_the_same(code_dtype: torch.dtype) -> None:
+def test_every_code_type_gives_the_same(code_dtype: torch.dtype, backend: str) -> None:
+    lookup = run(backend)
     codes, weights, tables = random_arguments(8, 6, 5, 12, (11,))
     assert torch.equal(lookup(codes.to(code_dtype), weights, tables), lookup(codes, weights, tables))
 
@@ -126,8 +160,10 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(lambda *leaves: lookup(codes, *leaves, backend=backend), leaves)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("out_features", [8, 16, 24, 40, 64, 80, 96, 192, 520])
-def test_columns_give_the_same_bits_as_the_whole(out_features: int, threads: int) -> None:
+def test_columns_give_the_same_bits_as_the_whole(out_features: int, threads: int, backend: str) -> None:
+    lookup = run(backend)
     codes, weights, tables = random_arguments(out_features, 6, 33, out_features, (65,))
     y = lookup(codes, weights, tables)
     for degree in (2, 4, 8):
@@ -138,15 +174,19 @@ def test_columns_give_the_same_bits_as_the_whole(out_features: int, threads: int
             assert torch.equal(part, y[..., columns]), (degree, first)
 
 
-def test_the_number_of_tokens_and_threads_changes_no_bit(threads: int) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_number_of_tokens_and_threads_changes_no_bit(threads: int, backend: str) -> None:
+    lookup = run(backend)
     codes, weights, tables = random_arguments(11, 8, 24, 72, (130,))
     y = lookup(codes, weights, tables)
     one_by_one = torch.stack([lookup(codes[n], weights[n], tables) for n in range(130)])
     assert torch.equal(y, one_by_one)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_have_the_same_bits_in_every_run(dtype: torch.dtype) -> None:
+def test_gradients_have_the_same_bits_in_every_run(dtype: torch.dtype, backend: str) -> None:
+    lookup = run(backend)
     codes, weights, tables = random_arguments(12, 5, 16, 48, (2000,), dtype)
     dy = torch.randn(2000, 48, generator=torch.Generator().manual_seed(13)).to(dtype)
     before = torch.get_num_threads()
@@ -155,11 +195,11 @@ def test_gradients_have_the_same_bits_in_every_run(dtype: torch.dtype) -> None:
         torch.set_num_threads(thread_count)
         runs.append(lookup_with_gradients(lookup, codes, weights, tables, dy))
     torch.set_num_threads(before)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("backend", ["composition", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "composition", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 0, 3), (2, 1, 3)], ids=str)
 def test_every_leading_shape(lead: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
@@ -176,7 +216,9 @@ def test_every_leading_shape(lead: tuple[int, ...], dtype: torch.dtype, backend:
         assert not tables.grad.any()
 
 
-def test_strided_arguments() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_arguments(backend: str) -> None:
+    lookup = run(backend)
     codes, weights, tables = random_arguments(15, 4, 6, 10, (8,))
     dy = torch.randn(10, 8, generator=torch.Generator().manual_seed(16)).t()
     strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in (codes, weights, tables)]
@@ -186,7 +228,9 @@ def test_strided_arguments() -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_training_keeps_codes_weights_and_the_tables_themselves() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_keeps_codes_weights_and_the_tables_themselves(backend: str) -> None:
+    lookup = run(backend)
     codes, weights, tables = random_arguments(17, 8, 16, 64, (512,), torch.bfloat16)
     weights.requires_grad_()
     tables.requires_grad_()
@@ -220,8 +264,9 @@ def test_storage_of_tables_may_go_and_come_back(with_hash: bool) -> None:
         assert torch.equal(swapped, kept)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
+def test_opcheck(dtype: torch.dtype, backend: str) -> None:
     for tau, num_tables, out_features, lead in (
         (3, 4, 6, (5,)),
         (9, 2, 3, (2, 3)),
@@ -229,10 +274,16 @@ def test_opcheck(dtype: torch.dtype) -> None:
         (2, 3, 4, (0,)),
     ):
         codes, weights, tables = random_arguments(21, tau, num_tables, out_features, lead, dtype)
-        dy = torch.randn(*lead, out_features).to(dtype)
-        torch.library.opcheck(ops.lookup_backward, (dy, codes, weights, tables))
-        torch.library.opcheck(ops.lookup, (codes, weights.requires_grad_(), tables.requires_grad_()))
-        torch.library.opcheck(ops.lookup, (codes, weights.detach().double(), tables))
+        others = torch.randn(num_tables, 2**tau, out_features + 3).to(dtype)
+        dys = [torch.randn(*lead, size).to(dtype) for size in (out_features, out_features + 3)]
+        torch.library.opcheck(ops.lookup_backward, (dys, codes, weights, [tables, others], backend))
+        leaves = (
+            codes,
+            weights.requires_grad_(),
+            [tables.requires_grad_(), others.requires_grad_()],
+            backend,
+        )
+        torch.library.opcheck(ops.lookup, leaves)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -277,16 +328,92 @@ CODES, WEIGHTS, TABLES = torch.zeros(5, 4, dtype=torch.uint8), torch.rand(5, 4),
         ((CODES, WEIGHTS, TABLES, torch.zeros(6).double()), r"bias must be .*float32.*got .*float64"),
         ((CODES.to("meta"), WEIGHTS, TABLES), r"codes is on meta, but tables is on cpu"),
         ((CODES, WEIGHTS, TABLES, torch.zeros(6, device="meta")), r"bias is on meta, but tables is on cpu"),
+        ((CODES, WEIGHTS, TABLES[:, :4], torch.zeros(7)), r"bias must be \[6\].*got \(7,\)"),
+        (
+            (CODES + 8, WEIGHTS, TABLES),
+            r"codes must be in \[0, 8\) for tables of shape \(4, 8, 6\), got .* 8 to 8",
+        ),
+        ((CODES.short() - 1, WEIGHTS, TABLES), r"codes must be in \[0, 8\) .*got codes from -1 to -1"),
+        (
+            (CODES.long() + 2**40, WEIGHTS, TABLES),
+            r"codes must be in \[0, 8\) .*got codes from 1099511627776 to",
+        ),
     ],
 )
-def test_errors_name_the_argument(arguments: tuple, message: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_errors_name_the_argument(arguments: tuple, message: str, backend: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lookup(*arguments)
+        lookup(*arguments, backend=backend)
 
 
-def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend must be one of auto, composition, reference, got 'triton'"):
-        lookup(CODES, WEIGHTS, TABLES, backend="triton")
+@pytest.mark.parametrize(
+    ("backend", "dtype", "message"),
+    [
+        (
+            "fast",
+            torch.float32,
+            "backend must be one of auto, composition, cpu, triton, cuda, reference, got 'fast'",
+        ),
+        ("triton", torch.float32, "backend 'triton' cannot be used: the tensors are on cpu"),
+        ("cuda", torch.float32, "backend 'cuda' cannot be used: the tensors are on cpu"),
+        ("cpu", torch.float16, "backend 'cpu' cannot be used: it does not compute in torch.float16"),
+    ],
+)
+def test_a_backend_that_cannot_run(backend: str, dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lookup(CODES, WEIGHTS, TABLES.to(dtype), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_sets_are_several_lookups(dtype: torch.dtype, backend: str) -> None:
+    codes, weights, first = random_arguments(24, 5, 7, 20, (3, 50), dtype)
+    tables = [
+        first,
+        *(random_arguments(seed, 5, 7, size, (), dtype)[2] for seed, size in ((25, 33), (26, 20))),
+    ]
+    generator = torch.Generator().manual_seed(27)
+    biases = [None, *(torch.randn(size, generator=generator).to(dtype) for size in (33, 20))]
+    dys = [torch.randn(3, 50, t.shape[-1], generator=generator).to(dtype) for t in tables]
+    leaves = [t.clone().requires_grad_() for t in (weights, *tables)]
+    results = lookup_all(codes, leaves[0], leaves[1:], biases, backend=backend)
+    d_weights, *d_tables = torch.autograd.grad(results, leaves, dys)
+    total = torch.zeros(weights.shape, dtype=torch.float64)
+    for i, (y, table, bias, dy) in enumerate(zip(results, tables, biases, dys, strict=True)):
+        alone, _, d_table = lookup_with_gradients(run(backend), codes, weights, table, dy)
+        assert torch.equal(y, alone if bias is None else alone + bias)
+        assert torch.equal(d_tables[i], d_table)
+        exact = lookup_with_gradients(reference.lookup, codes, weights.double(), table.double(), dy.double())
+        total += exact[1]
+    assert_close(d_weights, total, TOLERANCE[dtype])
+
+    leaves[0].grad = None
+    lookup_all(codes, *(leaves[0], leaves[1:]), backend=backend)[
+        1
+    ].sum().backward()  # the others have no gradient
+    assert leaves[0].grad is not None and leaves[2].grad is not None
+    assert not any(leaf.grad.any() for leaf in (leaves[1], leaves[3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("tau", "lead"), [(3, (40,)), (8, (1,)), (10, (2, 3)), (4, (0,)), (2, ())])
+def test_int8_tables(tau: int, lead: tuple[int, ...], backend: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(tau)
+    codes, weights, _ = random_arguments(tau, tau, 9, 21, lead, dtype)
+    tables = torch.randint(-128, 128, (9, 2**tau, 21), generator=generator, dtype=torch.int8)
+    scales = torch.rand(9, 2**tau, generator=generator)
+    bias = torch.randn(21, generator=generator).to(dtype)
+    function = composition.lookup_int8 if backend == "composition" else cpu.lookup_int8
+    exact = reference.lookup(codes, weights.double(), tables.double() * scales.double().unsqueeze(-1))
+    assert_close(function(codes, weights, tables, scales), exact, TOLERANCE[dtype])
+    y = lookup_int8(codes, weights, tables, scales, bias)
+    assert y.dtype == dtype
+    assert_close(y, exact + bias.double(), 2 * TOLERANCE[dtype])
+    with pytest.raises(ValueError, match=r"scales must be float32 \[K, 2\*\*tau\]"):
+        lookup_int8(codes, weights, tables, scales.T)
+    with pytest.raises(ValueError, match=r"tables must be int8, got torch\.float32"):
+        lookup_int8(codes, weights, tables.float(), scales)
 
 
 def test_composition_works_alone_in_a_converted_model() -> None:
@@ -295,11 +422,13 @@ def test_composition_works_alone_in_a_converted_model() -> None:
         nodes = list(ast.walk(ast.parse(file.read())))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} == {"torch"}
+    assert {name.split(".")[0] for name in imported} == {"collections", "torch"}
 
     alone = runpy.run_path(path)
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(22))
     codes, weights = alone["hash_codes"](x, 4)
-    assert torch.equal(weights, hash_codes(x, 4)[1])
+    assert torch.equal(weights, hash_codes(x, 4, backend="composition")[1])
     tables = torch.randn(4, 64, 10, generator=torch.Generator().manual_seed(23))
-    assert torch.equal(alone["lookup"](codes, weights, tables), lookup(*hash_codes(x, 4), tables))
+    assert torch.equal(
+        alone["lookup"](codes, weights, [tables])[0], lookup(codes, weights, tables, backend="composition")
+    )

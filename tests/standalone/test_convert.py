@@ -95,10 +95,14 @@ def test_the_certificate_holds(which: str, request: pytest.FixtureRequest) -> No
     assert certificate["probe"]["tokens"] == recorded["tokens"].tolist()
     hashes = {name.removeprefix("codes.") for name in recorded if name.startswith("codes.")}
     assert certificate["probe"]["changed_codes"] == dict.fromkeys(hashes, 0.0)
+    losses = [certificate["probe"][key] for key in ("loss", "recorded_loss", "loss_difference", "divergence")]
+    assert losses[0] - losses[1] == losses[2] and 8 < losses[1] < 9  # about ln 4160
     if dtype == "float32":
         assert certificate["probe"]["largest_logit_difference"] <= LOGIT_LIMIT == 1e-5
+        assert abs(losses[2]) <= 1e-5 and abs(losses[3]) <= 1e-9
     else:  # the head's sums may be rounded to bfloat16 differently
         assert certificate["probe"]["largest_logit_difference"] <= 0.02
+        assert abs(losses[2]) <= 0.01 and abs(losses[3]) <= 1e-4
 
 
 @pytest.mark.parametrize("which", ["float32_two", "bfloat16_two"])
@@ -195,7 +199,7 @@ assert not torch.distributed.is_initialized()
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 4 and "in bfloat16" in done.stdout
+    assert len(done.stdout.splitlines()) == 6 and "in bfloat16" in done.stdout
     assert {kind for kind, _ in stored(tmp_path / "empty" / SINGLE).values()} == {"BF16"}
 
 
@@ -269,7 +273,8 @@ def test_a_model_that_is_not_the_trained_one_is_not_written(checkpoint: Path, tm
     assert certificate_of(tmp_path / "half")["probe"]["largest_logit_difference"] > 0.01
 
 
-def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_full_disk_leaves_nothing(dtype: str, checkpoint: Path, tmp_path: Path) -> None:
     code = """
 import resource, sys
 from mf_train.cli import main
@@ -277,7 +282,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 main(sys.argv[1:])
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, "convert", str(checkpoint), str(tmp_path / "out")],
+        [sys.executable, "-c", code, "convert", str(checkpoint), str(tmp_path / "out"), "--dtype", dtype],
         env=environment(),
         capture_output=True,
         text=True,

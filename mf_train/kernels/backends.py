@@ -1,0 +1,108 @@
+"""Which implementation runs: C++ on CPUs, Triton on GPUs, torch operations everywhere else.
+
+A backend is a module with `hash_codes`, `hash_codes_backward`, `lookup`, `lookup_backward` and `lookup_int8`, called
+as `composition`'s are.
+"""
+
+import functools
+import importlib.util
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import composition, cpu, cpu_loss, cpu_norm
+
+BACKENDS = ("auto", "composition", "cpu", "triton", "cuda", "reference")
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def find_backend(name: str, *tensors: Tensor) -> ModuleType:
+    """The backend `name` for floating-point tensors of one device; "auto" is the fastest that takes them.
+
+    Raises ValueError where the one asked for cannot run here or does not take them.
+    """
+    device, dtypes = tensors[0].device, [tensor.dtype for tensor in tensors]
+    if name == "composition":
+        return composition
+    if name == "auto":
+        if device.type == "cpu" and all(dtype in CPU_DTYPES for dtype in dtypes):
+            return cpu if cpu.library() is not None else _composition_instead(cpu.reason())
+        if device.type == "cuda" and all(dtype in GPU_DTYPES for dtype in dtypes) and has_triton():
+            return _triton()
+        return composition
+    problem = _problem(name, device, dtypes)
+    if problem:
+        raise ValueError(f"backend {name!r} cannot be used: {problem}; leave the choice to backend='auto'")
+    return cpu if name == "cpu" else _triton() if name == "triton" else _cuda()
+
+
+def fast_norm(x: Tensor) -> ModuleType | None:
+    """The steps of a norm in C++, where they run for x; the others are mf_train/model/norm_steps.py."""
+    return cpu_norm if _runs_in_c(x) else None
+
+
+def fast_loss(logits: Tensor) -> ModuleType | None:
+    """The steps of the cross-entropy in C++, where they run for logits; the others are mf_train/model/loss_steps.py."""
+    return cpu_loss if _runs_in_c(logits) else None
+
+
+def _runs_in_c(x: Tensor) -> bool:
+    return (
+        x.is_cpu and x.dtype in CPU_DTYPES and not torch.compiler.is_compiling() and cpu.library() is not None
+    )
+
+
+def describe(device: torch.device) -> str:
+    """What "auto" runs on a device, and why not something faster: one line for a log."""
+    if device.type == "cuda" and has_triton():
+        return "Triton kernels"
+    if device.type == "cpu" and cpu.library() is not None:
+        return f"C++ operation ({torch.backends.cpu.get_cpu_capability()})"
+    why = {"cpu": cpu.reason, "cuda": lambda: "triton is not installed"}.get(device.type)
+    return "torch operations" + (f", slower: {why()}" if why else "")
+
+
+def _problem(name: str, device: torch.device, dtypes: list[torch.dtype]) -> str:
+    """Why a backend cannot compute with tensors of this device and these dtypes; "" where it can."""
+    wanted, known = {
+        "cpu": ("cpu", CPU_DTYPES),
+        "triton": ("cuda", GPU_DTYPES),
+        "cuda": ("cuda", CPU_DTYPES),
+    }[name]
+    if device.type != wanted:
+        return f"the tensors are on {device}"
+    if wrong := [dtype for dtype in dtypes if dtype not in known]:
+        return f"it does not compute in {wrong[0]}"
+    if name == "cpu":
+        return cpu.reason()
+    if not has_triton():
+        return "triton is not installed"
+    return _cuda().unavailable_reason(device) if name == "cuda" else ""
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _composition_instead(reason: str) -> ModuleType:
+    logging.getLogger(__name__).warning("lookups run as torch operations, which are slower: %s", reason)
+    return composition
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    from . import triton_backend
+
+    return triton_backend
+
+
+@functools.cache
+def _cuda() -> ModuleType:
+    from . import cuda
+
+    return cuda

@@ -1,0 +1,83 @@
+"""Compiles C++ or CUDA sources once and keeps the library in the user's cache folder."""
+
+import fcntl
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
+
+
+class BuildError(Exception):
+    """A library that could not be compiled; the message says why and what would help."""
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/mf_train, by default ~/.cache/mf_train."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mf_train"
+
+
+def compile_once(name: str, sources: Sequence[Path], command: Callable[[Path], list[str]]) -> Path:
+    """The shared library that `command(output)` makes, from the cache or compiled now.
+
+    The file's name holds a digest of the sources' contents and of the command, so that another version never loads
+    it. Of several processes one compiles and the others wait; the file is complete or absent.
+
+    Args:
+        name: what the library is called, such as "cpu-avx512".
+        sources: every file whose contents decide the result, headers included.
+        command: the compiler's command line, given the file to write.
+
+    Raises:
+        BuildError: the compiler is missing or fails, or the cache folder cannot be written.
+    """
+    digest = hashlib.sha256("\0".join([platform.machine(), *command(Path(name))]).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    folder = cache_folder()
+    library = folder / f"{name}-{digest.hexdigest()[:16]}.so"
+    if library.is_file():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / f"{name}.lock"):
+            if not library.is_file():
+                _compile(library, command)
+    except OSError as error:
+        raise BuildError(
+            f"{folder}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
+    return library
+
+
+def _compile(library: Path, command: Callable[[Path], list[str]]) -> None:
+    print(f"compiling {library.name} once, into {library.parent}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        output = Path(scratch) / library.name
+        arguments = command(output)
+        try:
+            done = subprocess.run(arguments, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise BuildError(f"there is no compiler {arguments[0]} on the PATH") from None
+        if done.returncode:
+            log = library.with_suffix(".log")
+            log.write_text(f"{' '.join(arguments)}\n{done.stderr}", encoding="utf-8")
+            raise BuildError(f"{arguments[0]} failed (status {done.returncode}): {log} has its messages")
+        os.replace(output, library)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process of this machine at a time; where the file system has no locks, several may compile the same."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield

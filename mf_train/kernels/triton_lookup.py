@@ -1,0 +1,313 @@
+"""The lookup as Triton kernels: forward, int8 forward, and one backward without atomics (KERNELS.md).
+
+Forward: a program, one warp, owns a few tokens in a block of columns and sums over k in order. Programs are
+numbered tokens first, so that those that run at once share a column block: of all tables, it fits the L2 cache.
+
+Backward: tokens are grouped by code. A program owns a few rows of a table in a block of columns. It reads each
+reader's dy once, adds weight * dy to the row's gradient in the order of tokens, and <dy, row> to d weights. Column
+blocks are launched one after another: a block of all of dy stays in the L2 cache, the scratch is one float32 a
+token and table, and every sum has one order.
+"""
+
+# Kernels are in Triton's language, whose types are not Python's.
+# mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_grouping import group_tokens
+
+# Bytes of all tables (forward) or dy (backward) in a block of columns: a third of an H100's L2 cache, whose halves
+# may each hold a copy. benchmarks/gpu.py --sweep tries others.
+L2_BYTES = 16 * 2**20
+MIN_PROGRAMS = 1024  # fewer leave the device idle: 8 warps on each of about 130 multiprocessors
+LINE_BYTES = 128  # of the cache; no block of columns is narrower
+WARP_BYTES = 512  # 16 a lane: what one load instruction reads at most
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _add_rows(
+    total,
+    codes_ptr,
+    weights_ptr,
+    tables_ptr,
+    scales_ptr,
+    first,
+    column,
+    inside,
+    out_features,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Add the tokens' rows of tables first to first + STEPS - 1, in order. All reads come first: they overlap."""
+    weights = ()
+    rows = ()
+    for step in tl.static_range(STEPS):
+        table = first + step
+        code = tl.load(codes_ptr + table)
+        in_range = (code >= 0) & (code.to(tl.int64) < ROWS)
+        row = table.to(tl.int64) * ROWS + tl.where(in_range, code.to(tl.int64), 0)
+        weight = tl.load(weights_ptr + table)
+        if scales_ptr is None:
+            weight = weight.to(tables_ptr.dtype.element_ty).to(total.dtype)
+        else:
+            weight = weight.to(total.dtype) * tl.load(scales_ptr + row)
+        weights += (tl.where(in_range, weight, float("nan")),)  # a wrong code reads row 0 and makes y NaN
+        value = (row * out_features)[:, None] + column[None, :]
+        rows += (tl.load(tables_ptr + value, mask=inside, other=0),)
+    for step in tl.static_range(STEPS):
+        total += weights[step][:, None] * rows[step].to(total.dtype)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _forward_kernel(
+    codes_ptr,
+    weights_ptr,
+    tables_ptr,
+    scales_ptr,
+    y_ptr,
+    num_tokens,
+    out_features,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    SUM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """y [N, O]; scales_ptr is None, or of int8 tables the scale of each row [K, ROWS]."""
+    programs = tl.cdiv(num_tokens, TOKENS)
+    token = (tl.program_id(0) % programs).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    token = tl.minimum(token, num_tokens - 1)  # past the end: the last one, once more
+    column = (tl.program_id(0) // programs) * BLOCK + tl.arange(0, BLOCK)
+    inside = (column < out_features)[None, :]
+    codes_ptr += token * K
+    weights_ptr += token * K
+    total = tl.zeros([TOKENS, BLOCK], SUM)
+    for first in tl.range(0, K - K % UNROLL, UNROLL):
+        total = _add_rows(
+            total,
+            codes_ptr,
+            weights_ptr,
+            tables_ptr,
+            scales_ptr,
+            first,
+            column,
+            inside,
+            out_features,
+            ROWS,
+            UNROLL,
+        )
+    for first in tl.range(K - K % UNROLL, K, UNROLL):  # once, or never
+        total = _add_rows(
+            total,
+            codes_ptr,
+            weights_ptr,
+            tables_ptr,
+            scales_ptr,
+            first,
+            column,
+            inside,
+            out_features,
+            ROWS,
+            K % UNROLL,
+        )
+    place = (token * out_features)[:, None] + column[None, :]
+    tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "column_block"])
+def _backward_kernel(
+    dy_ptr,
+    weights_ptr,
+    tokens_ptr,
+    ends_ptr,
+    tables_ptr,
+    d_tables_ptr,
+    d_weights_ptr,
+    num_tokens,
+    out_features,
+    column_block,
+    ROWS: tl.constexpr,
+    ROWS_PER_PROGRAM: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """One column block of d_tables, and its share of d_weights [K, N]; weights too are [K, N]."""
+    column = column_block * BLOCK + tl.arange(0, BLOCK)
+    inside = column < out_features
+    for i in tl.range(ROWS_PER_PROGRAM):
+        row = tl.program_id(0).to(tl.int64) * ROWS_PER_PROGRAM + i  # of all tables laid end to end
+        of_table = row // ROWS * num_tokens
+        table_tokens_ptr = tokens_ptr + of_table
+        table_weights_ptr = weights_ptr + of_table
+        table_d_weights_ptr = d_weights_ptr + of_table
+        begin = tl.load(ends_ptr + row - 1, mask=row % ROWS > 0, other=0)
+        end = tl.load(ends_ptr + row)
+        values = tl.load(tables_ptr + row * out_features + column, mask=inside, other=0).to(SUM)
+        total = tl.zeros([BLOCK], SUM)
+        for first in tl.range(begin, end, UNROLL):
+            tokens = ()
+            weights = ()
+            gradients = ()
+            sums = ()
+            for step in tl.static_range(UNROLL):
+                live = first + step < end
+                token = tl.load(table_tokens_ptr + first + step, mask=live, other=0)
+                tokens += (token,)
+                weight = tl.load(table_weights_ptr + token, mask=live, other=0)
+                weights += (weight.to(tables_ptr.dtype.element_ty).to(SUM),)
+                dy = dy_ptr + token.to(tl.int64) * out_features + column
+                gradients += (tl.load(dy, mask=column < tl.where(live, out_features, 0), other=0),)
+                sums += (tl.load(table_d_weights_ptr + token, mask=live, other=0) if ADD else 0.0,)
+            for step in tl.static_range(UNROLL):
+                gradient = gradients[step].to(SUM)
+                total += weights[step] * gradient
+                sum = sums[step] + tl.sum(gradient * values, axis=0)
+                tl.store(table_d_weights_ptr + tokens[step], sum, mask=first + step < end)
+        tl.store(
+            d_tables_ptr + row * out_features + column, total.to(d_tables_ptr.dtype.element_ty), mask=inside
+        )
+
+
+def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
+    """y [..., O_i] of each of the table sets [K, 2**tau, O_i] that share codes and weights [..., K].
+
+    As `mf_train.kernels.lookup`, which checks the arguments. A code outside [0, 2**tau) makes its token's y NaN.
+    """
+    return [_forward(codes, weights, one, None) for one in tables]
+
+
+def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) -> Tensor:
+    """y [..., O] in weights' dtype of int8 tables [K, 2**tau, O] whose rows have a scale each [K, 2**tau].
+
+    y = sum_k (weight_k scale_k) row_k with the products and the sum in float32. No gradient.
+    """
+    return _forward(codes, weights, tables, scales.contiguous())
+
+
+def _forward(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None) -> Tensor:
+    num_tables, rows, out_features = tables.shape
+    y = tables.new_empty(
+        (*codes.shape[:-1], out_features), dtype=tables.dtype if scales is None else weights.dtype
+    )
+    num_tokens = codes.numel() // num_tables
+    if num_tokens:
+        tokens, block, unroll = forward_blocks(
+            num_tokens, num_tables, rows, out_features, tables.element_size()
+        )
+        with torch.cuda.device_of(tables):
+            _forward_kernel[(triton.cdiv(num_tokens, tokens) * triton.cdiv(out_features, block),)](
+                codes.contiguous(),
+                weights.contiguous(),
+                tables.contiguous(),
+                scales,
+                y,
+                num_tokens,
+                out_features,
+                K=num_tables,
+                ROWS=rows,
+                SUM=_sum_type(y),
+                TOKENS=tokens,
+                BLOCK=block,
+                UNROLL=unroll,
+                **OPTIONS,
+            )
+    return y
+
+
+def forward_blocks(
+    num_tokens: int, num_tables: int, rows: int, out_features: int, item_bytes: int
+) -> tuple[int, int, int]:
+    """The forward kernel's tokens and columns a program, and tables read at once. They change no bit of y."""
+    widest = min(WARP_BYTES // item_bytes, 256, triton.next_power_of_2(out_features))
+    narrowest = min(LINE_BYTES // item_bytes, widest)
+    block = _power_of_2(L2_BYTES // (num_tables * rows * item_bytes), narrowest, widest)
+    tokens = WARP_BYTES // (block * item_bytes)
+
+    def too_few() -> bool:
+        return triton.cdiv(num_tokens, tokens) * triton.cdiv(out_features, block) < MIN_PROGRAMS
+
+    while tokens > 1 and too_few():
+        tokens //= 2
+    while block > narrowest and too_few():
+        block //= 2
+    return tokens, block, _power_of_2(8 * WARP_BYTES // (tokens * block * item_bytes), 8, 32)
+
+
+def lookup_backward(
+    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """d weights [..., K], summed over the table sets, and d tables of each, from dy [..., O_i] of each.
+
+    The same bits in every run. A token with a code outside [0, 2**tau) gets a NaN there and is in no row.
+    """
+    num_tables, rows, _ = tables[0].shape
+    num_tokens = codes.numel() // num_tables
+    if num_tokens == 0:
+        return weights.new_empty(weights.shape), [one.new_zeros(one.shape) for one in tables]
+    d_tables = [one.new_empty(one.shape) for one in tables]
+    with torch.cuda.device_of(codes):
+        tokens_kn, ends_kr = group_tokens(codes.reshape(num_tokens, num_tables), rows)
+        weights_kn = weights.reshape(num_tokens, num_tables).t().contiguous()
+        sum_dtype = torch.float64 if tables[0].dtype == torch.float64 else torch.float32
+        d_weights_kn = weights_kn.new_full(weights_kn.shape, float("nan"), dtype=sum_dtype)
+        add = False
+        for dy, one, d_one in zip(dys, tables, d_tables, strict=True):
+            out_features = one.shape[-1]
+            block, unroll, rows_per_program = backward_blocks(
+                num_tokens, rows, out_features, one.element_size()
+            )
+            one = one.contiguous()
+            dy = dy.contiguous()
+            for column_block in range(triton.cdiv(out_features, block)):
+                _backward_kernel[(num_tables * rows // rows_per_program,)](
+                    dy,
+                    weights_kn,
+                    tokens_kn,
+                    ends_kr,
+                    one,
+                    d_one,
+                    d_weights_kn,
+                    num_tokens,
+                    out_features,
+                    column_block,
+                    ROWS=rows,
+                    ROWS_PER_PROGRAM=rows_per_program,
+                    SUM=_sum_type(one),
+                    BLOCK=block,
+                    UNROLL=unroll,
+                    ADD=add,
+                    **OPTIONS,
+                )
+                add = True
+    d_weights = weights.new_empty(weights.shape)
+    d_weights.view(num_tokens, num_tables).copy_(d_weights_kn.t())
+    return d_weights, d_tables
+
+
+def backward_blocks(num_tokens: int, rows: int, out_features: int, item_bytes: int) -> tuple[int, int, int]:
+    """The backward kernel's columns a launch, tokens read at once, and rows a program."""
+    widest = min(2 * WARP_BYTES // item_bytes, triton.next_power_of_2(out_features))
+    narrowest = min(WARP_BYTES // item_bytes, widest)
+    block = _power_of_2(L2_BYTES // (num_tokens * item_bytes), narrowest, widest)
+    readers = num_tokens // rows  # of a row, if codes are spread evenly
+    unroll = _power_of_2(min(4096 // (block * item_bytes), readers), 2, 8)
+    return block, unroll, _power_of_2(32 // max(readers, 1), 1, min(16, rows))
+
+
+def _power_of_2(value: int, least: int, most: int) -> int:
+    """The largest power of 2 that is at most `value`, kept between the powers `least` and `most`."""
+    return min(max(1 << value.bit_length() >> 1, least), most)
+
+
+def _sum_type(tensor: Tensor) -> tl.dtype:
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32

@@ -1,0 +1,51 @@
+"""The Triton kernels: `triton_cases.py` in Triton's interpreter and on a GPU, and the compiler's result for sm_90."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+CASES = Path(__file__).with_name("triton_cases.py")
+COMPILE = Path(__file__).with_name("triton_compile.py")
+REPOSITORY = CASES.parents[2]
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+
+
+def run(arguments: list[str], cache: Path, interpret: bool) -> None:
+    """In a process of its own: Triton reads TRITON_INTERPRET once, when it is imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-10000:]
+
+
+@pytest.mark.parametrize("device", ["interpreter", pytest.param("cuda", marks=ON_GPU)])
+def test_cases(device: str, tmp_path: Path) -> None:
+    options = ["-q", "-p", "no:cacheprovider", "-x"]
+    run(["-m", "pytest", *options, str(CASES)], tmp_path, interpret=device == "interpreter")
+
+
+@pytest.mark.parametrize(
+    ("value", "codes"),
+    [("bf16", "u8"), ("fp32", "i16"), ("fp16", "i32"), pytest.param("fp64", "i64", marks=pytest.mark.slow)],
+)
+def test_compiles_for_sm_90(value: str, codes: str, tmp_path: Path) -> None:
+    run([str(COMPILE), value, codes], tmp_path, interpret=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_benchmark_without_a_gpu_says_so_in_a_line(tmp_path: Path) -> None:
+    for arguments in (["-m", "benchmarks.gpu"], ["benchmarks/gpu.py"]):
+        done = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert (
+            done.stderr.strip() == f"benchmarks.gpu needs a CUDA device; torch {torch.__version__} finds none"
+        )

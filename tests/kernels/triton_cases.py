@@ -1,0 +1,355 @@
+"""The Triton kernels against float64. `test_triton` runs this file, in processes of its own: on the CPU in Triton's
+interpreter (TRITON_INTERPRET=1, which has to be set before triton is imported), and on a GPU where there is one.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from mf_train.kernels import reference, triton_grouping, triton_lookup
+from mf_train.kernels import triton_backend as backend
+from mf_train.kernels.composition import code_dtype
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="needs the compiled kernels on a GPU")
+
+SCORES = ["probability", "scaled_probability"]
+# Relative to the largest entry. The interpreter truncates to bfloat16 where a GPU rounds.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected.double()).abs().max() if actual.numel() else torch.zeros(())
+    scale = expected.double().abs().max() if actual.numel() else torch.ones(())
+    assert error <= TOLERANCE[dtype] * scale, (float(error), float(scale))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def normal(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=g, device=DEVICE)
+
+
+def random_lookup(
+    seed: int, tau: int, num_tables: int, widths: tuple[int, ...], lead: tuple[int, ...], dtype=torch.float32
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """codes (their borders among them), weights, tables and dys."""
+    g = generator(seed)
+    codes = torch.randint(0, 2**tau, (*lead, num_tables), generator=g, device=DEVICE)
+    if codes.numel():
+        codes.view(-1, num_tables)[0], codes.view(-1, num_tables)[-1] = 0, 2**tau - 1
+    weights = torch.rand(*lead, num_tables, generator=g, device=DEVICE).to(dtype)
+    tables = [normal(g, num_tables, 2**tau, width).to(dtype) for width in widths]
+    dys = [normal(g, *lead, width).to(dtype) for width in widths]
+    return codes.to(code_dtype(tau)), weights, tables, dys
+
+
+def run(codes: Tensor, weights: Tensor, tables: list[Tensor], dys: list[Tensor]) -> list[Tensor]:
+    """Every y, d weights, every d tables."""
+    d_weights, d_tables = backend.lookup_backward(dys, codes, weights, tables)
+    return [*backend.lookup(codes, weights, tables), d_weights, *d_tables]
+
+
+def run_reference(codes: Tensor, weights: Tensor, tables: list[Tensor], dys: list[Tensor]) -> list[Tensor]:
+    leaves = [t.double().requires_grad_() for t in (weights, *tables)]
+    ys = [reference.lookup(codes, leaves[0], table) for table in leaves[1:]]
+    gradients = torch.autograd.grad(ys, leaves, [dy.double() for dy in dys])
+    return [*(y.detach() for y in ys), *gradients]
+
+
+@pytest.fixture
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small inputs choose small blocks; here also what large ones choose."""
+    if request.param != "as chosen":
+        monkeypatch.setattr(triton_lookup, "MIN_PROGRAMS", 1)
+    if request.param == "narrow blocks":
+        monkeypatch.setattr(triton_lookup, "L2_BYTES", 1)
+    return request.param
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("tau", [1, 3, 8, 10, 12, 16])
+def test_hash(tau: int, dtype: torch.dtype, score: str) -> None:
+    g = generator(tau)
+    num_tables = 1 + tau % 7
+    temperature = 0.5 + float(torch.rand((), generator=g, device=DEVICE))
+    x = normal(g, 3, 19, num_tables * tau).to(dtype)
+    d_weights = normal(g, 3, 19, num_tables).to(dtype)
+    codes, weights = backend.hash_codes(x, num_tables, temperature, score)
+    dx = backend.hash_codes_backward(d_weights, x, num_tables, temperature, score)
+
+    leaf = x.double().requires_grad_()
+    true_codes, true_weights = reference.hash_codes(leaf, num_tables, temperature, score)
+    (true_dx,) = torch.autograd.grad(true_weights, leaf, d_weights.double())
+    assert codes.dtype == true_codes.dtype and weights.dtype == dx.dtype == dtype
+    assert torch.equal(codes, true_codes)
+    assert_close(weights, true_weights.detach(), dtype)
+    assert_close(dx, true_dx, dtype)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hash_of_zeros_nan_and_infinities(dtype: torch.dtype, score: str) -> None:
+    inf, nan = math.inf, math.nan
+    special = [[0.0, -0.0, -1.0], [1.0, nan, 1.0], [-nan, nan, nan], [inf, 1.0, -2.0], [-inf, inf, inf]]
+    x = torch.tensor([*special, [1e-38, -1e-38, 1e4], [1.0, 2.0, -3.0]], device=DEVICE).flatten().to(dtype)
+    codes, weights = backend.hash_codes(x, 7, 0.8, score)
+    dx = backend.hash_codes_backward(torch.ones_like(weights), x, 7, 0.8, score)
+
+    leaf = x.double().requires_grad_()
+    true_codes, true_weights = reference.hash_codes(leaf, 7, 0.8, score)
+    (true_dx,) = torch.autograd.grad(true_weights.sum(), leaf)
+    assert torch.equal(codes, true_codes)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(weights.double(), true_weights, rtol=tolerance, atol=0, equal_nan=True)
+    torch.testing.assert_close(dx.double(), true_dx, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("tau", [1, 6, 8, 10])
+def test_a_chunk_has_the_same_bits_in_any_company(tau: int) -> None:
+    x = normal(generator(tau), 9, 16 * tau)
+    codes, weights = backend.hash_codes(x, 16, 1.0, "probability")
+    for part in range(4):
+        columns = slice(4 * part, 4 * part + 4)
+        # The last rows start at an odd multiple of tau: other alignments, as well as other blocks.
+        piece = x[1:, 4 * tau * part : 4 * tau * (part + 1)]
+        part_codes, part_weights = backend.hash_codes(piece, 4, 1.0, "probability")
+        assert torch.equal(part_codes, codes[1:, columns])
+        assert torch.equal(part_weights, weights[1:, columns])
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 0, 3), (2, 1, 3)], ids=str)
+def test_every_leading_shape(lead: tuple[int, ...]) -> None:
+    x = normal(generator(0), *lead, 12)
+    codes, weights = backend.hash_codes(x, 4, 1.0, "probability")
+    assert codes.shape == weights.shape == (*lead, 4)
+    assert backend.hash_codes_backward(weights, x, 4, 1.0, "probability").shape == x.shape
+
+    arguments = random_lookup(1, 3, 4, (6, 3), lead)
+    for actual, expected in zip(run(*arguments), run_reference(*arguments), strict=True):
+        assert_close(actual, expected, torch.float32)
+
+
+# tau, K, the tables' widths, leading shape. The interpreter takes a millisecond for each read of each row.
+PLAIN, THREE_SETS, WIDE, ALL_BITS = (
+    (1, 5, (7,), (2, 9)),
+    (3, 9, (40, 1, 3), (5,)),
+    (3, 2, (200,), (60,)),
+    (8, 1, (33,), (11,)),
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "blocks"),
+    [
+        *((PLAIN, dtype, "as chosen") for dtype in TOLERANCE),
+        *((case, torch.bfloat16, "as chosen") for case in (THREE_SETS, WIDE, ALL_BITS)),
+        *((THREE_SETS, torch.float32, blocks) for blocks in ("as chosen", "one wide block")),
+        *((WIDE, torch.float32, blocks) for blocks in ("one wide block", "narrow blocks")),
+    ],
+    indirect=["blocks"],
+    ids=str,
+)
+def test_lookup(case: tuple, dtype: torch.dtype, blocks: str) -> None:
+    codes, weights, tables, dys = random_lookup(0, *case, dtype)
+    actual = run(codes, weights, tables, dys)
+    for a, e in zip(actual, run_reference(codes, weights, tables, dys), strict=True):
+        assert a.dtype == dtype
+        assert_close(a, e, dtype)
+    again = run(codes, weights, tables, dys)
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+def test_lookup_in_many_rows() -> None:
+    arguments = random_lookup(10, 10, 1, (9,), (6,), torch.bfloat16)
+    for actual, expected in zip(run(*arguments), run_reference(*arguments), strict=True):
+        assert_close(actual, expected, torch.bfloat16)
+    codes, weights, tables, _ = random_lookup(12, 12, 3, (9,), (6,))
+    y = backend.lookup(codes, weights, tables)[0]
+    assert_close(y, reference.lookup(codes, weights.double(), tables[0].double()), torch.float32)
+
+
+def test_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, weights, tables, _ = random_lookup(2, 4, 9, (80,), (13,))
+    chosen = backend.lookup(codes, weights, tables)[0]
+    one_by_one = torch.stack([backend.lookup(codes[n], weights[n], tables)[0] for n in range(3)])
+    assert torch.equal(one_by_one, chosen[:3])
+    for programs, l2_bytes in ((1, 2**24), (1, 1)):
+        monkeypatch.setattr(triton_lookup, "MIN_PROGRAMS", programs)
+        monkeypatch.setattr(triton_lookup, "L2_BYTES", l2_bytes)
+        assert torch.equal(backend.lookup(codes, weights, tables)[0], chosen)
+
+
+@pytest.mark.parametrize(("width", "degree"), [(8, 2), (72, 4)])
+def test_columns_give_the_same_bits_as_the_whole(width: int, degree: int) -> None:
+    codes, weights, tables, dys = random_lookup(3, 2, 9, (width,), (6,))
+    y, _, d_tables = run(codes, weights, tables, dys)
+    for first in range(0, width, width // degree):
+        columns = slice(first, first + width // degree)
+        # Not contiguous, either.
+        part, _, d_part = run(codes, weights, [tables[0][..., columns]], [dys[0][..., columns]])
+        assert torch.equal(part, y[..., columns])
+        assert torch.equal(d_part, d_tables[..., columns])
+
+
+@pytest.mark.parametrize("codes_dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_codes_out_of_range_give_nan_and_read_nothing(codes_dtype: torch.dtype) -> None:
+    codes, weights, tables, dys = random_lookup(4, 3, 3, (10,), (12,))
+    codes = codes.to(codes_dtype)
+    good = run(codes, weights, tables, dys)
+    assert not any(t.isnan().any() for t in good)
+    wrong = codes.clone()
+    wrong[2, 1] = 8
+    wrong[5, 0] = 255 if codes_dtype == torch.uint8 else torch.iinfo(codes_dtype).min
+    wrong[7, 2] = torch.iinfo(codes_dtype).max
+    y, d_weights, d_tables = run(wrong, weights, tables, dys)
+    rows = torch.tensor([2, 5, 7], device=DEVICE)
+    assert torch.equal(y.isnan().any(-1).nonzero().flatten(), rows) and y[rows].isnan().all()
+    others = torch.tensor([n for n in range(12) if n not in (2, 5, 7)], device=DEVICE)
+    assert torch.equal(y[others], good[0][others])
+    assert torch.equal(d_weights.isnan(), (wrong < 0) | (wrong.long() >= 8))
+    # In the tables' gradient, as if those tokens had not read there.
+    silent = torch.where(d_weights.isnan(), 0, weights)
+    silent_codes = torch.where(d_weights.isnan(), 0, wrong)
+    expected = run_reference(silent_codes, silent, tables, dys)[2]
+    assert_close(d_tables, expected, torch.float32)
+
+
+def test_nan_and_infinity_reach_their_readers_only() -> None:
+    codes, weights, tables, dys = random_lookup(5, 2, 3, (5,), (16,))
+    tables[0][1, 2, 3] = math.nan
+    tables[0][2, 1, 0] = math.inf
+    dys[0][3, 4] = math.nan
+    for actual, expected in zip(
+        run(codes, weights, tables, dys), run_reference(codes, weights, tables, dys), strict=True
+    ):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_all_tokens_in_one_row() -> None:
+    codes, weights, tables, dys = random_lookup(6, 2, 2, (5,), (300,))
+    codes[:, 0] = 3
+    actual = run(codes, weights, tables, dys)
+    for a, e in zip(actual, run_reference(codes, weights, tables, dys), strict=True):
+        assert_close(a, e, torch.float32)
+    assert not actual[2][0, :3].any()  # rows that nobody reads
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_are_rounded_to_the_tables_dtype(table_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    codes, weights, tables, dys = random_lookup(7, 2, 3, (10,), (9,))
+    weights = weights.bfloat16().to(weight_dtype)  # so that truncation and rounding agree
+    tables, dys = [tables[0].to(table_dtype)], [dys[0].to(table_dtype)]
+    mixed = run(codes, weights, tables, dys)
+    same = run(codes, weights.to(table_dtype), tables, dys)
+    assert [t.dtype for t in mixed] == [table_dtype, weight_dtype, table_dtype]
+    assert torch.equal(mixed[0], same[0]) and torch.equal(mixed[2], same[2])
+    assert_close(mixed[1], same[1], torch.bfloat16)
+
+
+def test_strided_arguments() -> None:
+    codes, weights, tables, dys = random_lookup(8, 4, 6, (10,), (8,))
+    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in (codes, weights, tables[0], dys[0])]
+    assert not any(t.is_contiguous() for t in strided)
+    actual = run(strided[0], strided[1], [strided[2]], [strided[3]])
+    for a, e in zip(actual, run(codes, weights, tables, dys), strict=True):
+        assert torch.equal(a, e)
+    summed = run(codes, weights, tables, [torch.ones((), device=DEVICE).expand(8, 10)])
+    assert_close(
+        summed[2], run_reference(codes, weights, tables, [torch.ones_like(dys[0])])[2], torch.float32
+    )
+
+    x = normal(generator(9), 24, 5).t()
+    d_weights = normal(generator(10), 4, 5).t()
+    for score in SCORES:
+        actual = backend.hash_codes_backward(d_weights, x, 4, 1.0, score)
+        assert torch.equal(
+            actual, backend.hash_codes_backward(d_weights.contiguous(), x.contiguous(), 4, 1.0, score)
+        )
+        assert torch.equal(
+            backend.hash_codes(x, 4, 1.0, score)[1], backend.hash_codes(x.contiguous(), 4, 1.0, score)[1]
+        )
+
+
+@pytest.mark.parametrize(
+    ("lead", "dtype", "blocks"),
+    [
+        *((lead, torch.float32, "as chosen") for lead in [(), (0,), (1,), (2, 13)]),
+        *(((2, 13), torch.bfloat16, blocks) for blocks in ("as chosen", "one wide block")),
+    ],
+    indirect=["blocks"],
+    ids=str,
+)
+def test_int8(lead: tuple[int, ...], dtype: torch.dtype, blocks: str) -> None:
+    g = generator(11)
+    codes, weights, _, _ = random_lookup(12, 5, 9, (), lead, dtype)
+    tables = torch.randint(-128, 128, (9, 32, 37), generator=g, device=DEVICE, dtype=torch.int8)
+    scales = torch.rand(9, 32, generator=g, device=DEVICE)
+    y = backend.lookup_int8(codes, weights, tables, scales)
+    exact = reference.lookup(codes, weights.double(), tables.double() * scales.double().unsqueeze(-1))
+    assert y.dtype == dtype
+    assert_close(y, exact, dtype)
+
+
+@pytest.mark.parametrize(
+    ("tau", "num_tokens"),
+    [(1, 1), (1, 700), (4, 63), (4, 64), (4, 256), (4, 257), (9, 1), (9, 600), (12, 300)],
+)
+def test_grouping_is_a_stable_sort(tau: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(-1, 2**tau + 1, (num_tokens, 3), generator=generator(tau), device=DEVICE).short()
+    counted = triton_grouping.group_tokens(codes, 2**tau)
+    monkeypatch.setattr(triton_grouping, "MAX_COUNTED_ROWS", 0)
+    by_sorting = triton_grouping.group_tokens(codes, 2**tau)
+    for tokens, ends in (counted, by_sorting):
+        assert tokens.dtype == ends.dtype == torch.int32
+        for k in range(3):
+            column = codes[:, k].tolist()
+            expected = sorted((code, n) for n, code in enumerate(column) if 0 <= code < 2**tau)
+            assert tokens[k, : len(expected)].tolist() == [n for _, n in expected]
+            assert ends[k].tolist() == [sum(code <= row for code, _ in expected) for row in range(2**tau)]
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_types_round_once(dtype: torch.dtype) -> None:
+    arguments = random_lookup(13, 1, 64, (48,), (2048,), dtype)
+    for actual, exact in zip(run(*arguments), run_reference(*arguments), strict=True):
+        rounding = (exact.to(dtype).double() - exact).norm()
+        assert (actual.double() - exact).norm() <= 1.1 * rounding
+
+
+@compiled_only
+def test_more_than_two_to_the_31_elements() -> None:
+    codes, weights, _, _ = random_lookup(14, 16, 2, (), (32,), torch.bfloat16)
+    tables = torch.zeros(2, 2**16, 16640, device=DEVICE, dtype=torch.bfloat16)
+    assert tables.numel() > 2**31
+    tables[1, -1] = 1
+    codes[:, 1] = 2**16 - 1
+    (y,) = backend.lookup(codes, weights, [tables])
+    assert torch.equal(y, weights[:, 1:].expand_as(y))
+    _, (d_tables,) = backend.lookup_backward([torch.ones_like(y)], codes, weights, [tables])
+    assert_close(d_tables[1, -1], weights[:, 1].double().sum().expand(16640), torch.bfloat16)
+
+
+@compiled_only
+def test_cuda_graph() -> None:
+    codes, weights, tables, dys = random_lookup(15, 8, 16, (96, 40), (1000,), torch.bfloat16)
+    run(codes, weights, tables, dys)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(codes, weights, tables, dys)
+    new = random_lookup(16, 8, 16, (96, 40), (1000,), torch.bfloat16)
+    for old, fresh in zip((codes, weights, *tables, *dys), (new[0], new[1], *new[2], *new[3]), strict=True):
+        old.copy_(fresh)
+    graph.replay()
+    assert all(torch.equal(a, e) for a, e in zip(captured, run(*new), strict=True))

@@ -1,0 +1,101 @@
+"""Compiles every Triton kernel for an H100, without one: `python triton_compile.py ELEMENT CODES`, such as bf16 u8.
+
+`test_triton` runs it. The launches are those of usual sizes: aligned tensors and multiples of 16.
+"""
+
+import re
+import sys
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mf_train.kernels import triton_grouping, triton_hash, triton_lookup
+
+H100 = GPUTarget("cuda", 90, 32)
+ITEM_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+BITS = {"u8": 8, "i16": 10, "i32": 16, "i64": 1}  # of the tables that are read by codes of each type
+NUM_TABLES, COLUMNS = 128, 1024
+
+
+def compile_kernel(
+    kernel: Any, pointers: dict[str, str], integers: list[str], num_warps: int, constants: dict[str, Any]
+) -> str:
+    """The kernel's PTX, which ptxas took. `constants` may name more than the kernel has."""
+    signature = {name: "constexpr" for name in kernel.arg_names}
+    signature |= {f"{name}_ptr": "*" + element for name, element in pointers.items()}
+    signature |= {name: "i32" for name in integers}
+    aligned = [*(f"{name}_ptr" for name in pointers), "out_features"]
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned
+    }
+    values = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    if "scales_ptr" in kernel.arg_names and "scales" not in pointers:
+        values["scales_ptr"] = None
+    source = ASTSource(kernel, signature, values, attributes)
+    compiled = triton.compile(source, target=H100, options={"num_warps": num_warps, "enable_fp_fusion": True})
+    assert compiled.asm["cubin"]
+    return str(compiled.asm["ptx"])
+
+
+def wide_loads(ptx: str) -> int:
+    """Loads of 16 bytes a lane."""
+    return len(re.findall(r"ld\.global\.(v4\.b32|v2\.b64)", ptx))
+
+
+def compile_hash(element: str, codes: str, common: dict[str, Any]) -> None:
+    constants = {**common, "BLOCK": triton_hash.BLOCK, "SCALED": True}
+    pointers = {"x": element, "codes": codes, "weights": element}
+    compile_kernel(triton_hash._hash_kernel, pointers, ["num_chunks"], 4, constants)
+    pointers = {"d_weights": element, "x": element, "dx": element}
+    compile_kernel(triton_hash._hash_backward_kernel, pointers, ["num_chunks"], 4, constants)
+
+
+def compile_forward(element: str, codes: str, common: dict[str, Any]) -> None:
+    pointers = {"codes": codes, "weights": element, "tables": element, "y": element}
+    for num_tokens in (1, 16384):
+        tokens, block, unroll = triton_lookup.forward_blocks(
+            num_tokens, NUM_TABLES, common["ROWS"], COLUMNS, ITEM_BYTES[element]
+        )
+        constants = {**common, "TOKENS": tokens, "BLOCK": block, "UNROLL": unroll}
+        sizes = ["num_tokens", "out_features"]
+        ptx = compile_kernel(triton_lookup._forward_kernel, pointers, sizes, 1, constants)
+        assert num_tokens == 1 or wide_loads(ptx) >= unroll, "rows are not read 16 bytes a lane"
+    int8 = {**pointers, "tables": "i8", "scales": "fp32"}
+    compile_kernel(triton_lookup._forward_kernel, int8, sizes, 1, constants)
+
+
+def compile_backward(element: str, common: dict[str, Any]) -> None:
+    block, unroll, rows = triton_lookup.backward_blocks(16384, common["ROWS"], COLUMNS, ITEM_BYTES[element])
+    constants = {**common, "BLOCK": block, "UNROLL": unroll, "ROWS_PER_PROGRAM": rows}
+    pointers = {"dy": element, "weights": element, "tokens": "i32", "ends": "i32"}
+    pointers |= {"tables": element, "d_tables": element, "d_weights": "fp64" if element == "fp64" else "fp32"}
+    for add in (False, True):
+        sizes = ["num_tokens", "out_features", "column_block"]
+        ptx = compile_kernel(triton_lookup._backward_kernel, pointers, sizes, 1, {**constants, "ADD": add})
+        assert wide_loads(ptx) >= unroll, "rows are not read 16 bytes a lane"
+
+
+def compile_grouping(codes: str, common: dict[str, Any]) -> None:
+    constants = {**common, "CHUNK": triton_grouping.CHUNK, "BLOCK": triton_grouping.BLOCK}
+    sizes = ["num_tokens", "num_chunks"]
+    compile_kernel(triton_grouping._count_kernel, {"codes": codes, "counts": "i32"}, sizes, 4, constants)
+    pointers = {"codes": codes, "ends": "i32", "tokens": "i32"}
+    compile_kernel(triton_grouping._place_kernel, pointers, sizes, 4, constants)
+
+
+def main(element: str, codes: str) -> None:
+    tau = BITS[codes]
+    common = {"SUM": tl.float64 if element == "fp64" else tl.float32, "ROWS": 2**tau, "K": NUM_TABLES}
+    common |= {"TAU": tau, "PADDED_TAU": triton.next_power_of_2(tau), "SLOPE": -2.0}
+    compile_hash(element, codes, common)
+    compile_forward(element, codes, common)
+    compile_backward(element, common)
+    if 2**tau <= triton_grouping.MAX_COUNTED_ROWS:
+        compile_grouping(codes, common)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

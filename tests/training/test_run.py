@@ -245,7 +245,7 @@ def test_resume_in_bfloat16_is_exact_on_the_same_shape(reference: Path, tmp_path
     tree["parallel"] = {"zero_stage": stage}
     done = train(tree, "checkpoint.interval=2", processes=2)
     # the summary, steps 1 and 4, the end: nothing that DeepSpeed prints or warns about
-    assert len(done.stdout.splitlines()) == 2 + 2 + 1 and not done.stderr, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 3 + 2 + 1 and not done.stderr, done.stdout + done.stderr
     again = tree | {"checkpoint": {"resume": str(tmp_path / "whole/checkpoints/step-000000002")}}
     again["training"] = tree["training"] | {"output_dir": str(tmp_path / "again")}
     train(again, processes=2)

@@ -36,18 +36,20 @@ constexpr int kDirectColumns = 8 * kLanes;
 // Rows asked for ahead: more than a core has open requests for.
 constexpr int64_t kRowsAhead = 8;
 
-// One token's sums of Vecs * 16 columns, the last vector cut to `last` lanes.
+// One token's sums of Vecs * 16 columns, the last vector cut to `last` lanes. The first `ahead` columns of the rows that
+// follow are asked for.
 template <int Vecs, typename T, typename Y>
-inline void sum_rows(const Read* reads, const Shape& shape, const T* tables, int64_t columns, int last, Y* y) {
+inline void sum_rows(const Read* reads, const Shape& shape, const T* tables, int64_t columns, int last, int64_t ahead,
+                     Y* y) {
     const int64_t table_size = shape.rows * columns;
     const int64_t line = kCacheLine / int64_t(sizeof(T));
     Vec sums[Vecs];
     for (int v = 0; v < Vecs; ++v) sums[v] = zero();
     for (int64_t k = 0; k < shape.tables; ++k) {
         if (k + kRowsAhead < shape.tables) {
-            const T* ahead = tables + (k + kRowsAhead) * table_size + reads[k + kRowsAhead].code * columns;
-            for (int64_t c = 0; c < Vecs * kLanes; c += line) {
-                _mm_prefetch(reinterpret_cast<const char*>(ahead + c), _MM_HINT_T0);
+            const T* next = tables + (k + kRowsAhead) * table_size + reads[k + kRowsAhead].code * columns;
+            for (int64_t c = 0; c < ahead; c += line) {
+                _mm_prefetch(reinterpret_cast<const char*>(next + c), _MM_HINT_T0);
             }
         }
         const T* row = tables + k * table_size + reads[k].code * columns;
@@ -59,19 +61,26 @@ inline void sum_rows(const Read* reads, const Shape& shape, const T* tables, int
     for (int v = 0; v < Vecs; ++v) store_lanes(y + v * kLanes, sums[v], v < Vecs - 1 ? kLanes : last);
 }
 
+// A token's rows are read from end to end before the next token's, or in as many parts as there are threads: a row's
+// first block of columns brings the whole row into L2, at one miss of the TLB instead of one a block.
 template <typename T, typename Y>
 void lookup_directly(const Read* reads, const Shape& shape, const T* tables, int64_t columns, Y* y, int threads) {
     const int64_t blocks = ceil_div(columns, kDirectColumns);
+    const int64_t parts = shape.tokens >= threads ? 1 : min(threads, blocks);
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
-    for (int64_t block = 0; block < blocks; ++block) {
-        for (int64_t token = 0; token < shape.tokens; ++token) {
-            const int64_t first = block * kDirectColumns;
-            const int width = int(min(kDirectColumns, columns - first));
-            with_vecs(int(ceil_div(width, kLanes)), [&](auto vecs) {
-                const int last = width - (vecs.value - 1) * kLanes;
-                sum_rows<vecs.value>(reads + token * shape.tables, shape, tables + first, columns, last,
-                                     y + token * columns + first);
-            });
+    for (int64_t token = 0; token < shape.tokens; ++token) {
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t begin = part * blocks / parts, end = (part + 1) * blocks / parts;
+            for (int64_t block = begin; block < end; ++block) {
+                const int64_t first = block * kDirectColumns;
+                const int width = int(min(kDirectColumns, columns - first));
+                const int64_t ahead = block == begin ? min(end * kDirectColumns, columns) - first : 0;
+                with_vecs(int(ceil_div(width, kLanes)), [&](auto vecs) {
+                    const int last = width - (vecs.value - 1) * kLanes;
+                    sum_rows<vecs.value>(reads + token * shape.tables, shape, tables + first, columns, last, ahead,
+                                         y + token * columns + first);
+                });
+            }
         }
     }
 }

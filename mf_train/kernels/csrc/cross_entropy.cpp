@@ -11,11 +11,6 @@ namespace {
 constexpr int kMaxChunks = 8;
 
 template <typename T>
-inline Vec read(const T* p, int64_t left) {
-    return left >= kLanes ? load(p) : load(p, int(left));
-}
-
-template <typename T>
 void largest(const T* logits, int64_t tokens, int64_t vocabulary, float* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < tokens; ++n) {
@@ -24,7 +19,7 @@ void largest(const T* logits, int64_t tokens, int64_t vocabulary, float* out, in
         for (int64_t v = 0; v < vocabulary; v += kLanes) {
             const int64_t left = vocabulary - v;
             const uint32_t count = left >= kLanes ? 0xffffu : (1u << left) - 1;
-            const Vec value = read(row + v, left);
+            const Vec value = load_lanes(row + v, int(min(left, kLanes)));
             most = select(less(most, value) & count, value, most);
         }
         float lanes[kLanes];
@@ -49,7 +44,7 @@ void exp_sums(const T* logits, const float* most, int64_t tokens, int64_t vocabu
             Vec total = zero();
             for (int64_t v = 0; v < chunk; v += kLanes) {
                 const int64_t left = chunk - v;
-                Vec value = exp_nonpositive(sub(read(row + v, left), shift));
+                Vec value = exp_nonpositive(sub(load_lanes(row + v, int(min(left, kLanes))), shift));
                 if (left < kLanes) value = select((1u << left) - 1, value, zero());
                 total = add(total, value);
             }
@@ -73,12 +68,8 @@ void gradient(const T* logits, const float* normaliser, const float* factor, con
         const Vec shift = broadcast(normaliser[n]), scale = broadcast(factor[n]);
         for (int64_t v = 0; v < vocabulary; v += kLanes) {
             const int64_t left = vocabulary - v;
-            const Vec value = mul(exp_nonpositive(sub(read(row + v, left), shift)), scale);
-            if (left >= kLanes) {
-                store(result + v, value);
-            } else {
-                store(result + v, value, int(left));
-            }
+            const Vec value = mul(exp_nonpositive(sub(load_lanes(row + v, int(min(left, kLanes))), shift)), scale);
+            store_lanes(result + v, value, int(min(left, kLanes)));
         }
         if (target[n] >= 0) {
             const Vec at_target = sub(load(row + target[n], 1), shift);

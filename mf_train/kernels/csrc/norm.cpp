@@ -21,20 +21,6 @@ inline void for_each_vector(int64_t first, int64_t count, F f) {
     for (int64_t i = 0; i < count; i += kLanes) f(first + i, int(min(kLanes, count - i)));
 }
 
-template <typename T>
-inline Vec read(const T* p, int count) {
-    return count == kLanes ? load(p) : load(p, count);
-}
-
-template <typename T>
-inline void write(T* p, Vec value, int count) {
-    if (count == kLanes) {
-        store(p, value);
-    } else {
-        store(p, value, count);
-    }
-}
-
 // The lanes from `count` on set to zero.
 inline Vec first_lanes(Vec value, int count) { return select((1u << count) - 1, value, zero()); }
 
@@ -43,12 +29,12 @@ inline Moments chunk_moments(const T* x, int64_t chunk, bool centred) {
     float mean = 0;
     if (centred) {
         Vec total = zero();
-        for_each_vector(0, chunk, [&](int64_t i, int count) { total = add(total, read(x + i, count)); });
+        for_each_vector(0, chunk, [&](int64_t i, int count) { total = add(total, load_lanes(x + i, count)); });
         mean = sum(total) / float(chunk);
     }
     Vec squares = zero();
     for_each_vector(0, chunk, [&](int64_t i, int count) {
-        const Vec deviation = first_lanes(sub(read(x + i, count), broadcast(mean)), count);
+        const Vec deviation = first_lanes(sub(load_lanes(x + i, count), broadcast(mean)), count);
         squares = fma(deviation, deviation, squares);
     });
     return {mean, sum(squares)};
@@ -85,10 +71,10 @@ void normalise(const T* x, const float* mean, const float* rstd, const W* weight
     for (int64_t n = 0; n < tokens; ++n) {
         const Vec centre = broadcast(mean[n]), scale = broadcast(rstd[n]);
         for_each_vector(0, features, [&](int64_t i, int count) {
-            const Vec normal = mul(sub(read(x + n * features + i, count), centre), scale);
-            Vec value = mul(normal, read(weight + i, count));
-            if (bias != nullptr) value = add(value, read(bias + i, count));
-            write(y + n * features + i, value, count);
+            const Vec normal = mul(sub(load_lanes(x + n * features + i, count), centre), scale);
+            Vec value = mul(normal, load_lanes(weight + i, count));
+            if (bias != nullptr) value = add(value, load_lanes(bias + i, count));
+            store_lanes(y + n * features + i, value, count);
         });
     }
 }
@@ -106,8 +92,8 @@ void gradient_sums(const T* dy, const T* x, const float* mean, const float* rstd
             Vec first = zero(), second = zero();
             for_each_vector(c * chunk, chunk, [&](int64_t i, int count) {
                 const int64_t at = n * features + i;
-                const Vec scaled = mul(read(dy + at, count), read(weight + i, count));
-                const Vec normal = mul(sub(read(x + at, count), centre), scale);
+                const Vec scaled = mul(load_lanes(dy + at, count), load_lanes(weight + i, count));
+                const Vec normal = mul(sub(load_lanes(x + at, count), centre), scale);
                 first = add(first, scaled);
                 second = fma(scaled, normal, second);  // scaled is zero in the lanes that do not count
             });
@@ -142,13 +128,13 @@ struct Gradients {
             const Vec plain = broadcast(centred ? sums[2 * n] : 0), with_normal = broadcast(sums[2 * n + 1]);
             for_each_vector(0, features, [&](int64_t i, int count) {
                 const int64_t at = n * features + i;
-                const Vec gradient = read(dy + at, count);
-                const Vec normal = mul(sub(read(x + at, count), centre), scale);
-                Vec value = sub(mul(gradient, read(weight + i, count)), mul(normal, with_normal));
+                const Vec gradient = load_lanes(dy + at, count);
+                const Vec normal = mul(sub(load_lanes(x + at, count), centre), scale);
+                Vec value = sub(mul(gradient, load_lanes(weight + i, count)), mul(normal, with_normal));
                 if (centred) value = sub(value, plain);
-                write(dx + at, mul(value, scale), count);
-                write(d_weight + i, fma(gradient, normal, read(d_weight + i, count)), count);
-                write(d_bias + i, add(gradient, read(d_bias + i, count)), count);
+                store_lanes(dx + at, mul(value, scale), count);
+                store_lanes(d_weight + i, fma(gradient, normal, load_lanes(d_weight + i, count)), count);
+                store_lanes(d_bias + i, add(gradient, load_lanes(d_bias + i, count)), count);
             });
         }
     }

@@ -1,7 +1,6 @@
 """`python -m benchmarks.cpu`: the C++ operation against the composition, and bytes moved against bandwidth measured."""
 
 import argparse
-import datetime
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -194,11 +193,10 @@ def plot(path: Path, measurements: dict[str, list[Measurement]], copy: float, l2
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def report(seconds: float, plot_path: Path | None) -> str:
-    """All tables as text."""
+def measure(seconds: float, plot_path: Path | None) -> list[str]:
+    """All tables, as text."""
     copy, l2 = machine.copy_bandwidth(), machine.read_bandwidth(L2_BYTES)
     parts = [
-        f"{datetime.date.today()}  {machine.description()}",
         f"copy {copy / 1e9:.1f} GB/s (read + written, 256 MiB), L2 read {l2 / 1e9:.0f} GB/s",
         "ms are medians of interleaved calls; MB memory: arguments and results once; MB cache: rows and dy gathered",
     ]
@@ -221,7 +219,7 @@ def report(seconds: float, plot_path: Path | None) -> str:
         parts.append(machine.table(header, one_token(dtype, min(seconds, 1.0))))
     if plot_path:
         plot(plot_path, measurements, copy, l2)
-    return "\n\n".join(parts)
+    return parts
 
 
 def main() -> None:
@@ -232,12 +230,7 @@ def main() -> None:
     options = parser.parse_args()
     if cpu.library() is None:
         sys.exit(f"nothing to measure: {cpu.reason()}")
-    text = report(options.seconds, options.plot)
-    print(text)
-    if options.save:
-        folder = Path(__file__).parent / "results"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{datetime.date.today()}-cpu.txt").write_text(text + "\n")
+    machine.report("cpu", measure(options.seconds, options.plot), save=options.save)
 
 
 if __name__ == "__main__":

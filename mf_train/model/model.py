@@ -47,11 +47,13 @@ class MemoryFormer(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """Logits [B, S, V], or with `targets` [B, S] the cross-entropy of each token in nats [B, S].
 
         A target of -100 has no loss. `attention_mask` [B, T] is 0 at padding; positions count from the first token
         that is not padding. `cache` holds the keys and values of earlier positions and takes the new ones.
+        With `logits_to_keep` above 0 the head computes the logits of so many last positions only.
         """
         past = cache.get_seq_length() if cache is not None else 0
         length = token_ids.shape[1]
@@ -63,5 +65,5 @@ class MemoryFormer(nn.Module):
         x = self.embedding(token_ids)
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
-        logits: Tensor = self.head(self.final_norm(x))
+        logits: Tensor = self.head(self.final_norm(x[:, -logits_to_keep:]))
         return logits if targets is None else self.head.token_losses(logits, targets)

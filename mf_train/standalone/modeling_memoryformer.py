@@ -1,7 +1,5 @@
 """The plain model as a `transformers` causal language model; a converted model carries a copy of this file."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,8 +77,12 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         if layers is not None and labels is None and input_ids.shape[1:] == (1,):
             logits = self._decode(input_ids, attention_mask, layers)
         if logits is None:
-            with self._last_positions(logits_to_keep):
-                logits = self.model(input_ids, attention_mask=attention_mask, cache=past_key_values)
+            logits = self.model(
+                input_ids,
+                attention_mask=attention_mask,
+                cache=past_key_values,
+                logits_to_keep=logits_to_keep,
+            )
         loss = None if labels is None else self._mean_loss(logits, labels)
         if return_dict if return_dict is not None else self.config.return_dict:
             return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
@@ -108,19 +110,6 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
             if not layer.is_initialized:
                 layer.lazy_initialization(logits)
         return logits.unsqueeze(1)
-
-    @contextmanager
-    def _last_positions(self, count: int) -> Iterator[None]:
-        """Within the block the final norm, and so the head, sees the last `count` positions only; 0: all."""
-        if not count:
-            yield
-            return
-        norm = self.model.final_norm
-        handle = norm.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -count:],))
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).to(logits.device)

@@ -1,6 +1,7 @@
 """The command line: thin verbs, each importing what it needs when it runs."""
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ _FILES = "text, JSONL or Parquet files; may be repeated"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failure, 2 the user's mistake, 75 stopped on request after saving."""
-    options = _build_parser().parse_args(arguments)
+    options = _parse(_build_parser(), arguments)
     try:
         status = options.run(options)
     except UserError as error:
@@ -31,6 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = 130
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand anywhere after CONFIG, also behind options, where argparse alone does not take them."""
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _speak(message: str) -> None:
@@ -74,9 +85,22 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
 def _data_inspect(options: argparse.Namespace) -> int:
     from mf_train.config.loading import load_config
     from mf_train.data.inspect import inspect_data
+    from mf_train.training.folder import stream_state_before
 
-    for line in inspect_data(load_config(options.config, options.overrides), options.step):
-        print(line)
+    config = load_config(options.config, options.overrides)
+    for line in inspect_data(config, options.step, stream_state_before(config, options.step)):
+        print(line, flush=True)
+    return 0
+
+
+def _data_tokenize(options: argparse.Namespace) -> int:
+    from mf_train.config.loading import load_config
+    from mf_train.data.tokenize import tokenize
+
+    config = load_config(options.config, options.overrides)
+    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    for line in tokenize(config, options.output, workers):
+        print(line, flush=True)
     return 0
 
 
@@ -156,6 +180,18 @@ def _build_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         help="the step whose batch is shown, from 1 as in metrics.jsonl (default: 1)",
+    )
+
+    example = "memoryformer data tokenize configs/quickstart.yaml --output tokens"
+    verb = _add(
+        data, "tokenize", "write text sources as token shards (Megatron's .bin/.idx)", example, _data_tokenize
+    )
+    _add_config(verb)
+    verb.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="a new folder, or one to go on with"
+    )
+    verb.add_argument(
+        "--workers", type=int, default=None, metavar="N", help="processes (default: one a core)"
     )
 
     example = "memoryformer convert runs/quickstart/checkpoints/latest quickstart-model --dtype bfloat16"

@@ -10,14 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from mf_train.kernels.build import cache_folder
 from tests.environments import make_bare_environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Documents that tests and the processes they start read are cached apart from the user's."""
-    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="memoryformer-tests-")
+    """What tests and the processes they start read is cached apart from the user's; compiled kernels are shared."""
+    folder = Path(tempfile.mkdtemp(prefix="memoryformer-tests-"))
+    kernels = cache_folder()
+    kernels.mkdir(parents=True, exist_ok=True)
+    (folder / "mf_train").mkdir()
+    (folder / "mf_train" / "kernels").symlink_to(kernels.resolve())
+    os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"] = str(folder)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -19,6 +19,7 @@ VERBS = [
     ["train"],
     ["tokenizer", "train"],
     ["data", "inspect"],
+    ["data", "tokenize"],
     ["convert"],
     ["generate"],
     ["evaluate"],

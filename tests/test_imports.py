@@ -32,7 +32,7 @@ LAYERS = {
 LAYERS["cli"] = set(LAYERS) - {"__main__"}
 
 # Dependencies that are heavy, change often or are hard to install: one file each, or one folder.
-ONE_FILE_EACH = ["deepspeed", "megatron", "sentencepiece", "datasets"]
+ONE_FILE_EACH = ["deepspeed", "megatron", "sentencepiece", "datasets", "fsspec", "filelock"]
 ONE_FOLDER_EACH = {"pyarrow": "data", "transformers": "standalone", "triton": "kernels"}
 # Parts whose modules import nothing of other projects but these.
 THIRD_PARTY = {"errors": set(), "config": {"yaml"}, "kernels": {"torch", "triton"}, "model": {"torch"}}

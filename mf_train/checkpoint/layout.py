@@ -4,7 +4,7 @@
       manifest.json                            format, step, degrees, every file's size, every parameter's global shape
       state.json                               the training state beside the tensors: step, tokens, stream
       config.yaml                              the resolved configuration
-      tokenizer.model
+      tokenizer.model                          absent where the run had only token ids
       probe.safetensors                        tokens, and the trainer's logits and codes on them
       weights-0-of-2-part-000.safetensors      float32 master weights of tensor-parallel rank 0 of 2
       exp_avg-..., exp_avg_sq-...              AdamW's moments, laid out the same

@@ -41,7 +41,7 @@ class Extras:
 
     state: Mapping[str, Any]
     config_yaml: str
-    tokenizer: bytes
+    tokenizer: bytes  # empty where the run has only token ids
     probe: Mapping[str, Tensor]
 
 
@@ -164,7 +164,8 @@ def _write_manifest(
 def _write_extras(folder: Path, extras: Extras) -> None:
     _write_synced(folder / STATE, (json.dumps(extras.state, indent=1) + "\n").encode())
     _write_synced(folder / CONFIG, extras.config_yaml.encode())
-    _write_synced(folder / TOKENIZER, extras.tokenizer)
+    if extras.tokenizer:
+        _write_synced(folder / TOKENIZER, extras.tokenizer)
     with TensorFileWriter(folder / PROBE, {n: (t.dtype, t.shape) for n, t in extras.probe.items()}) as writer:
         for name, tensor in extras.probe.items():
             writer.write(name, tensor)

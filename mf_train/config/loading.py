@@ -87,6 +87,9 @@ def check_config(config: Config, origin: str) -> None:
         "training.micro_batch_size": config.training.micro_batch_size,
         "training.collective_timeout_seconds": config.training.collective_timeout_seconds,
         "data.logical_streams": config.data.logical_streams,
+        "data.block_documents": config.data.block_documents,
+        "data.window_blocks": config.data.window_blocks,
+        "data.timeout_seconds": config.data.timeout_seconds,
         "parallel.tensor": config.parallel.tensor,
         "logging.interval": config.logging.interval,
         "optimizer.learning_rate": config.optimizer.learning_rate,
@@ -96,6 +99,7 @@ def check_config(config: Config, origin: str) -> None:
     not_negative = {
         "training.validation_interval": config.training.validation_interval,
         "training.validation_sequences": config.training.validation_sequences,
+        "data.workers": config.data.workers,
         "checkpoint.interval": config.checkpoint.interval,
         "checkpoint.keep": config.checkpoint.keep,
         "logging.telemetry_interval": config.logging.telemetry_interval,

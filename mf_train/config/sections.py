@@ -7,12 +7,14 @@ from typing import Literal
 
 from mf_train.config.model import ModelConfig
 
+OnError = Literal["raise", "skip"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One source of documents: local files (`path`, a file, folder or glob) or a dataset of the hub (`hub`)."""
+    """One source of documents: files (`path`: a file, folder, glob or URL) or a dataset of the hub (`hub`)."""
 
-    path: str | None = None
+    path: str | None = None  # text (JSONL, plain, Parquet), or token shards: .bin with its .idx
     hub: str | None = None  # owner/name on the Hugging Face hub
     hub_config: str | None = None  # the dataset's configuration name, where it has several
     split: str = "train"  # of a hub dataset
@@ -28,13 +30,24 @@ class DataConfig:
     validation: tuple[SourceConfig, ...] = ()
     seed: int = 0
     logical_streams: int = 64  # the batches are dealt from this many streams; data parallelism must divide it
+    block_documents: int = 64  # neighbouring documents that stay together when a source's blocks are shuffled
+    window_blocks: int = 16  # blocks of a stream among which documents are shuffled
+    document_attention: bool = False  # attention inside documents only, and positions that begin anew in each
+    on_error: OnError = "raise"  # what a corrupt document or a truncated file does
+    workers: int = 1  # processes that read and tokenise for a data-parallel rank; 0: a thread of the trainer
+    timeout_seconds: int = 300  # the run ends when a batch takes longer to read; reading is retried before
+    cache: str | None = None  # folder for text of compressed and remote files; None: $XDG_CACHE_HOME/mf_train
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The sentencepiece model: a `.model` file or the folder that holds `tokenizer.model`."""
+    """The sentencepiece model: a `.model` file or the folder that holds `tokenizer.model`.
+
+    Without one, a run trains on token shards that another tokenizer made, and needs its `end_of_text_id`.
+    """
 
     path: str = ""
+    end_of_text_id: int | None = None  # only where there is no path: the model says it itself
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mf_train.errors import UserError
 
 ArrowError = pa.ArrowException
 
-
-def text_table(documents: list[bytes]) -> Any:
-    """A pyarrow Table with one column `text` of UTF-8 documents, which must be valid."""
-    return pa.table({"text": pa.array(documents, pa.large_binary()).cast(pa.large_string())})
+_BATCH_BYTES = 8 << 20
 
 
 def text_buffers(array: Any) -> tuple[npt.NDArray[np.integer[Any]], memoryview]:
@@ -48,28 +42,62 @@ def as_text(column: Any, what: str, key: str) -> Any:
     raise UserError(f"{what} is {column.type}, not text: set {key} to a text column")
 
 
-def read_parquet_text(path: Path, text_field: str) -> Iterator[bytes]:
-    """The values of one text column, in bounded memory. Raises UserError, ArrowError or OSError (damage)."""
-    with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
+def read_parquet_text(file: BinaryIO, name: str, text_field: str) -> Iterator[bytes | UserError]:
+    """The values of one text column as UTF-8, and a UserError in the place of each that is none.
+
+    Row group by row group, a batch of about 8 MiB at a time: a page is decoded whole, as the format asks.
+    Raises UserError (no such column, not text), ArrowError or OSError (damage).
+    """
+    with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
+        names = parquet.schema_arrow.names
         if text_field not in names:
             columns = ", ".join(map(repr, names[:8]))
             raise UserError(
-                f"{path}: has no column {text_field!r} (it has {columns}): set the source's text_field"
+                f"{name}: has no column {text_field!r} (it has {columns}): set the source's text_field"
             )
         row = 0
-        for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-            column = as_text(batch.column(0), f"{path}: column {text_field!r}", "the source's text_field")
-            if column.null_count:
-                missing = row + pc.index(column.is_null(), True).as_py()
-                raise UserError(
-                    f"{path}: row {missing} (counted from 0) has no {text_field!r}: remove it or fill it"
-                )
-            column.validate(full=True)  # Parquet does not promise that its strings are UTF-8
-            yield from column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
-            row += len(column)
+        for group in range(parquet.num_row_groups):
+            batch_size = _rows_of_batch(parquet.metadata.row_group(group), text_field)
+            batches = parquet.iter_batches(batch_size, row_groups=[group], columns=[text_field])
+            for batch in batches:
+                column = as_text(batch.column(0), f"{name}: column {text_field!r}", "the source's text_field")
+                yield from _utf8_values(column, f"{name}: row", row, text_field)
+                row += len(column)
 
 
-def open_zstd(path: Path) -> BinaryIO:
+def _rows_of_batch(group: Any, text_field: str) -> int:
+    columns = [group.column(i) for i in range(group.num_columns)]
+    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_field)
+    return max(1, min(1024, _BATCH_BYTES * group.num_rows // max(1, size)))
+
+
+def _utf8_values(column: Any, where: str, row: int, text_field: str) -> Iterator[bytes | UserError]:
+    """`row` is the number of the column's first row."""
+    values = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+    try:
+        column.validate(full=True)  # Parquet does not promise that its strings are UTF-8
+        valid = True
+    except pa.ArrowInvalid:
+        valid = False
+    for number, value in enumerate(values, row):
+        if value is None:
+            yield UserError(f"{where} {number} (counted from 0) has no {text_field!r}: remove it or fill it")
+        elif not valid and not _is_utf8(value):
+            yield UserError(
+                f"{where} {number} (counted from 0): {text_field!r} is not valid UTF-8: convert it"
+            )
+        else:
+            yield value
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def open_zstd(file: BinaryIO) -> Any:
     """Decompressed bytes of a .zst file, all its frames. Truncation and damage raise OSError without errno."""
-    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), 1 << 20)
+    return pa.input_stream(file, compression="zstd")

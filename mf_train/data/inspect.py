@@ -3,70 +3,109 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+
+import numpy as np
 
 from mf_train.config import Config, SourceConfig
 from mf_train.data.digest import batch_digest
-from mf_train.data.sources import Documents, open_source
-from mf_train.data.stream import Tokens, TokenStream
-from mf_train.data.tokenizer import END_OF_TEXT, Tokenizer, check_vocabulary
+from mf_train.data.documents import Source, Tokens
+from mf_train.data.sources import open_source
+from mf_train.data.stream import State, TokenStream
+from mf_train.data.tokenizer import END_OF_TEXT, Tokenizer, open_tokenizer
 from mf_train.errors import UserError
 
 _SHOWN_CHARACTERS = 200
+_SHOWN_DOCUMENTS = 2
+_SHOWN_ROWS = 8
+_SAMPLE_TOKENS = 250_000  # that say how many bytes a token has
 _SLOW_SECONDS = 2.0
 
 
-def inspect_data(config: Config, step: int = 1) -> list[str]:
+def inspect_data(config: Config, step: int = 1, state: State | None = None) -> Iterator[str]:
     """Lines of text: tokenizer, sources, and the global batch of a step with its digest.
 
-    Steps count from 1, as in metrics.jsonl.
-    The batches before `step` are made, too, to get there; the last line says so where it took long.
+    Steps count from 1, as in metrics.jsonl. The batches before it are made, too, to get there, from `state` on if
+    that is the state of this stream after an earlier step; the last line says so where it took long.
     Raises UserError as TokenStream and Tokenizer do, and for a step below 1.
     """
     if step < 1:
         raise UserError(f"--step {step}: the first step is 1")
-    tokenizer = Tokenizer(config.tokenizer.path)
-    check_vocabulary(tokenizer, config.model.vocab_size)
-    stream = TokenStream(
-        config.data, tokenizer, config.model.sequence_length, config.training.global_batch_size
-    )
-    lines = [
-        f"tokenizer {tokenizer.path}: {tokenizer.vocab_size} ids, end of text {tokenizer.end_of_text_id}"
-    ]
-    total = sum(source.weight for source in config.data.train)
-    for index, (source, documents) in enumerate(zip(config.data.train, stream.sources, strict=True)):
-        share = f"weight {source.weight:g} ({source.weight / total:.1%} of the rows)"
-        lines += _describe(f"train[{index}]", source, documents, share)
-    for index, source in enumerate(config.data.validation):
-        documents = open_source(source, f"data.validation[{index}]")
-        lines += _describe(f"validation[{index}]", source, documents, "")
+    tokenizer = open_tokenizer(config.tokenizer, config.model.vocab_size)
+    data = config.data
+    stream = TokenStream(data, tokenizer, config.model.sequence_length, config.training.global_batch_size)
+    yield f"tokenizer {tokenizer.path}: {tokenizer.vocab_size} ids, end of text {tokenizer.end_of_text_id}"
+    total = sum(source.weight for source in data.train)
+    for index, (settings, source) in enumerate(zip(data.train, stream.sources, strict=True)):
+        share = f"weight {settings.weight:g} ({settings.weight / total:.1%} of the rows)"
+        yield from _describe(f"train[{index}]", settings, source, tokenizer, share)
+    for index, settings in enumerate(data.validation):
+        source = open_source(settings, f"data.validation[{index}]", data, tokenizer)
+        yield from _describe(f"validation[{index}]", settings, source, tokenizer, "")
     started = time.monotonic()
-    for _ in range(step - 1):
+    if state is not None and state["identity"] == stream.identity():
+        stream.load_state_dict(state)
+    first = stream.step
+    while stream.step < step - 1:
         stream.next_batch()
-    lines += _describe_batch(stream.next_batch(), tokenizer, step)
+    yield from _describe_batch(stream, tokenizer, step)
     seconds = time.monotonic() - started
     if seconds > _SLOW_SECONDS:
-        lines.append(f"(making the {step - 1} batches before it took {seconds:.0f} s)")
-    return lines
+        yield f"(making the batches of steps {first + 1} to {step - 1} before it took {seconds:.0f} s)"
 
 
-def _describe(label: str, source: SourceConfig, documents: Documents, share: str) -> list[str]:
-    files = f"{len(documents.files)} files" if documents.files else f"hub, split {source.split}"
-    counts = [files, f"{len(documents):,} documents", f"{documents.num_bytes:,} bytes", share]
-    first = documents[0]
-    shown = first[:_SHOWN_CHARACTERS] + ("..." if len(first) > _SHOWN_CHARACTERS else "")
-    return [
-        f"{label} {documents.name}: {', '.join(part for part in counts if part)}",
-        f"  first document: {shown!r}",
-    ]
+def _describe(
+    label: str, settings: SourceConfig, source: Source, tokenizer: Tokenizer, share: str
+) -> Iterator[str]:
+    files = f"{source.num_files} files" if source.num_files else f"hub, split {settings.split}"
+    skipped = f"{sum(source.skipped.values()):,} left out" if source.skipped else ""
+    counts = [files, f"{source.num_documents:,} documents", skipped, *_sizes(source, tokenizer), share]
+    yield f"{label} {source.name}: {', '.join(part for part in counts if part)}"
+    for file, count in list(source.skipped.items())[:_SHOWN_ROWS]:
+        yield f"  {file}: {count:,} documents left out"
+    for document in range(min(_SHOWN_DOCUMENTS, source.num_documents)):
+        tokens = source.read([document], 0, _SHOWN_CHARACTERS).tokens
+        yield f"  document {document}: {_shorten(decode_row(tokens, tokenizer))}"
 
 
-def _describe_batch(batch: Tokens, tokenizer: Tokenizer, step: int) -> list[str]:
-    rows, width = batch.shape
-    size = f"{rows} rows of {width} tokens ({width - 1} predicted)"
-    return [
-        f"batch of step {step}: {size}, digest {batch_digest(batch)}",
-        f"  row 0: {decode_row(batch[0], tokenizer)!r}",
-    ]
+def _sizes(source: Source, tokenizer: Tokenizer) -> list[str]:
+    """Bytes and tokens, where one is not known estimated from the first documents' bytes a token."""
+    tokens, size = _sample(source, tokenizer)
+    if not size:  # nothing is known of the text
+        return [f"{source.num_tokens:,} tokens"]
+    ratio = size / max(1, tokens)
+    known = f"{ratio:.2f} bytes a token ({tokens / max(1, size):.3f} tokens a byte, in the first {tokens:,} tokens)"
+    if source.num_tokens is not None:
+        return [f"{source.num_tokens:,} tokens", f"about {source.num_tokens * ratio:,.0f} bytes", known]
+    assert source.num_bytes is not None
+    return [f"{source.num_bytes:,} bytes", f"about {source.num_bytes / max(ratio, 1e-9):,.0f} tokens", known]
+
+
+def _sample(source: Source, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Tokens of the first documents, ends of text not counted, and the bytes of text that they are."""
+    tokens = size = document = start = 0
+    while tokens < _SAMPLE_TOKENS and document < source.num_documents:
+        chunk = source.read([document], start, _SAMPLE_TOKENS)
+        tokens += int((chunk.tokens != tokenizer.end_of_text_id).sum())
+        size += int(tokenizer.token_bytes[chunk.tokens].sum(dtype=np.int64))
+        passed, start = chunk.end
+        document += passed
+    return tokens, size
+
+
+def _describe_batch(stream: TokenStream, tokenizer: Tokenizer, step: int) -> Iterator[str]:
+    rows = [stream.next_row() for _ in stream.row_numbers]
+    batch = np.stack([row.tokens for row in rows])
+    size = f"{len(rows)} rows of {batch.shape[1]} tokens ({batch.shape[1] - 1} predicted)"
+    yield f"batch of step {step}: {size}, digest {batch_digest(batch)}"
+    for number, row in enumerate(rows[:_SHOWN_ROWS]):
+        yield f"  row {number}, train[{row.source}]: {_shorten(decode_row(row.tokens, tokenizer))}"
+    if len(rows) > _SHOWN_ROWS:
+        yield f"  ... and {len(rows) - _SHOWN_ROWS} more rows"
+
+
+def _shorten(text: str) -> str:
+    return repr(text[:_SHOWN_CHARACTERS] + ("..." if len(text) > _SHOWN_CHARACTERS else ""))
 
 
 def decode_row(tokens_s: Tokens, tokenizer: Tokenizer) -> str:

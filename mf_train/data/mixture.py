@@ -31,6 +31,8 @@ class Mixture:
 
     def next_source(self, counts: Sequence[int]) -> int:
         """The element that follows `counts`, the elements taken since the beginning of the sequence."""
+        if len(counts) == 1:
+            return 0
         position = sum(counts) + 1
         deficits = [
             weight * position - self._total * count

@@ -1,4 +1,7 @@
-"""The order of a source's documents: one pseudo-random permutation an epoch, in O(1) memory."""
+"""The order of a source's documents: shuffled blocks, and documents shuffled in windows of them, in O(window) memory.
+
+Nothing is drawn from a generator with a state: every place of the order is computed from its number.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,38 @@ import hashlib
 import math
 from functools import lru_cache
 
+import numpy as np
+
 _ROUNDS = 8
-_ROUNDS_OF_SMALL = 16  # 8 leave the permutations of five documents measurably uneven
+_ROUNDS_OF_SMALL = 16  # 8 leave the permutations of five elements measurably uneven
 _SMALL = 4096
+_BLOCKS_OF_A_STREAM = 16  # at least so many an epoch, where there are documents enough
 
 
-class DocumentOrder:
-    """Epochs of a source's documents, concatenated without end: `order[n]` is a document's number.
+class EpochOrder:
+    """Epochs of `size` elements, concatenated without end: `order[n]` is an element's number.
 
-    Epoch e = n // num_documents is a permutation that depends on (seed, source, e) alone: a Feistel network
-    on pairs (left, right) with left < a, right < b and a * b >= num_documents, whose rounds add a hash of one
+    Epoch e = n // size is a permutation that depends on (seed, source, e) alone: a Feistel network
+    on pairs (left, right) with left < a, right < b and a * b >= size, whose rounds add a hash of one
     half to the other; results outside the range are encrypted again (cycle walking; Black and Rogaway 2002,
     "Ciphers with arbitrary finite domains"). The hash is BLAKE2b: the same on every platform and version.
     """
 
-    def __init__(self, *, seed: int, source: int, num_documents: int) -> None:
-        assert num_documents >= 1
+    def __init__(self, *, seed: int, source: int, size: int) -> None:
+        assert size >= 1
         self.seed = seed
         self.source = source
-        self.num_documents = num_documents
-        self._left = math.isqrt(num_documents - 1) + 1  # ceil(sqrt(num_documents))
-        self._right = -(-num_documents // self._left)
-        self._rounds = _ROUNDS_OF_SMALL if num_documents < _SMALL else _ROUNDS
+        self.size = size
+        self._left = math.isqrt(size - 1) + 1  # ceil(sqrt(size))
+        self._right = -(-size // self._left)
+        self._rounds = _ROUNDS_OF_SMALL if size < _SMALL else _ROUNDS
 
     def __getitem__(self, n: int) -> int:
-        epoch, position = divmod(n, self.num_documents)
+        epoch, position = divmod(n, self.size)
         key = _epoch_key(self.seed, self.source, epoch)
         while True:
             position = self._encrypt(position, key)
-            if position < self.num_documents:
+            if position < self.size:
                 return position
 
     def _encrypt(self, position: int, key: bytes) -> int:
@@ -43,6 +49,50 @@ class DocumentOrder:
             left = (left + _round_hash(key, round_number, right)) % self._left
             right = (right + _round_hash(key, round_number + 1, left)) % self._right
         return left * self._right + right
+
+
+class WindowOrder:
+    """The documents that each logical stream reads, window after window without end.
+
+    A source's documents are cut into blocks of neighbours, whose order is an `EpochOrder`; stream s of L has its
+    elements s, s + L, s + 2 L, ... A window is `window_blocks` of a stream's blocks, and its documents are permuted
+    by the rank of a hash (SHAKE-128) of (seed, source, stream, window). So reading is sequential inside blocks,
+    and where a stream is takes three numbers to say.
+
+    A small source has smaller blocks, so that a stream gets 16 an epoch if there are documents enough, and
+    windows that are not longer than a stream's share of an epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        source: int,
+        num_documents: int,
+        streams: int,
+        block_documents: int,
+        window_blocks: int,
+    ) -> None:
+        self.num_documents = num_documents
+        self.block_documents = min(block_documents, max(1, num_documents // (_BLOCKS_OF_A_STREAM * streams)))
+        self.num_blocks = -(-num_documents // self.block_documents)
+        self.window_blocks = min(window_blocks, max(1, self.num_blocks // streams))
+        self._blocks = EpochOrder(seed=seed, source=source, size=self.num_blocks)
+        self._streams = streams
+
+    def window(self, stream: int, number: int) -> list[int]:
+        """Document numbers of a stream's window, in the order of reading; not empty."""
+        first = number * self.window_blocks
+        documents: list[int] = []
+        for element in range(first, first + self.window_blocks):
+            begin = self._blocks[stream + element * self._streams] * self.block_documents
+            documents += range(begin, min(begin + self.block_documents, self.num_documents))
+        if len(documents) == 1:
+            return documents
+        words = f"window order {self._blocks.seed} {self._blocks.source} {stream} {number}".encode("ascii")
+        keys = np.frombuffer(hashlib.shake_128(words).digest(8 * len(documents)), "<u8")
+        permuted: list[int] = np.array(documents)[keys.argsort(kind="stable")].tolist()
+        return permuted
 
 
 @lru_cache(maxsize=1024)

@@ -1,158 +1,299 @@
-"""Reads the documents of one local file, strictly: the first thing that is wrong is named with its line."""
+"""Reads the documents of one file, strictly and in bounded memory: what is wrong is named with its line."""
 
 from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, Protocol
 
+from mf_train.data.files import JSON_LINES, PARQUET, InputFile, compression, file_format
+from mf_train.data.json_stream import JsonError, read_text
+from mf_train.data.retry import is_transient
 from mf_train.errors import UserError
 
-JSON_LINES = (".jsonl", ".json")
-TEXT = (".txt",)
-PARQUET = (".parquet",)
-COMPRESSED = (".gz", ".zst")  # of JSON Lines and text
-
-KNOWN_FORMATS = ".jsonl, .json (one object a line), .txt (either also .gz or .zst), .parquet"
+PIECE_BYTES = 1 << 20  # longer lines and texts are read in pieces of this size
+_DAMAGE_BYTES = 1 << 16  # text before a damaged place that may be lost with it (zstd)
 
 
-def file_format(path: Path) -> str | None:
-    """The extension that says how `path` is read, without the compression's; None when it is not known."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    elif suffixes and suffixes[-1] in PARQUET:
-        return suffixes[-1]
-    return suffixes[-1] if suffixes and suffixes[-1] in JSON_LINES + TEXT else None
+class Sink(Protocol):
+    """Where documents go, in pieces."""
+
+    def write(self, piece: bytes) -> None:
+        """More UTF-8 of the current document; complete characters only from `end` to `end`."""
+
+    def end(self) -> None:
+        """The current document is complete."""
+
+    def restart(self) -> None:
+        """Forget what was written of the current document."""
+
+    def bad(self, error: UserError) -> None:
+        """Leave out the current document, or raise the error."""
 
 
-def read_documents(file_path: str | Path, text_field: str) -> Iterator[bytes]:
-    """The documents of a file in order, as UTF-8.
+class DamagedFileError(UserError):
+    """A file that cannot be read to its end."""
+
+
+def read_documents(file: InputFile, text_field: str, sink: Sink) -> None:
+    """Hand the documents of a file to `sink` in order, as UTF-8.
 
     JSON Lines: the value of `text_field` of each line's object (blank lines are skipped, other fields may be
     anything). Parquet: the column `text_field`. Plain text: the whole file is one document.
     A byte-order mark at the beginning is dropped; line ends stay as they are.
-    Raises UserError naming the file, the line or row, and what is wrong.
+
+    Memory does not depend on the length of a line or a text; a Parquet value is decoded with its page.
+    `sink.bad` gets a UserError for every wrong line or row, naming the file, the line and what is wrong, and one
+    for the rest of a truncated or damaged file. Raises OSError when the machine fails (after retries).
     """
-    path = Path(file_path)
-    kind = file_format(path)
-    assert kind is not None
-    with _naming_damage(path):
-        if kind in PARQUET:
-            yield from _read_parquet(path, text_field)
-        else:
-            with _open_decompressed(path) as file:
-                if kind in JSON_LINES:
-                    yield from _read_json_lines(path, file, text_field)
-                else:
-                    yield _read_text(path, file)
-
-
-def _read_text(path: Path, file: BinaryIO) -> bytes:
-    content = file.read().removeprefix(codecs.BOM_UTF8)
     try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise _not_utf8(path, line) from None
-    return content
+        with _naming_damage(file.name):
+            with file.open() as raw:
+                kind = file_format(file.name)
+                if kind in PARQUET:
+                    _read_parquet(file.name, raw, text_field, sink)
+                elif kind in JSON_LINES:
+                    _read_json_lines(file.name, _decompressed(file.name, raw), text_field, sink)
+                else:
+                    _read_text(file.name, _decompressed(file.name, raw), sink)
+    except DamagedFileError as error:
+        sink.bad(error)
 
 
-def _read_json_lines(path: Path, file: BinaryIO, text_field: str) -> Iterator[bytes]:
-    for number, line in enumerate(file, 1):
+# Plain text ----------------------------------------------------------------------------------------------------------
+
+
+def _read_text(name: str, file: BinaryIO, sink: Sink) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    lines, first = 1, True
+    while True:
+        piece = file.read(PIECE_BYTES)
+        content = piece.removeprefix(codecs.BOM_UTF8) if first else piece
+        try:
+            decoder.decode(content, final=not piece)
+        except UnicodeDecodeError as error:
+            raise DamagedFileError(
+                _not_utf8(name, lines + error.object.count(b"\n", 0, error.start))
+            ) from None
+        if not piece:
+            sink.end()
+            return
+        sink.write(content)
+        lines += content.count(b"\n")
+        first = False
+
+
+# JSON Lines ----------------------------------------------------------------------------------------------------------
+
+
+def _read_json_lines(name: str, file: BinaryIO, text_field: str, sink: Sink) -> None:
+    number = 0
+    while line := file.readline(PIECE_BYTES):
+        number += 1
+        long = len(line) == PIECE_BYTES and not line.endswith(b"\n")
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
-            yield _json_text(path, number, line, text_field)
+        where = f"{name}: line {number}"
+        try:
+            if long:
+                if not _write_long_line(name, number, _pieces(line, file), text_field, sink):
+                    continue
+            elif line.strip():
+                sink.write(_json_text(where, line, text_field))
+            else:
+                continue
+        except _LineError as error:
+            sink.bad(UserError(str(error)))
+        except UnicodeDecodeError:
+            sink.bad(UserError(_not_utf8(name, number)))
+        else:
+            sink.end()
 
 
-def _json_text(path: Path, number: int, line: bytes, text_field: str) -> bytes:
+class _LineError(Exception):
+    """The message of a line that is left out."""
+
+
+def _json_text(where: str, line: bytes, text_field: str) -> bytes:
+    """The text of a line. Raises _LineError and UnicodeDecodeError."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
+        record = json.loads(text)
     except UnicodeDecodeError:
-        raise _not_utf8(path, number) from None
+        raise
     except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply or a number too long")
-        raise UserError(
-            f"{path}: line {number} is not JSON ({reason}): write one complete object a line"
-        ) from None
+        raise _not_json(where, getattr(error, "msg", "nested too deeply or a number too long")) from None
     if not isinstance(record, dict):
-        raise UserError(
-            f"{path}: line {number} is {_json_name(record)}, not a JSON object: write one object a line, "
-            f'such as {{"{text_field}": "..."}}'
-        )
+        raise _not_an_object(where, _json_name(record), text_field)
     if text_field not in record:
-        keys = ", ".join(map(repr, list(record)[:5])) or "nothing"
-        raise UserError(
-            f"{path}: line {number} lacks the field {text_field!r} (it has {keys}): "
-            "correct the line or set the source's text_field"
-        )
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise UserError(
-            f"{path}: line {number}: {text_field!r} is {_json_name(text)}, not text: "
-            "correct the line or set the source's text_field"
-        )
+        raise _lacks_field(where, text_field, list(record)[:5])
+    value = record[text_field]
+    if not isinstance(value, str):
+        raise _not_text(where, text_field, _json_name(value))
     try:
-        return text.encode("utf-8")
+        return value.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(
-            f"{path}: line {number}: {text_field!r} holds half of a surrogate pair, not text: correct it"
-        ) from None
+        raise _half_surrogate(where, text_field) from None
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[bytes]:
+def _write_long_line(name: str, number: int, pieces: Iterator[bytes], text_field: str, sink: Sink) -> bool:
+    """Writes the text of a line that comes in pieces: False when it is blank. Raises as `_json_text`."""
+    where = f"{name}: line {number}"
+    characters = _decoded(pieces)
+    try:
+        outcome = read_text(characters, text_field, sink.write, sink.restart)
+    except JsonError as error:
+        for _ in characters:  # to the end of the line, which may not be UTF-8
+            pass
+        raise _not_json(where, str(error)) from None
+    except UnicodeDecodeError:
+        for _ in pieces:
+            pass
+        raise
+    if outcome.kind is None:
+        return False
+    if outcome.kind != "an object":
+        raise _not_an_object(where, outcome.kind, text_field)
+    if outcome.text_kind is None:
+        raise _lacks_field(where, text_field, list(outcome.keys))
+    if outcome.text_kind != "text":
+        raise _not_text(where, text_field, outcome.text_kind)
+    if outcome.half_surrogate:
+        raise _half_surrogate(where, text_field)
+    return True
+
+
+def _pieces(first: bytes, file: BinaryIO) -> Iterator[bytes]:
+    """The rest of a line that is longer than its first piece."""
+    piece = first
+    while piece:
+        yield piece
+        if piece.endswith(b"\n"):
+            return
+        piece = file.readline(PIECE_BYTES)
+
+
+def _decoded(pieces: Iterator[bytes]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for piece in pieces:
+        if text := decoder.decode(piece):
+            yield text
+    decoder.decode(b"", final=True)
+
+
+# Parquet and compression ---------------------------------------------------------------------------------------------
+
+
+def _read_parquet(name: str, raw: BinaryIO, text_field: str, sink: Sink) -> None:
+    for value in _parquet_values(name, raw, text_field):
+        if isinstance(value, UserError):
+            sink.bad(value)
+        else:
+            sink.write(value)
+            sink.end()
+
+
+def _parquet_values(name: str, raw: BinaryIO, text_field: str) -> Iterator[bytes | UserError]:
     from mf_train.data.arrow import ArrowError, read_parquet_text
 
     try:
-        yield from read_parquet_text(path, text_field)
+        yield from read_parquet_text(raw, name, text_field)
+    except UserError as error:
+        raise DamagedFileError(str(error)) from None
     except ArrowError as error:
-        raise _bad_parquet(path, error) from None
+        raise _bad_parquet(name, error) from None
 
 
-def _open_decompressed(path: Path) -> BinaryIO:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if suffix == ".zst":
+def _decompressed(name: str, raw: BinaryIO) -> BinaryIO:
+    if compression(name) == ".gz":
+        return io.BufferedReader(_Gunzipped(raw), PIECE_BYTES)
+    if compression(name) == ".zst":
         from mf_train.data.arrow import open_zstd
 
-        return open_zstd(path)
-    return path.open("rb")
+        return io.BufferedReader(open_zstd(raw), _DAMAGE_BYTES)
+    return raw
+
+
+class _Gunzipped(io.RawIOBase):
+    """Decompressed bytes, all of them that come before a damaged place (a GzipFile may drop the last it read)."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._file = gzip.GzipFile(fileobj=raw, mode="rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+# What goes wrong -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _naming_damage(path: Path) -> Iterator[None]:
+def _naming_damage(name: str) -> Iterator[None]:
     """Turns what decompressors and the file system raise into one line that names the file."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{path}: truncated or damaged gzip ({_first_line(error)}): copy or compress it again"
+        raise DamagedFileError(
+            f"{name}: truncated or damaged gzip ({_first_line(error)}): copy or compress it again"
         ) from None
     except OSError as error:
-        if path.suffix.lower() == ".zst" and error.errno is None:
-            raise UserError(
-                f"{path}: truncated or damaged zstd ({_first_line(error)}): copy or compress it again"
+        if error.errno is not None and is_transient(error):
+            raise  # repeated in vain: the machine's trouble
+        if error.errno is None and compression(name) == ".zst":
+            raise DamagedFileError(
+                f"{name}: truncated or damaged zstd ({_first_line(error)}): copy or compress it again"
             ) from None
-        if path.suffix.lower() == ".parquet" and error.errno is None:
-            raise _bad_parquet(path, error) from None
-        raise UserError(f"{path}: cannot be read ({error.strerror or _first_line(error)})") from None
+        if file_format(name) in PARQUET and type(error) is OSError:
+            raise _bad_parquet(name, error) from None
+        raise DamagedFileError(f"{name}: cannot be read ({error.strerror or _first_line(error)})") from None
 
 
-def _bad_parquet(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: damaged or not a Parquet file ({_first_line(error)}): write or copy it again")
-
-
-def _not_utf8(path: Path, line: int) -> UserError:
-    return UserError(
-        f"{path}: line {line} is not valid UTF-8: convert the file, for example with iconv -t UTF-8"
+def _bad_parquet(name: str, error: Exception) -> DamagedFileError:
+    return DamagedFileError(
+        f"{name}: damaged or not a Parquet file ({_first_line(error)}): write or copy it again"
     )
+
+
+def _not_utf8(name: str, line: int) -> str:
+    return f"{name}: line {line} is not valid UTF-8: convert the file, for example with iconv -t UTF-8"
+
+
+def _not_json(where: str, reason: str) -> _LineError:
+    return _LineError(f"{where} is not JSON ({reason}): write one complete object a line")
+
+
+def _not_an_object(where: str, kind: str, text_field: str) -> _LineError:
+    return _LineError(
+        f'{where} is {kind}, not a JSON object: write one object a line, such as {{"{text_field}": "..."}}'
+    )
+
+
+def _lacks_field(where: str, text_field: str, keys: list[str]) -> _LineError:
+    shown = ", ".join(repr(key[:80]) for key in keys) or "nothing"
+    return _LineError(
+        f"{where} lacks the field {text_field!r} (it has {shown}): "
+        "correct the line or set the source's text_field"
+    )
+
+
+def _not_text(where: str, text_field: str, kind: str) -> _LineError:
+    return _LineError(
+        f"{where}: {text_field!r} is {kind}, not text: correct the line or set the source's text_field"
+    )
+
+
+def _half_surrogate(where: str, text_field: str) -> _LineError:
+    return _LineError(f"{where}: {text_field!r} holds half of a surrogate pair, not text: correct it")
 
 
 def _json_name(value: object) -> str:

@@ -7,26 +7,46 @@ touches another's. Each logical stream has, for each source, a cursor of its own
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from mf_train.config import DataConfig
+from mf_train.data.documents import Chunk, Source, Tokens
 from mf_train.data.mixture import Mixture
-from mf_train.data.order import DocumentOrder
-from mf_train.data.segments import segment_end
-from mf_train.data.sources import Documents, open_source
+from mf_train.data.order import WindowOrder
+from mf_train.data.sources import open_source
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 
-Tokens = npt.NDArray[np.int32]
 State = dict[str, Any]
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
+_LEAST_READ = 16384  # tokens that a cursor asks its source for at once
+
+
+class Position(NamedTuple):
+    """Where a stream is in a source: all that its cursor's state is."""
+
+    rows: int = 0  # taken so far
+    documents: int = 0  # read to their ends so far
+    window: int = 0
+    document: int = 0  # which of its window
+    start: int = 0  # in the document, as its source counts
+    token: int = 0  # after `start`
+
+
+class Row(NamedTuple):
+    """A row of the global batches, and the one position of the state that it changed."""
+
+    stream: int
+    source: int
+    position: Position
+    tokens: Tokens  # [S + 1]
 
 
 class TokenStream:
@@ -34,9 +54,10 @@ class TokenStream:
 
     A row has sequence_length + 1 tokens of one source: documents in pseudo-random order, each followed by
     end of text, concatenated and cut; the next row of the same stream and source begins with this row's last
-    token, so every token is predicted exactly once. Empty documents are skipped. Documents are tokenised
-    when they are reached, in segments: memory is bounded by (L / R) * sources * (one segment + one row).
+    token, so every token is predicted exactly once. Memory does not depend on the lengths of documents: it is
+    bounded by (L / R) * sources * (a chunk of 16,384 tokens or 4 S, one row and the numbers of a window).
 
+    With `workers`, an object gives only the rows of every `workers`-th of the rank's streams.
     Raises UserError when `data_size` does not divide the batch or `data.logical_streams`, when there is no
     training source, or as `open_source` does.
     """
@@ -49,55 +70,70 @@ class TokenStream:
         global_batch_size: int,
         data_rank: int = 0,
         data_size: int = 1,
+        worker: int = 0,
+        workers: int = 1,
     ) -> None:
-        assert 0 <= data_rank < data_size
+        assert 0 <= data_rank < data_size and 0 <= worker < workers
         _check_sizes(data.logical_streams, global_batch_size, data_size)
         if not data.train:
             raise UserError("data.train is empty: name at least one source of training text")
-        self.step = 0
         self.sequence_length = sequence_length
         self.global_batch_size = global_batch_size
         self.row_numbers = range(data_rank, global_batch_size, data_size)
-        self.sources = [open_source(source, f"data.train[{i}]") for i, source in enumerate(data.train)]
-        for index, documents in enumerate(self.sources):
-            if not documents.num_bytes:
-                raise UserError(
-                    f"data.train[{index}]: all documents of {documents.name} are empty: remove the source"
-                )
+        self.sources = [open_source(s, f"data.train[{i}]", data, tokenizer) for i, s in enumerate(data.train)]
         self._data = data
         self._tokenizer = tokenizer
         mixture = Mixture([source.weight for source in data.train])
+        orders = [self._order(index) for index in range(len(self.sources))]
         self._streams = {
-            number: _LogicalStream(self._open_cursors(number), mixture, number)
+            number: _LogicalStream(self._open_cursors(orders, number), mixture, number)
             for number in range(data_rank, data.logical_streams, data_size)
+            if stream_worker(number, data_size, workers) == worker
         }
+        self.step = 0
+        self._row = 0  # of row_numbers, in this step
+
+    def next_row(self) -> Row:
+        """This object's next row, in the order of samples."""
+        while True:
+            if self._row == len(self.row_numbers):
+                self.step, self._row = self.step + 1, 0
+            sample = self.step * self.global_batch_size + self.row_numbers[self._row]
+            self._row += 1
+            number = sample % self._data.logical_streams
+            stream = self._streams.get(number)
+            if stream is not None:
+                tokens = np.empty(self.sequence_length + 1, np.int32)
+                return Row(number, *stream.next_row(tokens), tokens)
 
     def next_batch(self) -> Tokens:
-        """This rank's rows of the next global batch, int32 [G / R, S + 1], in the order of `row_numbers`."""
-        first = self.step * self.global_batch_size
-        rows = [
-            self._streams[(first + row) % self._data.logical_streams].next_row(self.sequence_length)
-            for row in self.row_numbers
-        ]
-        self.step += 1
-        return np.stack(rows)
+        """This rank's rows of the next global batch, int32 [G / R, S + 1], in the order of `row_numbers`.
+
+        Only of an object that has all of a rank's streams.
+        """
+        rows = np.stack([self.next_row().tokens for _ in self.row_numbers])
+        self.step, self._row = self.step + 1, 0
+        return rows
 
     def identity(self) -> State:
         """What the batches depend on, beside the step: a state is only good for an equal one."""
         sources = [
             {
-                "name": documents.name,
-                "weight": source.weight,
-                "documents": len(documents),
-                "bytes": documents.num_bytes,
-                "fingerprint": documents.fingerprint,
+                "name": source.name,
+                "weight": config.weight,
+                "documents": source.num_documents,
+                "bytes": source.num_bytes,
+                "tokens": source.num_tokens,
+                "fingerprint": source.fingerprint,
             }
-            for source, documents in zip(self._data.train, self.sources, strict=True)
+            for config, source in zip(self._data.train, self.sources, strict=True)
         ]
         return {
             "version": _STATE_VERSION,
             "data.seed": self._data.seed,
             "data.logical_streams": self._data.logical_streams,
+            "data.block_documents": self._data.block_documents,
+            "data.window_blocks": self._data.window_blocks,
             "training.global_batch_size": self.global_batch_size,
             "model.sequence_length": self.sequence_length,
             "tokenizer": self._tokenizer.fingerprint,
@@ -107,13 +143,13 @@ class TokenStream:
     def state_dict(self) -> State:
         """State of this rank's streams after the batches given out so far: JSON-able, small numbers only.
 
-        `streams` maps a stream's number (as text) to, per source, [rows taken, document, byte, token].
+        `streams` maps a stream's number (as text) to one `Position` a source.
         """
         return {"step": self.step, "identity": self.identity(), "streams": self.positions()}
 
-    def positions(self) -> dict[str, list[list[int]]]:
+    def positions(self) -> dict[str, list[Position]]:
         """The changing part of `state_dict`: each stream's cursors."""
-        return {str(number): stream.position() for number, stream in self._streams.items()}
+        return {str(number): stream.positions() for number, stream in self._streams.items()}
 
     def load_state_dict(self, state: State) -> None:
         """Continue from a merged state (or any that has this rank's streams), whatever R it was saved with.
@@ -127,20 +163,26 @@ class TokenStream:
                 f"the saved data state lacks logical stream {missing[0]}: merge the states of all ranks"
             )
         for number, stream in self._streams.items():
-            stream.load_position(state["streams"][str(number)])
-        self.step = state["step"]
+            stream.load([Position(*position) for position in state["streams"][str(number)]])
+        self.step, self._row = state["step"], 0
 
-    def _open_cursors(self, stream: int) -> list[_Cursor]:
-        return [
-            _Cursor(
-                documents=documents,
-                order=DocumentOrder(seed=self._data.seed, source=index, num_documents=len(documents)),
-                tokenizer=self._tokenizer,
-                first=stream,
-                stride=self._data.logical_streams,
-            )
-            for index, documents in enumerate(self.sources)
-        ]
+    def _order(self, source: int) -> WindowOrder:
+        return WindowOrder(
+            seed=self._data.seed,
+            source=source,
+            num_documents=self.sources[source].num_documents,
+            streams=self._data.logical_streams,
+            block_documents=self._data.block_documents,
+            window_blocks=self._data.window_blocks,
+        )
+
+    def _open_cursors(self, orders: list[WindowOrder], stream: int) -> list[_Cursor]:
+        return [_Cursor(*pair, stream) for pair in zip(self.sources, orders, strict=True)]
+
+
+def stream_worker(stream: int, data_size: int, workers: int) -> int:
+    """The worker of its rank that makes a logical stream's rows."""
+    return stream // data_size % workers
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -149,7 +191,7 @@ def merge_states(states: Sequence[State]) -> State:
     Raises ValueError when they are not of one step and one stream, or when a logical stream is missing.
     """
     first = states[0]
-    streams: dict[str, list[list[int]]] = {}
+    streams: dict[str, list[Position]] = {}
     for state in states:
         if state["step"] != first["step"] or state["identity"] != first["identity"]:
             raise ValueError(
@@ -170,82 +212,106 @@ class _LogicalStream:
         self._cursors = cursors
         self._mixture = mixture
         self._start = mixture.starting_counts(number)
-        self._rows = [0] * len(cursors)
+        self._counts = list(self._start)  # of the mixture's elements that came before the next
 
-    def next_row(self, sequence_length: int) -> Tokens:
-        counts = [start + rows for start, rows in zip(self._start, self._rows, strict=True)]
-        source = self._mixture.next_source(counts)
-        self._rows[source] += 1
-        return self._cursors[source].next_row(sequence_length)
+    def next_row(self, out: Tokens) -> tuple[int, Position]:
+        source = self._mixture.next_source(self._counts)
+        self._counts[source] += 1
+        cursor = self._cursors[source]
+        cursor.fill(out)
+        return source, self._position(source)
 
-    def position(self) -> list[list[int]]:
-        return [[rows, *cursor.position()] for rows, cursor in zip(self._rows, self._cursors, strict=True)]
+    def positions(self) -> list[Position]:
+        return [self._position(source) for source in range(len(self._cursors))]
 
-    def load_position(self, position: list[list[int]]) -> None:
-        self._rows = [rows for rows, *_ in position]
-        for cursor, (_, document, byte, token) in zip(self._cursors, position, strict=True):
-            cursor.load_position(document, byte, token)
+    def load(self, positions: list[Position]) -> None:
+        rows = [position.rows for position in positions]
+        self._counts = [start + count for start, count in zip(self._start, rows, strict=True)]
+        for cursor, position in zip(self._cursors, positions, strict=True):
+            cursor.load(position)
 
-
-@dataclass
-class _Segment:
-    document: int  # how many documents the cursor had passed
-    byte: int  # where the segment begins in it
-    tokens: Tokens
+    def _position(self, source: int) -> Position:
+        return self._cursors[source].position(self._counts[source] - self._start[source])
 
 
-@dataclass
+@dataclass(slots=True)
+class _Held:
+    """A chunk that was read, and where in the order it begins."""
+
+    chunk: Chunk
+    documents: int  # read to their ends before it
+    window: int
+    index: int  # in the window, of the chunk's first document
+
+
+@dataclass(slots=True)
 class _Cursor:
-    """A place in the documents first, first + stride, first + 2 * stride, ... of a source's infinite order.
+    """A place in a source's documents in the order of one stream.
 
-    `_segments` holds the tokens between the place and what was tokenised last; the place itself is
-    `_offset` tokens into the first of them, or into the segment at (`_document`, `_byte`) when it is empty.
+    `_held` are the chunks between the place and what was read last; the place itself is `_token` tokens into the
+    first of them, or after the place (`_window`, `_index`, `_start`) to read next when there is none.
     """
 
-    documents: Documents
-    order: DocumentOrder
-    tokenizer: Tokenizer
-    first: int
-    stride: int
-    _segments: deque[_Segment] = field(default_factory=deque)
-    _offset: int = 0
-    _document: int = 0  # of the next segment to tokenise
-    _byte: int = 0
+    source: Source
+    order: WindowOrder
+    stream: int
+    _held: deque[_Held] = field(default_factory=deque)
+    _token: int = 0
+    _documents: int = 0
+    _window: int = 0
+    _index: int = 0
+    _start: int = 0
+    _window_documents: list[int] | None = None  # of window number _window, once it is needed
 
-    def next_row(self, sequence_length: int) -> Tokens:
-        """The next sequence_length + 1 tokens; the place moves on by sequence_length."""
-        held = sum(len(segment.tokens) for segment in self._segments) - self._offset
-        while held < sequence_length + 1:
-            held += len(self._read_segment())
-        held_tokens = np.concatenate([segment.tokens for segment in self._segments])
-        row = held_tokens[self._offset : self._offset + sequence_length + 1]
-        self._offset += sequence_length
-        while self._offset >= len(self._segments[0].tokens):
-            self._offset -= len(self._segments.popleft().tokens)
-        return row
+    def fill(self, out: Tokens) -> None:
+        """Write the next len(out) tokens to `out`; the place moves on by one less."""
+        filled, begin, chunk = 0, self._token, 0
+        while True:
+            if chunk == len(self._held):
+                self._read(len(out))
+            tokens = self._held[chunk].chunk.tokens
+            part = tokens[begin : begin + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            if filled == len(out):
+                break
+            begin = max(0, begin - len(tokens))
+            chunk += 1
+        self._token += len(out) - 1
+        while self._token >= len(self._held[0].chunk.tokens):
+            self._token -= len(self._held.popleft().chunk.tokens)
 
-    def position(self) -> tuple[int, int, int]:
-        if self._segments:
-            return self._segments[0].document, self._segments[0].byte, self._offset
-        return self._document, self._byte, self._offset
+    def position(self, rows: int) -> Position:
+        documents, window, index = self._documents, self._window, self._index
+        start, token = self._start, self._token
+        if self._held:
+            held = self._held[0]
+            piece = bisect_right(held.chunk.offsets, token) - 1
+            k, start = held.chunk.places[piece]
+            token -= held.chunk.offsets[piece]
+            documents, window, index = held.documents + k, held.window, held.index + k
+        if self.source.starts_are_tokens:  # where a chunk was cut leaves no trace
+            start, token = start + token, 0
+        return Position(rows, documents, window, index, start, token)
 
-    def load_position(self, document: int, byte: int, token: int) -> None:
-        self._segments.clear()
-        self._document, self._byte, self._offset = document, byte, token
+    def load(self, position: Position) -> None:
+        self._held.clear()
+        if position.window != self._window:
+            self._window_documents = None
+        _, self._documents, self._window, self._index, self._start, self._token = position
 
-    def _read_segment(self) -> Tokens:
-        """Tokenise the next segment and hold it; the last one of a document ends with end of text."""
-        utf8 = self.documents.utf8(self.order[self.first + self._document * self.stride])
-        while not len(utf8):
-            self._document += 1
-            utf8 = self.documents.utf8(self.order[self.first + self._document * self.stride])
-        end = segment_end(utf8, self._byte)
-        tokens = self.tokenizer.encode_array(bytes(utf8[self._byte : end]).decode("utf-8"))
-        if end == len(utf8):
-            tokens = np.append(tokens, np.int32(self.tokenizer.end_of_text_id))
-        self._segments.append(_Segment(self._document, self._byte, tokens))
-        self._document, self._byte = (self._document + 1, 0) if end == len(utf8) else (self._document, end)
-        return tokens
+    def _read(self, wanted: int) -> None:
+        if self._window_documents is None:
+            self._window_documents = self.order.window(self.stream, self._window)
+        chunk = self.source.read(
+            self._window_documents[self._index :], self._start, max(4 * wanted, _LEAST_READ)
+        )
+        self._held.append(_Held(chunk, self._documents, self._window, self._index))
+        passed, self._start = chunk.end
+        self._documents += passed
+        self._index += passed
+        if self._index == len(self._window_documents):
+            self._window, self._index, self._window_documents = self._window + 1, 0, None
 
 
 def _check_sizes(logical_streams: int, global_batch_size: int, data_size: int) -> None:
@@ -273,7 +339,7 @@ def _check_identity(saved: State, here: State) -> None:
             f"{len(here['sources'])} now: put them back, or start a new run"
         )
     for index, (before, now) in enumerate(zip(saved["sources"], here["sources"], strict=True)):
-        changed = _changes(before, now, ("weight", "documents", "bytes", "fingerprint"))
+        changed = _changes(before, now, ("weight", "documents", "bytes", "tokens", "fingerprint"))
         if changed:
             raise UserError(
                 f"data.train[{index}] ({now['name']}) is not the source of the saved data state: {changed}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -15,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mf_train.config import SourceConfig
-from mf_train.data.segments import split_text
+from mf_train.config import DataConfig, SourceConfig, TokenizerConfig
 from mf_train.errors import UserError
 
 if TYPE_CHECKING:
-    from mf_train.data.sources import Documents
+    from mf_train.data.documents import Documents
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
@@ -31,6 +31,7 @@ SMALLEST_VOCABULARY = FIRST_BYTE_ID + 256 + 1
 _SPACE_MARK = "\u2581"  # how sentencepiece writes a space inside pieces
 _UNKNOWN_MARK = "\u2585"  # sentencepiece drops training sentences that hold it
 _TRAINING_SEGMENT_BYTES = 4096
+_FERTILITY_BYTES = 1_000_000
 
 
 class Tokenizer:
@@ -113,6 +114,51 @@ class Tokenizer:
         return np.array(ids, np.int32) if all(self._processor.is_byte(i) for i in ids) else None
 
 
+class TokenIds(Tokenizer):
+    """Stands for the tokenizer that made token shards elsewhere: it knows ids, and no text.
+
+    `encode` raises UserError, `decode` writes the ids as numbers, `token_bytes` are 0.
+    """
+
+    def __init__(self, vocab_size: int, end_of_text_id: int) -> None:
+        if not 0 <= end_of_text_id < vocab_size:
+            raise UserError(
+                f"tokenizer.end_of_text_id is {end_of_text_id}: it must be one of the ids 0 to {vocab_size - 1} "
+                "of model.vocab_size"
+            )
+        self.path = Path("(ids only: tokenizer.path is not set)")
+        self.model_bytes = b""
+        self.fingerprint = f"ids with end of text {end_of_text_id}"
+        self.vocab_size = vocab_size
+        self.end_of_text_id = end_of_text_id
+
+    def encode_array(self, text: str) -> npt.NDArray[np.int32]:
+        raise UserError(
+            "tokenizer.path is not set, and text cannot be tokenised without it: name a sentencepiece model"
+        )
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
+        return " ".join(str(int(i)) for i in ids)
+
+    @cached_property
+    def token_bytes(self) -> npt.NDArray[np.int32]:
+        return np.zeros(self.vocab_size, np.int32)
+
+
+def open_tokenizer(settings: TokenizerConfig, model_vocab_size: int) -> Tokenizer:
+    """The configuration's tokenizer, after `check_vocabulary`. Raises UserError."""
+    if settings.end_of_text_id is None:
+        tokenizer = Tokenizer(settings.path)
+        check_vocabulary(tokenizer, model_vocab_size)
+        return tokenizer
+    if settings.path:
+        raise UserError(
+            "tokenizer.end_of_text_id and tokenizer.path are both set: the model at the path says its end of text "
+            "itself; remove one of them"
+        )
+    return TokenIds(model_vocab_size, settings.end_of_text_id)
+
+
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
     """Refuse a tokenizer with more ids than the model has embeddings. Raises UserError."""
     if tokenizer.vocab_size > model_vocab_size:
@@ -129,25 +175,28 @@ def train_tokenizer(
     *,
     text_field: str = "text",
     max_bytes: int = 256_000_000,
+    cache: str | None = None,
 ) -> Path:
     """Train a lossless byte-fallback BPE model on documents; writes and returns `output_dir/tokenizer.model`.
 
-    `inputs` are files, folders or globs of the formats of training sources. When they hold more than
-    `max_bytes` of text, documents are drawn in a fixed pseudo-random order up to that size;
-    `tokenizer_info.json` beside the model says how much was read. The same inputs and versions give the
-    same bytes. Raises UserError when the inputs cannot be read or do not support the vocabulary size.
+    `inputs` are files, folders, globs or URLs of the formats of training sources. When they hold more than
+    `max_bytes` of text, documents are drawn in a fixed pseudo-random order up to that size; `tokenizer_info.json`
+    beside the model says how much was read, and the tokens that a byte of each input makes ("fertility").
+    The same inputs and versions give the same bytes. Raises UserError when the inputs cannot be read or do not
+    support the vocabulary size.
     """
     import sentencepiece
 
-    from mf_train.data.sources import open_source
+    from mf_train.data.sources import open_text
 
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
             f"--vocab-size {vocab_size}: bytes and special ids alone need {SMALLEST_VOCABULARY} or more"
         )
-    sources = [open_source(SourceConfig(path=i, text_field=text_field), "--input") for i in inputs]
-    if not any(source.num_bytes for source in sources):
-        raise UserError(f"--input {' '.join(inputs)}: no text in the documents")
+    sources = [
+        open_text(SourceConfig(path=i, text_field=text_field), "--input", DataConfig(cache=cache))
+        for i in inputs
+    ]
     used = {"documents": 0, "bytes": 0}
     model = io.BytesIO()
     try:
@@ -175,11 +224,13 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise _vocabulary_error(error, vocab_size) from error
+    trained = _load_processor(model.getvalue(), Path(output_dir))
     info = {
         "vocab_size": vocab_size,
         "inputs": list(inputs),
         "documents": used["documents"],
         "bytes": used["bytes"],
+        "tokens_per_byte": [round(_fertility(trained, source), 4) for source in sources],
         "sentencepiece": sentencepiece.__version__,
     }
     return _write_model(Path(output_dir), model.getvalue(), info)
@@ -187,23 +238,38 @@ def train_tokenizer(
 
 def _training_segments(sources: list[Documents], max_bytes: int, used: dict[str, int]) -> Iterator[str]:
     """Short segments of the documents: sentencepiece skips what is longer than max_sentence_length."""
-    from mf_train.data.order import DocumentOrder
+    from mf_train.data.documents import segments_of
+    from mf_train.data.order import EpochOrder
 
     total = sum(source.num_bytes for source in sources)
     for index, source in enumerate(sources):
         budget = source.num_bytes if total <= max_bytes else source.num_bytes * max_bytes // total
-        order = DocumentOrder(seed=0, source=index, num_documents=len(source))
+        order = EpochOrder(seed=0, source=index, size=len(source))
         for number in range(len(source)):
             if budget <= 0:
                 break
-            text = source[number if total <= max_bytes else order[number]]
-            size = len(text.encode("utf-8"))
+            document = number if total <= max_bytes else order[number]
+            size = source.length(document)
             budget -= size
             used["documents"] += 1
             used["bytes"] += size
-            for mark in (_SPACE_MARK, _UNKNOWN_MARK):
-                text = text.replace(mark, "")
-            yield from split_text(text, _TRAINING_SEGMENT_BYTES)
+            for segment in segments_of(source, document, _TRAINING_SEGMENT_BYTES):
+                for mark in (_SPACE_MARK, _UNKNOWN_MARK):
+                    segment = segment.replace(mark, "")
+                yield segment
+
+
+def _fertility(processor: Any, source: Documents) -> float:
+    """Tokens a byte of text, over the source's first megabyte."""
+    from mf_train.data.documents import segments_of
+
+    tokens = size = 0
+    for segment in itertools.chain.from_iterable(segments_of(source, i) for i in range(len(source))):
+        tokens += len(processor.encode(segment))
+        size += len(segment.encode("utf-8"))
+        if size >= _FERTILITY_BYTES:
+            break
+    return tokens / size
 
 
 def _vocabulary_error(error: RuntimeError, vocab_size: int) -> Exception:
@@ -237,7 +303,8 @@ def _write_model(output_dir: Path, proto: bytes, info: dict[str, Any]) -> Path:
 def _find_model(path: str | Path) -> Path:
     if not str(path):
         raise UserError(
-            "tokenizer.path is not set: name a sentencepiece model or the folder of 'tokenizer.model'"
+            "tokenizer.path is not set: name a sentencepiece model or the folder of 'tokenizer.model' (or, for token "
+            "shards of another tokenizer, set tokenizer.end_of_text_id)"
         )
     found = Path(path).expanduser()
     if found.is_dir():

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from mf_train.config import SourceConfig
-from mf_train.data.segments import split_text
+from mf_train.config import DataConfig, SourceConfig
+from mf_train.data.documents import Source, Tokens
 from mf_train.data.sources import open_source
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 
 IGNORED = -100  # target of padding: cross-entropy's ignore_index
+
+_DOCUMENTS_AT_ONCE = 1024
+_TOKENS_AT_ONCE = 1 << 16
 
 
 class ValidationBlocks:
@@ -54,32 +57,38 @@ class ValidationBlocks:
         return float(-(shares * np.log(shares)).sum())
 
 
-def validation_blocks(
+def validation_tokens(
     sources: Sequence[SourceConfig],
+    data: DataConfig,
     tokenizer: Tokenizer,
     sequence_length: int,
     limit: int = 0,
     key: str = "data.validation",
-) -> ValidationBlocks:
-    """The sources' documents in order, each followed by end of text, as blocks; the first `limit` (0: all).
+) -> Tokens:
+    """Tokens of the first `limit` (0: all) validation blocks: the sources' documents in order, each with end of text.
 
-    `key` is named in errors. Weights do not matter here. Empty documents are skipped. Memory: 4 bytes a token.
-    Raises UserError when a source cannot be read or there are fewer than two tokens.
+    `key` is named in errors. Weights do not matter here. Memory: 4 bytes a token.
+    Raises UserError or OSError when a source cannot be read, and UserError for fewer than two tokens.
     """
     wanted = limit * sequence_length + 1 if limit else None
-    parts: list[npt.NDArray[np.int32]] = []
+    parts: list[Tokens] = []
     held = 0
-    for index, source in enumerate(sources):
-        documents = open_source(source, f"{key}[{index}]")
-        for number in range(len(documents)):
+    for index, config in enumerate(sources):
+        for tokens in _all_tokens(open_source(config, f"{key}[{index}]", data, tokenizer)):
             if wanted is not None and held >= wanted:
                 break
-            for segment in split_text(documents[number]):
-                parts.append(tokenizer.encode_array(segment))
-                held += len(parts[-1])
-            if len(documents.utf8(number)):
-                parts.append(np.array([tokenizer.end_of_text_id], np.int32))
-                held += 1
+            parts.append(tokens)
+            held += len(tokens)
     if held < 2:
         raise UserError(f"{key}: no text in the validation sources: name files with at least a few words")
-    return ValidationBlocks(np.concatenate(parts)[:wanted], tokenizer, sequence_length)
+    return np.concatenate(parts)[:wanted]
+
+
+def _all_tokens(source: Source) -> Iterator[Tokens]:
+    for begin in range(0, source.num_documents, _DOCUMENTS_AT_ONCE):
+        documents = range(begin, min(begin + _DOCUMENTS_AT_ONCE, source.num_documents))
+        index, start = 0, 0
+        while index < len(documents):
+            chunk = source.read(documents[index:], start, _TOKENS_AT_ONCE)
+            yield chunk.tokens
+            index, start = index + chunk.end[0], chunk.end[1]

@@ -19,8 +19,8 @@ class BuildError(Exception):
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/mf_train, by default ~/.cache/mf_train."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mf_train"
+    """$XDG_CACHE_HOME/mf_train/kernels, by default ~/.cache/mf_train/kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mf_train" / "kernels"
 
 
 def compile_once(name: str, sources: Sequence[Path], command: Callable[[Path], list[str]]) -> Path:

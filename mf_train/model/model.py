@@ -5,7 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mf_train.config.model import ModelConfig
-from mf_train.model.attention import KeyValueCache, causal_mask, rotary_table
+from mf_train.model.attention import (
+    KeyValueCache,
+    causal_mask,
+    document_mask,
+    document_positions,
+    rotary_table,
+)
 from mf_train.model.block import DenseBlock, MemoryFormerBlock
 from mf_train.model.head import Head
 from mf_train.model.initialise import initialise
@@ -48,22 +54,41 @@ class MemoryFormer(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         logits_to_keep: int = 0,
+        documents_bs: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V], or with `targets` [B, S] the cross-entropy of each token in nats [B, S].
 
         A target of -100 has no loss. `attention_mask` [B, T] is 0 at padding; positions count from the first token
         that is not padding. `cache` holds the keys and values of earlier positions and takes the new ones.
         With `logits_to_keep` above 0 the head computes the logits of so many last positions only.
+        `documents_bs` [B, S] numbers the documents of packed rows, never decreasing along a row: every document gets
+        what it would get alone. Raises ValueError for another shape, or together with a padding mask or a cache.
         """
+        if documents_bs is not None:
+            _check_documents(documents_bs, token_ids, attention_mask, cache)
         past = cache.get_seq_length() if cache is not None else 0
         length = token_ids.shape[1]
         positions = torch.arange(past, past + length, device=token_ids.device)
         mask = causal_mask(length, past, attention_mask, token_ids.device)
         if mask is not None and attention_mask is not None:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, past:]
-        rotary = rotary_table(positions, self.config.rotary_size, self.config.rotary_base)
         x = self.embedding(token_ids)
+        if documents_bs is not None:
+            positions, mask = document_positions(documents_bs), document_mask(documents_bs, x.dtype)
+        rotary = rotary_table(positions, self.config.rotary_size, self.config.rotary_base)
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
         logits: Tensor = self.head(self.final_norm(x[:, -logits_to_keep:]))
         return logits if targets is None else self.head.token_losses(logits, targets)
+
+
+def _check_documents(
+    documents_bs: Tensor, token_ids: Tensor, attention_mask: Tensor | None, cache: KeyValueCache | None
+) -> None:
+    if documents_bs.shape != token_ids.shape:
+        raise ValueError(
+            f"documents_bs has shape {tuple(documents_bs.shape)} and token_ids {tuple(token_ids.shape)}: "
+            "give the number of every token's document"
+        )
+    if attention_mask is not None or cache is not None:
+        raise ValueError("documents_bs goes with whole packed rows: leave out attention_mask and cache")

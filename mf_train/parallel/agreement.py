@@ -1,5 +1,6 @@
 """Failing together: what goes wrong on one rank ends all of them, and one rank says why."""
 
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from mf_train.errors import PeerError, UserError
 
 T = TypeVar("T")
+_SIGN_OF_LIFE_SECONDS = 2.0
 
 
 def together(action: Callable[[], T], device: torch.device) -> T:
@@ -26,6 +28,41 @@ def together(action: Callable[[], T], device: torch.device) -> T:
     status = 0 if failure is None else 2 if isinstance(failure, UserError) else 1
     agree(status, failure, device)
     return result  # type: ignore[return-value]
+
+
+def together_slowly(action: Callable[[], T], device: torch.device) -> T:
+    """As `together`, for an action that may take longer on some ranks than a collective may wait.
+
+    It runs in a thread, and all ranks tell each other every two seconds whether they are ready, so that no collective
+    waits long. A failure ends the waiting at once.
+    """
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:  # raised again below
+            failures.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    while True:
+        thread.join(_SIGN_OF_LIFE_SECONDS)
+        busy, failed = int(thread.is_alive()), int(bool(failures))
+        state = torch.tensor([busy, failed], dtype=torch.int32, device=device)
+        dist.all_reduce(state, op=dist.ReduceOp.MAX)
+        if not state[0] or state[1]:
+            break
+
+    def outcome() -> T:
+        if failures:
+            raise failures[0]
+        return results[0]
+
+    if failed or not busy:
+        return together(outcome, device)
+    return together(lambda: None, device)  # type: ignore[return-value]  # raises: another rank has failed
 
 
 def agree(status: int, failure: Exception | None, device: torch.device) -> None:

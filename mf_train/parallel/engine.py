@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mf_train.config import Config, OptimizerConfig
 from mf_train.model import MemoryFormer
+from mf_train.model.attention import document_numbers
 from mf_train.parallel.groups import Groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside its count of steps
@@ -43,14 +44,26 @@ class Fragment:
 
 
 class Engine:
-    """A model under DeepSpeed ZeRO stage 0, 1, 2 or 3 in float32 or bfloat16."""
+    """A model under DeepSpeed ZeRO stage 0, 1, 2 or 3 in float32 or bfloat16.
 
-    def __init__(self, model: MemoryFormer, config: Config, groups: Groups, device: torch.device) -> None:
+    With `end_of_text`, the id that ends each document of a packed row, documents of a row do not attend to each
+    other in `losses` and `backward` (`data.document_attention`).
+    """
+
+    def __init__(
+        self,
+        model: MemoryFormer,
+        config: Config,
+        groups: Groups,
+        device: torch.device,
+        end_of_text: int | None = None,
+    ) -> None:
         deepspeed = _import_deepspeed(device, groups.degrees.local_rank)
         self.stage = config.parallel.zero_stage
         self.gradient_clip = config.optimizer.gradient_clip
         self.groups = groups
         self.device = device
+        self.end_of_text = end_of_text
         self.model = model
         for parameter in model.parameters():
             # DeepSpeed sums the gradient's norm over the tensor-parallel group for parameters marked so
@@ -76,13 +89,19 @@ class Engine:
         self.reset_step()
 
     def forward(self, token_ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The model's forward pass, collective over all ranks."""
+        """The model's forward pass, each row one text, as a converted model computes it. Collective over all ranks."""
         output: Tensor = self.engine(token_ids, targets)
+        return output
+
+    def losses(self, token_ids: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each token [B, S] of packed rows, in nats. Collective over all ranks."""
+        documents = None if self.end_of_text is None else document_numbers(token_ids, self.end_of_text)
+        output: Tensor = self.engine(token_ids, targets, documents_bs=documents)
         return output
 
     def backward(self, token_ids: Tensor, targets: Tensor, *, last: bool) -> Tensor:
         """Forward and backward of one micro-batch [B, S]; returns its mean loss. `update` follows the last one."""
-        loss = self.forward(token_ids, targets).mean()
+        loss = self.losses(token_ids, targets).mean()
         self.engine.backward(loss)
         if not last:
             self.engine.step()

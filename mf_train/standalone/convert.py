@@ -63,9 +63,11 @@ def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterato
 def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: Path) -> Comparison:
     """Everything, in order; the certificate last."""
     source, state = reader.checkpoint, reader.state()
-    tokenizer = Tokenizer(source / TOKENIZER)
-    texts = tokenizer_files(source / TOKENIZER, config.model.sequence_length)
-    texts |= settings_files(config, dtype, tokenizer.end_of_text_id, state)
+    end_of_text_id, texts = config.tokenizer.end_of_text_id, {}
+    if end_of_text_id is None:
+        end_of_text_id = Tokenizer(source / TOKENIZER).end_of_text_id
+        texts = tokenizer_files(source / TOKENIZER, config.model.sequence_length)
+    texts |= settings_files(config, dtype, end_of_text_id, state)
     texts |= source_files()
     for name, content in texts.items():
         (folder / name).write_bytes(content)
@@ -135,6 +137,9 @@ def _describe_result(
             f"{comparison.divergence:.2g} nats"
         )
         yield f"loss on text: memoryformer evaluate {shlex.quote(shown)} --data GLOB"
+    if config.tokenizer.end_of_text_id is not None:
+        yield f"no tokenizer: the run had only token ids; copy that of its token shards into {shlex.quote(shown)}"
+        return
     yield f"try: memoryformer generate {shlex.quote(shown)} 'Once upon a time'"
 
 

@@ -1,5 +1,6 @@
 """`memoryformer evaluate`: loss of a standalone model on the blocks that the trainer validates on."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,12 +8,14 @@ from pathlib import Path
 
 import torch
 
-from mf_train.config import SourceConfig
+from mf_train.config import DataConfig, SourceConfig
 from mf_train.data.tokenizer import Tokenizer
-from mf_train.data.validation import ValidationBlocks, validation_blocks
+from mf_train.data.validation import ValidationBlocks, validation_tokens
 from mf_train.errors import UserError
+from mf_train.model.attention import document_numbers
 from mf_train.model.model import MemoryFormer
-from mf_train.standalone.load import load_model
+from mf_train.standalone.load import CONFIG, load_model
+from mf_train.standalone.names import DOCUMENT_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,32 @@ def evaluate(
     plain = load_model(model)
     sources = [SourceConfig(path=path) for path in data]
     length = sequence_length or plain.config.sequence_length
-    blocks = validation_blocks(sources, Tokenizer(model), length, sequences, key="--data")
-    result = measure(plain, blocks, batch_size)
+    tokenizer = Tokenizer(model)
+    tokens = validation_tokens(sources, DataConfig(), tokenizer, length, sequences, key="--data")
+    blocks = ValidationBlocks(tokens, tokenizer, length)
+    documents = bool(json.loads((model / CONFIG).read_text(encoding="utf-8")).get(DOCUMENT_ATTENTION))
+    result = measure(plain, blocks, batch_size, tokenizer.end_of_text_id if documents else None)
     yield f"loss           {result.loss:.6f} nats a token"
     yield f"perplexity     {result.perplexity:.4f}"
     yield f"bits per byte  {result.bits_per_byte:.4f}"
     yield f"tokens         {result.tokens:,} ({result.bytes:,} bytes of text) in blocks of {length}"
+    if documents:
+        yield "attention      inside documents, as in training"
 
 
 @torch.no_grad()
-def measure(model: MemoryFormer, blocks: ValidationBlocks, batch_size: int) -> Evaluation:
-    """The model's mean loss over the blocks, summed in float64 as the trainer does."""
+def measure(
+    model: MemoryFormer, blocks: ValidationBlocks, batch_size: int, end_of_text: int | None = None
+) -> Evaluation:
+    """The model's mean loss over the blocks, summed in float64 as the trainer does.
+
+    With `end_of_text` a block's documents do not attend to each other.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(blocks), batch_size):
         rows = [blocks[i] for i in range(start, min(start + batch_size, len(blocks)))]
         inputs = torch.stack([torch.from_numpy(row[0]) for row in rows])
         targets = torch.stack([torch.from_numpy(row[1]) for row in rows])
-        total += model(inputs, targets).sum(dtype=torch.float64)
+        documents = None if end_of_text is None else document_numbers(inputs, end_of_text)
+        total += model(inputs, targets, documents_bs=documents).sum(dtype=torch.float64)
     return Evaluation(total.item() / blocks.num_tokens, blocks.num_tokens, blocks.num_bytes)

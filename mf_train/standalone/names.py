@@ -16,3 +16,7 @@ CONFIG_KEYS = {
 # float32 scales, and `dtype` is that of all other weights.
 TABLE_DTYPE = "table_dtype"
 INT8 = "int8"
+
+# A key of config.json that is only present where it is true: the model was trained with `data.document_attention`, and
+# `memoryformer evaluate` keeps the documents of a block apart as the trainer's validation does.
+DOCUMENT_ATTENTION = "document_attention"

@@ -6,7 +6,7 @@ from typing import Any
 
 from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_parameters
-from mf_train.standalone.names import CONFIG_KEYS, INT8, TABLE_DTYPE
+from mf_train.standalone.names import CONFIG_KEYS, DOCUMENT_ATTENTION, INT8, TABLE_DTYPE
 
 
 def settings_files(
@@ -15,8 +15,9 @@ def settings_files(
     """Contents by file name. `dtype` is `convert`'s; `state` is the checkpoint's: step and tokens seen."""
     dtypes = {"dtype": "bfloat16", TABLE_DTYPE: INT8} if dtype == INT8 else {"dtype": dtype}
     special = {name: end_of_text_id for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    documents = {DOCUMENT_ATTENTION: True} if config.data.document_attention else {}
     return {
-        "config.json": _json(_model_tree(config.model) | special | dtypes),
+        "config.json": _json(_model_tree(config.model) | special | dtypes | documents),
         "generation_config.json": _json(special),
         "README.md": _model_card(config, dtype, state).encode(),
     }

@@ -1,14 +1,16 @@
 """The run's folder: whether it may be used, what to resume from, and the configuration recorded in it."""
 
 import importlib.metadata
+import json
 import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from mf_train.checkpoint.layout import list_checkpoints, resolve_checkpoint
+from mf_train.checkpoint.layout import STATE, list_checkpoints, read_manifest, resolve_checkpoint
 from mf_train.config import Config
 from mf_train.config.loading import config_to_tree, load_config
 from mf_train.errors import UserError
@@ -38,6 +40,15 @@ def find_resume(config: Config) -> Path | None:
             )
         return None
     return resolve_checkpoint(Path(config.checkpoint.resume))
+
+
+def stream_state_before(config: Config, step: int) -> dict[str, Any] | None:
+    """The token stream's state in the run's newest checkpoint of a step before `step`, if it has one."""
+    for checkpoint in reversed(list_checkpoints(Path(config.training.output_dir) / "checkpoints")):
+        if read_manifest(checkpoint).step < step:
+            state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["stream"]
+            return state
+    return None
 
 
 def resolved_yaml(config: Config) -> str:

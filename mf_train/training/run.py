@@ -18,15 +18,15 @@ from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.save import Extras, save_checkpoint
 from mf_train.config import Config
 from mf_train.data.digest import format_digest, from_int64, rows_digest, to_int64
-from mf_train.data.prefetch import Prefetcher
+from mf_train.data.prefetch import BatchReader
 from mf_train.data.stream import TokenStream, merge_states
-from mf_train.data.tokenizer import Tokenizer, check_vocabulary
-from mf_train.data.validation import ValidationBlocks, validation_blocks
+from mf_train.data.tokenizer import Tokenizer, open_tokenizer
+from mf_train.data.validation import ValidationBlocks, validation_tokens
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.model import MemoryFormer
 from mf_train.model.counts import count_parameters
 from mf_train.model.initialise import initialise
-from mf_train.parallel.agreement import agree, together
+from mf_train.parallel.agreement import agree, together, together_slowly
 from mf_train.parallel.degrees import Degrees, check_degrees
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
@@ -59,8 +59,11 @@ def train(config: Config, process: Process) -> int:
     groups = Groups(degrees, config.training.collective_timeout_seconds)
     if device.type == "cpu":
         _keep_freed_memory()
-    inputs = together(lambda: _open_inputs(config, degrees), device)
-    run = _Run(config, groups, device, inputs, stop)
+    inputs = together_slowly(lambda: _open_inputs(config, degrees), device)
+    validation = None
+    if config.training.validation_interval:
+        validation = _share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
+    run = _Run(config, groups, device, inputs, validation, stop)
     try:
         status = run.run()
     finally:
@@ -71,11 +74,11 @@ def train(config: Config, process: Process) -> int:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a run reads before it starts."""
+    """What a rank reads before the run starts."""
 
     tokenizer: Tokenizer
-    stream: TokenStream
-    validation: ValidationBlocks | None
+    stream: TokenStream | None  # on the first rank of each tensor-parallel group, which reads for all of it
+    validation_tokens: torch.Tensor | None  # on rank 0
     checkpoint: CheckpointReader | None
 
 
@@ -108,46 +111,64 @@ def _open_inputs(config: Config, degrees: Degrees) -> _Inputs:
     """Tokenizer, stream, validation text and the checkpoint to resume from; UserError for any mistake in them."""
     resume = find_resume(config)
     reader = CheckpointReader(resume) if resume is not None else None
-    tokenizer = Tokenizer(config.tokenizer.path)
-    check_vocabulary(tokenizer, config.model.vocab_size)
-    stream = TokenStream(
-        config.data,
-        tokenizer,
-        config.model.sequence_length,
-        config.training.global_batch_size,
-        degrees.data_rank,
-        degrees.data,
-    )
-    if reader is not None:
-        stream.load_state_dict(reader.state()["stream"])
-    validation = None
-    if config.training.validation_interval:
-        validation = validation_blocks(
-            config.data.validation,
+    tokenizer = open_tokenizer(config.tokenizer, config.model.vocab_size)
+    stream = validation = None
+    if degrees.tensor_rank == 0:
+        stream = TokenStream(
+            config.data,
             tokenizer,
             config.model.sequence_length,
-            config.training.validation_sequences,
+            config.training.global_batch_size,
+            degrees.data_rank,
+            degrees.data,
         )
+        stream.identity()  # looks into every source, so that what is wrong with one shows here
+        if reader is not None:
+            stream.load_state_dict(reader.state()["stream"])
     if degrees.rank == 0:
         record_config(config)
+        if config.training.validation_interval:
+            sources, length = config.data.validation, config.model.sequence_length
+            limit = config.training.validation_sequences
+            validation = torch.from_numpy(validation_tokens(sources, config.data, tokenizer, length, limit))
     return _Inputs(tokenizer, stream, validation, reader)
+
+
+def _share_validation(
+    tokens: torch.Tensor | None, tokenizer: Tokenizer, config: Config, device: torch.device
+) -> ValidationBlocks:
+    """Every rank's validation blocks from rank 0's tokens. Collective over all ranks."""
+    size = torch.tensor([0 if tokens is None else len(tokens)], device=device)
+    dist.broadcast(size, 0)
+    tokens = torch.empty(int(size), dtype=torch.int32, device=device) if tokens is None else tokens.to(device)
+    dist.broadcast(tokens, 0)
+    return ValidationBlocks(tokens.cpu().numpy(), tokenizer, config.model.sequence_length)
 
 
 class _Run:
     """The state of a run and its loop."""
 
     def __init__(
-        self, config: Config, groups: Groups, device: torch.device, inputs: _Inputs, stop: StopRequest
+        self,
+        config: Config,
+        groups: Groups,
+        device: torch.device,
+        inputs: _Inputs,
+        validation: ValidationBlocks | None,
+        stop: StopRequest,
     ) -> None:
         self.config = config
         self.groups = groups
         self.degrees = groups.degrees
         self.device = device
         self.inputs = inputs
+        self.validation = validation
         self.stop = stop
         self.folder = Path(config.training.output_dir)
+        self.batches = BatchReader(inputs.stream, config) if inputs.stream is not None else None
         self.exchange = Exchange(groups.tensor) if self.degrees.tensor > 1 else None
-        self.engine = Engine(self._build_model(), config, groups, device)
+        end_of_text = inputs.tokenizer.end_of_text_id if config.data.document_attention else None
+        self.engine = Engine(self._build_model(), config, groups, device, end_of_text)
         self.telemetry = TableTelemetry(self.engine.model, groups.data)
         self.step = 0
         self.tokens = 0
@@ -155,8 +176,7 @@ class _Run:
         self.last_checkpoint: Path | None = None
         if inputs.checkpoint is not None:
             self._restore(inputs.checkpoint)
-        self.stream_state = inputs.stream.state_dict()
-        self.batches = Prefetcher(inputs.stream)
+        self.started_at = self.step
         self.metrics: MetricsWriter | None = None
         self.line = LiveLine(config.training.steps, config.logging.interval)
 
@@ -170,22 +190,22 @@ class _Run:
             return DONE
         while self.step < config.training.steps:
             started = time.perf_counter()
-            batch, state, failure = self._next_batch()
+            rows, failure = self._next_batch()
             waited = time.perf_counter() - started
-            digest, stopped = self._agree_on_batch(batch, failure)
+            digest, epochs, stopped = self._agree_on_batch(rows, failure)
             if stopped:
                 if self.step > self.saved_step:
-                    self._save()
+                    self._save(before_last=True)
                 self._say(f"stopped on request after step {self.step}; run the same command again to go on")
                 return STOPPED
-            metrics = self._train_step(batch, digest)
-            self.stream_state = state
+            metrics = self._train_step(self._share_batch(rows), digest)
             metrics["data_wait_seconds"] = waited
+            metrics["epochs"] = epochs
             self._finish_metrics(metrics, time.perf_counter() - started)
             last = self.step == config.training.steps
-            if self._due(config.training.validation_interval, last) and self.inputs.validation is not None:
+            if self._due(config.training.validation_interval, last) and self.validation is not None:
                 metrics["validation_loss"] = validation_loss(
-                    self.engine, self.inputs.validation, config.training.micro_batch_size
+                    self.engine, self.validation, config.training.micro_batch_size
                 )
             self._report(metrics)
             if self._due(config.checkpoint.interval, last) or last:
@@ -194,42 +214,64 @@ class _Run:
         return DONE
 
     def close(self) -> None:
-        self.batches.close()
+        if self.batches is not None:
+            self.batches.close()
         if self.metrics is not None:
             self.metrics.close()
 
     # one step
 
-    def _next_batch(self) -> tuple[torch.Tensor | None, Any, Exception | None]:
-        """This rank's rows [G/R, S+1] and the stream's state after them, or the error of reading them."""
+    def _next_batch(self) -> tuple[torch.Tensor | None, Exception | None]:
+        """The rows [G/R, S+1] of this rank's tensor-parallel group, where this rank reads them, or what went wrong."""
+        if self.batches is None:
+            return None, None
         try:
-            rows, state = self.batches.next_batch()
+            return torch.from_numpy(self.batches.next_batch()), None
         except (UserError, OSError) as error:
-            return None, None, error
-        return torch.from_numpy(rows), state, None
+            return None, error
 
-    def _agree_on_batch(self, batch: torch.Tensor | None, failure: Exception | None) -> tuple[str, bool]:
-        """Digest of the global batch, and whether any rank was asked to stop; raises if any rank has no batch."""
-        digest = 0
-        if batch is not None and self.degrees.tensor_rank == 0:
-            digest = rows_digest(self.inputs.stream.row_numbers, batch.numpy())
-        values = [to_int64(digest), int(self.stop.requested), int(failure is not None)]
+    def _agree_on_batch(
+        self, rows: torch.Tensor | None, failure: Exception | None
+    ) -> tuple[str, list[float], bool]:
+        """Digest of the global batch, epochs of each source, and whether any rank was asked to stop.
+
+        Raises if any rank has no batch.
+        """
+        digest, documents = 0, [0] * len(self.config.data.train)
+        if rows is not None and self.batches is not None and self.inputs.stream is not None:
+            digest = rows_digest(self.inputs.stream.row_numbers, rows.numpy())
+            documents = self.batches.documents()
+        values = [to_int64(digest), int(self.stop.requested), int(failure is not None), *documents]
         shared = torch.tensor(values, dtype=torch.int64, device=self.device)
         dist.all_reduce(shared)
-        total, stops, failures = shared.tolist()
+        total, stops, failures, *documents = shared.tolist()
         if failures:
             status = 0 if failure is None else 2 if isinstance(failure, UserError) else 1
             agree(status, failure, self.device)
-        return format_digest(from_int64(total)), stops > 0
+        epochs = []
+        if self.inputs.stream is not None:
+            sources = self.inputs.stream.sources
+            epochs = [count / source.num_documents for count, source in zip(documents, sources, strict=True)]
+        return format_digest(from_int64(total)), epochs, stops > 0
 
-    def _train_step(self, batch: torch.Tensor | None, digest: str) -> dict[str, Any]:
-        assert batch is not None
+    def _share_batch(self, rows: torch.Tensor | None) -> torch.Tensor:
+        """The group's rows [G/R, S+1], int64 on the device of every rank of it."""
+        config = self.config
+        if rows is None:
+            shape = (config.training.global_batch_size // self.degrees.data, config.model.sequence_length + 1)
+            rows = torch.empty(shape, dtype=torch.int32, device=self.device)
+        rows = rows.to(self.device)
+        if self.degrees.tensor > 1:
+            dist.broadcast(rows, self.degrees.rank - self.degrees.tensor_rank, group=self.groups.tensor)
+        return rows.long()
+
+    def _train_step(self, batch: torch.Tensor, digest: str) -> dict[str, Any]:
         config, step = self.config, self.step + 1
         sent = self.exchange.bytes_sent if self.exchange else 0
         telemetry = self._due(config.logging.telemetry_interval, False, step)
         if telemetry:
             self.telemetry.start()
-        micro_batches = batch.to(self.device, torch.long).split(config.training.micro_batch_size)
+        micro_batches = batch.split(config.training.micro_batch_size)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, rows in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
@@ -304,23 +346,31 @@ class _Run:
             cut_metrics(self.folder, self.step)
             self.metrics = MetricsWriter(self.folder, self.config.logging.tensorboard)
 
-    def _save(self) -> None:
+    def _save(self, *, before_last: bool = False) -> None:
+        """Save the state; `before_last` when the last batch that was read has not been trained on."""
+        extras = self._extras(before_last)
         self.last_checkpoint = save_checkpoint(
-            self.engine, self.folder / "checkpoints", self.step, self._extras(), self.config.checkpoint.keep
+            self.engine, self.folder / "checkpoints", self.step, extras, self.config.checkpoint.keep
         )
         self.saved_step = self.step
 
-    def _extras(self) -> Extras | None:
+    def _extras(self, before_last: bool) -> Extras | None:
         """What rank 0 writes; None elsewhere. Collective.
 
         The streams' positions are gathered: their number does not depend on the number of ranks.
         """
-        states: list[Any] = [None] * self.degrees.data
-        dist.all_gather_object(states, self.stream_state["streams"], group=self.groups.data)
+        positions: list[Any] = [None] * self.degrees.data
+        if self.batches is not None:
+            dist.all_gather_object(
+                positions, self.batches.positions(before_last=before_last), group=self.groups.data
+            )
         probe = run_probe(self.engine, self.exchange)
-        if self.degrees.rank != 0:
+        if self.degrees.rank != 0 or self.inputs.stream is None:
             return None
-        stream = merge_states([{**self.stream_state, "streams": streams} for streams in states])
+        identity = self.inputs.stream.identity()
+        stream = merge_states(
+            [{"step": self.step, "identity": identity, "streams": streams} for streams in positions]
+        )
         return Extras(
             state={"step": self.step, "tokens": self.tokens, "device": self.device.type, "stream": stream},
             config_yaml=resolved_yaml(self.config),
@@ -330,7 +380,7 @@ class _Run:
 
     def _summary(self) -> str:
         counts = count_parameters(self.config.model)
-        degrees, training, held_out = self.degrees, self.config.training, self.inputs.validation
+        degrees, training, held_out = self.degrees, self.config.training, self.validation
         processes = "1 process" if degrees.world_size == 1 else f"{degrees.world_size} processes"
         lines = [
             f"{self.config.model.kind}: {counts.total / 1e6:.1f} M parameters, {counts.tables / 1e6:.1f} M in tables",
@@ -343,13 +393,27 @@ class _Run:
                 f"validation: {len(held_out)} sequences, {held_out.num_tokens:,} tokens, unigram entropy "
                 f"{held_out.unigram_entropy():.4f} nats (no model without context has a lower loss)"
             )
+        if skipped := self._skipped():
+            lines.append(
+                f"data: {sum(skipped.values()):,} documents of {len(skipped)} files left out (data.on_error: skip); "
+                "metrics.jsonl names the files"
+            )
         if self.step:
             lines.append(f"resumed after step {self.step} from {self.last_checkpoint}")
         return "\n".join(lines)
 
+    def _skipped(self) -> dict[str, int]:
+        """Documents left out of each training file."""
+        counts: dict[str, int] = {}
+        for source in self.inputs.stream.sources if self.inputs.stream is not None else ():
+            counts.update(source.skipped)
+        return counts
+
     def _report(self, metrics: dict[str, Any]) -> None:
         if self.metrics is None:
             return
+        if self.step == self.started_at + 1 and (skipped := self._skipped()):
+            metrics["skipped_documents"] = skipped
         self.metrics.write(metrics)
         self.line.show(metrics)
         if "validation_loss" in metrics:

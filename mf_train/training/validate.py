@@ -23,7 +23,7 @@ def validation_loss(engine: Engine, blocks: ValidationBlocks, batch_size: int) -
             if number < len(blocks):
                 inputs[row], targets[row] = (torch.from_numpy(array) for array in blocks[number])
         with torch.no_grad():
-            losses = engine.forward(inputs.to(engine.device), targets.to(engine.device))
+            losses = engine.losses(inputs.to(engine.device), targets.to(engine.device))
         sums[0] += losses.sum(dtype=torch.float64)
         sums[1] += (targets != IGNORED).sum()
     dist.all_reduce(sums, group=engine.groups.data)

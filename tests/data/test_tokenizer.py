@@ -12,7 +12,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mf_train.data.segments import segment_end, split_text
+from mf_train.data.segments import segment_end
 from mf_train.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
 from mf_train.errors import UserError
 from tests.data.texts import json_lines, random_documents
@@ -37,6 +37,17 @@ def test_decode_inverts_encode(text: str) -> None:
     assert SHIPPED.encode_array(text).tolist() == ids and SHIPPED.encode_batch([text, ""]) == [ids, []]
 
 
+def split_text(text: str, limit: int) -> list[str]:
+    """Its segments, found as the stream finds them: seeing one byte more than a segment may have."""
+    utf8, segments = text.encode(), []
+    while utf8:
+        end = segment_end(utf8[: limit + 1], limit)
+        assert end == segment_end(utf8, limit)
+        segments.append(utf8[:end].decode())
+        utf8 = utf8[end:]
+    return segments
+
+
 @settings(max_examples=300, deadline=None)
 @given(texts, st.integers(4, 40))
 def test_segments_join_to_the_text(text: str, limit: int) -> None:
@@ -54,12 +65,12 @@ def test_cutting_at_spaces_does_not_change_the_tokens(words: list[str], limit: i
 
 
 def test_segment_ends() -> None:
-    assert segment_end(b"aaa bbb ccc", 0, 7) == 7  # the byte after the segment is the space
-    assert segment_end(b"aaa bbb ccc", 0, 6) == 3
-    assert segment_end(b"aaa   bb ccc", 0, 6) == 3  # before the run of spaces
-    assert segment_end(b"   aaaaaaaa", 0, 6) == 6  # no space after a character: cut in the word
-    assert segment_end("aaaaé".encode(), 0, 5) == 4  # not inside a character
-    assert segment_end(b"aaa", 1, 6) == 3
+    assert segment_end(b"aaa bbb ccc", 7) == 7  # the byte after the segment is the space
+    assert segment_end(b"aaa bbb ccc", 6) == 3
+    assert segment_end(b"aaa   bb ccc", 6) == 3  # before the run of spaces
+    assert segment_end(b"   aaaaaaaa", 6) == 6  # no space after a character: cut in the word
+    assert segment_end("aaaaé".encode(), 5) == 4  # not inside a character
+    assert segment_end(b"aaa", 6) == 3
 
 
 def test_training_is_reproducible_and_reads_every_format(tmp_path: Path) -> None:
@@ -122,7 +133,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         (lambda: train_tokenizer([few], 100, tmp_path / "o"), r"--vocab-size 100: .* need 259 or more"),
         (
             lambda: train_tokenizer([str(tmp_path / "empty.txt")], 300, tmp_path / "o"),
-            "--input .*empty.txt: no text",
+            "--input: .*empty.txt holds no text",
         ),
         (
             lambda: train_tokenizer([str(tmp_path / "*.jsonl")], 300, tmp_path / "o"),

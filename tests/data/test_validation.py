@@ -12,10 +12,10 @@ import pytest
 from mf_train.config import Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainingConfig
 from mf_train.data.digest import batch_digest
 from mf_train.data.inspect import inspect_data
-from mf_train.data.sources import open_source
+from mf_train.data.sources import open_text
 from mf_train.data.stream import TokenStream
 from mf_train.data.tokenizer import Tokenizer
-from mf_train.data.validation import IGNORED, validation_blocks
+from mf_train.data.validation import IGNORED, ValidationBlocks, validation_tokens
 from mf_train.errors import UserError
 from tests.data.texts import random_documents, write_json_lines
 
@@ -29,6 +29,13 @@ def sources(tmp_path: Path) -> tuple[list[SourceConfig], list[str]]:
 
 def expected_tokens(texts: list[str], tokenizer: Tokenizer) -> list[int]:
     return [t for text in texts if text for t in [*tokenizer.encode(text), tokenizer.end_of_text_id]]
+
+
+def validation_blocks(
+    sources: list[SourceConfig], tokenizer: Tokenizer, sequence_length: int, limit: int = 0, key: str = "k"
+) -> ValidationBlocks:
+    tokens = validation_tokens(sources, DataConfig(), tokenizer, sequence_length, limit, key)
+    return ValidationBlocks(tokens, tokenizer, sequence_length)
 
 
 @pytest.mark.parametrize("sequence_length", [1, 7, 64, 10**6])
@@ -72,9 +79,9 @@ def test_limit(sources: tuple[list[SourceConfig], list[str]], tokenizer: Tokeniz
 
 def test_no_text_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", ["", ""])
-    with pytest.raises(UserError, match="--data: no text in the validation sources"):
+    with pytest.raises(UserError, match=r"--data\[0\]: .*a.jsonl holds no text"):
         validation_blocks([SourceConfig(path=path)], tokenizer, 16, key="--data")
-    with pytest.raises(UserError, match=r"data.validation\[0\]: .* does not exist"):
+    with pytest.raises(UserError, match=r"k\[0\]: .* does not exist"):
         validation_blocks([SourceConfig(path=path + "x")], tokenizer, 16)
 
 
@@ -88,22 +95,30 @@ def test_inspect(sources: tuple[list[SourceConfig], list[str]], tokenizer: Token
     )
     stream = TokenStream(config.data, tokenizer, 32, 4)
     batches = [stream.next_batch() for _ in range(3)]
-    lines = inspect_data(config, step=3)
+    state = TokenStream(config.data, tokenizer, 32, 4).state_dict()
+    lines = list(inspect_data(config, step=3))
+    assert list(inspect_data(config, 3, state)) == lines
+    assert list(inspect_data(config, 3, {**state, "identity": "of another stream", "step": 2})) == lines
     shown = "\n".join(lines)
     assert "4096 ids, end of text 0" in lines[0]
-    assert f"train[0] {first.path}: 1 files, 9 documents" in lines[1] and "(50.0% of the rows)" in lines[1]
+    documents = [text for text in random_documents(9, seed=1) if text]
+    assert f"train[0] {first.path}: 1 files, {len(documents)} documents" in lines[1]
+    assert "(50.0% of the rows)" in lines[1]
+    tokens, size = sum(len(tokenizer.encode(text)) for text in documents), len("".join(documents).encode())
+    assert f"{size:,} bytes, about {tokens:,} tokens, {size / tokens:.2f} bytes a token" in lines[1]
+    assert f"document 0: {documents[0][:30]!r}"[:-1] in lines[2]
     assert f"validation[0] {second.path}" in shown
     assert f"batch of step 3: 4 rows of 33 tokens (32 predicted), digest {batch_digest(batches[2])}" in shown
     text = "<|endoftext|>".join("".join(tokenizer.decode([t])) if t else "" for t in batches[2][0].tolist())
     assert text.replace("<|endoftext|>", "")[:5] in shown
     with pytest.raises(UserError, match=r"model\.vocab_size is 100"):
-        inspect_data(Config(model=ModelConfig(vocab_size=100), tokenizer=config.tokenizer))
+        list(inspect_data(Config(model=ModelConfig(vocab_size=100), tokenizer=config.tokenizer)))
 
 
 def test_shipped_text(repository: Path) -> None:
     folder = repository / "configs" / "quickstart-text"
-    train = open_source(SourceConfig(path=str(folder / "train")), "k")
-    validation = open_source(SourceConfig(path=str(folder / "validation")), "k")
+    train = open_text(SourceConfig(path=str(folder / "train")), "k", DataConfig())
+    validation = open_text(SourceConfig(path=str(folder / "validation")), "k", DataConfig())
     assert (len(train), len(validation)) == (242, 7)
-    assert not {train[i] for i in range(242)} & {validation[i] for i in range(7)}
+    assert not {train.text(i) for i in range(242)} & {validation.text(i) for i in range(7)}
     assert sum(path.stat().st_size for path in folder.rglob("*.gz")) < 5_000_000

@@ -383,7 +383,7 @@ def test_eight_processes_build_at_once(tmp_path: Path) -> None:
     outputs = [process.communicate() for process in starts]
     assert [out.split()[0] for out, _ in outputs] == ["True"] * 8
     assert sum(err.count("compiling") for _, err in outputs) == 1
-    (library,) = (tmp_path / "mf_train").glob("*.so")
+    (library,) = (tmp_path / "mf_train" / "kernels").glob("*.so")
     ctypes.CDLL(str(library))
 
 

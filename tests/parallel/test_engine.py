@@ -7,6 +7,7 @@ start of 4 processes (tests/parallel/worlds.py).
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -35,8 +36,15 @@ pytestmark = pytest.mark.distributed
 BFLOAT16_LOSS, BFLOAT16_NORM = 3e-3, 5e-2
 
 
-def select(tensor: int, data: int, precision: str, stages: tuple[int, ...], warm: bool = False) -> list[Case]:
-    return [Case(tensor, data, stage, precision, warm) for stage in stages]
+def select(
+    tensor: int,
+    data: int,
+    precision: str,
+    stages: tuple[int, ...],
+    warm: bool = False,
+    documents: bool = False,
+) -> list[Case]:
+    return [Case(tensor, data, stage, precision, warm, documents) for stage in stages]
 
 
 EVERY = (0, 1, 2, 3)
@@ -48,11 +56,18 @@ WORLDS = [
         + select(2, 2, "bfloat16", EVERY)
         + select(2, 2, "float32", (1, 3), warm=True)
         + select(2, 2, "bfloat16", (0, 2), warm=True)
+        + select(2, 2, "float32", (1, 3), documents=True)
+        + select(2, 2, "bfloat16", (2,), documents=True)
         + select(4, 1, "float32", (0,)),
     ),
     ([0, 1], select(2, 1, "float32", EVERY) + select(2, 1, "bfloat16", (0, 3))),
     ([2, 3], select(1, 2, "float32", EVERY) + select(1, 2, "bfloat16", (0, 3))),
-    ([0], select(1, 1, "float32", EVERY) + select(1, 1, "bfloat16", EVERY)),
+    (
+        [0],
+        select(1, 1, "float32", EVERY)
+        + select(1, 1, "bfloat16", EVERY)
+        + select(1, 1, "float32", (0,), documents=True),
+    ),
 ]
 SLOW_WORLDS = [
     (
@@ -100,11 +115,15 @@ def records_of(case: Case) -> list[Record]:
     return [found[rank][index][str(case)] for rank in members]
 
 
+Plain = dict[tuple[str, bool], Record]  # by precision, and whether attention stays inside documents
+
+
 @pytest.fixture(scope="module")
-def plain() -> dict[str, Record]:
+def plain() -> Plain:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    trained = {precision: train_plainly(precision) for precision in ("float32", "bfloat16")}
+    kinds = itertools.product(("float32", "bfloat16"), (False, True))
+    trained = {kind: train_plainly(*kind) for kind in kinds}
     torch.set_num_threads(threads)
     return trained
 
@@ -128,16 +147,16 @@ def largest_relative(actual: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / b for a, b in zip(actual, expected, strict=True))
 
 
-def test_the_trainings_are_worth_comparing(plain: dict[str, Record]) -> None:
+def test_the_trainings_are_worth_comparing(plain: Plain) -> None:
     for record in plain.values():
         assert min(record.norms) > 2 * OPTIMIZER.gradient_clip
         assert record.losses[0] - record.losses[-1] > 0.1
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_loss_curve(case: Case, plain: dict[str, Record]) -> None:
+def test_the_loss_curve(case: Case, plain: Plain) -> None:
     """Float32: 1e-5. bfloat16: as stated above."""
-    expected = plain[case.precision]
+    expected = plain[case.precision, case.documents]
     ranks = records_of(case)
     loss_bound, norm_bound = (1e-5, 1e-4) if case.precision == "float32" else (BFLOAT16_LOSS, BFLOAT16_NORM)
     for record in ranks:
@@ -151,17 +170,19 @@ def test_the_loss_curve(case: Case, plain: dict[str, Record]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_the_first_step(case: Case, plain: dict[str, Record]) -> None:
-    error, name = largest_error(whole(records_of(case), "gradients"), plain[case.precision].gradients)
+def test_gradients_of_the_first_step(case: Case, plain: Plain) -> None:
+    error, name = largest_error(
+        whole(records_of(case), "gradients"), plain[case.precision, case.documents].gradients
+    )
     print(f"{case}: {error:.1e} ({name})")
     assert error < (1e-4 if case.precision == "float32" else 3e-2), name
 
 
 @pytest.mark.parametrize("case", FLOAT32)
-def test_weights_and_moments_after_five_steps(case: Case, plain: dict[str, Record]) -> None:
+def test_weights_and_moments_after_five_steps(case: Case, plain: Plain) -> None:
     # most of a key's bias adds the same to every score of a query: its gradient is rounding alone, which Adam follows
     for kind in ("master", "exp_avg", "exp_avg_sq"):
-        actual, expected = whole(records_of(case), kind), plain["float32"].state[kind]
+        actual, expected = whole(records_of(case), kind), plain["float32", case.documents].state[kind]
         for names, bound in (
             ([name for name in expected if not name.endswith("key.bias")], 2e-5),
             ([name for name in expected if name.endswith("key.bias")], 1e-3),
@@ -172,16 +193,30 @@ def test_weights_and_moments_after_five_steps(case: Case, plain: dict[str, Recor
 
 
 @pytest.mark.parametrize("case", FLOAT32)
-def test_codes_hardly_flip(case: Case, plain: dict[str, Record]) -> None:
+def test_codes_hardly_flip(case: Case, plain: Plain) -> None:
     """Codes of the probe after 1, 5 and 10 steps against the plain run's; a value at rounding distance may flip."""
     flips, total = 0, 0
-    for ours, theirs in zip(records_of(case)[0].codes, plain["float32"].codes, strict=True):
+    for ours, theirs in zip(records_of(case)[0].codes, plain["float32", case.documents].codes, strict=True):
         assert ours.keys() == theirs.keys() and len(ours) == 3 * MODEL.num_layers
         for name, codes in theirs.items():
             flips += int((ours[name] != codes).sum())
             total += codes.numel()
     print(f"{case}: {flips} of {total} codes flipped")
     assert flips <= 5 and total > 5000
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_validation_loss(case: Case, plain: Plain) -> None:
+    expected = plain[case.precision, case.documents].validation
+    other = plain[case.precision, not case.documents].validation
+    bound = 1e-5 if case.precision == "float32" else BFLOAT16_LOSS
+    assert (
+        abs(other - expected) > 1e-3 * expected
+    )  # float32 would notice the other mask, and so would gradients
+    for record in records_of(case):
+        error = abs(record.validation - expected)
+        print(f"{case}: {error / expected:.1e}")
+        assert error < bound * expected
 
 
 @pytest.mark.parametrize("case", CASES)

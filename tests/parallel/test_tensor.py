@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mf_train.config import ModelConfig
 from mf_train.model import MemoryFormer
+from mf_train.model.attention import document_numbers
 from mf_train.model.memory import Hash, Lookup
 from mf_train.model.norm import Norm
 from mf_train.parallel.exchange import Exchange, gather_codes
@@ -39,8 +40,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "released": {"norm": "rmsnorm", "score": "scaled_probability", "ffn_activation": "gelu"},
     # codes of 8 and 10 bits, as in the paper's models: one and two bytes
     "wide codes": {"bits": 8, "temperature": 0.7, "num_layers": 1},
+    "documents": {},  # packed rows, attention inside their documents
 }
 BATCH, LENGTH = 2, 24
+END_OF_TEXT = 3
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype) -> MemoryFormer:
@@ -60,7 +63,16 @@ def random_tokens(config: ModelConfig) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], targets
 
 
-def outputs_and_gradients(model: MemoryFormer, config: ModelConfig) -> tuple[dict[str, Tensor], Tensor]:
+def packed_documents(tokens: Tensor) -> Tensor:
+    """Numbers of documents that end at random places, some of them one after the other."""
+    ends = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(4)) < 0.3
+    assert (ends[:, 1:] & ends[:, :-1]).any()
+    return document_numbers(tokens.masked_fill(ends, END_OF_TEXT), END_OF_TEXT)
+
+
+def outputs_and_gradients(
+    model: MemoryFormer, config: ModelConfig, documents: bool
+) -> tuple[dict[str, Tensor], Tensor]:
     """Every module's output by name, and the token losses; the gradients are left in the parameters."""
     outputs: dict[str, Tensor] = {}
 
@@ -75,22 +87,24 @@ def outputs_and_gradients(model: MemoryFormer, config: ModelConfig) -> tuple[dic
 
     handles = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if n not in ("", "head")]
     handles.append(model.head.register_forward_hook(keep("logits")))
-    losses = model(*random_tokens(config))
+    tokens, targets = random_tokens(config)
+    losses = model(tokens, targets, documents_bs=packed_documents(tokens) if documents else None)
     losses.sum().div(BATCH * LENGTH).backward()
     for handle in handles:
         handle.remove()
     return outputs, losses.detach()
 
 
-def compare(rank: int, size: int, group: dist.ProcessGroup, config: ModelConfig, dtype: torch.dtype) -> Any:
+def compare(rank: int, group: dist.ProcessGroup, model: str, dtype: torch.dtype) -> Any:
     """What one rank sees of one case."""
+    config, documents, size = ModelConfig(**SIZES | MODELS[model]), model == "documents", group.size()
     plain = random_model(config, dtype)
     exchange = Exchange(group)
     sharded = shard_model(copy.deepcopy(plain), exchange)
     kinds = {type(module) for module in sharded.modules()}
     assert not kinds & {Norm, Hash} and sharded.head is not plain.head
-    expected, expected_losses = outputs_and_gradients(plain, config)
-    outputs, losses = outputs_and_gradients(sharded, config)
+    expected, expected_losses = outputs_and_gradients(plain, config, documents)
+    outputs, losses = outputs_and_gradients(sharded, config, documents)
     sent = exchange.bytes_sent
 
     different, compared = [], 0
@@ -127,10 +141,9 @@ def all_cases(rank: int, world_size: int) -> dict[tuple[str, str, int], Any]:
     for size in DEGREES:
         group = dist.new_group(list(range(size)))
         if rank < size:
-            for model, settings in MODELS.items():
+            for model in MODELS:
                 for dtype in DTYPES:
-                    config = ModelConfig(**SIZES | settings)
-                    results[model, dtype, size] = compare(rank, size, group, config, DTYPES[dtype])
+                    results[model, dtype, size] = compare(rank, group, model, DTYPES[dtype])
     dist.barrier()
     return results
 

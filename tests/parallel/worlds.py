@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mf_train.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from mf_train.data.tokenizer import Tokenizer
+from mf_train.data.validation import IGNORED, ValidationBlocks
 from mf_train.model import MemoryFormer
 from mf_train.model.head import Head
 from mf_train.model.initialise import initialise, split_dimension
@@ -21,6 +23,8 @@ from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import Process
 from mf_train.parallel.tensor import TensorParallelHead, shard_model
+from mf_train.training.validate import validation_loss
+from tests.training.runs import TOKENIZER
 
 Weights = dict[str, Tensor]
 
@@ -32,21 +36,26 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=3e-3, table_learning_rate_multiplier=0.5, weight_decay=0.3, gradient_clip=0.3
 )
 STEPS, BATCH, MICRO = 10, 8, 2
+END_OF_TEXT = 0  # a fifth of all tokens (see batch_of); in the shipped tokenizer too
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """One training. `warm`: its optimiser state is made before the first step and set back, as a resume does."""
+    """One training. `warm`: its optimiser state is made before the first step and set back, as a resume does.
+    `documents`: attention inside the documents of a row.
+    """
 
     tensor: int
     data: int
     stage: int
     precision: str
     warm: bool = False
+    documents: bool = False
 
     def __str__(self) -> str:
-        return f"P{self.tensor}-R{self.data}-stage{self.stage}-{self.precision}{'-warm' * self.warm}"
+        kind = "-warm" * self.warm + "-documents" * self.documents
+        return f"P{self.tensor}-R{self.data}-stage{self.stage}-{self.precision}{kind}"
 
 
 @dataclass
@@ -58,7 +67,8 @@ class Record:
     gradients: Weights = field(default_factory=dict)  # of the first step, clipped
     state: dict[str, Weights] = field(default_factory=dict)  # master and moments after step 5
     codes: list[dict[str, Tensor]] = field(default_factory=list)  # of the probe after steps 1, 5 and the last
-    probe_losses: dict[str, Tensor] = field(default_factory=dict)
+    probe_losses: dict[str, Tensor] = field(default_factory=dict)  # each row of the probe as one text
+    validation: float = 0.0  # mean loss of the validation blocks after step 5
     held: dict[str, int] = field(default_factory=dict)  # elements of each parameter whose master is here
     tensor_rank: int = 0
     collected: bool = True  # state was collected on this data-parallel rank
@@ -81,7 +91,15 @@ def batch_of(step: int) -> Tensor:
 
 
 def probe() -> Tensor:
-    return torch.randint(MODEL.vocab_size, (4, 17), generator=torch.Generator().manual_seed(5))
+    tokens = torch.randint(MODEL.vocab_size, (4, 17), generator=torch.Generator().manual_seed(5))
+    tokens[:, 5] = END_OF_TEXT
+    return tokens
+
+
+def validation() -> ValidationBlocks:
+    """Five blocks and a part of a sixth, which is filled up."""
+    tokens = batch_of(999).flatten()[: 5 * MODEL.sequence_length + 7]
+    return ValidationBlocks(tokens.int().numpy(), Tokenizer(TOKENIZER), MODEL.sequence_length)
 
 
 # the parallel training
@@ -128,7 +146,7 @@ def run_case(case: Case, process: Process) -> Record:
         shard_model(model, Exchange(groups.tensor))
     model.to_empty(device=CPU)
     initialise(model, 0, degrees.tensor_rank, case.tensor)
-    engine = Engine(model, config, groups, CPU)
+    engine = Engine(model, config, groups, CPU, END_OF_TEXT if case.documents else None)
     if case.warm:
         warm_up(engine)
 
@@ -151,6 +169,7 @@ def run_case(case: Case, process: Process) -> Record:
         if step == 5:
             record.state = {kind: collect(engine, kind, last) for kind in ("master", *MOMENTS)}
             record.probe_losses["as it is"] = probe_losses(engine)
+            record.validation = validation_loss(engine, validation(), 2)
         if step in (1, 5, STEPS):
             record.codes.append(probe_codes(engine))
     if not case.warm:
@@ -229,7 +248,27 @@ def compare_cross_entropy(process: Process, tensor: int) -> tuple[Tensor, Tensor
 # the same by torch alone
 
 
-def train_plainly(precision: str) -> Record:
+def losses_of_rows(model: MemoryFormer, tokens: Tensor, targets: Tensor, documents: bool) -> Tensor:
+    """Loss of every token. `documents`: attention inside them (tests/model/test_documents.py proves the model's)."""
+    numbers = torch.zeros_like(tokens)
+    for row, number in zip(tokens, numbers, strict=True):
+        for place in range(len(row) - 1):
+            number[place + 1] = number[place] + (row[place] == END_OF_TEXT)
+    losses: Tensor = model(tokens, targets, documents_bs=numbers if documents else None)
+    return losses
+
+
+def plain_validation(model: MemoryFormer, documents: bool) -> float:
+    blocks = validation()
+    inputs, targets = (
+        torch.stack([torch.from_numpy(blocks[i][which]) for i in range(len(blocks))]) for which in (0, 1)
+    )
+    with torch.no_grad():
+        losses = losses_of_rows(model, inputs, targets, documents)
+    return losses[targets != IGNORED].double().mean().item()
+
+
+def train_plainly(precision: str, documents: bool) -> Record:
     """One process, torch's AdamW on float32 masters, gradients summed in float32."""
     model = MemoryFormer(MODEL, seed=0)
     working = copy.deepcopy(model).to(torch.bfloat16) if precision == "bfloat16" else model
@@ -255,7 +294,7 @@ def train_plainly(precision: str) -> Record:
         sums = {name: torch.zeros_like(p) for name, p in masters.items()}
         loss = 0.0
         for rows in batch_of(step).split(MICRO):
-            mean = working(rows[:, :-1], rows[:, 1:]).mean()
+            mean = losses_of_rows(working, rows[:, :-1], rows[:, 1:], documents).mean()
             gradients = torch.autograd.grad(mean * (MICRO / BATCH), list(working.parameters()))
             for name, gradient in zip(sums, gradients, strict=True):
                 sums[name] += gradient.float()
@@ -273,6 +312,7 @@ def train_plainly(precision: str) -> Record:
         if step == 1:
             record.gradients = {name: p.grad.clone() for name, p in masters.items() if p.grad is not None}
         if step == 5:
+            record.validation = plain_validation(working, documents)
             record.state["master"] = {name: p.detach().clone() for name, p in masters.items()}
             for kind in MOMENTS:
                 record.state[kind] = {n: optimizer.state[p][kind].clone() for n, p in masters.items()}

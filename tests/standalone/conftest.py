@@ -54,12 +54,19 @@ def bfloat16_two(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return _train(tmp_path_factory.mktemp("bfloat16-two"), processes=2, precision="bfloat16")
 
 
-def _train(folder: Path, processes: int, precision: str) -> Trained:
+@pytest.fixture(scope="session")
+def documents_two(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """As `float32_two`, with attention inside documents."""
+    folder = tmp_path_factory.mktemp("documents-two")
+    return _train(folder, 2, "float32", "data.document_attention=true")
+
+
+def _train(folder: Path, processes: int, precision: str, *overrides: str) -> Trained:
     text = write_text(folder / "text.jsonl")
     tree = small_config(folder / "run", text)
     tree["model"]["vocab_size"] = 4160  # more than the tokenizer has
     tree["training"] |= {"steps": 3, "precision": precision, "validation_interval": 3}
-    train(tree, f"parallel.tensor={processes}", processes=processes)
+    train(tree, f"parallel.tensor={processes}", *overrides, processes=processes)
     checkpoint = resolve_checkpoint(folder / "run")
     said = list(convert(checkpoint, folder / "model"))
     return Trained(folder / "run", checkpoint, text, folder / "model", said)

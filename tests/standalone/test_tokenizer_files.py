@@ -40,15 +40,16 @@ def test_ids_and_text_are_sentencepieces(text: str) -> None:
 
 
 def test_whole_documents() -> None:
-    from mf_train.config import SourceConfig
-    from mf_train.data.sources import open_source
+    from mf_train.config import DataConfig, SourceConfig
+    from mf_train.data.sources import open_text
 
     path = TOKENIZER.parent / "configs" / "quickstart-text" / "validation"
-    documents = open_source(SourceConfig(path=str(path)), "documents")
+    documents = open_text(SourceConfig(path=str(path)), "documents", DataConfig())
     count = min(len(documents), 20)
     assert count >= 3
     for number in range(count):
-        assert FAST.encode(documents[number]).ids == SHIPPED.encode(documents[number])
+        text = documents.text(number).decode()
+        assert FAST.encode(text).ids == SHIPPED.encode(text)
 
 
 def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:

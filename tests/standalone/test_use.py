@@ -22,7 +22,8 @@ PROMPT = "Message 3. the order"
 
 
 @pytest.mark.parametrize(
-    ("which", "tolerance"), [("float32_two", 1e-5), ("float32_one", 1e-5), ("bfloat16_two", 1e-3)]
+    ("which", "tolerance"),
+    [("float32_two", 1e-5), ("float32_one", 1e-5), ("bfloat16_two", 1e-3), ("documents_two", 1e-5)],
 )
 def test_evaluate_gives_the_trainers_validation_loss(
     which: str, tolerance: float, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]

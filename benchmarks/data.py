@@ -1,0 +1,431 @@
+"""`python -m benchmarks.data`: text and token shards to packed batches, against the bare work and other readers.
+
+text: JSON lines on disk to batches, against sentencepiece's `encode` called once a document on strings in memory.
+tokens: shards to shuffled batches of 8 x 2048, against a memory map, megatron-core's IndexedDataset and MosaicML
+Streaming, which need no packing: they read samples of 2048 tokens that were cut beforehand, into int64.
+memory: what a stream adds to a fresh process at most. wait: what waiting for data takes of a run's steps.
+Alternatives take turns; files are in the page cache.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import multiprocessing
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine
+from mf_train.config import Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainingConfig
+from mf_train.data.prefetch import BatchReader
+from mf_train.data.stream import TokenStream
+from mf_train.data.token_shards import TokenShardWriter, token_dtype
+from mf_train.data.tokenizer import Tokenizer
+
+SEQUENCE, BATCH = 2048, 8
+STEP_TOKENS = SEQUENCE * BATCH
+WARM_UP = 40  # batches: 5 rows of each of 64 streams, so that they do not all read at once any more
+TEXT_TOKENS = 2_500_000  # tokenised in each turn, at least
+SHARD_TOKENS = 50_000_000  # read from shards in each turn
+SHORT_DOCUMENT = 1000  # tokens
+PARTS = ("text", "tokens", "memory", "wait")
+
+
+@dataclass
+class Corpus:
+    """Documents in memory, and as JSON lines in a folder; `tokens` with end of text, as int32."""
+
+    texts: list[str]
+    tokens: list[np.ndarray]
+    folder: Path
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(text.encode()) for text in self.texts)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.tokens))
+
+
+def read_corpus(path: str, tokenizer: Tokenizer, folder: Path) -> Corpus:
+    """The documents of a source, written to `folder` as JSON lines in files of about 8 MB."""
+    from mf_train.data.sources import open_text
+
+    source = SourceConfig(path=path)
+    documents = open_text(source, "--data", DataConfig(train=(source,), cache=str(folder / "read")))
+    texts = [documents.text(i).decode() for i in range(len(documents))]
+    shutil.rmtree(folder / "read")
+    files = -(-documents.num_bytes // 2**23)
+    for number in range(files):
+        part = texts[number * len(texts) // files : (number + 1) * len(texts) // files]
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in part)
+        (folder / f"{number:03}.jsonl").write_text(lines, encoding="utf-8")
+    end = [tokenizer.end_of_text_id]
+    return Corpus(texts, [np.array(tokenizer.encode(text) + end, np.int32) for text in texts], folder)
+
+
+def configuration(
+    path: Path | str, tokenizer: Tokenizer, cache: Path | None = None, workers: int = 0
+) -> Config:
+    data = DataConfig(train=(SourceConfig(path=str(path)),), cache=cache and str(cache), workers=workers)
+    return Config(
+        model=ModelConfig(vocab_size=tokenizer.vocab_size, sequence_length=SEQUENCE),
+        data=data,
+        tokenizer=TokenizerConfig(path=str(tokenizer.path)),
+        training=TrainingConfig(global_batch_size=BATCH),
+    )
+
+
+def take_turns(alternatives: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Million tokens a second of each turn; an alternative times itself, without its preparations."""
+    rates: dict[str, list[float]] = {name: [] for name in alternatives}
+    for _ in range(rounds):
+        for name, function in alternatives.items():
+            rates[name].append(function() / 1e6)
+    return rates
+
+
+def rate(steps: int, next_batch: Callable[[], object]) -> float:
+    """Tokens a second of this many batches."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        next_batch()
+    return steps * STEP_TOKENS / (time.perf_counter() - start)
+
+
+def open_stream(config: Config, tokenizer: Tokenizer) -> TokenStream:
+    return TokenStream(config.data, tokenizer, SEQUENCE, BATCH)
+
+
+def stream_rate(config: Config, tokenizer: Tokenizer, steps: int) -> float:
+    """Of a TokenStream, when it runs."""
+    stream = open_stream(config, tokenizer)
+    rate(WARM_UP, stream.next_batch)
+    return rate(steps, stream.next_batch)
+
+
+def reader_rate(config: Config, tokenizer: Tokenizer, steps: int) -> float:
+    """Of a BatchReader, when it runs."""
+    reader = BatchReader(open_stream(config, tokenizer), config)
+    try:
+        rate(WARM_UP, reader.next_batch)
+        return rate(steps, reader.next_batch)
+    finally:
+        reader.close()
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Bare sentencepiece: strings in memory, a call a document."""
+
+    def __init__(self, path: Path, texts: Sequence[str]) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._processor = SentencePieceProcessor(model_file=str(path))
+        self._texts = texts
+
+    def __call__(self) -> None:
+        for text in self._texts:
+            self._processor.encode(text)
+
+
+def _start_encoder(*arguments: Any) -> None:
+    global _encoder
+    _encoder = Encoder(*arguments)
+
+
+def _encode() -> None:
+    _encoder()
+
+
+def text(corpus: Corpus, tokenizer: Tokenizer, rounds: int) -> list[str]:
+    with ProcessPoolExecutor(
+        2, multiprocessing.get_context("spawn"), _start_encoder, (tokenizer.path, corpus.texts)
+    ) as pool:
+        return _text(corpus, tokenizer, rounds, pool)
+
+
+def _text(corpus: Corpus, tokenizer: Tokenizer, rounds: int, pool: ProcessPoolExecutor) -> list[str]:
+    encoder = Encoder(tokenizer.path, corpus.texts)
+    epochs = -(-TEXT_TOKENS // corpus.num_tokens)
+    steps = corpus.num_tokens // STEP_TOKENS  # an epoch
+    cache = corpus.folder / "cache"
+    config = functools.partial(configuration, corpus.folder / "*.jsonl", tokenizer, cache)
+    preparations: list[float] = []
+
+    def encode() -> float:
+        start = time.perf_counter()
+        for _ in range(epochs):
+            encoder()
+        return epochs * corpus.num_tokens / (time.perf_counter() - start)
+
+    def encode_in_two() -> float:
+        start = time.perf_counter()
+        wait_for([pool.submit(_encode) for _ in range(2 * epochs)])
+        return 2 * epochs * corpus.num_tokens / (time.perf_counter() - start)
+
+    def from_nothing() -> float:
+        shutil.rmtree(cache, ignore_errors=True)
+        start = time.perf_counter()
+        stream = open_stream(config(), tokenizer)
+        preparations.append(time.perf_counter() - start)
+        for _ in range(steps):
+            stream.next_batch()
+        return steps * STEP_TOKENS / (time.perf_counter() - start)
+
+    alternatives = {
+        "sentencepiece encode": encode,
+        "one epoch from JSON lines, empty cache": from_nothing,
+        "TokenStream": lambda: stream_rate(config(), tokenizer, epochs * steps),
+        "BatchReader, a thread": lambda: reader_rate(config(), tokenizer, epochs * steps),
+        "BatchReader, 1 worker": lambda: reader_rate(config(workers=1), tokenizer, epochs * steps),
+        "sentencepiece encode, 2 processes": encode_in_two,
+        "BatchReader, 2 workers": lambda: reader_rate(config(workers=2), tokenizer, epochs * steps),
+    }
+    rates = take_turns(alternatives, rounds)
+    bare = statistics.median(rates["sentencepiece encode"])
+    megabytes = corpus.num_bytes / corpus.num_tokens
+    rows = [[*row, f"{statistics.median(rates[row[0]]) * megabytes:.2f}"] for row in rate_rows(rates, bare)]
+    title = f"{len(corpus.texts):,} documents, {corpus.num_bytes / 1e6:.1f} MB, {corpus.num_tokens / 1e6:.1f} M tokens"
+    one, two = (statistics.median(rates[f"BatchReader, {n}"]) for n in ("1 worker", "2 workers"))
+    bare_two = statistics.median(rates["sentencepiece encode, 2 processes"])
+    return [
+        machine.table([f"text: {title}", *RATE_HEADER, "MB/s"], rows),
+        f"2 workers / 1: {two / one:.2f}; sentencepiece in 2 processes / 1: {bare_two / bare:.2f}; "
+        f"2 workers / sentencepiece in 2 processes: {two / bare_two:.2f}",
+        f"the epoch's share of preparing the text: {statistics.median(preparations):.2f} s",
+    ]
+
+
+RATE_HEADER = ("M tokens/s", "least", "most", "ratio")
+
+
+def rate_rows(rates: Mapping[str, Sequence[float]], baseline: float) -> list[list[str]]:
+    """Medians, spread and the ratio of the median to `baseline`."""
+    return [
+        [name, *(f"{v:.3g}" for v in (statistics.median(r), min(r), max(r), statistics.median(r) / baseline))]
+        for name, r in rates.items()
+    ]
+
+
+# Token shards --------------------------------------------------------------------------------------------------------
+
+
+def tokens(corpus: Corpus, tokenizer: Tokenizer, rounds: int, count: int, streaming: str | None) -> list[str]:
+    dtype = token_dtype(tokenizer.vocab_size)
+    flat, lengths = repeat(corpus, count, dtype)
+    samples = len(flat) // SEQUENCE
+    flat = flat[: samples * SEQUENCE]
+    whole = write_shard(corpus.folder / "whole", flat, fit(lengths, len(flat)))
+    sampled = write_shard(corpus.folder / "samples", flat, np.full(samples, SEQUENCE))
+    flat[SHORT_DOCUMENT - 1 :: SHORT_DOCUMENT] = flat[-1] = tokenizer.end_of_text_id
+    short = write_shard(corpus.folder / "short", flat, fit(np.full(samples * 3, SHORT_DOCUMENT), len(flat)))
+    steps = min(SHARD_TOKENS, len(flat)) // STEP_TOKENS
+    config = functools.partial(configuration, whole, tokenizer)
+    mean = corpus.num_tokens // len(corpus.texts)
+    alternatives = {
+        "memory map": lambda: memory_map_rate(sampled, dtype, steps),
+        f"TokenStream, documents of {mean:,} tokens on average": lambda: stream_rate(
+            config(), tokenizer, steps
+        ),
+        f"TokenStream, documents of {SHORT_DOCUMENT:,} tokens": lambda: stream_rate(
+            configuration(short, tokenizer), tokenizer, steps
+        ),
+        "BatchReader, a thread": lambda: reader_rate(config(), tokenizer, steps),
+        "BatchReader, 1 worker": lambda: reader_rate(config(workers=1), tokenizer, steps),
+    }
+    missing = []
+    try:
+        dataset = indexed_dataset(sampled)
+        alternatives["megatron-core IndexedDataset"] = lambda: indexed_rate(dataset, samples, steps)
+    except ImportError as error:
+        missing.append(["megatron-core IndexedDataset", "not run", "", "", str(error)])
+    if streaming:
+        peer = [streaming, str(Path(__file__).with_name("data_streaming.py")), str(corpus.folder / "mds")]
+        run_peer([*peer, "write", str(sampled), dtype])
+        alternatives["MosaicML Streaming"] = lambda: float(run_peer([*peer, "read", str(steps)]))
+    else:
+        missing.append(["MosaicML Streaming", "not run", "", "", "no --streaming-python"])
+    rates = take_turns(alternatives, rounds)
+    rows = rate_rows(rates, statistics.median(rates["memory map"]))
+    title = f"tokens: {len(flat) / 1e6:.0f} M, {np.dtype(dtype)}, shuffled, batches of {BATCH} x {SEQUENCE}"
+    return [machine.table([title, *RATE_HEADER], rows + missing)]
+
+
+def repeat(corpus: Corpus, count: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """The corpus' tokens again and again, `count` or more, and the documents' lengths."""
+    times = -(-count // corpus.num_tokens)
+    once = np.concatenate(corpus.tokens).astype(dtype)
+    return np.tile(once, times), np.tile([len(tokens) for tokens in corpus.tokens], times)
+
+
+def fit(lengths: np.ndarray, total: int) -> np.ndarray:
+    """Lengths cut so that they make `total`."""
+    ends = np.minimum(np.cumsum(lengths), total)
+    return np.diff(ends[: np.searchsorted(ends, total) + 1], prepend=0)
+
+
+def write_shard(prefix: Path, flat: np.ndarray, lengths: np.ndarray) -> Path:
+    with TokenShardWriter(prefix, flat.dtype.str) as writer:
+        writer.write(flat.tobytes())
+        writer.end_documents(lengths)
+        writer.finish()
+    return prefix.with_name(f"{prefix.name}.bin")
+
+
+def memory_map_rate(path: Path, dtype: str, steps: int) -> float:
+    tokens = np.memmap(path, dtype, "r")
+    order = np.random.default_rng(0).permutation(len(tokens) // SEQUENCE) * SEQUENCE
+    batches = iter(order[: steps * BATCH].reshape(steps, BATCH).tolist())
+
+    def next_batch() -> np.ndarray:
+        batch = np.empty((BATCH, SEQUENCE), np.int64)
+        for row, begin in enumerate(next(batches)):
+            batch[row] = tokens[begin : begin + SEQUENCE]
+        return batch
+
+    return rate(steps, next_batch)
+
+
+def indexed_dataset(path: Path) -> Sequence[np.ndarray]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        return IndexedDataset(str(path.with_suffix("")))
+
+
+def indexed_rate(dataset: Sequence[np.ndarray], samples: int, steps: int) -> float:
+    order = np.random.default_rng(0).permutation(samples)[: steps * BATCH]
+    batches = iter(order.reshape(steps, BATCH).tolist())
+
+    def next_batch() -> np.ndarray:
+        batch = np.empty((BATCH, SEQUENCE), np.int64)
+        for row, sample in enumerate(next(batches)):
+            batch[row] = dataset[sample]
+        return batch
+
+    return rate(steps, next_batch)
+
+
+def run_peer(command: Sequence[str]) -> str:
+    """The last line of what another environment's Python prints; ends the program where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}\nended with {done.returncode}")
+    return done.stdout.splitlines()[-1] if done.stdout else ""
+
+
+# Memory and waiting --------------------------------------------------------------------------------------------------
+
+
+def memory(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
+    """Each measured in a process of its own, after every cursor has read."""
+    whole = write_shard(
+        corpus.folder / "resident",
+        np.concatenate(corpus.tokens).astype(token_dtype(tokenizer.vocab_size)),
+        np.array([len(tokens) for tokens in corpus.tokens]),
+    )
+    rows = []
+    for name, path in (("text", corpus.folder / "*.jsonl"), ("token shards", whole)):
+        for sources in (1, 8):
+            config = configuration(path, tokenizer, corpus.folder / "cache")
+            config = replace(config, data=replace(config.data, train=config.data.train * sources))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                growth, state = pool.submit(_grow, config).result()
+            cursors = config.data.logical_streams * sources
+            figures = [f"{growth / 1e6:.1f}", f"{growth / cursors / 1e3:.1f}", f"{bound(config) / 1e3:.1f}"]
+            rows.append([f"{name}, {sources} sources x 64 streams", *figures, f"{state / cursors:.0f}"])
+    return [machine.table(["memory", "MB", "kB a cursor", "bound", "bytes of state a cursor"], rows)]
+
+
+def bound(config: Config) -> int:
+    """Bytes of a stream's cursor in a source, as TokenStream's docstring states them."""
+    chunk = 4 * max(16384, 4 * (SEQUENCE + 1))
+    window = config.data.block_documents * config.data.window_blocks * (8 + 32)  # a list of Python's int
+    return chunk + 4 * (SEQUENCE + 1) + window
+
+
+def _grow(config: Config) -> tuple[int, int]:
+    """Bytes that a stream adds to this process at most, and those of its state as JSON."""
+    tokenizer = Tokenizer(config.tokenizer.path)
+    tokenizer.encode("the first call makes tables of its own")
+    open_stream(config, tokenizer)  # imports what it needs
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    stream = open_stream(config, tokenizer)
+    for _ in range(2 * WARM_UP * len(config.data.train)):
+        stream.next_batch()
+    return _resident("VmHWM") - before, len(json.dumps(stream.positions()))
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def wait(run: Path) -> list[str]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    steps = [record for record in records if "data_wait_seconds" in record][1:]
+    waited, took = (sum(step[key] for step in steps) for key in ("data_wait_seconds", "step_seconds"))
+    return [
+        f"wait: {waited:.3f} s of {took:.1f} s of {len(steps)} steps without the first: {waited / took:.2%}"
+        f" (the longest {1e3 * max(step['data_wait_seconds'] for step in steps):.1f} ms)"
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", default="configs/quickstart-text/train/*.jsonl.gz", help="documents to use")
+    parser.add_argument("--tokenizer", default="tokenizer")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each, %(default)s by default")
+    parser.add_argument(
+        "--tokens", type=int, default=200_000_000, help="in the shards, %(default)s by default"
+    )
+    parser.add_argument(
+        "--streaming-python", metavar="PATH", help="of an environment with mosaicml-streaming"
+    )
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run whose waiting for data is reported")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the parts")
+    parser.add_argument("--save", action="store_true", help="also write benchmarks/results/DATE-data.txt")
+    options = parser.parse_args()
+
+    tokenizer = Tokenizer(options.tokenizer)
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = read_corpus(options.data, tokenizer, Path(folder))
+        if "text" in options.only:
+            parts += text(corpus, tokenizer, options.rounds)
+        if "tokens" in options.only:
+            parts += tokens(corpus, tokenizer, options.rounds, options.tokens, options.streaming_python)
+        if "memory" in options.only:
+            parts += memory(corpus, tokenizer)
+    if options.run and "wait" in options.only:
+        parts += wait(options.run)
+    machine.report("data", parts, save=options.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What the stream reads: numbered documents as tokens, whether they are text or token shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mf_train.data.segments import SEGMENT_BYTES, segment_end
+from mf_train.data.tokenizer import Tokenizer
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of a list of documents, in pieces; each document ends with end of text.
+
+    Piece p is `tokens[offsets[p]:offsets[p + 1]]` and begins at `places[p]` = (index into the list, start in that
+    document). `end` is the place after the last token: (length of the list, 0) when everything is read.
+    """
+
+    tokens: Tokens
+    offsets: list[int]
+    places: list[tuple[int, int]]
+    end: tuple[int, int]
+
+
+class Source(Protocol):
+    """Documents 0 ... num_documents - 1. A `start` in a document is 0 at its beginning and otherwise the source's own
+    (bytes of text, tokens of a shard): it comes from a chunk.
+    """
+
+    name: str  # what the configuration calls it
+    num_files: int  # 0 where it has none of its own: the hub
+    num_documents: int
+    num_bytes: int | None  # UTF-8 bytes of the text, or None where only tokens are known
+    num_tokens: int | None  # with one end of text a document, or None where they are not counted yet
+    skipped: dict[str, int]  # documents left out of each damaged file (`data.on_error: skip`)
+    starts_are_tokens: bool  # so that t tokens after a start is the start + t
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the content: a hash of its size and a sample."""
+
+    def read(self, documents: Sequence[int], start: int, wanted: int) -> Chunk:
+        """The tokens of `documents` in this order, the first of them from `start`; `documents` is not empty.
+
+        Gives at least one piece, and need not give more than `wanted` tokens. Raises UserError or OSError.
+        """
+
+
+class Documents(Protocol):
+    """Random access to the text of numbered documents, none of them empty."""
+
+    name: str
+    files: int
+    num_bytes: int
+    skipped: dict[str, int]
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def length(self, i: int) -> int:
+        """UTF-8 bytes of document i. Raises IndexError outside [0, len)."""
+
+    def text(self, i: int, start: int = 0, size: int | None = None) -> bytes:
+        """UTF-8 bytes start ... start + size (default: all) of document i. Raises IndexError, UserError, OSError."""
+
+
+class TextSource:
+    """Text that is tokenised when it is reached, a segment a chunk: a document's length does not matter."""
+
+    starts_are_tokens = False
+
+    def __init__(self, documents: Documents, tokenizer: Tokenizer) -> None:
+        self.name = documents.name
+        self.num_files = documents.files
+        self.num_documents = len(documents)
+        self.num_bytes: int | None = documents.num_bytes
+        self.num_tokens: int | None = None
+        self.skipped = documents.skipped
+        self.documents = documents
+        self._tokenizer = tokenizer
+        self._end_of_text = np.array([tokenizer.end_of_text_id], np.int32)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.documents.fingerprint
+
+    def read(self, documents: Sequence[int], start: int, wanted: int) -> Chunk:
+        """One segment, from byte `start` of the first document, as `Source.read` says."""
+        document = documents[0]
+        utf8 = self.documents.text(document, start, SEGMENT_BYTES + 1)
+        size = segment_end(utf8)
+        tokens = self._tokenizer.encode_array(utf8[:size].decode("utf-8"))
+        if start + size < self.documents.length(document):
+            return Chunk(tokens, [0, len(tokens)], [(0, start)], (0, start + size))
+        tokens = np.concatenate((tokens, self._end_of_text))
+        return Chunk(tokens, [0, len(tokens)], [(0, start)], (1, 0))
+
+
+def segments_of(documents: Documents, i: int, limit: int = SEGMENT_BYTES) -> Iterator[str]:
+    """The segments of document i, of at most `limit` bytes; joined, they are its text."""
+    start, length = 0, documents.length(i)
+    while start < length:
+        utf8 = documents.text(i, start, limit + 1)
+        size = segment_end(utf8, limit)
+        yield utf8[:size].decode("utf-8")
+        start += size

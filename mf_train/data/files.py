@@ -1,0 +1,397 @@
+"""Input files, local or behind a URL: which a `path` means, and their bytes. The only file that imports fsspec."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TypeVar, cast
+
+from mf_train.data.retry import WAITS, with_retries
+from mf_train.errors import UserError
+
+JSON_LINES = (".jsonl", ".json")
+TEXT = (".txt",)
+PARQUET = (".parquet",)
+TOKENS = (".bin",)
+COMPRESSED = (".gz", ".zst")  # of JSON Lines and text
+
+KNOWN_FORMATS = ".jsonl, .json (one object a line), .txt (either also .gz or .zst), .parquet, .bin with .idx"
+
+# What tells two versions of a remote file apart, as the drivers of fsspec call it: the best first.
+_STAMPS = (
+    "ETag etag Digest Content-MD5 md5Hash md5 crc32c blob_id last_commit sha256 checksum "
+    "LastModified Last-Modified last_modified updated mtime modified created"
+).split()
+_BUFFER_BYTES = 1 << 20
+REMOTE_BLOCK_BYTES = 4 << 20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file as it was found: its path or URL, size in bytes (-1: the server does not say) and what changes with it."""
+
+    name: str
+    size: int
+    stamp: str  # time of change in nanoseconds, or an object store's ETag or the like; "" where there is none
+
+    @property
+    def remote(self) -> bool:
+        return _is_url(self.name)
+
+    @property
+    def identity(self) -> str:
+        """The same for the same file under another relative path or through a link."""
+        return self.name if self.remote else os.path.realpath(self.name)
+
+    def open(self) -> BinaryIO:
+        """The file's bytes, buffered and seekable where the server can. Transient errors are retried.
+
+        Raises OSError naming the file, and UserError when it ends before its size.
+        """
+        return io.BufferedReader(_ReopeningFile(self), _BUFFER_BYTES)
+
+    def local(self, cache: str | Path | None) -> Path:
+        """The file itself, or its copy in the cache, as `fetch.local_files`."""
+        from mf_train.data.fetch import local_files
+
+        return local_files([self], cache)[0]
+
+
+def file_format(path: str | Path) -> str | None:
+    """The extension that says how `path` is read, without the compression's; None when it is not known."""
+    suffixes = _suffixes(path)
+    if compression(path):
+        return suffixes[-2] if suffixes[-2:-1] and suffixes[-2] in JSON_LINES + TEXT else None
+    return suffixes[-1] if suffixes and suffixes[-1] in JSON_LINES + TEXT + PARQUET + TOKENS else None
+
+
+def compression(path: str | Path) -> str | None:
+    """.gz, .zst or None."""
+    suffixes = _suffixes(path)
+    return suffixes[-1] if suffixes and suffixes[-1] in COMPRESSED else None
+
+
+def _suffixes(path: str | Path) -> list[str]:
+    text = str(path)
+    if text.startswith(("http://", "https://")):
+        text = text.split("?")[0].split("#")[0]
+    return [suffix.lower() for suffix in PurePosixPath(text).suffixes]
+
+
+def is_token_shard(file: InputFile) -> bool:
+    """Whether the file is a .bin of tokens, not text."""
+    return file_format(file.name) in TOKENS
+
+
+def find_files(path: str, key: str) -> list[InputFile]:
+    """Sorted files that a `path` means: a file, a folder (its known files, recursively), a glob (also `**`), or a
+    URL of one of these that a driver of fsspec reads (s3://, gs://, https://, hf:// ...).
+
+    Token shards are given by their .bin; `path` may be Megatron's prefix of one, without .bin and .idx.
+    Raises UserError when there is none, a named file's format is not known, or text and shards are mixed.
+    """
+    if not _is_url(path):
+        found = _find_local(path, key)
+    elif path.startswith(("file://", "local://")):
+        found = _find_local(path.split("://", 1)[1], key)
+    else:
+        found = _find_remote(path, key)
+    shards = [is_token_shard(file) for file in found]
+    if any(shards) and not all(shards):
+        text = found[shards.index(False)].name
+        raise UserError(
+            f"{key}: {path} holds both token shards and text ({text}): make them two sources, such as "
+            f"{path.rstrip('/')}/*.bin"
+        )
+    return found
+
+
+# Local files ---------------------------------------------------------------------------------------------------------
+
+
+def _find_local(path: str, key: str) -> list[InputFile]:
+    expanded = Path(path).expanduser()
+    if expanded.is_dir():
+        inside = (file.relative_to(expanded) for file in expanded.rglob("*") if file.is_file())
+        visible = sorted(file for file in inside if not any(part.startswith(".") for part in file.parts))
+        return _stat_all(_of_folder([str(expanded / file) for file in visible], path, key), key)
+    if expanded.is_file():
+        named = [str(expanded)]
+    elif os.path.isfile(f"{expanded}.bin") and os.path.isfile(f"{expanded}.idx"):
+        named = [f"{expanded}.bin"]
+    elif glob.has_magic(path):
+        matches = (Path(match) for match in glob.glob(str(expanded), recursive=True))
+        named = [str(file) for file in sorted(matches) if file.is_file()]
+    else:
+        raise UserError(f"{key}: {path} does not exist: check the path and the working folder {Path.cwd()}")
+    if not named:
+        raise UserError(
+            f"{key}: no file matches {path}: check the pattern and the working folder {Path.cwd()}"
+        )
+    return _stat_all(_known(_shards_once(named), key), key)
+
+
+def _stat_all(paths: list[str], key: str) -> list[InputFile]:
+    files = []
+    for path in paths:
+        try:
+            status = with_retries(lambda: os.stat(path), path)  # noqa: B023
+        except FileNotFoundError:  # deleted meanwhile, or the .bin of a named .idx
+            raise UserError(f"{key}: {path} does not exist: put it back or name other files") from None
+        files.append(InputFile(path, status.st_size, str(status.st_mtime_ns)))
+    return files
+
+
+def _of_folder(names: list[str], path: str, key: str) -> list[str]:
+    known = [name for name in names if file_format(name)]
+    if any(file_format(name) in TOKENS for name in known):
+        # what `data tokenize` writes beside its shards is no text
+        known = [name for name in known if PurePosixPath(name).name != "manifest.json"]
+    if not known:
+        raise UserError(f"{key}: folder {path} has no file of a known format: it needs {KNOWN_FORMATS}")
+    return known
+
+
+def _shards_once(names: list[str]) -> list[str]:
+    """Without .idx files: a shard is called by its .bin, which a pattern may match as well."""
+    present = set(names)
+    once = []
+    for name in names:
+        if name.endswith(".idx"):
+            shard = name.removesuffix(".idx") + ".bin"
+            if shard in present:
+                continue
+            name = shard
+        once.append(name)
+    return once
+
+
+def _known(names: list[str], key: str) -> list[str]:
+    for name in names:
+        if file_format(name) is None:
+            raise UserError(f"{key}: {name} is not of a known format: use {KNOWN_FORMATS}")
+    return names
+
+
+# Remote files --------------------------------------------------------------------------------------------------------
+
+
+def _is_url(path: str) -> bool:
+    return "://" in path
+
+
+def _find_remote(url: str, key: str) -> list[InputFile]:
+    system, path = _file_system(url, f"{key}: ")
+    try:
+        listing = with_retries(lambda: _unmasked(lambda: _list_remote(system, path, url)), url)
+    except FileNotFoundError:
+        listing = None
+    except Exception as error:  # a driver's own type: credentials, a name that does not resolve
+        raise UserError(f"{key}: {url} cannot be listed: {_reason(error)}") from error
+    if not listing:
+        raise UserError(f"{key}: no file matches {url}: check the URL and that its credentials may read it")
+    infos = {system.unstrip_protocol(name): info for name, info in listing.items()}
+    names = sorted(infos, key=lambda name: name.split("/"))  # as local files are sorted
+    if _has_magic(url) or listing.keys() <= {path, f"{path}.bin"}:
+        names = _known(_shards_once(names), key)
+    else:
+        root = url.rstrip("/").count("/") + 1
+        visible = [name for name in names if not any(p.startswith(".") for p in name.split("/")[root:])]
+        names = _of_folder(visible, url, key)
+    files = []
+    for name in names:
+        if name not in infos or infos[name].get("size") is None:  # the .bin of a named .idx; an HTML listing
+            infos[name] = _info_or_none(system, name)
+        if infos[name] is None:
+            raise UserError(f"{key}: {name} does not exist: put it back or name other files")
+        files.append(InputFile(name, _size(infos[name]), _stamp(infos[name])))
+    return files
+
+
+def _info_or_none(system: Any, url: str) -> Any:
+    try:
+        return with_retries(lambda: _unmasked(lambda: system.info(system._strip_protocol(url))), url)
+    except FileNotFoundError:
+        return None
+
+
+def _list_remote(system: Any, path: str, url: str) -> dict[str, Any]:
+    """The files a URL means, with what the server says of them. Raises FileNotFoundError and what the driver does."""
+    system.invalidate_cache()  # of listings made earlier
+    if _has_magic(url):
+        listing = system.glob(path, detail=True)
+    elif url.endswith("/"):
+        listing = system.find(path, detail=True)
+    else:
+        try:
+            info = system.info(path)
+        except FileNotFoundError:
+            info = system.info(f"{path}.bin")  # Megatron's prefix
+            return {f"{path}.bin": info} if system.exists(f"{path}.idx") else {}
+        listing = {path: info} if info["type"] == "file" else system.find(path, detail=True)
+    return {name: info for name, info in listing.items() if info["type"] == "file"}
+
+
+def _has_magic(url: str) -> bool:
+    if url.startswith(("http://", "https://")):  # "?" begins a query there
+        return any(character in url.split("?")[0] for character in "*[")
+    return glob.has_magic(url)
+
+
+def _size(info: dict[str, Any]) -> int:
+    return -1 if info.get("size") is None else int(info["size"])
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    return next((str(info[name]) for name in _STAMPS if info.get(name)), "")
+
+
+def _file_system(url: str, where: str = "") -> tuple[Any, str]:
+    """The fsspec file system that reads the URL, and the path in it. Raises UserError when there is none."""
+    import fsspec  # type: ignore[import-untyped]
+
+    if "::" in url:
+        raise UserError(f"{where}{url}: chained URLs are not supported: unpack the archive first")
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise UserError(f"{where}{url} needs another package: {_reason(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{where}{url} cannot be read: {_reason(error)}") from None
+    return system, path
+
+
+def _reason(error: BaseException) -> str:
+    first = (str(error).splitlines() or [""])[0][:300]
+    return first or type(error).__name__
+
+
+def file_beside(file: InputFile, name: str) -> InputFile | None:
+    """The file called `name` in the folder of a remote file; None when there is none. Raises OSError."""
+    url = f"{file.name.rpartition('/')[0]}/{name}"
+    info = _info_or_none(_file_system(url)[0], url)
+    return None if info is None else InputFile(url, _size(info), _stamp(info))
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+class _ReopeningFile(io.RawIOBase):
+    """An InputFile's bytes. After a transient error it is opened again and goes on where it was."""
+
+    def __init__(self, file: InputFile) -> None:
+        self.name = file.name
+        self._input = file
+        self._position = 0
+        self._file: BinaryIO | None = None
+        self._file = self._retried(self._open)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._block_bytes()) or not self._input.remote
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END and self._input.size < 0:
+            raise OSError(None, "the server does not say its size, which this format needs", self.name)
+        self._position = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._input.size}[whence]
+        )
+        if self._file is not None:
+            self._file.seek(self._position)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._retried(lambda: self._read(len(buffer)))
+        if not data and self._position < self._input.size and len(buffer):
+            raise UserError(
+                f"{self.name} ended early: at byte {self._position} of {self._input.size}: it was cut or changed "
+                "while it was read; restore it"
+            )
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _read(self, size: int) -> bytes:
+        try:
+            if self._file is None:
+                self._file = self._open()
+            data = self._file.read(size)
+        except Exception:
+            self._drop()
+            raise
+        if not data and size and self._input.remote and self._position < self._input.size:
+            self._drop()
+            raise OSError(f"the connection ended at byte {self._position} of {self._input.size}")
+        return data
+
+    def _open(self) -> BinaryIO:
+        if not self._input.remote:
+            file = cast(BinaryIO, open(self.name, "rb", buffering=0))
+        else:
+            system, path = _file_system(self.name)
+            file = cast(BinaryIO, system.open(path, "rb", block_size=self._block_bytes()))
+        if self._position:
+            try:
+                file.seek(self._position)
+            except ValueError:  # a stream: what was read already comes again
+                left = self._position
+                while left and (skipped := len(file.read(min(left, REMOTE_BLOCK_BYTES)))):
+                    left -= skipped
+        return file
+
+    def _block_bytes(self) -> int:
+        """0, a stream, where a server of HTTP need not know ranges: only Parquet is not read from begin to end."""
+        sequential = file_format(self.name) not in PARQUET
+        return 0 if sequential and self.name.startswith(("http://", "https://")) else REMOTE_BLOCK_BYTES
+
+    def _drop(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            try:
+                file.close()
+            except Exception:  # of a broken connection: it is given up anyway
+                pass
+
+    def _retried(self, action: Callable[[], T]) -> T:
+        try:
+            return with_retries(lambda: _as_os_error(action), self.name, WAITS)
+        except ValueError as error:
+            raise UserError(f"{self.name}: cannot be read ({_reason(error)}): copy it to a disk") from error
+
+
+def _as_os_error(action: Callable[[], T]) -> T:
+    """Drivers and their HTTP clients raise types of their own for a server's bad minute; ValueError stays."""
+    try:
+        return _unmasked(action)
+    except (OSError, UserError, ValueError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {_reason(error)}") from error
+
+
+def _unmasked(action: Callable[[], T]) -> T:
+    """fsspec's HTTP says "not found" also of a server that is out of reach or order, and keeps the cause."""
+    try:
+        return action()
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        out_of_reach = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+        status = getattr(cause, "status", 0)
+        if cause is not None and (out_of_reach or status == 429 or status >= 500):
+            raise OSError(f"{type(cause).__name__}: {_reason(cause)}") from error
+        raise

@@ -1,0 +1,156 @@
+"""Whole runs on other data than one good file: token shards alone, damaged files, workers that die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mf_train.config import DataConfig, SourceConfig
+from mf_train.data.digest import batch_digest
+from mf_train.data.stream import TokenStream
+from mf_train.data.token_shards import TokenShardWriter
+from mf_train.data.tokenizer import TokenIds, Tokenizer
+from tests.training.runs import (
+    TOKENIZER,
+    command_line,
+    complaints,
+    environment,
+    read_metrics,
+    run_command,
+    small_config,
+    train,
+    write_text,
+)
+
+
+def write_shard(prefix: Path, text: Path) -> str:
+    """The documents of a JSONL file as a token shard without ends of text: Megatron's default."""
+    tokenizer = Tokenizer(TOKENIZER)
+    writer = TokenShardWriter(prefix, "uint16")
+    for line in text.read_text().splitlines():
+        writer.add(tokenizer.encode(json.loads(line)["text"]))
+    writer.finish()
+    return str(prefix)
+
+
+def test_token_shards_of_another_tokenizer_train_and_convert(tmp_path: Path) -> None:
+    """Two tensor-parallel ranks, of which one reads; the same batches as in one process, and as on the text."""
+    text = write_text(tmp_path / "text.jsonl")
+    prefix = write_shard(tmp_path / "shard", text)
+    tree = small_config(tmp_path / "run", text)
+    tree["data"] = {"train": [{"path": prefix}], "validation": [{"path": prefix}], "logical_streams": 8}
+    tree["data"]["document_attention"] = True
+    tree["tokenizer"] = {"end_of_text_id": 0}
+    tree["training"] |= {"steps": 3, "validation_interval": 3}
+    train(tree, "parallel.tensor=2", processes=2)
+    metrics = read_metrics(tmp_path / "run")
+    digests = [entry["batch_digest"] for entry in metrics]
+    for path, tokenizer in ((prefix, TokenIds(4096, 0)), (str(text), Tokenizer(TOKENIZER))):
+        data = DataConfig(train=(SourceConfig(path=path),), logical_streams=8)
+        stream = TokenStream(data, tokenizer, 32, 8)
+        assert digests == [batch_digest(stream.next_batch()) for _ in range(3)]
+    assert metrics[-1]["validation_loss"] < 9 and 0 <= metrics[0]["epochs"][0] <= metrics[-1]["epochs"][0] < 1
+
+    model = tmp_path / "model"
+    done = run_command(["convert", str(tmp_path / "run"), str(model)])
+    assert done.returncode == 0, done.stderr
+    assert "no tokenizer: the run had only token ids" in done.stdout
+    settings = json.loads((model / "config.json").read_text())
+    assert settings["eos_token_id"] == 0 and settings["document_attention"] is True
+    assert not list(model.glob("tokenizer*"))
+    done = run_command(["generate", str(model), "Once"])
+    assert done.returncode == 2 and "tokenizer.model does not exist" in complaints(done)[0]
+
+
+def test_skipped_documents_are_counted_by_file(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.jsonl")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(text.read_bytes() + b'{"text": 3}\nnot json\n{"text": "cut')
+    tree = small_config(tmp_path / "run", bad)
+    tree["training"]["steps"] = 2
+    done = train(tree, expect=2)
+    assert f"{bad}: line 41: 'text' is a number, not text" in complaints(done)[0]
+    done = train(tree, "data.on_error=skip")
+    assert "data: 3 documents of 1 files left out (data.on_error: skip)" in done.stdout
+    first, second = read_metrics(tmp_path / "run")
+    assert first["skipped_documents"] == {str(bad): 3} and "skipped_documents" not in second
+
+
+def start(tree: dict[str, Any], *overrides: str) -> subprocess.Popen[str]:
+    config = Path(tree["training"]["output_dir"]).with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(tree))
+    return subprocess.Popen(
+        command_line(["train", str(config), *overrides], 2),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+
+def workers_of(run: subprocess.Popen[str]) -> list[int]:
+    """Processes that make rows for the run: children of its children."""
+    ranks = children(run.pid)
+    return [
+        worker for rank in ranks for worker in children(rank) if b"mf_train.data.worker" in command(worker)
+    ]
+
+
+def children(pid: int) -> list[int]:
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [int(child) for child in text.split()]
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("victim", ["worker", "run"])
+def test_a_kill_leaves_nothing(victim: str, tmp_path: Path) -> None:
+    """A worker's death ends all ranks with one line that says so; that of all ranks leaves no worker."""
+    tree = small_config(tmp_path / "run", write_text(tmp_path / "text.jsonl"))
+    tree["training"]["steps"] = 100_000
+    shared_memory = set(os.listdir("/dev/shm"))
+    run = start(tree)  # tensor 1: both ranks read
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        workers = workers_of(run)
+        assert len(workers) == 2
+        if victim == "worker":
+            os.kill(workers[0], signal.SIGKILL)
+            _, errors = run.communicate(timeout=60)
+            assert run.returncode == 1
+            said = [line for line in errors.splitlines() if line.startswith("memoryformer: ")]
+            assert len(said) == 1 and "data worker 0 of data-parallel rank" in said[0]
+            assert "was killed (exit status -9)" in said[0]
+        else:
+            for rank in children(run.pid):
+                os.kill(rank, signal.SIGKILL)
+            run.communicate(timeout=60)
+        wait_for(lambda: not any(b"mf_train" in command(worker) for worker in workers), 10)
+        assert set(os.listdir("/dev/shm")) <= shared_memory
+    finally:
+        run.kill()
+        run.communicate()

@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import multiprocessing
+import os
 import shutil
 import statistics
 import subprocess
@@ -22,10 +23,8 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -132,86 +131,72 @@ def reader_rate(config: Config, tokenizer: Tokenizer, steps: int) -> float:
 # Text ----------------------------------------------------------------------------------------------------------------
 
 
-class Encoder:
-    """Bare sentencepiece: strings in memory, a call a document."""
-
-    def __init__(self, path: Path, texts: Sequence[str]) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._processor = SentencePieceProcessor(model_file=str(path))
-        self._texts = texts
-
-    def __call__(self) -> None:
-        for text in self._texts:
-            self._processor.encode(text)
-
-
-def _start_encoder(*arguments: Any) -> None:
-    global _encoder
-    _encoder = Encoder(*arguments)
-
-
-def _encode() -> None:
-    _encoder()
-
-
 def text(corpus: Corpus, tokenizer: Tokenizer, rounds: int) -> list[str]:
-    with ProcessPoolExecutor(
-        2, multiprocessing.get_context("spawn"), _start_encoder, (tokenizer.path, corpus.texts)
-    ) as pool:
-        return _text(corpus, tokenizer, rounds, pool)
-
-
-def _text(corpus: Corpus, tokenizer: Tokenizer, rounds: int, pool: ProcessPoolExecutor) -> list[str]:
-    encoder = Encoder(tokenizer.path, corpus.texts)
-    epochs = -(-TEXT_TOKENS // corpus.num_tokens)
-    steps = corpus.num_tokens // STEP_TOKENS  # an epoch
     cache = corpus.folder / "cache"
     config = functools.partial(configuration, corpus.folder / "*.jsonl", tokenizer, cache)
+    epochs = -(-TEXT_TOKENS // corpus.num_tokens)
+    epoch = corpus.num_tokens // STEP_TOKENS  # batches
     preparations: list[float] = []
-
-    def encode() -> float:
-        start = time.perf_counter()
-        for _ in range(epochs):
-            encoder()
-        return epochs * corpus.num_tokens / (time.perf_counter() - start)
-
-    def encode_in_two() -> float:
-        start = time.perf_counter()
-        wait_for([pool.submit(_encode) for _ in range(2 * epochs)])
-        return 2 * epochs * corpus.num_tokens / (time.perf_counter() - start)
 
     def from_nothing() -> float:
         shutil.rmtree(cache, ignore_errors=True)
         start = time.perf_counter()
         stream = open_stream(config(), tokenizer)
         preparations.append(time.perf_counter() - start)
-        for _ in range(steps):
+        for _ in range(epoch):
             stream.next_batch()
-        return steps * STEP_TOKENS / (time.perf_counter() - start)
+        return epoch * STEP_TOKENS / (time.perf_counter() - start)
+
+    def read(workers: int) -> float:
+        return reader_rate(config(workers=workers), tokenizer, epochs * epoch)
 
     alternatives = {
-        "sentencepiece encode": encode,
+        "sentencepiece encode": lambda: encode_rate(corpus, tokenizer, epochs, processes=1),
         "one epoch from JSON lines, empty cache": from_nothing,
-        "TokenStream": lambda: stream_rate(config(), tokenizer, epochs * steps),
-        "BatchReader, a thread": lambda: reader_rate(config(), tokenizer, epochs * steps),
-        "BatchReader, 1 worker": lambda: reader_rate(config(workers=1), tokenizer, epochs * steps),
-        "sentencepiece encode, 2 processes": encode_in_two,
-        "BatchReader, 2 workers": lambda: reader_rate(config(workers=2), tokenizer, epochs * steps),
+        "TokenStream": lambda: stream_rate(config(), tokenizer, epochs * epoch),
+        "BatchReader, a thread": lambda: read(0),
+        "BatchReader, 1 worker": lambda: read(1),
+        "BatchReader, 2 workers": lambda: read(2),
+        "sentencepiece encode, 2 processes": lambda: encode_rate(corpus, tokenizer, epochs, processes=2),
     }
     rates = take_turns(alternatives, rounds)
-    bare = statistics.median(rates["sentencepiece encode"])
-    megabytes = corpus.num_bytes / corpus.num_tokens
-    rows = [[*row, f"{statistics.median(rates[row[0]]) * megabytes:.2f}"] for row in rate_rows(rates, bare)]
-    title = f"{len(corpus.texts):,} documents, {corpus.num_bytes / 1e6:.1f} MB, {corpus.num_tokens / 1e6:.1f} M tokens"
-    one, two = (statistics.median(rates[f"BatchReader, {n}"]) for n in ("1 worker", "2 workers"))
-    bare_two = statistics.median(rates["sentencepiece encode, 2 processes"])
-    return [
-        machine.table([f"text: {title}", *RATE_HEADER, "MB/s"], rows),
-        f"2 workers / 1: {two / one:.2f}; sentencepiece in 2 processes / 1: {bare_two / bare:.2f}; "
-        f"2 workers / sentencepiece in 2 processes: {two / bare_two:.2f}",
-        f"the epoch's share of preparing the text: {statistics.median(preparations):.2f} s",
+    medians = [statistics.median(values) for values in rates.values()]
+    bare, _, _, _, one, two, bare_two = medians
+    bytes_a_token = corpus.num_bytes / corpus.num_tokens
+    rows = [
+        [*row, f"{m * bytes_a_token:.2f}"] for row, m in zip(rate_rows(rates, bare), medians, strict=True)
     ]
+    title = (
+        f"text: {len(corpus.texts):,} documents, {corpus.num_bytes / 1e6:.1f} MB, "
+        f"{corpus.num_tokens / 1e6:.1f} M tokens"
+    )
+    return [
+        machine.table([title, *RATE_HEADER, "MB/s"], rows),
+        f"preparing the text was {statistics.median(preparations):.2f} s of the epoch; 2 workers / 1: {two / one:.2f}, "
+        f"sentencepiece in 2 processes / 1: {bare_two / bare:.2f}",
+    ]
+
+
+def encode_rate(corpus: Corpus, tokenizer: Tokenizer, epochs: int, processes: int) -> float:
+    """Tokens a second of bare sentencepiece, a call a document, in each of the processes at once."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(tokenizer.path))
+
+    def encode() -> None:
+        for text in corpus.texts * epochs:
+            processor.encode(text)
+
+    start = time.perf_counter()
+    if processes == 1:
+        encode()
+    else:
+        children = [multiprocessing.get_context("fork").Process(target=encode) for _ in range(processes)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+    return processes * epochs * corpus.num_tokens / (time.perf_counter() - start)
 
 
 RATE_HEADER = ("M tokens/s", "least", "most", "ratio")
@@ -230,99 +215,108 @@ def rate_rows(rates: Mapping[str, Sequence[float]], baseline: float) -> list[lis
 
 def tokens(corpus: Corpus, tokenizer: Tokenizer, rounds: int, count: int, streaming: str | None) -> list[str]:
     dtype = token_dtype(tokenizer.vocab_size)
-    flat, lengths = repeat(corpus, count, dtype)
-    samples = len(flat) // SEQUENCE
-    flat = flat[: samples * SEQUENCE]
-    whole = write_shard(corpus.folder / "whole", flat, fit(lengths, len(flat)))
-    sampled = write_shard(corpus.folder / "samples", flat, np.full(samples, SEQUENCE))
-    flat[SHORT_DOCUMENT - 1 :: SHORT_DOCUMENT] = flat[-1] = tokenizer.end_of_text_id
-    short = write_shard(corpus.folder / "short", flat, fit(np.full(samples * 3, SHORT_DOCUMENT), len(flat)))
-    steps = min(SHARD_TOKENS, len(flat)) // STEP_TOKENS
-    config = functools.partial(configuration, whole, tokenizer)
+    whole, short, sampled = make_shards(corpus, tokenizer, count, dtype)
+    samples = whole.stat().st_size // np.dtype(dtype).itemsize // SEQUENCE
+    steps = min(SHARD_TOKENS // STEP_TOKENS, samples // BATCH)
+    order = np.random.default_rng(0).permutation(samples)[: steps * BATCH].reshape(steps, BATCH)
     mean = corpus.num_tokens // len(corpus.texts)
+
+    def stream(path: Path) -> float:
+        return stream_rate(configuration(path, tokenizer), tokenizer, steps)
+
+    def read(workers: int) -> float:
+        return reader_rate(configuration(whole, tokenizer, workers=workers), tokenizer, steps)
+
     alternatives = {
-        "memory map": lambda: memory_map_rate(sampled, dtype, steps),
-        f"TokenStream, documents of {mean:,} tokens on average": lambda: stream_rate(
-            config(), tokenizer, steps
-        ),
-        f"TokenStream, documents of {SHORT_DOCUMENT:,} tokens": lambda: stream_rate(
-            configuration(short, tokenizer), tokenizer, steps
-        ),
-        "BatchReader, a thread": lambda: reader_rate(config(), tokenizer, steps),
-        "BatchReader, 1 worker": lambda: reader_rate(config(workers=1), tokenizer, steps),
+        "memory map": lambda: on_one_core(lambda: memory_map_rate(sampled, dtype, order)),
+        f"TokenStream, documents of {mean:,} tokens on average": lambda: on_one_core(lambda: stream(whole)),
+        f"TokenStream, documents of {SHORT_DOCUMENT:,} tokens": lambda: on_one_core(lambda: stream(short)),
+        "BatchReader, a thread": lambda: read(0),
+        "BatchReader, 1 worker": lambda: read(1),
     }
     missing = []
     try:
         dataset = indexed_dataset(sampled)
-        alternatives["megatron-core IndexedDataset"] = lambda: indexed_rate(dataset, samples, steps)
+        alternatives["megatron-core IndexedDataset"] = lambda: on_one_core(
+            lambda: sample_rate(dataset.__getitem__, order)
+        )
     except ImportError as error:
         missing.append(["megatron-core IndexedDataset", "not run", "", "", str(error)])
     if streaming:
         peer = [streaming, str(Path(__file__).with_name("data_streaming.py")), str(corpus.folder / "mds")]
         run_peer([*peer, "write", str(sampled), dtype])
-        alternatives["MosaicML Streaming"] = lambda: float(run_peer([*peer, "read", str(steps)]))
+        alternatives["MosaicML Streaming"] = lambda: on_one_core(
+            lambda: float(run_peer([*peer, "read", str(steps)]))
+        )
     else:
         missing.append(["MosaicML Streaming", "not run", "", "", "no --streaming-python"])
     rates = take_turns(alternatives, rounds)
     rows = rate_rows(rates, statistics.median(rates["memory map"]))
-    title = f"tokens: {len(flat) / 1e6:.0f} M, {np.dtype(dtype)}, shuffled, batches of {BATCH} x {SEQUENCE}"
-    return [machine.table([title, *RATE_HEADER], rows + missing)]
+    title = f"tokens: {samples * SEQUENCE / 1e6:.0f} M {np.dtype(dtype)}, shuffled, batches of {BATCH} x {SEQUENCE}"
+    return [
+        machine.table([title, *RATE_HEADER], rows + missing),
+        "one core each; BatchReader: and the trainer's",
+    ]
 
 
-def repeat(corpus: Corpus, count: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """The corpus' tokens again and again, `count` or more, and the documents' lengths."""
+def on_one_core(function: Callable[[], float]) -> float:
+    """Called on one of this process's cores: threads that share Python's lock hinder each other less there."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        return function()
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def make_shards(corpus: Corpus, tokenizer: Tokenizer, count: int, dtype: str) -> tuple[Path, Path, Path]:
+    """About `count` tokens as the corpus' documents, as documents of `SHORT_DOCUMENT` and as samples of `SEQUENCE`."""
     times = -(-count // corpus.num_tokens)
-    once = np.concatenate(corpus.tokens).astype(dtype)
-    return np.tile(once, times), np.tile([len(tokens) for tokens in corpus.tokens], times)
+    flat = np.tile(np.concatenate(corpus.tokens).astype(dtype), times)
+    flat = flat[: len(flat) // SEQUENCE * SEQUENCE]
+    ends = np.cumsum(np.tile([len(tokens) for tokens in corpus.tokens], times))
+    whole = write_shard(corpus.folder / "whole", flat, ends)
+    sampled = write_shard(corpus.folder / "samples", flat, np.arange(SEQUENCE, len(flat), SEQUENCE))
+    ends = np.arange(SHORT_DOCUMENT, len(flat), SHORT_DOCUMENT)
+    flat[ends - 1] = tokenizer.end_of_text_id
+    return whole, write_shard(corpus.folder / "short", flat, ends), sampled
 
 
-def fit(lengths: np.ndarray, total: int) -> np.ndarray:
-    """Lengths cut so that they make `total`."""
-    ends = np.minimum(np.cumsum(lengths), total)
-    return np.diff(ends[: np.searchsorted(ends, total) + 1], prepend=0)
-
-
-def write_shard(prefix: Path, flat: np.ndarray, lengths: np.ndarray) -> Path:
+def write_shard(prefix: Path, flat: np.ndarray, ends: np.ndarray) -> Path:
+    """Documents that end at `ends` as far as there are tokens, and at the last token."""
+    ends = np.append(ends[ends < len(flat)], len(flat))
     with TokenShardWriter(prefix, flat.dtype.str) as writer:
         writer.write(flat.tobytes())
-        writer.end_documents(lengths)
+        writer.end_documents(np.diff(ends, prepend=0))
         writer.finish()
     return prefix.with_name(f"{prefix.name}.bin")
 
 
-def memory_map_rate(path: Path, dtype: str, steps: int) -> float:
+def memory_map_rate(path: Path, dtype: str, order: np.ndarray) -> float:
     tokens = np.memmap(path, dtype, "r")
-    order = np.random.default_rng(0).permutation(len(tokens) // SEQUENCE) * SEQUENCE
-    batches = iter(order[: steps * BATCH].reshape(steps, BATCH).tolist())
+    return sample_rate(lambda sample: tokens[sample * SEQUENCE : (sample + 1) * SEQUENCE], order)
+
+
+def sample_rate(read: Callable[[int], np.ndarray], order: np.ndarray) -> float:
+    """Of batches of samples by number, [batches, BATCH]."""
+    batches = iter(order.tolist())
 
     def next_batch() -> np.ndarray:
         batch = np.empty((BATCH, SEQUENCE), np.int64)
-        for row, begin in enumerate(next(batches)):
-            batch[row] = tokens[begin : begin + SEQUENCE]
+        for row, sample in enumerate(next(batches)):
+            batch[row] = read(sample)
         return batch
 
-    return rate(steps, next_batch)
+    return rate(len(order), next_batch)
 
 
 def indexed_dataset(path: Path) -> Sequence[np.ndarray]:
+    """megatron-core's, without what it prints."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         return IndexedDataset(str(path.with_suffix("")))
-
-
-def indexed_rate(dataset: Sequence[np.ndarray], samples: int, steps: int) -> float:
-    order = np.random.default_rng(0).permutation(samples)[: steps * BATCH]
-    batches = iter(order.reshape(steps, BATCH).tolist())
-
-    def next_batch() -> np.ndarray:
-        batch = np.empty((BATCH, SEQUENCE), np.int64)
-        for row, sample in enumerate(next(batches)):
-            batch[row] = dataset[sample]
-        return batch
-
-    return rate(steps, next_batch)
 
 
 def run_peer(command: Sequence[str]) -> str:
@@ -341,7 +335,7 @@ def memory(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
     whole = write_shard(
         corpus.folder / "resident",
         np.concatenate(corpus.tokens).astype(token_dtype(tokenizer.vocab_size)),
-        np.array([len(tokens) for tokens in corpus.tokens]),
+        np.cumsum([len(tokens) for tokens in corpus.tokens]),
     )
     rows = []
     for name, path in (("text", corpus.folder / "*.jsonl"), ("token shards", whole)):
@@ -412,16 +406,17 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/DATE-data.txt")
     options = parser.parse_args()
 
-    tokenizer = Tokenizer(options.tokenizer)
     parts = []
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = read_corpus(options.data, tokenizer, Path(folder))
-        if "text" in options.only:
-            parts += text(corpus, tokenizer, options.rounds)
-        if "tokens" in options.only:
-            parts += tokens(corpus, tokenizer, options.rounds, options.tokens, options.streaming_python)
-        if "memory" in options.only:
-            parts += memory(corpus, tokenizer)
+    if {"text", "tokens", "memory"} & {*options.only}:
+        tokenizer = Tokenizer(options.tokenizer)
+        with tempfile.TemporaryDirectory() as folder:
+            corpus = read_corpus(options.data, tokenizer, Path(folder))
+            if "text" in options.only:
+                parts += text(corpus, tokenizer, options.rounds)
+            if "tokens" in options.only:
+                parts += tokens(corpus, tokenizer, options.rounds, options.tokens, options.streaming_python)
+            if "memory" in options.only:
+                parts += memory(corpus, tokenizer)
     if options.run and "wait" in options.only:
         parts += wait(options.run)
     machine.report("data", parts, save=options.save)

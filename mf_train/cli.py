@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _speak(str(error))
         status = MISTAKE
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = FAILURE
     except (TrainingError, OSError) as error:
         _speak(str(error))
         status = FAILURE

@@ -51,7 +51,7 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, extras: Extras | No
     Rank 0 gives `extras`.
 
     The files are written beside, synced, and the folder renamed at the end: it is complete or absent.
-    Raises TrainingError on one rank if any could not write, and PeerError on the others.
+    Raises TrainingError on rank 0 if any could not write, and PeerError on the others.
     """
     try:
         return _save(engine, folder, step, extras, keep)

@@ -18,7 +18,8 @@ from mf_train.errors import UserError
 _SHOWN_CHARACTERS = 200
 _SHOWN_DOCUMENTS = 2
 _SHOWN_ROWS = 8
-_SAMPLE_TOKENS = 250_000  # that say how many bytes a token has
+_SAMPLE_DOCUMENTS = 256  # that say how many bytes a token has
+_SAMPLE_TOKENS = 8192  # of each at least, where it has so many
 _SLOW_SECONDS = 2.0
 
 
@@ -69,28 +70,40 @@ def _describe(
 
 
 def _sizes(source: Source, tokenizer: Tokenizer) -> list[str]:
-    """Bytes and tokens, where one is not known estimated from the first documents' bytes a token."""
-    tokens, size = _sample(source, tokenizer)
+    """Bytes and tokens, those that nobody counted estimated from the bytes a token of a sample."""
+    tokens, size, documents = _sample(source, tokenizer)
     if not size:  # nothing is known of the text
-        return [f"{source.num_tokens:,} tokens"]
-    ratio = size / max(1, tokens)
-    known = f"{ratio:.2f} bytes a token ({tokens / max(1, size):.3f} tokens a byte, in the first {tokens:,} tokens)"
-    if source.num_tokens is not None:
-        return [f"{source.num_tokens:,} tokens", f"about {source.num_tokens * ratio:,.0f} bytes", known]
-    assert source.num_bytes is not None
-    return [f"{source.num_bytes:,} bytes", f"about {source.num_bytes / max(ratio, 1e-9):,.0f} tokens", known]
+        return [f"{source.num_tokens:,} tokens" if source.num_tokens is not None else "token ids only"]
+    ratio = size / tokens
+    num_bytes, num_tokens = source.num_bytes, source.num_tokens
+    if num_bytes is not None:
+        shown = [f"{num_bytes:,} bytes"]
+        shown.append(
+            f"{num_tokens:,} tokens" if num_tokens is not None else f"about {num_bytes / ratio:,.0f} tokens"
+        )
+    else:
+        shown = [f"{num_tokens:,} tokens"] if num_tokens is not None else []
+    return [*shown, f"{ratio:.2f} bytes a token, {1 / ratio:.3f} tokens a byte (of {documents} documents)"]
 
 
-def _sample(source: Source, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Tokens of the first documents, ends of text not counted, and the bytes of text that they are."""
-    tokens = size = document = start = 0
-    while tokens < _SAMPLE_TOKENS and document < source.num_documents:
-        chunk = source.read([document], start, _SAMPLE_TOKENS)
-        tokens += int((chunk.tokens != tokenizer.end_of_text_id).sum())
-        size += int(tokenizer.token_bytes[chunk.tokens].sum(dtype=np.int64))
-        passed, start = chunk.end
-        document += passed
-    return tokens, size
+def _sample(source: Source, tokenizer: Tokenizer) -> tuple[int, int, int]:
+    """Tokens at the beginning of documents evenly spread, ends of text not counted; their bytes; how many documents."""
+    count = min(source.num_documents, _SAMPLE_DOCUMENTS)
+    tokens = size = 0
+    for sample in range(count):
+        start = 0
+        read = 0
+        while read < _SAMPLE_TOKENS:
+            chunk = source.read(
+                [sample * (source.num_documents - 1) // max(1, count - 1)], start, _SAMPLE_TOKENS
+            )
+            read += len(chunk.tokens)
+            tokens += int((chunk.tokens != tokenizer.end_of_text_id).sum())
+            size += int(tokenizer.token_bytes[chunk.tokens].sum(dtype=np.int64))
+            passed, start = chunk.end
+            if passed:
+                break
+    return tokens, size, count
 
 
 def _describe_batch(stream: TokenStream, tokenizer: Tokenizer, step: int) -> Iterator[str]:

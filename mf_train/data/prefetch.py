@@ -147,9 +147,8 @@ class _Thread:
                 batch = _empty_batch(self._stream)
                 self._making = changes = []
                 for tokens in batch:
-                    row = self._stream.next_row()
-                    tokens[:] = row.tokens
-                    changes.append((row.stream, row.source, row.position))
+                    number, source = self._stream.fill(tokens)
+                    changes.append((number, source, self._stream.position(number, source)))
                 self._put((batch, changes))
         except BaseException as error:  # handed to the consumer, whatever it is
             self._put(error)

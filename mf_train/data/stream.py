@@ -95,6 +95,23 @@ class TokenStream:
 
     def next_row(self) -> Row:
         """This object's next row, in the order of samples."""
+        tokens = np.empty(self.sequence_length + 1, np.int32)
+        number, source = self.fill(tokens)
+        return Row(number, source, self.position(number, source), tokens)
+
+    def next_batch(self) -> Tokens:
+        """This rank's rows of the next global batch, int32 [G / R, S + 1], in the order of `row_numbers`.
+
+        Only of an object that has all of a rank's streams.
+        """
+        rows = np.empty((len(self.row_numbers), self.sequence_length + 1), np.int32)
+        for row in rows:
+            self.fill(row)
+        self.step, self._row = self.step + 1, 0
+        return rows
+
+    def fill(self, tokens: Tokens) -> tuple[int, int]:
+        """Write the next row [S + 1] to `tokens`; gives its stream and source, whose `position` it changed."""
         while True:
             if self._row == len(self.row_numbers):
                 self.step, self._row = self.step + 1, 0
@@ -103,17 +120,11 @@ class TokenStream:
             number = sample % self._data.logical_streams
             stream = self._streams.get(number)
             if stream is not None:
-                tokens = np.empty(self.sequence_length + 1, np.int32)
-                return Row(number, *stream.next_row(tokens), tokens)
+                return number, stream.fill(tokens)
 
-    def next_batch(self) -> Tokens:
-        """This rank's rows of the next global batch, int32 [G / R, S + 1], in the order of `row_numbers`.
-
-        Only of an object that has all of a rank's streams.
-        """
-        rows = np.stack([self.next_row().tokens for _ in self.row_numbers])
-        self.step, self._row = self.step + 1, 0
-        return rows
+    def position(self, stream: int, source: int) -> Position:
+        """Where a stream of this object is in a source."""
+        return self._streams[stream].position(source)
 
     def identity(self) -> State:
         """What the batches depend on, beside the step: a state is only good for an equal one."""
@@ -214,15 +225,14 @@ class _LogicalStream:
         self._start = mixture.starting_counts(number)
         self._counts = list(self._start)  # of the mixture's elements that came before the next
 
-    def next_row(self, out: Tokens) -> tuple[int, Position]:
+    def fill(self, out: Tokens) -> int:
         source = self._mixture.next_source(self._counts)
         self._counts[source] += 1
-        cursor = self._cursors[source]
-        cursor.fill(out)
-        return source, self._position(source)
+        self._cursors[source].fill(out)
+        return source
 
     def positions(self) -> list[Position]:
-        return [self._position(source) for source in range(len(self._cursors))]
+        return [self.position(source) for source in range(len(self._cursors))]
 
     def load(self, positions: list[Position]) -> None:
         rows = [position.rows for position in positions]
@@ -230,7 +240,7 @@ class _LogicalStream:
         for cursor, position in zip(self._cursors, positions, strict=True):
             cursor.load(position)
 
-    def _position(self, source: int) -> Position:
+    def position(self, source: int) -> Position:
         return self._cursors[source].position(self._counts[source] - self._start[source])
 
 

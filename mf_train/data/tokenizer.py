@@ -95,7 +95,8 @@ class Tokenizer:
         return sizes
 
     def _encode(self, text: str) -> npt.NDArray[np.int32]:
-        return np.array(self._processor.encode(text), np.int32)
+        ids: npt.NDArray[np.int32] = self._processor.encode(text, return_type="numpy")
+        return ids
 
     def _find_end_of_text(self) -> int:
         end: int = self._processor.eos_id()

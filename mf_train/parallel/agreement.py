@@ -1,5 +1,6 @@
-"""Failing together: what goes wrong on one rank ends all of them, and one rank says why."""
+"""Failing together: what goes wrong on one rank ends all of them, and rank 0 says why."""
 
+import socket
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,13 +12,14 @@ from mf_train.errors import PeerError, UserError
 
 T = TypeVar("T")
 _SIGN_OF_LIFE_SECONDS = 2.0
+_USER_ERROR = 2  # exit status
 
 
 def together(action: Callable[[], T], device: torch.device) -> T:
     """Run an action without collectives on every rank, and wait for all.
 
-    Where any rank raises UserError or OSError, the lowest such rank raises its error and every other rank raises
-    PeerError with the same exit status. Collective over all ranks.
+    Where any rank raises UserError or OSError, rank 0 raises the error of the lowest such rank, with its number and
+    host, and every other rank raises PeerError with the same exit status. Collective over all ranks.
     """
     result: T | None = None
     failure: UserError | OSError | None = None
@@ -25,7 +27,7 @@ def together(action: Callable[[], T], device: torch.device) -> T:
         result = action()
     except (UserError, OSError) as error:
         failure = error
-    status = 0 if failure is None else 2 if isinstance(failure, UserError) else 1
+    status = 0 if failure is None else _USER_ERROR if isinstance(failure, UserError) else 1
     agree(status, failure, device)
     return result  # type: ignore[return-value]
 
@@ -71,9 +73,15 @@ def agree(status: int, failure: Exception | None, device: torch.device) -> None:
     rank = dist.get_rank()
     lowest = torch.tensor([rank * 4 + status if status else none], dtype=torch.int32, device=device)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-    first = int(lowest.item())
-    if first == none:
+    if int(lowest) == none:
         return
-    if first // 4 == rank and failure is not None:
+    first, status = divmod(int(lowest), 4)
+    if first == rank == 0 and failure is not None:
         raise failure
-    raise PeerError(first % 4)
+    # rank 0 says it: launchers end the other ranks as soon as one has ended
+    message = [f"{failure} (rank {first} on {socket.gethostname()})"]
+    if first != 0:
+        dist.broadcast_object_list(message, first, device=device)
+    if rank != 0:
+        raise PeerError(status)
+    raise UserError(message[0]) if status == _USER_ERROR else OSError(message[0])

@@ -48,7 +48,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 def train(config: Config, process: Process) -> int:
     """Train on this process and its peers until `training.steps` or a stop signal; returns the exit status.
 
-    Raises UserError, TrainingError or OSError on the rank that reports a failure and PeerError on the others.
+    Raises UserError, TrainingError or OSError on rank 0 for the first rank that failed, and PeerError on the others.
     """
     stop = StopRequest().install()
     check_degrees(config, process.world_size)

@@ -37,7 +37,7 @@ TEXT_DOCUMENTS, TEXT_BYTES = 2**14, 4096  # in a file, of each
 # Prints seconds and bytes read from opening the stream to the first batch, and the batch.
 RESUME = """
 import json, sys, time
-import mf_train.data.hub, mf_train.data.text_store, mf_train.data.token_files
+import mf_train.data.text_store, mf_train.data.token_files
 from mf_train.config import DataConfig, SourceConfig
 from mf_train.data.stream import TokenStream
 from mf_train.data.tokenizer import Tokenizer

@@ -105,7 +105,7 @@ def test_inspect(sources: tuple[list[SourceConfig], list[str]], tokenizer: Token
     assert f"train[0] {first.path}: 1 files, {len(documents)} documents" in lines[1]
     assert "(50.0% of the rows)" in lines[1]
     tokens, size = sum(len(tokenizer.encode(text)) for text in documents), len("".join(documents).encode())
-    assert f"{size:,} bytes, about {tokens:,} tokens, {size / tokens:.2f} bytes a token" in lines[1]
+    assert f"{size:,} bytes, about {tokens:,} tokens, {size / tokens:.2f} bytes a token, " in lines[1]
     assert f"document 0: {documents[0][:30]!r}"[:-1] in lines[2]
     assert f"validation[0] {second.path}" in shown
     assert f"batch of step 3: 4 rows of 33 tokens (32 predicted), digest {batch_digest(batches[2])}" in shown

@@ -154,3 +154,25 @@ def test_a_kill_leaves_nothing(victim: str, tmp_path: Path) -> None:
     finally:
         run.kill()
         run.communicate()
+
+
+def test_a_shard_that_is_cut_while_it_is_read_ends_all_ranks(tmp_path: Path) -> None:
+    """One rank meets the end first; all end together, and one line names the file."""
+    text = write_text(tmp_path / "text.jsonl", documents=400)
+    shard = Path(write_shard(tmp_path / "shard", text) + ".bin")
+    tree = small_config(tmp_path / "run", text)
+    tree["data"] = {"train": [{"path": str(shard)}], "logical_streams": 8}
+    tree["training"]["steps"] = 100_000
+    run = start(tree)
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        os.truncate(shard, 1000)
+        _, errors = run.communicate(timeout=60)
+        assert run.returncode == 1  # torchrun's, of processes that ended with 2
+        said = [line for line in errors.splitlines() if line.startswith("memoryformer: ")]
+        assert len(said) == 1, errors
+        assert f"{shard} ended early" in said[0] and "it was 1000 bytes" in said[0]
+    finally:
+        run.kill()
+        run.communicate()

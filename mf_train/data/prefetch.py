@@ -19,10 +19,10 @@ _MOMENT = 1.0  # seconds that a thread gets to end
 class BatchReader:
     """Makes a stream's next batches in `data.workers` processes, at most one a logical stream; with 0, in a thread.
 
-    `depth` batches are held ready, and what fits into the workers' pipes, 1 MiB each. `positions()` and `documents()`
-    are those after the batches given out, so that a checkpoint holds what was trained on and not what was read
-    ahead. The stream, which was opened by this configuration, tells where to begin; it must not be used elsewhere
-    until `close()`.
+    `depth` batches are held ready, and what fits into the workers' pipes: about four times as much, at most 1 MiB each.
+    `positions()` and `documents()` are those after the batches given out, so that a checkpoint holds what was trained
+    on and not what was read ahead. The stream, which was opened by this configuration, tells where to begin; it must
+    not be used elsewhere until `close()`.
     """
 
     def __init__(self, stream: TokenStream, config: Config, depth: int = 2) -> None:

@@ -36,7 +36,8 @@ _ROW, _USER_ERROR, _OS_ERROR, _OTHER_ERROR = range(4)
 
 # The trainer saves and ends in its own time when a launcher sends one of these to all processes at once.
 _LEFT_TO_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-_PIPE_BYTES = 2**20  # the most that Linux gives without privileges
+_LEAST_PIPE_BYTES, _MOST_PIPE_BYTES = 2**16, 2**20  # Linux' default, and the most it gives without privileges
+_PIPED = 4  # times the rows that a worker holds ready may wait in the pipe as well
 _STANDARD_ERROR = 2  # where the process's standard output goes, too
 _MOMENT = 1.0  # seconds that a process gets to end by itself
 
@@ -68,7 +69,9 @@ class Worker:
         self.name = f"data worker {job.worker} of data-parallel rank {job.data_rank}"
         self._rows, theirs = os.pipe()
         with suppress(PermissionError, AttributeError):  # a user's pipes have a limit; Linux only
-            fcntl.fcntl(self._rows, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            wanted = _PIPED * job.rows_ahead * (_HEADER.size + 4 * (job.config.model.sequence_length + 1))
+            size = min(max(wanted, _LEAST_PIPE_BYTES), _MOST_PIPE_BYTES)
+            fcntl.fcntl(self._rows, fcntl.F_SETPIPE_SZ, size)
         os.set_blocking(self._rows, False)
         self._poll = select.poll()
         self._poll.register(self._rows, select.POLLIN)

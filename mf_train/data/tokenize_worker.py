@@ -1,29 +1,30 @@
 """A process that prepares text and tokenises ranges of it, and the command's end of the pipes to it.
 
-Tasks go in by standard input, pickled; frames come back by standard output: a kind and a size, then that many
-bytes. The pipes are all that the two share: nothing stays behind when either is killed, and each notices at once.
+Frames come back: a kind and a size, then that many bytes.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pickle
-import select
 import signal
 import struct
-import subprocess
 import sys
-import threading
-import traceback
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from mf_train.config import OnError, SourceConfig
+from mf_train.data.child import (
+    MOST_PIPE_BYTES,
+    OTHER_ERROR,
+    Child,
+    describe_error,
+    end_with_the_parent,
+    error_of,
+)
 from mf_train.data.documents import Documents, TextSource
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import TrainingError, UserError
@@ -32,18 +33,9 @@ if TYPE_CHECKING:
     from mf_train.data.files import InputFile
     from mf_train.data.text_store import Part
 
-TOKENS, RESULT, _USER_ERROR, _OS_ERROR, _OTHER_ERROR = range(5)
+TOKENS, RESULT = 4, 5  # kinds of frames, beside those of errors
 _HEADER = struct.Struct("<BQ")
 _FRAME_BYTES = 1 << 18
-_PIPE_BYTES = 1 << 20  # the most that Linux gives without privileges
-
-# -P keeps the working folder off the path until the command's own path is there.
-_COMMAND = """\
-import pickle, sys
-sys.path[:] = pickle.load(sys.stdin.buffer)
-from mf_train.data.tokenize_worker import main
-main()
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,34 +72,19 @@ class TokenizeWorker:
 
     def __init__(self, tokenizer_path: str) -> None:
         self.task: Prepare | Encode | None = None
-        # An interrupt at the terminal reaches all processes; the command alone decides, and they end with it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _COMMAND],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        with suppress(PermissionError, AttributeError):  # many pipes of this user, or not Linux
-            fcntl.fcntl(self._stdout.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        self._send([os.path.abspath(entry) for entry in sys.path])
-        self._send(tokenizer_path)
+        self._child = Child(__name__, MOST_PIPE_BYTES)
+        self.process = self._child.process
+        self._child.send(tokenizer_path)
 
     def fileno(self) -> int:
         """Readable when a frame comes."""
-        return self._stdout.fileno()
+        return self._child.output
 
     def start(self, task: Prepare | Encode) -> None:
         """Give a task to a process that has none."""
         assert self.task is None
         self.task = task
-        self._send(task)
+        self._child.send(task)
 
     def read(self) -> tuple[int, bytes]:
         """The next frame of the task: TOKENS or, when it is done, RESULT.
@@ -121,64 +98,51 @@ class TokenizeWorker:
         if kind == RESULT:
             self.task = None
             return kind, content
-        raise {_USER_ERROR: UserError, _OS_ERROR: OSError}.get(kind, TrainingError)(content.decode("utf-8"))
+        text = content.decode("utf-8")
+        if kind == OTHER_ERROR:
+            raise TrainingError(f"a process failed while it {self.task}:\n{text}")
+        raise error_of(kind, text)
 
     def close(self) -> None:
         """End the process, whatever it does."""
-        self._process.kill()
-        self._stdin.close()
-        self._stdout.close()
-        self._process.wait()
-
-    def _send(self, message: Any) -> None:
-        content = memoryview(pickle.dumps(message))
-        with suppress(BrokenPipeError):  # it died: `read` says so
-            while content:
-                content = content[self._stdin.write(content) :]
+        self._child.close(patience=0.0)
 
     def _read_exactly(self, size: int) -> bytes:
         content = bytearray()
         while len(content) < size:
-            piece = self._stdout.read(size - len(content))
+            piece = os.read(self._child.output, size - len(content))
             if not piece:
                 raise self._death()
             content += piece
         return bytes(content)
 
     def _death(self) -> TrainingError:
-        status = self._process.wait()
+        status = self.process.wait()
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
         hint = ", as the system does when memory runs out" if status == -signal.SIGKILL else ""
         return TrainingError(
-            f"process {self._process.pid} {how}{hint} while it {self.task}: finished shards are kept; "
+            f"process {self.process.pid} {how}{hint} while it {self.task}: finished shards are kept; "
             "run the command again to go on"
         )
 
 
-def main() -> None:
-    """The process: tasks until the pipe closes."""
+def main(frames: int) -> None:
+    """The process: tasks until standard input closes, their frames into the pipe `frames`."""
     tasks = sys.stdin.buffer
-    output = os.fdopen(os.dup(1), "wb", _FRAME_BYTES)
-    os.dup2(2, 1)  # what libraries print is no frame
-    threading.Thread(target=_end_with_the_command, daemon=True).start()
-    worker = _Worker(output, pickle.load(tasks))
-    while True:
-        try:
-            task = pickle.load(tasks)
-        except EOFError:
-            return
-        worker.run(task)
-
-
-def _end_with_the_command() -> None:
-    poll = select.poll()
-    poll.register(0, 0)  # nothing but that the other end is closed
-    poll.poll()
-    os._exit(1)
+    tokenizer_path: str = pickle.load(tasks)
+    end_with_the_parent()
+    with open(frames, "wb", _FRAME_BYTES) as output:
+        worker = _Worker(output, tokenizer_path)
+        while True:
+            try:
+                task = pickle.load(tasks)
+            except EOFError:
+                return
+            worker.run(task)
 
 
 class _Worker:
-    def __init__(self, output: Any, tokenizer_path: str) -> None:
+    def __init__(self, output: BinaryIO, tokenizer_path: str) -> None:
         self._output = output
         self._tokenizer_path = tokenizer_path
         self._tokenizer: Tokenizer | None = None
@@ -187,12 +151,9 @@ class _Worker:
     def run(self, task: Prepare | Encode) -> None:
         try:
             result = _prepare(task) if isinstance(task, Prepare) else self._encode(task)
-        except UserError as error:
-            self._send(_USER_ERROR, str(error).encode("utf-8"))
-        except OSError as error:
-            self._send(_OS_ERROR, str(error).encode("utf-8"))
-        except Exception:
-            self._send(_OTHER_ERROR, f"a process failed while it {task}:\n{traceback.format_exc()}".encode())
+        except Exception as error:
+            kind, text = describe_error(error)
+            self._send(kind, text.encode("utf-8"))
         else:
             self._send(RESULT, result)
 

@@ -7,47 +7,28 @@ clean up: when the trainer goes, however it goes, standard input closes and the 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pickle
 import select
 import signal
 import struct
-import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections import deque
-from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple
 
 from mf_train.config import Config
+from mf_train.data.child import OTHER_ERROR, Child, describe_error, end_with_the_parent, error_of
 from mf_train.data.stream import Position, State, TokenStream
 from mf_train.data.tokenizer import open_tokenizer
-from mf_train.errors import UserError
 
 Change = tuple[int, int, Position]  # of a stream in a source: what a row does to the state
 
 _HEADER = struct.Struct("=9q")
-# Kinds of messages. The text of an error takes the place of the tokens; its length that of the stream.
-_ROW, _USER_ERROR, _OS_ERROR, _OTHER_ERROR = range(4)
-
-# The trainer saves and ends in its own time when a launcher sends one of these to all processes at once.
-_LEFT_TO_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-_LEAST_PIPE_BYTES, _MOST_PIPE_BYTES = 2**16, 2**20  # Linux' default, and the most it gives without privileges
+_ROW = 0  # kind of message. The text of an error takes the place of the tokens; its length that of the stream
 _PIPED = 4  # times the rows that a worker holds ready may wait in the pipe as well
-_STANDARD_ERROR = 2  # where the process's standard output goes, too
 _MOMENT = 1.0  # seconds that a process gets to end by itself
-
-# The trainer's own module path, whatever it was started by; -P keeps the working folder out until then.
-_COMMAND = """\
-import pickle, sys
-sys.path[:] = pickle.load(sys.stdin.buffer)
-from mf_train.data.worker import main
-main(int(sys.argv[1]))
-"""
 
 
 class Job(NamedTuple):
@@ -67,32 +48,15 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self.name = f"data worker {job.worker} of data-parallel rank {job.data_rank}"
-        self._rows, theirs = os.pipe()
-        with suppress(PermissionError, AttributeError):  # a user's pipes have a limit; Linux only
-            wanted = _PIPED * job.rows_ahead * (_HEADER.size + 4 * (job.config.model.sequence_length + 1))
-            size = min(max(wanted, _LEAST_PIPE_BYTES), _MOST_PIPE_BYTES)
-            fcntl.fcntl(self._rows, fcntl.F_SETPIPE_SZ, size)
+        row_bytes = _HEADER.size + 4 * (job.config.model.sequence_length + 1)
+        self._child = Child(__name__, _PIPED * job.rows_ahead * row_bytes)
+        self.process = self._child.process
+        self._rows = self._child.output
         os.set_blocking(self._rows, False)
         self._poll = select.poll()
         self._poll.register(self._rows, select.POLLIN)
         self._header = memoryview(bytearray(_HEADER.size))
-        # A blocked signal stays blocked in the process that is started: there is no moment when it could end it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_TRAINER)
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _COMMAND, str(theirs)],
-                pass_fds=[theirs],
-                stdin=subprocess.PIPE,
-                stdout=_STANDARD_ERROR,
-                bufsize=0,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            os.close(theirs)
-        assert self.process.stdin is not None
-        self._stdin = self.process.stdin
-        self._send(job)
+        self._child.send(job)
 
     def read(self, row: memoryview, deadline: float) -> Change:
         """Fills `row` (bytes) with the tokens of the worker's next row.
@@ -114,22 +78,11 @@ class Worker:
 
     def hang_up(self) -> None:
         """Tell the process to end."""
-        self._stdin.close()
+        self._child.hang_up()
 
     def close(self) -> None:
         """End the process: one that does not notice within a moment is killed."""
-        self.hang_up()
-        self._end()
-        if self._rows >= 0:
-            os.close(self._rows)
-            self._rows = -1
-
-    def _send(self, job: Job) -> None:
-        path = [os.path.abspath(entry) for entry in sys.path]
-        settings = memoryview(pickle.dumps(path) + pickle.dumps(job))
-        with suppress(BrokenPipeError):  # it died: `read` says so
-            while settings:
-                settings = settings[self._stdin.write(settings) :]
+        self._child.close(_MOMENT)
 
     def _fill(self, buffers: list[memoryview], deadline: float) -> None:
         """Fills all buffers, waiting for what is not there yet."""
@@ -152,14 +105,10 @@ class Worker:
         rest = bytearray(max(0, length - len(row)))
         self._fill([memoryview(rest)], deadline)
         text = (bytes(row) + rest)[:length].decode("utf-8")
-        if kind == _USER_ERROR:
-            return UserError(text)
-        if kind == _OS_ERROR:
-            return OSError(text)
-        return RuntimeError(f"{self.name} failed:\n{text}")
+        return error_of(kind, f"{self.name} failed:\n{text}" if kind == OTHER_ERROR else text)
 
     def _death(self) -> OSError:
-        status = self._end()
+        status = self._child.end(_MOMENT)
         if status == -signal.SIGKILL:
             return OSError(
                 f"{self.name} was killed (exit status {status}), as the kernel does when memory runs out: give the "
@@ -167,30 +116,18 @@ class Worker:
             )
         return OSError(f"{self.name} ended with exit status {status}: standard error may say why")
 
-    def _end(self) -> int | None:
-        for _ in range(2):
-            try:
-                return self.process.wait(_MOMENT)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-        return None  # in a read that cannot be interrupted: it ends when the kernel comes back from it
-
 
 def main(rows: int) -> None:
     """The worker process: rows into the pipe `rows` without end, until the trainer closes one or reading fails."""
     job: Job = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+    end_with_the_parent()
     messages = _Messages(rows, job.rows_ahead)
     try:
         stream = _open_stream(job)
         stream.load_state_dict(job.state)  # refuses sources that changed since the trainer opened them
         give_rows(stream, messages)
-    except UserError as error:
-        kind, text = _USER_ERROR, str(error)
-    except OSError as error:
-        kind, text = _OS_ERROR, str(error) or type(error).__name__
-    except BaseException:
-        kind, text = _OTHER_ERROR, traceback.format_exc()
+    except BaseException as error:
+        kind, text = describe_error(error)
     utf8 = text.encode("utf-8", "replace")
     header = _HEADER.pack(kind, len(utf8), *[0] * 7)
     messages.put(header, utf8.ljust(4 * (job.config.model.sequence_length + 1)))
@@ -255,10 +192,3 @@ class _Messages:
                     self._waiting.appendleft(part[sent:])
                     break
                 sent -= len(part)
-
-
-def _end_with_the_trainer() -> None:
-    """Ends this process when standard input closes, whatever it is busy with."""
-    while os.read(0, 1):
-        pass
-    os._exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import yaml
 
 from mf_train.config.loading import config_to_tree, load_config, parse_config
+from mf_train.data.tokenizer import open_tokenizer
 from mf_train.model import MemoryFormer
 from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import check_degrees
@@ -32,6 +34,22 @@ def test_each_file_loads_comes_back_and_builds(path: Path) -> None:
     with torch.device("meta"):
         model = MemoryFormer(config.model)
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config.model).total
+
+
+def test_readme_commands_are_accepted() -> None:
+    """Their overrides load, and those for another tokenizer's shards leave no text that would need one."""
+    text = (FOLDER.parent / "README.md").read_text().replace("\\\n", " ")
+    commands = [
+        shlex.split(line) for line in text.splitlines() if line.startswith("    memoryformer train configs/")
+    ]
+    assert len(commands) >= 2
+    for _, _, path, *overrides in commands:
+        config = load_config(FOLDER.parent / path, overrides)
+        assert (config.tokenizer.end_of_text_id is None) == bool(config.tokenizer.path)
+        if config.tokenizer.end_of_text_id is not None:
+            sources = [*config.data.train, *config.data.validation]
+            assert not any(source.hub or "." in str(source.path) for source in sources)  # prefixes of shards
+            assert open_tokenizer(config.tokenizer, config.model.vocab_size).end_of_text_id == 0
 
 
 def test_all_the_named_files_are_there() -> None:

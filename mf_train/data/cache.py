@@ -15,6 +15,7 @@ from typing import BinaryIO, TypeVar
 from mf_train.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds between looks at what other processes hold
 
 T = TypeVar("T")
@@ -33,9 +34,13 @@ def naming_cache(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = "it is full" if error.errno in _FULL else error.strerror or str(error)
+        reason, wanted = error.strerror or str(error), "with enough free space"
+        if error.errno in _FULL:
+            reason = "it is full"
+        elif error.errno in _NO_LOCKS:
+            reason, wanted = f"flock: {reason}", "on a disk of the node, or on a file system that has flock"
         raise UserError(
-            f"the cache {folder} cannot be used ({reason}): set data.cache to a folder with enough free space"
+            f"the cache {folder} cannot be used ({reason}): set data.cache to a folder {wanted}"
         ) from error
 
 
@@ -46,7 +51,8 @@ def try_lock(path: Path) -> Iterator[bool]:
 
     with naming_cache(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, thread_local=False)
+        # a soft lock, where there is no flock, would stay for ever when its process is killed
+        lock = FileLock(path, thread_local=False, fallback_to_soft=False)
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -79,6 +85,11 @@ def share_work(count: int, attempt: Callable[[int], T | None]) -> list[T]:
         if waiting:
             time.sleep(pause)
     return [results[number] for number in range(count)]
+
+
+def temporary_name(final: Path) -> Path:
+    """The name under which `final` is written. Each node has its own: some file systems lock within a node only."""
+    return final.with_name(f"{final.name}.{socket.gethostname()}.tmp")
 
 
 def publish(file: BinaryIO, temporary: Path, final: Path) -> None:

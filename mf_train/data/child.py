@@ -17,7 +17,7 @@ import traceback
 from contextlib import suppress
 from typing import Any
 
-from mf_train.errors import UserError
+from mf_train.errors import TrainingError, UserError
 
 USER_ERROR, OS_ERROR, OTHER_ERROR = 1, 2, 3  # kinds of messages that carry a text
 
@@ -111,5 +111,5 @@ def describe_error(error: BaseException) -> tuple[int, str]:
 
 
 def error_of(kind: int, text: str) -> Exception:
-    """What the parent raises for such a message: UserError, OSError, or RuntimeError with a traceback as its text."""
-    return {USER_ERROR: UserError, OS_ERROR: OSError}.get(kind, RuntimeError)(text)
+    """What the parent raises for such a message: UserError, OSError, or TrainingError with a traceback as its text."""
+    return {USER_ERROR: UserError, OS_ERROR: OSError}.get(kind, TrainingError)(text)

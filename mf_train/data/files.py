@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
@@ -32,6 +34,10 @@ REMOTE_BLOCK_BYTES = 4 << 20
 T = TypeVar("T")
 
 
+class UnreadableFileError(UserError):
+    """A file that cannot be read as it is now, whatever it holds: no damage of its content."""
+
+
 @dataclass(frozen=True, slots=True)
 class InputFile:
     """A file as it was found: its path or URL, size in bytes (-1: the server does not say) and what changes with it."""
@@ -52,7 +58,7 @@ class InputFile:
     def open(self) -> BinaryIO:
         """The file's bytes, buffered and seekable where the server can. Transient errors are retried.
 
-        Raises OSError naming the file, and UserError when it ends before its size.
+        Raises OSError naming the file, and UnreadableFileError when it ends before its size.
         """
         return io.BufferedReader(_ReopeningFile(self), _BUFFER_BYTES)
 
@@ -94,7 +100,8 @@ def find_files(path: str, key: str) -> list[InputFile]:
     URL of one of these that a driver of fsspec reads (s3://, gs://, https://, hf:// ...).
 
     Token shards are given by their .bin; `path` may be Megatron's prefix of one, without .bin and .idx.
-    Raises UserError when there is none, a named file's format is not known, or text and shards are mixed.
+    Raises UserError when there is none, a named file's format is not known, or text and shards are mixed, and
+    OSError when the machine or the server fails, after retries.
     """
     if not _is_url(path):
         found = _find_local(path, key)
@@ -188,12 +195,7 @@ def _is_url(path: str) -> bool:
 
 def _find_remote(url: str, key: str) -> list[InputFile]:
     system, path = _file_system(url, f"{key}: ")
-    try:
-        listing = with_retries(lambda: _unmasked(lambda: _list_remote(system, path, url)), url)
-    except FileNotFoundError:
-        listing = None
-    except Exception as error:  # a driver's own type: credentials, a name that does not resolve
-        raise UserError(f"{key}: {url} cannot be listed: {_reason(error)}") from error
+    listing = _asked(lambda: _list_remote(system, path, url), url, f"{key}: ")
     if not listing:
         raise UserError(f"{key}: no file matches {url}: check the URL and that its credentials may read it")
     infos = {system.unstrip_protocol(name): info for name, info in listing.items()}
@@ -207,35 +209,87 @@ def _find_remote(url: str, key: str) -> list[InputFile]:
     files = []
     for name in names:
         if name not in infos or infos[name].get("size") is None:  # the .bin of a named .idx; an HTML listing
-            infos[name] = _info_or_none(system, name)
+            infos[name] = _info_or_none(system, name, f"{key}: ")
         if infos[name] is None:
             raise UserError(f"{key}: {name} does not exist: put it back or name other files")
         files.append(InputFile(name, _size(infos[name]), _stamp(infos[name])))
     return files
 
 
-def _info_or_none(system: Any, url: str) -> Any:
+def _info_or_none(system: Any, url: str, where: str = "") -> Any:
+    return _asked(lambda: system.info(system._strip_protocol(url)), url, where)
+
+
+def _asked(action: Callable[[], T], url: str, where: str = "") -> T | None:
+    """What a server says of a URL; None: there is no such file. Raises UserError, and OSError after retries."""
     try:
-        return with_retries(lambda: _unmasked(lambda: system.info(system._strip_protocol(url))), url)
+        return with_retries(lambda: _as_os_error(action), url, WAITS)
     except FileNotFoundError:
         return None
+    except (PermissionError, ValueError) as error:
+        raise UserError(
+            f"{where}{url} cannot be listed ({_reason(error)}): check the URL and its credentials"
+        ) from error
 
 
 def _list_remote(system: Any, path: str, url: str) -> dict[str, Any]:
     """The files a URL means, with what the server says of them. Raises FileNotFoundError and what the driver does."""
     system.invalidate_cache()  # of listings made earlier
     if _has_magic(url):
-        listing = system.glob(path, detail=True)
+        with _nothing_omitted(system):
+            listing = system.glob(path, detail=True)
     elif url.endswith("/"):
-        listing = system.find(path, detail=True)
+        with _nothing_omitted(system):
+            listing = system.find(path, detail=True)
     else:
         try:
-            info = system.info(path)
+            info = _unmasked(lambda: system.info(path))
         except FileNotFoundError:
             info = system.info(f"{path}.bin")  # Megatron's prefix
-            return {f"{path}.bin": info} if system.exists(f"{path}.idx") else {}
-        listing = {path: info} if info["type"] == "file" else system.find(path, detail=True)
+            system.info(f"{path}.idx")  # exists() takes any error for a no
+            return {f"{path}.bin": info}
+        with _nothing_omitted(system):
+            listing = {path: info} if info["type"] == "file" else system.find(path, detail=True)
     return {name: info for name, info in listing.items() if info["type"] == "file"}
+
+
+class _ListingError(Exception):
+    """Carries an OSError through fsspec's walk."""
+
+
+@contextmanager
+def _nothing_omitted(system: Any) -> Iterator[None]:
+    """fsspec's walk takes a folder whose listing raises OSError for an empty one; here it is raised."""
+    ls, async_ls = system.ls, getattr(system, "_ls", None)  # drivers that are asynchronous walk by the second
+
+    def carried(error: OSError) -> Exception:
+        meant = _meant(error)
+        return meant if isinstance(meant, FileNotFoundError) else _ListingError(meant)
+
+    def strict_ls(*arguments: Any, **options: Any) -> Any:
+        try:
+            return ls(*arguments, **options)
+        except OSError as error:
+            raise carried(error) from error
+
+    async def strict_async_ls(*arguments: Any, **options: Any) -> Any:
+        assert async_ls is not None
+        try:
+            return await async_ls(*arguments, **options)
+        except OSError as error:
+            raise carried(error) from error
+
+    system.ls = strict_ls
+    if async_ls is not None:
+        system._ls = strict_async_ls
+    try:
+        yield
+    except _ListingError as error:
+        raise error.args[0] from error.__cause__
+    finally:
+        del system.ls
+        if async_ls is not None:
+            del system._ls
 
 
 def _has_magic(url: str) -> bool:
@@ -272,11 +326,31 @@ def _reason(error: BaseException) -> str:
     return first or type(error).__name__
 
 
-def file_beside(file: InputFile, name: str) -> InputFile | None:
-    """The file called `name` in the folder of a remote file; None when there is none. Raises OSError."""
-    url = f"{file.name.rpartition('/')[0]}/{name}"
+def file_at(url: str) -> InputFile | None:
+    """The remote file; None when there is none. Raises UserError (no permission), and OSError after retries."""
     info = _info_or_none(_file_system(url)[0], url)
     return None if info is None else InputFile(url, _size(info), _stamp(info))
+
+
+def files_in(folder: str) -> dict[str, InputFile]:
+    """The files of a remote folder by URL, without asking for each; {} where the server does not list them.
+
+    Raises OSError after retries.
+    """
+    if folder.startswith(("http://", "https://")):  # at most a page of links
+        return {}
+    system, path = _file_system(folder)
+    system.invalidate_cache()
+    try:
+        infos = with_retries(lambda: _as_os_error(lambda: system.ls(path, detail=True)), folder, WAITS)
+    except (FileNotFoundError, PermissionError, ValueError):  # one may be allowed to read but not to list
+        return {}
+    files = {
+        system.unstrip_protocol(info["name"]): info
+        for info in infos
+        if info["type"] == "file" and info.get("size") is not None
+    }
+    return {url: InputFile(url, _size(info), _stamp(info)) for url, info in files.items()}
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -303,7 +377,9 @@ class _ReopeningFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if whence == os.SEEK_END and self._input.size < 0:
-            raise OSError(None, "the server does not say its size, which this format needs", self.name)
+            raise UnreadableFileError(
+                f"{self.name}: the server does not say its size, which this format needs: copy it to a disk"
+            )
         self._position = (
             offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._input.size}[whence]
         )
@@ -314,7 +390,7 @@ class _ReopeningFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = self._retried(lambda: self._read(len(buffer)))
         if not data and self._position < self._input.size and len(buffer):
-            raise UserError(
+            raise UnreadableFileError(
                 f"{self.name} ended early: at byte {self._position} of {self._input.size}: it was cut or changed "
                 "while it was read; restore it"
             )
@@ -371,7 +447,9 @@ class _ReopeningFile(io.RawIOBase):
         try:
             return with_retries(lambda: _as_os_error(action), self.name, WAITS)
         except ValueError as error:
-            raise UserError(f"{self.name}: cannot be read ({_reason(error)}): copy it to a disk") from error
+            raise UnreadableFileError(
+                f"{self.name}: cannot be read ({_reason(error)}): copy it to a disk"
+            ) from error
 
 
 def _as_os_error(action: Callable[[], T]) -> T:
@@ -385,13 +463,21 @@ def _as_os_error(action: Callable[[], T]) -> T:
 
 
 def _unmasked(action: Callable[[], T]) -> T:
-    """fsspec's HTTP says "not found" also of a server that is out of reach or order, and keeps the cause."""
     try:
         return action()
     except FileNotFoundError as error:
-        cause = error.__cause__
-        out_of_reach = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
-        status = getattr(cause, "status", 0)
-        if cause is not None and (out_of_reach or status == 429 or status >= 500):
-            raise OSError(f"{type(cause).__name__}: {_reason(cause)}") from error
-        raise
+        raise _meant(error) from error.__cause__
+
+
+def _meant(error: OSError) -> OSError:
+    """fsspec's HTTP says "not found" also of a server that refuses or is out of reach or order; the cause is kept."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or cause is None or isinstance(cause, FileNotFoundError):
+        return error
+    status = getattr(cause, "status", None)
+    if status in (401, 403):
+        return PermissionError(errno.EACCES, f"the server answers {status}")
+    of_http = type(cause).__module__.startswith("aiohttp")  # without a status: the connection was lost
+    if isinstance(cause, OSError) or (of_http and status not in (404, 410)):
+        return OSError(f"{type(cause).__name__}: {_reason(cause)}")
+    return error

@@ -24,6 +24,7 @@ class HubDocuments:
 
     def __init__(self, name: str, chunks: Sequence[Any]) -> None:
         self.name = name
+        self.opened_by: tuple[SourceConfig, OnError, str] | None = None  # the arguments of `open_hub`
         self.skipped: dict[str, int] = {}
         self._chunks = [text_buffers(chunk) for chunk in chunks if len(chunk)]
         self._ends = np.cumsum([0, *(len(offsets) - 1 for offsets, _ in self._chunks)], dtype=np.int64)
@@ -34,6 +35,10 @@ class HubDocuments:
         ]
         rows = np.concatenate(empty) if empty else np.zeros(0, np.int64)
         self._before_empty = rows - np.arange(len(rows))  # documents before each empty row
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert self.opened_by is not None
+        return open_hub, self.opened_by  # another process maps the same arrays
 
     def __len__(self) -> int:
         return int(self._ends[-1]) - len(self._before_empty)
@@ -92,6 +97,7 @@ def open_hub(source: SourceConfig, on_error: OnError, key: str) -> HubDocuments:
             "data.on_error=skip"
         )
     documents = HubDocuments(str(source.hub), column.chunks)  # where a null has no bytes: an empty document
+    documents.opened_by = (source, on_error, key)
     if column.null_count:
         documents.skipped[documents.name] = column.null_count
     return documents

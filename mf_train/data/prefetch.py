@@ -215,6 +215,8 @@ class _Workers:
         }
         return Job(
             config=config,
+            tokenizer=stream.tokenizer,
+            sources=stream.sources,
             data_rank=stream.row_numbers.start,
             data_size=self._ranks,
             worker=number,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Protocol
 
-from mf_train.data.files import JSON_LINES, PARQUET, InputFile, compression, file_format
+from mf_train.data.files import JSON_LINES, PARQUET, InputFile, UnreadableFileError, compression, file_format
 from mf_train.data.json_stream import JsonError, read_text
-from mf_train.data.retry import is_transient
 from mf_train.errors import UserError
 
 PIECE_BYTES = 1 << 20  # longer lines and texts are read in pieces of this size
@@ -37,7 +38,7 @@ class Sink(Protocol):
 
 
 class DamagedFileError(UserError):
-    """A file that cannot be read to its end."""
+    """A file whose content is damaged, or which is gone."""
 
 
 def read_documents(file: InputFile, text_field: str, sink: Sink) -> None:
@@ -49,7 +50,9 @@ def read_documents(file: InputFile, text_field: str, sink: Sink) -> None:
 
     Memory does not depend on the length of a line or a text; a Parquet value is decoded with its page.
     `sink.bad` gets a UserError for every wrong line or row, naming the file, the line and what is wrong, and one
-    for the rest of a truncated or damaged file. Raises OSError when the machine fails (after retries).
+    for the rest of a truncated or damaged file, or one that is gone. What is no fault of the file is raised, whatever
+    `sink.bad` does: UserError when it may not be read or changes meanwhile, OSError when the machine fails (after
+    retries, or out of memory or descriptors).
     """
     try:
         with _naming_damage(file.name):
@@ -148,7 +151,7 @@ def _write_long_line(name: str, number: int, pieces: Iterator[bytes], text_field
     try:
         outcome = read_text(characters, text_field, sink.write, sink.restart)
     except JsonError as error:
-        for _ in characters:  # to the end of the line, which may not be UTF-8
+        for _ in pieces:  # to the end of the line, which need not be UTF-8
             pass
         raise _not_json(where, str(error)) from None
     except UnicodeDecodeError:
@@ -203,6 +206,8 @@ def _parquet_values(name: str, raw: BinaryIO, text_field: str) -> Iterator[bytes
 
     try:
         yield from read_parquet_text(raw, name, text_field)
+    except (UnreadableFileError, MemoryError):  # Arrow's own is an ArrowError, too
+        raise
     except UserError as error:
         raise DamagedFileError(str(error)) from None
     except ArrowError as error:
@@ -239,23 +244,36 @@ class _Gunzipped(io.RawIOBase):
 
 @contextmanager
 def _naming_damage(name: str) -> Iterator[None]:
-    """Turns what decompressors and the file system raise into one line that names the file."""
+    """Turns what decoders and the file system raise into one line that names the file.
+
+    Only damage and a file that is gone are DamagedFileErrors: what another try may read must not be left out.
+    """
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DamagedFileError(
             f"{name}: truncated or damaged gzip ({_first_line(error)}): copy or compress it again"
         ) from None
-    except OSError as error:
-        if error.errno is not None and is_transient(error):
-            raise  # repeated in vain: the machine's trouble
-        if error.errno is None and compression(name) == ".zst":
-            raise DamagedFileError(
-                f"{name}: truncated or damaged zstd ({_first_line(error)}): copy or compress it again"
-            ) from None
-        if file_format(name) in PARQUET and type(error) is OSError:
-            raise _bad_parquet(name, error) from None
+    except MemoryError as error:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), name) from error
+    except FileNotFoundError as error:
         raise DamagedFileError(f"{name}: cannot be read ({error.strerror or _first_line(error)})") from None
+    except PermissionError as error:
+        raise UserError(
+            f"{name}: cannot be read ({error.strerror or _first_line(error)}): "
+            "give this user the right to read it, or renew its credentials"
+        ) from None
+    except OSError as error:
+        if type(error) is OSError and error.errno is None:  # a decoder's: files' errors have a number
+            if compression(name) == ".zst":
+                raise DamagedFileError(
+                    f"{name}: truncated or damaged zstd ({_first_line(error)}): copy or compress it again"
+                ) from None
+            if file_format(name) in PARQUET:
+                raise _bad_parquet(name, error) from None
+        if error.errno is None or error.filename is None:
+            raise OSError(error.errno or errno.EIO, error.strerror or _first_line(error), name) from error
+        raise
 
 
 def _bad_parquet(name: str, error: Exception) -> DamagedFileError:

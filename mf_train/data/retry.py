@@ -7,7 +7,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mf_train.errors import UserError
 
@@ -88,6 +88,9 @@ class OpenFiles:
         descriptor = self._descriptors.pop(path, None)
         if descriptor is not None:
             os.close(descriptor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenFiles, (self._limit,)  # another process opens files of its own
 
     def close(self) -> None:
         while self._descriptors:

@@ -57,7 +57,8 @@ class TokenStream:
     token, so every token is predicted exactly once. Memory does not depend on the lengths of documents: it is
     bounded by (L / R) * sources * (a chunk of 16,384 tokens or 4 S, one row and the numbers of a window).
 
-    With `workers`, an object gives only the rows of every `workers`-th of the rank's streams.
+    With `workers`, an object gives only the rows of every `workers`-th of the rank's streams. `sources` are those of
+    `data.train` if they are open already.
     Raises UserError when `data_size` does not divide the batch or `data.logical_streams`, when there is no
     training source, or as `open_source` does.
     """
@@ -72,6 +73,7 @@ class TokenStream:
         data_size: int = 1,
         worker: int = 0,
         workers: int = 1,
+        sources: list[Source] | None = None,
     ) -> None:
         assert 0 <= data_rank < data_size and 0 <= worker < workers
         _check_sizes(data.logical_streams, global_batch_size, data_size)
@@ -80,9 +82,11 @@ class TokenStream:
         self.sequence_length = sequence_length
         self.global_batch_size = global_batch_size
         self.row_numbers = range(data_rank, global_batch_size, data_size)
-        self.sources = [open_source(s, f"data.train[{i}]", data, tokenizer) for i, s in enumerate(data.train)]
+        self.tokenizer = tokenizer
+        self.sources = sources or [
+            open_source(source, f"data.train[{i}]", data, tokenizer) for i, source in enumerate(data.train)
+        ]
         self._data = data
-        self._tokenizer = tokenizer
         mixture = Mixture([source.weight for source in data.train])
         orders = [self._order(index) for index in range(len(self.sources))]
         self._streams = {
@@ -147,7 +151,7 @@ class TokenStream:
             "data.window_blocks": self._data.window_blocks,
             "training.global_batch_size": self.global_batch_size,
             "model.sequence_length": self.sequence_length,
-            "tokenizer": self._tokenizer.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
             "sources": sources,
         }
 

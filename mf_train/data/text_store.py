@@ -19,13 +19,21 @@ from typing import Any
 import numpy as np
 
 from mf_train.config import OnError
-from mf_train.data.cache import cache_folder, naming_cache, publish, share_work, sync_folder, try_lock
+from mf_train.data.cache import (
+    cache_folder,
+    naming_cache,
+    publish,
+    share_work,
+    sync_folder,
+    temporary_name,
+    try_lock,
+)
 from mf_train.data.files import InputFile
 from mf_train.data.readers import read_documents
 from mf_train.data.retry import OpenFiles, read_exactly, with_retries
 from mf_train.errors import UserError
 
-_READER_VERSION = 1  # raise it when the same files give other documents: old caches are then not used
+_READER_VERSION = 2  # raise it when the same files give other documents: old caches are then not used
 _PART_BYTES = 64 << 20  # of input
 _BUFFER_BYTES = 1 << 20
 _ENDS_AT_ONCE = 1 << 16
@@ -252,7 +260,7 @@ def _write_part(
     on_error: OnError,
     progress: Callable[[int], None],
 ) -> Part:
-    """Written under temporary names, which whoever holds the lock may overwrite."""
+    """Written under temporary names, which whoever holds the lock on this node may overwrite."""
     writer = _PartWriter(path, on_error, progress)
     try:
         for file in files:
@@ -276,7 +284,9 @@ class _PartWriter:
         self._begin = self._end = 0  # of the current document
         self._documents = 0
         self._ends: list[int] = []
-        self._temporary = {suffix: Path(f"{path}{suffix}.tmp") for suffix in (".text", ".ends", ".meta")}
+        self._temporary = {
+            suffix: temporary_name(Path(f"{path}{suffix}")) for suffix in (".text", ".ends", ".meta")
+        }
         with naming_cache(path.parent):
             self._text_file = open(self._temporary[".text"], "wb", buffering=_BUFFER_BYTES)
             self._ends_file = open(self._temporary[".ends"], "wb")

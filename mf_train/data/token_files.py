@@ -75,6 +75,10 @@ class TokenFiles:
         self._pages: dict[int, _Page] = {}
         self._older_pages: dict[int, _Page] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read: a worker process gets the shards as they were opened."""
+        return self.__dict__ | {"_raw": np.empty(0, self._dtype), "_pages": {}, "_older_pages": {}}
+
     def read(self, documents: Sequence[int], start: int, wanted: int) -> Chunk:
         """`wanted` tokens of `documents`, or all, or a few more: ends of text that are not stored do not count.
 

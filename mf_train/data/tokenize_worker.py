@@ -99,9 +99,9 @@ class TokenizeWorker:
             self.task = None
             return kind, content
         text = content.decode("utf-8")
-        if kind == OTHER_ERROR:
-            raise TrainingError(f"a process failed while it {self.task}:\n{text}")
-        raise error_of(kind, text)
+        raise error_of(
+            kind, f"a process failed while it {self.task}:\n{text}" if kind == OTHER_ERROR else text
+        )
 
     def close(self) -> None:
         """End the process, whatever it does."""

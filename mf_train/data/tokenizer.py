@@ -51,6 +51,9 @@ class Tokenizer:
         self.end_of_text_id = self._find_end_of_text()
         self._space_mark_ids = self._find_bytes(_SPACE_MARK.encode("utf-8"))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.path,)  # sentencepiece's processor stays in its process
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without an end-of-text id. `<|endoftext|>` written in the text is ordinary text."""
         ids: list[int] = self.encode_array(text).tolist()
@@ -132,6 +135,9 @@ class TokenIds(Tokenizer):
         self.fingerprint = f"ids with end of text {end_of_text_id}"
         self.vocab_size = vocab_size
         self.end_of_text_id = end_of_text_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenIds, (self.vocab_size, self.end_of_text_id)
 
     def encode_array(self, text: str) -> npt.NDArray[np.int32]:
         raise UserError(

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from mf_train.config import Config
 from mf_train.data.child import OTHER_ERROR, Child, describe_error, end_with_the_parent, error_of
+from mf_train.data.documents import Source
 from mf_train.data.stream import Position, State, TokenStream
-from mf_train.data.tokenizer import open_tokenizer
+from mf_train.data.tokenizer import Tokenizer
 
 Change = tuple[int, int, Position]  # of a stream in a source: what a row does to the state
 
@@ -35,6 +36,8 @@ class Job(NamedTuple):
     """What a worker makes: the rows of some of the rank's streams, from a state on."""
 
     config: Config
+    tokenizer: Tokenizer
+    sources: list[Source]  # as the trainer opened them: nothing is listed or looked up again
     data_rank: int
     data_size: int
     worker: int
@@ -124,7 +127,7 @@ def main(rows: int) -> None:
     messages = _Messages(rows, job.rows_ahead)
     try:
         stream = _open_stream(job)
-        stream.load_state_dict(job.state)  # refuses sources that changed since the trainer opened them
+        stream.load_state_dict(job.state)
         give_rows(stream, messages)
     except BaseException as error:
         kind, text = describe_error(error)
@@ -138,13 +141,14 @@ def _open_stream(job: Job) -> TokenStream:
     config = job.config
     return TokenStream(
         config.data,
-        open_tokenizer(config.tokenizer, config.model.vocab_size),
+        job.tokenizer,
         config.model.sequence_length,
         config.training.global_batch_size,
         job.data_rank,
         job.data_size,
         job.worker,
         job.workers,
+        job.sources,
     )
 
 

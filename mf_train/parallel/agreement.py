@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from mf_train.errors import PeerError, UserError
+from mf_train.errors import PeerError, TrainingError, UserError
 
 T = TypeVar("T")
 _SIGN_OF_LIFE_SECONDS = 2.0
@@ -18,25 +18,25 @@ _USER_ERROR = 2  # exit status
 def together(action: Callable[[], T], device: torch.device) -> T:
     """Run an action without collectives on every rank, and wait for all.
 
-    Where any rank raises UserError or OSError, rank 0 raises the error of the lowest such rank, with its number and
-    host, and every other rank raises PeerError with the same exit status. Collective over all ranks.
+    Where any rank raises UserError, OSError or TrainingError, rank 0 raises the error of the lowest such rank, with its
+    number and host, and every other rank raises PeerError with the same exit status. Collective over all ranks.
     """
     result: T | None = None
-    failure: UserError | OSError | None = None
+    failure: UserError | OSError | TrainingError | None = None
     try:
         result = action()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, TrainingError) as error:
         failure = error
     status = 0 if failure is None else _USER_ERROR if isinstance(failure, UserError) else 1
     agree(status, failure, device)
     return result  # type: ignore[return-value]
 
 
-def together_slowly(action: Callable[[], T], device: torch.device) -> T:
+def together_slowly(action: Callable[[], T], device: torch.device, stop: Callable[[], bool]) -> T | None:
     """As `together`, for an action that may take longer on some ranks than a collective may wait.
 
     It runs in a thread, and all ranks tell each other every two seconds whether they are ready, so that no collective
-    waits long. A failure ends the waiting at once.
+    waits long. A failure ends the waiting at once; so does `stop()` on any rank, and then the result is None on all.
     """
     results: list[T] = []
     failures: list[BaseException] = []
@@ -52,10 +52,13 @@ def together_slowly(action: Callable[[], T], device: torch.device) -> T:
     while True:
         thread.join(_SIGN_OF_LIFE_SECONDS)
         busy, failed = int(thread.is_alive()), int(bool(failures))
-        state = torch.tensor([busy, failed], dtype=torch.int32, device=device)
+        state = torch.tensor([busy, failed, int(stop())], dtype=torch.int32, device=device)
         dist.all_reduce(state, op=dist.ReduceOp.MAX)
-        if not state[0] or state[1]:
+        any_busy, any_failed, any_stop = state.tolist()
+        if any_failed or not any_busy:
             break
+        if any_stop:
+            return None
 
     def outcome() -> T:
         if failures:

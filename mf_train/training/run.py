@@ -1,11 +1,13 @@
 """One training run, from its configuration to its last checkpoint; reads from top to bottom."""
 
 import ctypes
+import json
 import logging
 import math
 import resource
 import time
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,15 @@ def train(config: Config, process: Process) -> int:
     groups = Groups(degrees, config.training.collective_timeout_seconds)
     if device.type == "cpu":
         _keep_freed_memory()
-    inputs = together_slowly(lambda: _open_inputs(config, degrees), device)
+    inputs = together_slowly(lambda: _open_inputs(config, degrees), device, lambda: stop.requested)
+    if inputs is None:
+        if degrees.rank == 0:
+            print(
+                "stopped on request while text was prepared; run the same command again to go on", flush=True
+            )
+        stop_processes()
+        return STOPPED
+    _check_same_sources(inputs.stream, config, degrees.rank, device)
     validation = None
     if config.training.validation_interval:
         validation = _share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
@@ -132,6 +142,34 @@ def _open_inputs(config: Config, degrees: Degrees) -> _Inputs:
             limit = config.training.validation_sequences
             validation = torch.from_numpy(validation_tokens(sources, config.data, tokenizer, length, limit))
     return _Inputs(tokenizer, stream, validation, reader)
+
+
+def _check_same_sources(stream: TokenStream | None, config: Config, rank: int, device: torch.device) -> None:
+    """Refuse a run whose reading ranks do not see the same sources: its batches would depend on the ranks.
+
+    A copy on one node may be incomplete, or a file still growing. Collective over all ranks; raises UserError on rank 0
+    and PeerError on the others.
+    """
+    low = torch.full((len(config.data.train),), torch.iinfo(torch.int64).max, dtype=torch.int64)
+    high = torch.zeros_like(low)
+    if stream is not None:
+        texts = [json.dumps(source).encode() for source in stream.identity()["sources"]]
+        digests = [int.from_bytes(blake2b(text, digest_size=7).digest(), "little") for text in texts]
+        low, high = torch.tensor(digests), torch.tensor(digests)
+    low, high = low.to(device), high.to(device)
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    differ = (low != high).nonzero()
+    if not len(differ):
+        return
+    if rank != 0:
+        raise PeerError(2)
+    index = int(differ[0])
+    source = config.data.train[index]
+    raise UserError(
+        f"data.train[{index}] ({source.path or source.hub}) is not the same for all ranks: make its files equal on all "
+        "nodes, and wait until they are written"
+    )
 
 
 def _share_validation(
@@ -227,7 +265,7 @@ class _Run:
             return None, None
         try:
             return torch.from_numpy(self.batches.next_batch()), None
-        except (UserError, OSError) as error:
+        except (UserError, OSError, TrainingError) as error:
             return None, error
 
     def _agree_on_batch(

@@ -45,6 +45,29 @@ def test_remote_shards_are_fetched_once(remote: type[FlakyFileSystem], tmp_path:
     assert changed.local(tmp_path).read_bytes() == b"others"
 
 
+def test_what_changes_beside_a_shard_is_fetched(remote: type[FlakyFileSystem], tmp_path: Path) -> None:
+    """The .idx, and the manifest.json, which may come later."""
+    remote.contents |= {"t/x.bin": b"tokens", "t/x.idx": b"index"}
+    (file,) = find_files("flaky://t/x", "k")
+    assert file.local(tmp_path).with_suffix(".idx").read_bytes() == b"index"
+    remote.contents["t/x.idx"], remote.versions["t/x.idx"] = b"other", "2"
+    path = file.local(tmp_path)
+    assert path.with_suffix(".idx").read_bytes() == b"other"
+    assert not path.with_name("manifest.json").exists()
+    remote.contents["t/manifest.json"] = b"{}"
+    assert file.local(tmp_path).with_name("manifest.json").read_bytes() == b"{}"
+    del remote.contents["t/manifest.json"]
+    assert file.local(tmp_path) == path
+
+
+def test_a_shard_without_its_index_is_refused(remote: type[FlakyFileSystem], tmp_path: Path) -> None:
+    remote.contents |= {"t/x.bin": b"tokens", "t/manifest.json": b"{}"}
+    (file,) = find_files("flaky://t/x.bin", "k")
+    with pytest.raises(UserError, match=r"flaky://t/x\.bin has no x\.idx beside it"):
+        file.local(tmp_path)
+    assert remote.reads == []
+
+
 def test_a_fetch_that_fails_leaves_nothing(
     remote: type[FlakyFileSystem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

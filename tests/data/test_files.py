@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import gzip
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fsspec.asyn import AsyncFileSystem  # type: ignore[import-untyped]
 
 from mf_train.data import files as files_module
 from mf_train.data.files import InputFile, compression, file_format, find_files, is_token_shard
@@ -26,6 +30,7 @@ def remote() -> Iterator[type[FlakyFileSystem]]:
     FlakyFileSystem.reset()
     yield FlakyFileSystem
     FlakyFileSystem.reset()
+    FaultyListing.listing_faults = []
 
 
 def names(path: Path | str, root: Path | str = "") -> list[str]:
@@ -171,6 +176,136 @@ def test_transient_errors_are_survived(
         opened.read()
 
 
+class DriverError(Exception):
+    """As botocore's and aiohttp's: no OSError. aiohttp's have a status when the server answered."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        if status is not None:
+            self.status = status
+
+
+DriverError.__module__ = "aiohttp.client_exceptions"
+
+
+class FaultyListing(FlakyFileSystem):
+    """`listing_faults`, one at a time, are raised by what asks for a folder or for a file's size."""
+
+    protocol = "faulty"
+    listing_faults: ClassVar[list[BaseException]] = []
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        if self.listing_faults and "healthy" not in path:
+            raise self.listing_faults.pop(0)
+        return super().ls(path, detail, **kwargs)
+
+
+fsspec.register_implementation("faulty", FaultyListing, clobber=True)
+
+
+def not_found(cause: BaseException) -> FileNotFoundError:
+    """As fsspec's HTTP says it."""
+    error = FileNotFoundError("faulty://d")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("url", ["faulty://d", "faulty://d/*.jsonl", "faulty://d/a.jsonl", "faulty://t/x"])
+def test_a_listing_survives_a_bad_minute(
+    url: str, remote: type[FlakyFileSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_module, "WAITS", (0.0, 0.0))
+    remote.contents |= {"d/a.jsonl": b"x", "t/x.bin": b"x", "t/x.idx": b"x"}
+    expected = names(url)
+    assert len(expected) == 1
+    for fault in (
+        DriverError("Service Unavailable", 503),
+        DriverError("Server disconnected"),
+        not_found(DriverError("Service Unavailable", 503)),
+        not_found(DriverError("Server disconnected")),
+    ):
+        FaultyListing.listing_faults = [fault]
+        assert names(url) == expected
+        FaultyListing.listing_faults = [fault] * 100
+        with pytest.raises(OSError, match=rf"DriverError: Serv.* .tried 3 times.*{re.escape(url)}"):
+            names(url)
+    for refusal in (
+        PermissionError("ExpiredToken"),
+        not_found(DriverError("ExpiredToken", 403)),
+        ValueError("ExpiredToken"),
+    ):
+        FaultyListing.listing_faults = [refusal] * 100
+        with pytest.raises(
+            UserError, match=rf"data.train.0.: {re.escape(url)} cannot be listed .*credentials"
+        ):
+            names(url)
+    FaultyListing.listing_faults = [not_found(DriverError("Not Found", 404))] * 100
+    with pytest.raises(UserError, match="no file matches"):
+        names(url)
+
+
+class Below(FaultyListing):
+    """The folder "inner" is at fault, not those above it."""
+
+    protocol = "below"
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        if path.endswith("/inner") and self.listing_faults:
+            raise self.listing_faults.pop(0)
+        return super().ls(path, detail, **kwargs)
+
+
+class AsyncBelow(AsyncFileSystem):  # type: ignore[misc]
+    """The same as a driver of S3 or HTTP is made."""
+
+    protocol = "asyncbelow"
+    cachable = False
+
+    async def _ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        return Below().ls(path, detail)
+
+    async def _info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        return Below().info(path)
+
+
+fsspec.register_implementation("below", Below, clobber=True)
+fsspec.register_implementation("asyncbelow", AsyncBelow, clobber=True)
+
+
+@pytest.mark.parametrize("system", ["below", "asyncbelow"])
+@pytest.mark.parametrize("path", ["healthy", "healthy/**/*.jsonl"])
+def test_a_folder_that_cannot_be_listed_is_not_left_out(
+    system: str, path: str, remote: type[FlakyFileSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fsspec's walk does it."""
+    url = f"{system}://{path}"
+    monkeypatch.setattr(files_module, "WAITS", (0.0, 0.0))
+    remote.contents |= {"healthy/a.jsonl": b"x", "healthy/inner/b.jsonl": b"x"}
+    expected = names(url)
+    assert len(expected) == 2
+    FaultyListing.listing_faults += [OSError("SlowDown"), TimeoutError("slow")]
+    assert names(url) == expected and not FaultyListing.listing_faults
+    FaultyListing.listing_faults += [OSError("SlowDown")] * 3
+    with pytest.raises(OSError, match=rf"SlowDown .tried 3 times.*{re.escape(url)}"):
+        names(url)
+
+
+def test_what_is_beside_a_shard_is_asked_again(
+    remote: type[FlakyFileSystem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_module, "WAITS", (0.0, 0.0))
+    remote.contents |= {"t/x.bin": b"tokens", "t/x.idx": b"index"}
+    (file,) = find_files("faulty://t/x", "k")
+    fault = DriverError("Service Unavailable", 503)
+    FaultyListing.listing_faults = [fault] * 100
+    with pytest.raises(OSError, match=r"DriverError: Service Unavailable .tried 3 times.*faulty://t"):
+        file.local(tmp_path)
+    # the folder may not be listed: the files are asked for one by one
+    FaultyListing.listing_faults = [fault, PermissionError("AccessDenied"), fault, fault]
+    assert file.local(tmp_path).with_suffix(".idx").read_bytes() == b"index"
+    assert FaultyListing.listing_faults == []
+
+
 def test_seeking_in_a_remote_file(remote: type[FlakyFileSystem]) -> None:
     remote.contents["a.bin"] = bytes(range(200))
     (file,) = find_files("flaky://a.bin", "k")
@@ -210,9 +345,18 @@ def test_a_machine_that_fails_is_not_skipped(
         "a.parquet": (tmp_path / "a.parquet").read_bytes(),
     }[name]
     found = find_files(f"flaky://{name}", "k")
-    remote.faults = [1000, 1000, *[OSError("503")] * 100]
-    with pytest.raises(OSError, match=f"503 .tried 2 times.*flaky://{name}"):
-        open_documents(found, "text", "skip", tmp_path / "cache", "d", "k")
+    for fault, raised, message in [
+        (OSError("503"), OSError, "503 .tried 2 times.*"),
+        (OSError(errno.ENOMEM, "no memory"), OSError, "no memory.*"),
+        (OSError(errno.EMFILE, "Too many open files"), OSError, "Too many open files.*"),
+        (PermissionError("ExpiredToken"), UserError, ""),
+        (PermissionError(errno.EACCES, "denied"), UserError, ""),
+        (not_found(DriverError("Forbidden", 403)), UserError, ""),
+        (not_found(DriverError("Server disconnected")), OSError, "DriverError: Server disc.*"),
+    ]:
+        remote.faults = [1000, 1000, *[fault] * 100]
+        with pytest.raises(raised, match=f"{message}flaky://{name}"):
+            open_documents(found, "text", "skip", tmp_path / "cache", "d", "k")
     remote.faults = []
     documents = open_documents(found, "text", "skip", tmp_path / "cache", "d", "k")
     assert [documents.text(i).decode() for i in range(len(documents))] == texts

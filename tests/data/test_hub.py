@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -58,6 +59,8 @@ def test_rows_without_text_are_left_out_on_request(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": texts}), tmp_path / "train.parquet")
     documents = open_hub(SourceConfig(hub=str(tmp_path)), "skip", "k")
     assert texts_of(documents) == ["a", "é"] and documents.skipped == {str(tmp_path): 2}
+    again = pickle.loads(pickle.dumps(documents))  # as a worker process gets them
+    assert texts_of(again) == ["a", "é"] and again.fingerprint == documents.fingerprint
 
 
 def test_it_is_what_the_text_store_is(tmp_path: Path) -> None:

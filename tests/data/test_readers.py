@@ -6,6 +6,9 @@ import gzip
 import json
 import os
 import re
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -231,6 +234,16 @@ def test_a_long_line_that_ends_inside_a_character(tmp_path: Path, monkeypatch: p
         read(tmp_path / "a.jsonl")
 
 
+def test_the_rest_of_a_long_bad_line_is_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no JSON, and then not UTF-8 either."""
+    monkeypatch.setattr(readers, "PIECE_BYTES", 9)
+    ghost = b'{"text": oops' + b" " * 50 + b"\xff" + b" " * 50 + b'{"text": "GHOST"}\n'
+    (tmp_path / "a.jsonl").write_bytes(ghost + b'{"text": "real"}\n')
+    kept = read(tmp_path / "a.jsonl", skip=True)
+    assert kept.documents == ["real"]
+    assert len(kept.errors) == 1 and "a.jsonl: line 1 is not JSON" in kept.errors[0]
+
+
 def test_all_lines_before_the_damage_are_kept(tmp_path: Path) -> None:
     """Of gzip all complete lines that can be decompressed; of zstd all but at most 64 KiB before the damage."""
     (tmp_path / "a.jsonl.gz").write_bytes(GZ[:-9])  # the last block lacks a byte and the checksum
@@ -268,9 +281,56 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     assert len(kept.errors) == 1 and re.search("a.jsonl: cannot be read .No such file", kept.errors[0])
 
 
-def test_a_file_that_shrinks_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(LINES)
-    (file,) = find_files(str(tmp_path / "a.jsonl"), "k")
-    (tmp_path / "a.jsonl").write_bytes(LINES[: LINES.index(b"\n") + 1])
-    with pytest.raises(UserError, match=r"a\.jsonl ended early: at byte \d+ of \d+"):
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt.zst", "a.parquet"])
+def test_too_few_descriptors_are_no_damage(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(
+        {"a.jsonl": LINES, "a.jsonl.gz": GZ, "a.txt.zst": ZST, "a.parquet": PARQUET}[name]
+    )
+    assert read(tmp_path / name, skip=True).errors == []  # everything is imported
+    (file,) = find_files(str(tmp_path / name), "k")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"Too many open files: .*{name}"):
+            read_documents(file, "text", Kept(skip=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+import pyarrow
+from mf_train.data.files import find_files
+from mf_train.data.readers import read_documents
+from tests.data.test_readers import Kept
+with open("/proc/self/statm") as statm:
+    limit = int(statm.read().split()[0]) * resource.getpagesize() + (50 << 20)
+if sys.argv[2] == "Arrow":  # whose own pool has room left
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+(file,) = find_files(sys.argv[1], "k")
+try:
+    read_documents(file, "text", Kept(skip=True))
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("whose", ["Arrow", "Python"])
+def test_too_little_memory_is_no_damage(whose: str, tmp_path: Path, repository: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a" * (100 << 20)]}), path, compression="zstd", use_dictionary=False)
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, str(path), whose]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert done.stdout == f"[Errno 12] Cannot allocate memory: '{path}'\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_that_shrinks_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(LINES if name == "a.jsonl" else PARQUET)
+    (file,) = find_files(str(tmp_path / name), "k")
+    (tmp_path / name).write_bytes(LINES[: LINES.index(b"\n") + 1])
+    with pytest.raises(UserError, match=rf"{name} ended early: at byte \d+ of \d+"):
         read_documents(file, "text", Kept(skip=True))

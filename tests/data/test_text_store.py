@@ -6,7 +6,9 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -283,6 +285,49 @@ def test_a_killed_process_does_not_hold_up_the_others(
     killed.communicate()
     assert result(waiting).startswith("4000 ")
     assert list((tmp_path / "cache" / "text").glob("*.tmp")) == []
+
+
+def test_another_node_is_not_written_over(
+    corpus: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where locks hold within a node only, two may write the same part: under names of their own."""
+    other = start(repository, corpus, tmp_path / "cache", HANGING)
+    assert other.stdout is not None and other.stdout.readline() == "hanging\n"
+    other.send_signal(signal.SIGKILL)
+    other.communicate()
+    temporaries = list((tmp_path / "cache" / "text").glob("*.tmp"))
+    assert len(temporaries) == 2
+    assert all(found.name.endswith(f".{socket.gethostname()}.tmp") for found in temporaries)
+    for found in temporaries:
+        found.rename(str(found).replace(socket.gethostname(), "another-node"))
+    assert result(start(repository, corpus, tmp_path / "cache")).startswith("4000 ")
+    left = [found.name for found in (tmp_path / "cache" / "text").glob("*.tmp")]
+    assert len(left) == 2 and all("another-node" in name for name in left)
+
+
+# The kernel answers flock as a file system does that lacks it (seccomp: load the call's number, compare, return).
+NO_FLOCK = (
+    """
+import ctypes, errno, platform, struct
+flock = {"x86_64": 73, "aarch64": 32}[platform.machine()]
+steps = [(0x20, 0, 0, 0), (0x15, 0, 1, flock), (6, 0, 0, 0x50000 | errno.ENOSYS), (6, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code)))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
+"""
+    + OPEN
+)
+
+
+def test_a_file_system_without_locks_is_named(corpus: Path, tmp_path: Path, repository: Path) -> None:
+    """A soft lock would be left for ever by a process that is killed."""
+    printed = result(start(repository, corpus, tmp_path / "cache", NO_FLOCK))
+    assert re.fullmatch(
+        r"UserError: the cache .*/cache/text cannot be used \(flock: Function not implemented\): "
+        r"set data\.cache to a folder on a disk of the node, or on a file system that has flock\n",
+        printed,
+    )
 
 
 FULL = (

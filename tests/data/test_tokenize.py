@@ -295,7 +295,13 @@ def test_an_interrupted_run_ends_its_workers(
     """As at a terminal, where the interrupt reaches every process of the group."""
     command = [sys.executable, "-c", RUN, str(tokenizer.path), long_text, str(tmp_path / "out"), "1000000"]
     process = subprocess.Popen(
-        command, cwd=repository, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=repository,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # what a shell starts in the background ignores interrupts, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: list(finished_shards(tmp_path / "out")), "no shard was made")
     workers = children_of(process.pid)

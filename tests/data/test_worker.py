@@ -9,14 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mf_train.config import Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainingConfig
-from mf_train.data.cache import try_lock
 from mf_train.data.prefetch import BatchReader
 from mf_train.data.stream import TokenStream
 from mf_train.data.tokenizer import Tokenizer
@@ -146,40 +144,6 @@ def test_kill_9_of_the_trainer_leaves_nothing(
     trainer.kill()
     trainer.wait()
     wait_for_end(workers)
-
-
-HUNG = """
-stream.identity()  # looks at the text for the last time
-print("opened", flush=True)
-input()
-reader = BatchReader(stream, config)
-print(*(worker.process.pid for worker in reader._maker._workers), flush=True)
-reader.next_batch()
-"""
-
-
-def test_kill_9_of_the_trainer_ends_workers_that_wait_for_a_file(
-    config: Config, group: list[subprocess.Popen[str]], tmp_path: Path, environment: dict[str, str]
-) -> None:
-    """They wait for text that another process seems to be preparing: the pipe of rows tells them nothing."""
-    config = replace(config, data=replace(config.data, cache=str(tmp_path / "cache")))
-    trainer = start(group, config, HUNG, tmp_path / "run", environment)
-    assert trainer.stdout is not None and trainer.stdin is not None
-    assert trainer.stdout.readline() == "opened\n"
-    with ExitStack() as held:
-        for path in (tmp_path / "cache" / "text").iterdir():
-            if path.suffix == ".lock":
-                assert held.enter_context(try_lock(path))
-            else:
-                path.unlink()
-        trainer.stdin.write("go on\n")
-        trainer.stdin.flush()
-        workers = [int(word) for word in trainer.stdout.readline().split()]
-        time.sleep(1)
-        assert len(workers) == 2 and all(map(is_running, [trainer.pid, *workers]))
-        trainer.kill()
-        trainer.wait()
-        wait_for_end(workers)
 
 
 CLOSED = """

@@ -22,6 +22,10 @@ FAILURES = {
 }
 
 
+def never() -> bool:
+    return False
+
+
 def outcome_of(rank: int, failing: dict[int, str], slowly: bool) -> str:
     def act() -> int:
         if rank in failing:
@@ -29,7 +33,7 @@ def outcome_of(rank: int, failing: dict[int, str], slowly: bool) -> str:
         return rank
 
     try:
-        return f"result {(together_slowly if slowly else together)(act, CPU)}"
+        return f"result {together_slowly(act, CPU, never) if slowly else together(act, CPU)}"
     except PeerError as error:
         return f"peer {error.status}"
     except (UserError, OSError) as error:
@@ -73,7 +77,7 @@ def busy(rank: int, world_size: int) -> tuple[str, float]:
 
     started = time.monotonic()
     try:
-        together_slowly(act, CPU)
+        together_slowly(act, CPU, never)
     except (UserError, PeerError) as error:
         return str(error), time.monotonic() - started
     raise AssertionError
@@ -85,15 +89,27 @@ def test_a_failure_does_not_wait_for_a_busy_rank() -> None:
     assert max(seconds for _, seconds in (first, second, third)) < 30
 
 
-def slow(rank: int, world_size: int) -> int:
+def slow(rank: int, world_size: int) -> int | None:
     start_processes(find_process(), CPU, timeout_seconds=5)
 
     def act() -> int:
         time.sleep(8 * rank)
         return rank
 
-    return together_slowly(act, CPU)
+    return together_slowly(act, CPU, never)
 
 
 def test_a_rank_may_take_longer_than_a_collective_may_wait() -> None:
     assert run_distributed(slow, 2) == [0, 1]
+
+
+def stopped(rank: int, world_size: int) -> tuple[int | None, float]:
+    """Rank 1 is asked to stop while rank 0 is busy for a minute."""
+    started = time.monotonic()
+    result = together_slowly(lambda: time.sleep(60 * (rank == 0)) or 1, CPU, lambda: rank == 1)
+    return result, time.monotonic() - started
+
+
+def test_a_stop_does_not_wait_for_a_busy_rank() -> None:
+    outcomes = run_distributed(stopped, 2, init=True)
+    assert [result for result, _ in outcomes] == [None, None] and max(seconds for _, seconds in outcomes) < 30

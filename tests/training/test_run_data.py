@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from mf_train.config import DataConfig, SourceConfig
+from mf_train.config import Config, DataConfig, SourceConfig
 from mf_train.data.digest import batch_digest
+from mf_train.data.sources import open_source
 from mf_train.data.stream import TokenStream
 from mf_train.data.token_shards import TokenShardWriter
 from mf_train.data.tokenizer import TokenIds, Tokenizer
+from mf_train.errors import PeerError, UserError
+from mf_train.parallel.groups import start_processes
+from mf_train.parallel.processes import find_process
+from mf_train.training.run import _check_same_sources
+from tests.distributed import run_distributed
 from tests.training.runs import (
     TOKENIZER,
     command_line,
@@ -176,3 +183,35 @@ def test_a_shard_that_is_cut_while_it_is_read_ends_all_ranks(tmp_path: Path) -> 
     finally:
         run.kill()
         run.communicate()
+
+
+def reading(rank: int, world_size: int, texts: list[str]) -> str:
+    """What rank 2 r finds as its own text; odd ranks do not read, as in a tensor-parallel group of two."""
+    start_processes(find_process(), torch.device("cpu"), timeout_seconds=60)
+    config = Config(
+        data=DataConfig(train=tuple(SourceConfig(path=path) for path in texts), logical_streams=2)
+    )
+    own = [path.replace("*", str(rank)) for path in texts]
+    data = DataConfig(train=tuple(SourceConfig(path=path) for path in own), logical_streams=2)
+    sources = [open_source(source, "k", data, Tokenizer(TOKENIZER)) for source in data.train]
+    for source, path in zip(sources, texts, strict=True):
+        source.name = path
+    stream = (
+        None if rank % 2 else TokenStream(data, Tokenizer(TOKENIZER), 32, 2, rank // 2, 2, sources=sources)
+    )
+    try:
+        _check_same_sources(stream, config, rank, torch.device("cpu"))
+    except (UserError, PeerError) as error:
+        return f"{type(error).__name__} {error}"
+    return "the same"
+
+
+def test_ranks_that_see_other_sources_are_refused(tmp_path: Path) -> None:
+    for rank in range(4):
+        write_text(tmp_path / f"a{rank}.jsonl")
+        write_text(tmp_path / f"b{rank}.jsonl", documents=39 if rank == 2 else 40)
+    same, other = str(tmp_path / "a*.jsonl"), str(tmp_path / "b*.jsonl")
+    assert run_distributed(reading, 4, [same, same]) == ["the same"] * 4
+    first, *rest = run_distributed(reading, 4, [same, other])
+    assert first.startswith(f"UserError data.train[1] ({other}) is not the same for all ranks")
+    assert rest == ["PeerError another rank failed with status 2"] * 3

@@ -1,18 +1,27 @@
-"""Input files, local or behind a URL: which a `path` means, and their bytes. The only file that imports fsspec."""
+"""Input files, local or behind a URL: which a `path` means, and their bytes."""
 
 from __future__ import annotations
 
-import errno
 import glob
 import io
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
-from mf_train.data.retry import WAITS, with_retries
+from mf_train.data.remote import (
+    asked,
+    file_system,
+    has_magic,
+    is_url,
+    list_url,
+    patiently,
+    reason_of,
+    size_of,
+    stamp_of,
+)
+from mf_train.data.retry import with_retries
 from mf_train.errors import UserError
 
 JSON_LINES = (".jsonl", ".json")
@@ -23,11 +32,6 @@ COMPRESSED = (".gz", ".zst")  # of JSON Lines and text
 
 KNOWN_FORMATS = ".jsonl, .json (one object a line), .txt (either also .gz or .zst), .parquet, .bin with .idx"
 
-# What tells two versions of a remote file apart, as the drivers of fsspec call it: the best first.
-_STAMPS = (
-    "ETag etag Digest Content-MD5 md5Hash md5 crc32c blob_id last_commit sha256 checksum "
-    "LastModified Last-Modified last_modified updated mtime modified created"
-).split()
 _BUFFER_BYTES = 1 << 20
 REMOTE_BLOCK_BYTES = 4 << 20
 
@@ -48,7 +52,7 @@ class InputFile:
 
     @property
     def remote(self) -> bool:
-        return _is_url(self.name)
+        return is_url(self.name)
 
     @property
     def identity(self) -> str:
@@ -103,7 +107,7 @@ def find_files(path: str, key: str) -> list[InputFile]:
     Raises UserError when there is none, a named file's format is not known, or text and shards are mixed, and
     OSError when the machine or the server fails, after retries.
     """
-    if not _is_url(path):
+    if not is_url(path):
         found = _find_local(path, key)
     elif path.startswith(("file://", "local://")):
         found = _find_local(path.split("://", 1)[1], key)
@@ -189,18 +193,14 @@ def _known(names: list[str], key: str) -> list[str]:
 # Remote files --------------------------------------------------------------------------------------------------------
 
 
-def _is_url(path: str) -> bool:
-    return "://" in path
-
-
 def _find_remote(url: str, key: str) -> list[InputFile]:
-    system, path = _file_system(url, f"{key}: ")
-    listing = _asked(lambda: _list_remote(system, path, url), url, f"{key}: ")
+    system, path = file_system(url, f"{key}: ")
+    listing = asked(lambda: list_url(system, path, url), url, f"{key}: ")
     if not listing:
         raise UserError(f"{key}: no file matches {url}: check the URL and that its credentials may read it")
     infos = {system.unstrip_protocol(name): info for name, info in listing.items()}
     names = sorted(infos, key=lambda name: name.split("/"))  # as local files are sorted
-    if _has_magic(url) or listing.keys() <= {path, f"{path}.bin"}:
+    if has_magic(url) or listing.keys() <= {path, f"{path}.bin"}:
         names = _known(_shards_once(names), key)
     else:
         root = url.rstrip("/").count("/") + 1
@@ -212,124 +212,18 @@ def _find_remote(url: str, key: str) -> list[InputFile]:
             infos[name] = _info_or_none(system, name, f"{key}: ")
         if infos[name] is None:
             raise UserError(f"{key}: {name} does not exist: put it back or name other files")
-        files.append(InputFile(name, _size(infos[name]), _stamp(infos[name])))
+        files.append(InputFile(name, size_of(infos[name]), stamp_of(infos[name])))
     return files
 
 
 def _info_or_none(system: Any, url: str, where: str = "") -> Any:
-    return _asked(lambda: system.info(system._strip_protocol(url)), url, where)
-
-
-def _asked(action: Callable[[], T], url: str, where: str = "") -> T | None:
-    """What a server says of a URL; None: there is no such file. Raises UserError, and OSError after retries."""
-    try:
-        return with_retries(lambda: _as_os_error(action), url, WAITS)
-    except FileNotFoundError:
-        return None
-    except (PermissionError, ValueError) as error:
-        raise UserError(
-            f"{where}{url} cannot be listed ({_reason(error)}): check the URL and its credentials"
-        ) from error
-
-
-def _list_remote(system: Any, path: str, url: str) -> dict[str, Any]:
-    """The files a URL means, with what the server says of them. Raises FileNotFoundError and what the driver does."""
-    system.invalidate_cache()  # of listings made earlier
-    if _has_magic(url):
-        with _nothing_omitted(system):
-            listing = system.glob(path, detail=True)
-    elif url.endswith("/"):
-        with _nothing_omitted(system):
-            listing = system.find(path, detail=True)
-    else:
-        try:
-            info = _unmasked(lambda: system.info(path))
-        except FileNotFoundError:
-            info = system.info(f"{path}.bin")  # Megatron's prefix
-            system.info(f"{path}.idx")  # exists() takes any error for a no
-            return {f"{path}.bin": info}
-        with _nothing_omitted(system):
-            listing = {path: info} if info["type"] == "file" else system.find(path, detail=True)
-    return {name: info for name, info in listing.items() if info["type"] == "file"}
-
-
-class _ListingError(Exception):
-    """Carries an OSError through fsspec's walk."""
-
-
-@contextmanager
-def _nothing_omitted(system: Any) -> Iterator[None]:
-    """fsspec's walk takes a folder whose listing raises OSError for an empty one; here it is raised."""
-    ls, async_ls = system.ls, getattr(system, "_ls", None)  # drivers that are asynchronous walk by the second
-
-    def carried(error: OSError) -> Exception:
-        meant = _meant(error)
-        return meant if isinstance(meant, FileNotFoundError) else _ListingError(meant)
-
-    def strict_ls(*arguments: Any, **options: Any) -> Any:
-        try:
-            return ls(*arguments, **options)
-        except OSError as error:
-            raise carried(error) from error
-
-    async def strict_async_ls(*arguments: Any, **options: Any) -> Any:
-        assert async_ls is not None
-        try:
-            return await async_ls(*arguments, **options)
-        except OSError as error:
-            raise carried(error) from error
-
-    system.ls = strict_ls
-    if async_ls is not None:
-        system._ls = strict_async_ls
-    try:
-        yield
-    except _ListingError as error:
-        raise error.args[0] from error.__cause__
-    finally:
-        del system.ls
-        if async_ls is not None:
-            del system._ls
-
-
-def _has_magic(url: str) -> bool:
-    if url.startswith(("http://", "https://")):  # "?" begins a query there
-        return any(character in url.split("?")[0] for character in "*[")
-    return glob.has_magic(url)
-
-
-def _size(info: dict[str, Any]) -> int:
-    return -1 if info.get("size") is None else int(info["size"])
-
-
-def _stamp(info: dict[str, Any]) -> str:
-    return next((str(info[name]) for name in _STAMPS if info.get(name)), "")
-
-
-def _file_system(url: str, where: str = "") -> tuple[Any, str]:
-    """The fsspec file system that reads the URL, and the path in it. Raises UserError when there is none."""
-    import fsspec  # type: ignore[import-untyped]
-
-    if "::" in url:
-        raise UserError(f"{where}{url}: chained URLs are not supported: unpack the archive first")
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise UserError(f"{where}{url} needs another package: {_reason(error)}") from None
-    except ValueError as error:
-        raise UserError(f"{where}{url} cannot be read: {_reason(error)}") from None
-    return system, path
-
-
-def _reason(error: BaseException) -> str:
-    first = (str(error).splitlines() or [""])[0][:300]
-    return first or type(error).__name__
+    return asked(lambda: system.info(system._strip_protocol(url)), url, where)
 
 
 def file_at(url: str) -> InputFile | None:
     """The remote file; None when there is none. Raises UserError (no permission), and OSError after retries."""
-    info = _info_or_none(_file_system(url)[0], url)
-    return None if info is None else InputFile(url, _size(info), _stamp(info))
+    info = _info_or_none(file_system(url)[0], url)
+    return None if info is None else InputFile(url, size_of(info), stamp_of(info))
 
 
 def files_in(folder: str) -> dict[str, InputFile]:
@@ -339,10 +233,10 @@ def files_in(folder: str) -> dict[str, InputFile]:
     """
     if folder.startswith(("http://", "https://")):  # at most a page of links
         return {}
-    system, path = _file_system(folder)
+    system, path = file_system(folder)
     system.invalidate_cache()
     try:
-        infos = with_retries(lambda: _as_os_error(lambda: system.ls(path, detail=True)), folder, WAITS)
+        infos = patiently(lambda: system.ls(path, detail=True), folder)
     except (FileNotFoundError, PermissionError, ValueError):  # one may be allowed to read but not to list
         return {}
     files = {
@@ -350,7 +244,7 @@ def files_in(folder: str) -> dict[str, InputFile]:
         for info in infos
         if info["type"] == "file" and info.get("size") is not None
     }
-    return {url: InputFile(url, _size(info), _stamp(info)) for url, info in files.items()}
+    return {url: InputFile(url, size_of(info), stamp_of(info)) for url, info in files.items()}
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -419,7 +313,7 @@ class _ReopeningFile(io.RawIOBase):
         if not self._input.remote:
             file = cast(BinaryIO, open(self.name, "rb", buffering=0))
         else:
-            system, path = _file_system(self.name)
+            system, path = file_system(self.name)
             file = cast(BinaryIO, system.open(path, "rb", block_size=self._block_bytes()))
         if self._position:
             try:
@@ -445,39 +339,8 @@ class _ReopeningFile(io.RawIOBase):
 
     def _retried(self, action: Callable[[], T]) -> T:
         try:
-            return with_retries(lambda: _as_os_error(action), self.name, WAITS)
+            return patiently(action, self.name)
         except ValueError as error:
             raise UnreadableFileError(
-                f"{self.name}: cannot be read ({_reason(error)}): copy it to a disk"
+                f"{self.name}: cannot be read ({reason_of(error)}): copy it to a disk"
             ) from error
-
-
-def _as_os_error(action: Callable[[], T]) -> T:
-    """Drivers and their HTTP clients raise types of their own for a server's bad minute; ValueError stays."""
-    try:
-        return _unmasked(action)
-    except (OSError, UserError, ValueError):
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {_reason(error)}") from error
-
-
-def _unmasked(action: Callable[[], T]) -> T:
-    try:
-        return action()
-    except FileNotFoundError as error:
-        raise _meant(error) from error.__cause__
-
-
-def _meant(error: OSError) -> OSError:
-    """fsspec's HTTP says "not found" also of a server that refuses or is out of reach or order; the cause is kept."""
-    cause = error.__cause__
-    if not isinstance(error, FileNotFoundError) or cause is None or isinstance(cause, FileNotFoundError):
-        return error
-    status = getattr(cause, "status", None)
-    if status in (401, 403):
-        return PermissionError(errno.EACCES, f"the server answers {status}")
-    of_http = type(cause).__module__.startswith("aiohttp")  # without a status: the connection was lost
-    if isinstance(cause, OSError) or (of_http and status not in (404, 410)):
-        return OSError(f"{type(cause).__name__}: {_reason(cause)}")
-    return error

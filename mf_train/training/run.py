@@ -1,13 +1,10 @@
 """One training run, from its configuration to its last checkpoint; reads from top to bottom."""
 
 import ctypes
-import json
 import logging
 import math
 import resource
 import time
-from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,8 @@ from mf_train.checkpoint.save import Extras, save_checkpoint
 from mf_train.config import Config
 from mf_train.data.digest import format_digest, from_int64, rows_digest, to_int64
 from mf_train.data.prefetch import BatchReader
-from mf_train.data.stream import TokenStream, merge_states
-from mf_train.data.tokenizer import Tokenizer, open_tokenizer
-from mf_train.data.validation import ValidationBlocks, validation_tokens
+from mf_train.data.stream import merge_states
+from mf_train.data.validation import ValidationBlocks
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.model import MemoryFormer
 from mf_train.model.counts import count_parameters
@@ -35,7 +31,8 @@ from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import Process
 from mf_train.parallel.tensor import shard_model
-from mf_train.training.folder import find_resume, record_config, resolved_yaml
+from mf_train.training.folder import resolved_yaml
+from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
 from mf_train.training.metrics import LiveLine, MetricsWriter, cut_metrics
 from mf_train.training.probe import run_probe
 from mf_train.training.schedule import learning_rate
@@ -61,7 +58,7 @@ def train(config: Config, process: Process) -> int:
     groups = Groups(degrees, config.training.collective_timeout_seconds)
     if device.type == "cpu":
         _keep_freed_memory()
-    inputs = together_slowly(lambda: _open_inputs(config, degrees), device, lambda: stop.requested)
+    inputs = together_slowly(lambda: open_inputs(config, degrees), device, lambda: stop.requested)
     if inputs is None:
         if degrees.rank == 0:
             print(
@@ -69,10 +66,10 @@ def train(config: Config, process: Process) -> int:
             )
         stop_processes()
         return STOPPED
-    _check_same_sources(inputs.stream, config, degrees.rank, device)
+    check_same_sources(inputs.stream, config, degrees.rank, device)
     validation = None
     if config.training.validation_interval:
-        validation = _share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
+        validation = share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
     run = _Run(config, groups, device, inputs, validation, stop)
     try:
         status = run.run()
@@ -80,16 +77,6 @@ def train(config: Config, process: Process) -> int:
         run.close()
     stop_processes()  # only after success: a rank that left a collective must not wait for its peers here
     return status
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a rank reads before the run starts."""
-
-    tokenizer: Tokenizer
-    stream: TokenStream | None  # on the first rank of each tensor-parallel group, which reads for all of it
-    validation_tokens: torch.Tensor | None  # on rank 0
-    checkpoint: CheckpointReader | None
 
 
 def _find_device(config: Config, process: Process) -> torch.device:
@@ -117,72 +104,6 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _open_inputs(config: Config, degrees: Degrees) -> _Inputs:
-    """Tokenizer, stream, validation text and the checkpoint to resume from; UserError for any mistake in them."""
-    resume = find_resume(config)
-    reader = CheckpointReader(resume) if resume is not None else None
-    tokenizer = open_tokenizer(config.tokenizer, config.model.vocab_size)
-    stream = validation = None
-    if degrees.tensor_rank == 0:
-        stream = TokenStream(
-            config.data,
-            tokenizer,
-            config.model.sequence_length,
-            config.training.global_batch_size,
-            degrees.data_rank,
-            degrees.data,
-        )
-        stream.identity()  # looks into every source, so that what is wrong with one shows here
-        if reader is not None:
-            stream.load_state_dict(reader.state()["stream"])
-    if degrees.rank == 0:
-        record_config(config)
-        if config.training.validation_interval:
-            sources, length = config.data.validation, config.model.sequence_length
-            limit = config.training.validation_sequences
-            validation = torch.from_numpy(validation_tokens(sources, config.data, tokenizer, length, limit))
-    return _Inputs(tokenizer, stream, validation, reader)
-
-
-def _check_same_sources(stream: TokenStream | None, config: Config, rank: int, device: torch.device) -> None:
-    """Refuse a run whose reading ranks do not see the same sources: its batches would depend on the ranks.
-
-    A copy on one node may be incomplete, or a file still growing. Collective over all ranks; raises UserError on rank 0
-    and PeerError on the others.
-    """
-    low = torch.full((len(config.data.train),), torch.iinfo(torch.int64).max, dtype=torch.int64)
-    high = torch.zeros_like(low)
-    if stream is not None:
-        texts = [json.dumps(source).encode() for source in stream.identity()["sources"]]
-        digests = [int.from_bytes(blake2b(text, digest_size=7).digest(), "little") for text in texts]
-        low, high = torch.tensor(digests), torch.tensor(digests)
-    low, high = low.to(device), high.to(device)
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    differ = (low != high).nonzero()
-    if not len(differ):
-        return
-    if rank != 0:
-        raise PeerError(2)
-    index = int(differ[0])
-    source = config.data.train[index]
-    raise UserError(
-        f"data.train[{index}] ({source.path or source.hub}) is not the same for all ranks: make its files equal on all "
-        "nodes, and wait until they are written"
-    )
-
-
-def _share_validation(
-    tokens: torch.Tensor | None, tokenizer: Tokenizer, config: Config, device: torch.device
-) -> ValidationBlocks:
-    """Every rank's validation blocks from rank 0's tokens. Collective over all ranks."""
-    size = torch.tensor([0 if tokens is None else len(tokens)], device=device)
-    dist.broadcast(size, 0)
-    tokens = torch.empty(int(size), dtype=torch.int32, device=device) if tokens is None else tokens.to(device)
-    dist.broadcast(tokens, 0)
-    return ValidationBlocks(tokens.cpu().numpy(), tokenizer, config.model.sequence_length)
-
-
 class _Run:
     """The state of a run and its loop."""
 
@@ -191,7 +112,7 @@ class _Run:
         config: Config,
         groups: Groups,
         device: torch.device,
-        inputs: _Inputs,
+        inputs: Inputs,
         validation: ValidationBlocks | None,
         stop: StopRequest,
     ) -> None:

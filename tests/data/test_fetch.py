@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mf_train.data import files as files_module
+from mf_train.data import remote as remote_module
 from mf_train.data.fetch import local_files
 from mf_train.data.files import find_files
 from mf_train.errors import UserError
@@ -71,7 +71,7 @@ def test_a_shard_without_its_index_is_refused(remote: type[FlakyFileSystem], tmp
 def test_a_fetch_that_fails_leaves_nothing(
     remote: type[FlakyFileSystem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files_module, "WAITS", (0.0,))
+    monkeypatch.setattr(remote_module, "WAITS", (0.0,))
     remote.contents |= {"t/x.bin": bytes(10_000_000), "t/x.idx": b"index"}
     (file,) = find_files("flaky://t/x", "k")
     remote.faults = [

@@ -19,6 +19,7 @@ import zstandard
 from fsspec.asyn import AsyncFileSystem  # type: ignore[import-untyped]
 
 from mf_train.data import files as files_module
+from mf_train.data import remote as remote_module
 from mf_train.data.files import InputFile, compression, file_format, find_files, is_token_shard
 from mf_train.errors import UserError
 from tests.data.remote import FlakyFileSystem
@@ -159,7 +160,7 @@ def test_remote_files(remote: type[FlakyFileSystem]) -> None:
 def test_transient_errors_are_survived(
     remote: type[FlakyFileSystem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files_module, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote_module, "WAITS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(files_module, "REMOTE_BLOCK_BYTES", 10_000)
     content = remote.contents["a.jsonl"] = os.urandom(100_000)
     (file,) = find_files("flaky://a.jsonl", "k")
@@ -214,7 +215,7 @@ def not_found(cause: BaseException) -> FileNotFoundError:
 def test_a_listing_survives_a_bad_minute(
     url: str, remote: type[FlakyFileSystem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files_module, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(remote_module, "WAITS", (0.0, 0.0))
     remote.contents |= {"d/a.jsonl": b"x", "t/x.bin": b"x", "t/x.idx": b"x"}
     expected = names(url)
     assert len(expected) == 1
@@ -279,7 +280,7 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(
 ) -> None:
     """As fsspec's walk does it."""
     url = f"{system}://{path}"
-    monkeypatch.setattr(files_module, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(remote_module, "WAITS", (0.0, 0.0))
     remote.contents |= {"healthy/a.jsonl": b"x", "healthy/inner/b.jsonl": b"x"}
     expected = names(url)
     assert len(expected) == 2
@@ -293,7 +294,7 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(
 def test_what_is_beside_a_shard_is_asked_again(
     remote: type[FlakyFileSystem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files_module, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(remote_module, "WAITS", (0.0, 0.0))
     remote.contents |= {"t/x.bin": b"tokens", "t/x.idx": b"index"}
     (file,) = find_files("faulty://t/x", "k")
     fault = DriverError("Service Unavailable", 503)
@@ -333,7 +334,7 @@ def test_a_machine_that_fails_is_not_skipped(
     """Other than damage: what is read must not depend on the network's weather."""
     from mf_train.data.text_store import open_documents
 
-    monkeypatch.setattr(files_module, "WAITS", (0.0,))
+    monkeypatch.setattr(remote_module, "WAITS", (0.0,))
     monkeypatch.setattr(files_module, "REMOTE_BLOCK_BYTES", 1000)
     texts = [os.urandom(200).hex() for _ in range(100)]
     lines = json_lines(texts)

@@ -23,7 +23,7 @@ from mf_train.data.tokenizer import TokenIds, Tokenizer
 from mf_train.errors import PeerError, UserError
 from mf_train.parallel.groups import start_processes
 from mf_train.parallel.processes import find_process
-from mf_train.training.run import _check_same_sources
+from mf_train.training.inputs import check_same_sources
 from tests.distributed import run_distributed
 from tests.training.runs import (
     TOKENIZER,
@@ -200,7 +200,7 @@ def reading(rank: int, world_size: int, texts: list[str]) -> str:
         None if rank % 2 else TokenStream(data, Tokenizer(TOKENIZER), 32, 2, rank // 2, 2, sources=sources)
     )
     try:
-        _check_same_sources(stream, config, rank, torch.device("cpu"))
+        check_same_sources(stream, config, rank, torch.device("cpu"))
     except (UserError, PeerError) as error:
         return f"{type(error).__name__} {error}"
     return "the same"

@@ -1,0 +1,93 @@
+"""What a run reads before it starts, and that all ranks read the same."""
+
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+import torch.distributed as dist
+
+from mf_train.checkpoint.read import CheckpointReader
+from mf_train.config import Config
+from mf_train.data.stream import TokenStream
+from mf_train.data.tokenizer import Tokenizer, open_tokenizer
+from mf_train.data.validation import ValidationBlocks, validation_tokens
+from mf_train.errors import PeerError, UserError
+from mf_train.parallel.degrees import Degrees
+from mf_train.training.folder import find_resume, record_config
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a rank reads before the run starts."""
+
+    tokenizer: Tokenizer
+    stream: TokenStream | None  # on the first rank of each tensor-parallel group, which reads for all of it
+    validation_tokens: torch.Tensor | None  # on rank 0
+    checkpoint: CheckpointReader | None
+
+
+def open_inputs(config: Config, degrees: Degrees) -> Inputs:
+    """Tokenizer, stream, validation text and the checkpoint to resume from; UserError for any mistake in them."""
+    resume = find_resume(config)
+    reader = CheckpointReader(resume) if resume is not None else None
+    tokenizer = open_tokenizer(config.tokenizer, config.model.vocab_size)
+    stream = validation = None
+    if degrees.tensor_rank == 0:
+        stream = TokenStream(
+            config.data,
+            tokenizer,
+            config.model.sequence_length,
+            config.training.global_batch_size,
+            degrees.data_rank,
+            degrees.data,
+        )
+        stream.identity()  # looks into every source, so that what is wrong with one shows here
+        if reader is not None:
+            stream.load_state_dict(reader.state()["stream"])
+    if degrees.rank == 0:
+        record_config(config)
+        if config.training.validation_interval:
+            sources, length = config.data.validation, config.model.sequence_length
+            limit = config.training.validation_sequences
+            validation = torch.from_numpy(validation_tokens(sources, config.data, tokenizer, length, limit))
+    return Inputs(tokenizer, stream, validation, reader)
+
+
+def check_same_sources(stream: TokenStream | None, config: Config, rank: int, device: torch.device) -> None:
+    """Refuse a run whose reading ranks do not see the same sources: its batches would depend on the ranks.
+
+    A copy on one node may be incomplete, or a file still growing. Collective over all ranks; raises UserError on rank 0
+    and PeerError on the others.
+    """
+    low = torch.full((len(config.data.train),), torch.iinfo(torch.int64).max, dtype=torch.int64)
+    high = torch.zeros_like(low)
+    if stream is not None:
+        texts = [json.dumps(source).encode() for source in stream.identity()["sources"]]
+        digests = [int.from_bytes(blake2b(text, digest_size=7).digest(), "little") for text in texts]
+        low, high = torch.tensor(digests), torch.tensor(digests)
+    low, high = low.to(device), high.to(device)
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    differ = (low != high).nonzero()
+    if not len(differ):
+        return
+    if rank != 0:
+        raise PeerError(2)
+    index = int(differ[0])
+    source = config.data.train[index]
+    raise UserError(
+        f"data.train[{index}] ({source.path or source.hub}) is not the same for all ranks: make its files equal on all "
+        "nodes, and wait until they are written"
+    )
+
+
+def share_validation(
+    tokens: torch.Tensor | None, tokenizer: Tokenizer, config: Config, device: torch.device
+) -> ValidationBlocks:
+    """Every rank's validation blocks from rank 0's tokens. Collective over all ranks."""
+    size = torch.tensor([0 if tokens is None else len(tokens)], device=device)
+    dist.broadcast(size, 0)
+    tokens = torch.empty(int(size), dtype=torch.int32, device=device) if tokens is None else tokens.to(device)
+    dist.broadcast(tokens, 0)
+    return ValidationBlocks(tokens.cpu().numpy(), tokenizer, config.model.sequence_length)

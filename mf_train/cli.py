@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import signal
 import sys
 import time
@@ -23,11 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _speak(str(error))
         status = MISTAKE
-    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = FAILURE
     except (TrainingError, OSError) as error:
-        _speak(str(error))
+        if not (isinstance(error, BrokenPipeError) and _nobody_listens()):
+            _speak(str(error))
         status = FAILURE
     except PeerError as error:
         status = error.status
@@ -35,6 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = 130
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _nobody_listens() -> bool:
+    """Whether the reader of standard output, such as head, has seen enough; then what is left is dropped."""
+    output = select.poll()
+    output.register(1, 0)  # nothing but that the other end is closed
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +210,14 @@ class TestAnExistingRun:
         done = run_command(["data", "inspect", str(config), "--step", "2"])
         recorded = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
         assert done.returncode == 0 and recorded["batch_digest"] in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(repository: Path) -> None:
+    command = [sys.executable, "-m", "mf_train", "data", "inspect", "configs/quickstart.yaml"]
+    process = subprocess.Popen(
+        command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline().startswith("tokenizer ")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1

@@ -70,10 +70,6 @@ class Tokenizer:
             joined += [self._space_mark_ids, part]
         return np.concatenate(joined)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
         """The text of `ids`; end of text adds nothing. Raises ValueError on an id outside the vocabulary."""
         plain = [int(i) for i in ids]

@@ -34,7 +34,7 @@ def test_decode_inverts_encode(text: str) -> None:
     assert SHIPPED.decode(ids) == text
     assert all(1 < token < SHIPPED.vocab_size for token in ids)  # neither end of text nor unknown
     assert int(SHIPPED.token_bytes[np.array(ids, int)].sum()) == len(text.encode())
-    assert SHIPPED.encode_array(text).tolist() == ids and SHIPPED.encode_batch([text, ""]) == [ids, []]
+    assert SHIPPED.encode_array(text).tolist() == ids
 
 
 def split_text(text: str, limit: int) -> list[str]:

@@ -66,12 +66,6 @@ class InputFile:
         """
         return io.BufferedReader(_ReopeningFile(self), _BUFFER_BYTES)
 
-    def local(self, cache: str | Path | None) -> Path:
-        """The file itself, or its copy in the cache, as `fetch.local_files`."""
-        from mf_train.data.fetch import local_files
-
-        return local_files([self], cache)[0]
-
 
 def file_format(path: str | Path) -> str | None:
     """The extension that says how `path` is read, without the compression's; None when it is not known."""

@@ -60,14 +60,12 @@ def together_slowly(action: Callable[[], T], device: torch.device, stop: Callabl
         if any_stop:
             return None
 
-    def outcome() -> T:
+    def outcome() -> T | None:
         if failures:
             raise failures[0]
-        return results[0]
+        return results[0] if results else None  # nothing yet: another rank has failed
 
-    if failed or not busy:
-        return together(outcome, device)
-    return together(lambda: None, device)  # type: ignore[return-value]  # raises: another rank has failed
+    return together(outcome, device)
 
 
 def agree(status: int, failure: Exception | None, device: torch.device) -> None:

@@ -34,37 +34,37 @@ def test_many_files(remote: type[FlakyFileSystem], tmp_path: Path) -> None:
 def test_remote_shards_are_fetched_once(remote: type[FlakyFileSystem], tmp_path: Path) -> None:
     remote.contents |= {"t/x.bin": b"tokens", "t/x.idx": b"index", "t/manifest.json": b"{}"}
     (file,) = find_files("flaky://t/x", "k")
-    path = file.local(tmp_path)
+    path = local_files([file], tmp_path)[0]
     assert path.name == "x.bin" and path.read_bytes() == b"tokens"
     assert path.with_suffix(".idx").read_bytes() == b"index"
     assert sorted(found.name for found in path.parent.iterdir()) == ["manifest.json", "x.bin", "x.idx"]
     reads = len(remote.reads)
-    assert file.local(tmp_path) == path and len(remote.reads) == reads
+    assert local_files([file], tmp_path)[0] == path and len(remote.reads) == reads
     remote.contents["t/x.bin"], remote.versions["t/x.bin"] = b"others", "2"
     (changed,) = find_files("flaky://t/x", "k")
-    assert changed.local(tmp_path).read_bytes() == b"others"
+    assert local_files([changed], tmp_path)[0].read_bytes() == b"others"
 
 
 def test_what_changes_beside_a_shard_is_fetched(remote: type[FlakyFileSystem], tmp_path: Path) -> None:
     """The .idx, and the manifest.json, which may come later."""
     remote.contents |= {"t/x.bin": b"tokens", "t/x.idx": b"index"}
     (file,) = find_files("flaky://t/x", "k")
-    assert file.local(tmp_path).with_suffix(".idx").read_bytes() == b"index"
+    assert local_files([file], tmp_path)[0].with_suffix(".idx").read_bytes() == b"index"
     remote.contents["t/x.idx"], remote.versions["t/x.idx"] = b"other", "2"
-    path = file.local(tmp_path)
+    path = local_files([file], tmp_path)[0]
     assert path.with_suffix(".idx").read_bytes() == b"other"
     assert not path.with_name("manifest.json").exists()
     remote.contents["t/manifest.json"] = b"{}"
-    assert file.local(tmp_path).with_name("manifest.json").read_bytes() == b"{}"
+    assert local_files([file], tmp_path)[0].with_name("manifest.json").read_bytes() == b"{}"
     del remote.contents["t/manifest.json"]
-    assert file.local(tmp_path) == path
+    assert local_files([file], tmp_path)[0] == path
 
 
 def test_a_shard_without_its_index_is_refused(remote: type[FlakyFileSystem], tmp_path: Path) -> None:
     remote.contents |= {"t/x.bin": b"tokens", "t/manifest.json": b"{}"}
     (file,) = find_files("flaky://t/x.bin", "k")
     with pytest.raises(UserError, match=r"flaky://t/x\.bin has no x\.idx beside it"):
-        file.local(tmp_path)
+        local_files([file], tmp_path)
     assert remote.reads == []
 
 
@@ -82,9 +82,9 @@ def test_a_fetch_that_fails_leaves_nothing(
     ]  # the index whole, then a part of the tokens
     remote.contents["t/x.idx"] = b"i"
     with pytest.raises(OSError, match="503"):
-        file.local(tmp_path)
+        local_files([file], tmp_path)
     assert [found.name for found in tmp_path.rglob("*") if found.suffix in (".bin", ".tmp")] == []
-    assert file.local(tmp_path).stat().st_size == 10_000_000
+    assert local_files([file], tmp_path)[0].stat().st_size == 10_000_000
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"the cache .*file.* cannot be used .*: set data.cache"):
-        file.local(tmp_path / "file")
+        local_files([file], tmp_path / "file")

@@ -20,6 +20,7 @@ from fsspec.asyn import AsyncFileSystem  # type: ignore[import-untyped]
 
 from mf_train.data import files as files_module
 from mf_train.data import remote as remote_module
+from mf_train.data.fetch import local_files
 from mf_train.data.files import InputFile, compression, file_format, find_files, is_token_shard
 from mf_train.errors import UserError
 from tests.data.remote import FlakyFileSystem
@@ -86,7 +87,7 @@ def test_token_shards(tmp_path: Path) -> None:
     for path in ("p/a", "p/a.bin", "p/a.idx"):  # the first is Megatron's prefix
         assert names(tmp_path / path, tmp_path) == ["p/a.bin"], path
     (file, _) = find_files(str(tmp_path / "p"), "k")
-    assert is_token_shard(file) and file.local(None) == tmp_path / "p" / "a.bin"
+    assert is_token_shard(file) and local_files([file], None)[0] == tmp_path / "p" / "a.bin"
     with pytest.raises(UserError, match=r"both token shards and text .*mixed/b.txt.: .*mixed/\*\.bin"):
         names(tmp_path / "mixed")
 
@@ -300,10 +301,10 @@ def test_what_is_beside_a_shard_is_asked_again(
     fault = DriverError("Service Unavailable", 503)
     FaultyListing.listing_faults = [fault] * 100
     with pytest.raises(OSError, match=r"DriverError: Service Unavailable .tried 3 times.*faulty://t"):
-        file.local(tmp_path)
+        local_files([file], tmp_path)
     # the folder may not be listed: the files are asked for one by one
     FaultyListing.listing_faults = [fault, PermissionError("AccessDenied"), fault, fault]
-    assert file.local(tmp_path).with_suffix(".idx").read_bytes() == b"index"
+    assert local_files([file], tmp_path)[0].with_suffix(".idx").read_bytes() == b"index"
     assert FaultyListing.listing_faults == []
 
 

@@ -44,7 +44,7 @@ STD = 0.02
 
 def write_folder(folder: Path, config: ModelConfig, dtype: str) -> None:
     """A converted model of random weights."""
-    texts = settings_files(Config(model=config), dtype, 0, {"step": 0, "tokens": 0}) | source_files()
+    texts = settings_files(Config(model=config), dtype, 0) | source_files()
     for name, content in texts.items():
         (folder / name).write_bytes(content)
     with torch.device("meta"):

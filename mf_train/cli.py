@@ -116,12 +116,46 @@ def _data_tokenize(options: argparse.Namespace) -> int:
     return 0
 
 
-def _convert(options: argparse.Namespace) -> int:
-    from mf_train.standalone.convert import convert
+def _checkpoint_verify(options: argparse.Namespace) -> int:
+    from mf_train.checkpoint.verify import verify
 
-    for line in convert(options.checkpoint, options.output, options.dtype):
+    for line in verify(options.path):
         print(line, flush=True)
     return 0
+
+
+def _checkpoint_list(options: argparse.Namespace) -> int:
+    from mf_train.checkpoint.verify import list_lines
+
+    for line in list_lines(options.run_folder):
+        print(line, flush=True)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from mf_train.standalone.check import check_conversion
+    from mf_train.standalone.convert import convert
+    from mf_train.standalone.to_checkpoint import to_checkpoint
+
+    if options.check:
+        _refuse_with(options, "--check", dtype=None, to_checkpoint=False, tensor=None)
+        lines = check_conversion(options.source, options.output)
+    elif options.to_checkpoint:
+        _refuse_with(options, "--to-checkpoint", dtype=None)
+        lines = to_checkpoint(options.source, options.output, options.tensor or 1)
+    else:
+        _refuse_with(options, "a conversion to a standalone model", tensor=None)
+        lines = convert(options.source, options.output, options.dtype)
+    for line in lines:
+        print(line, flush=True)
+    return 0
+
+
+def _refuse_with(options: argparse.Namespace, what: str, **defaults: object) -> None:
+    """Raises UserError where an option that `what` does not use was given."""
+    for name, default in defaults.items():
+        if getattr(options, name) != default:
+            raise UserError(f"--{name.replace('_', '-')} does not go with {what}: leave it out")
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -206,10 +240,50 @@ def _build_parser() -> argparse.ArgumentParser:
         "--workers", type=int, default=None, metavar="N", help="processes (default: one a core)"
     )
 
+    checkpoint = commands.add_parser("checkpoint", help="look at a run's checkpoints").add_subparsers(
+        metavar="verb", required=True
+    )
+    example = "memoryformer checkpoint verify runs/quickstart"
+    verb = _add(
+        checkpoint, "verify", "read checkpoints and compare every checksum", example, _checkpoint_verify
+    )
+    verb.add_argument(
+        "path", type=Path, metavar="PATH", help="a checkpoint, or a run's folder for all of its"
+    )
+    example = "memoryformer checkpoint list runs/quickstart"
+    verb = _add(checkpoint, "list", "show a run's checkpoints: step, size, date", example, _checkpoint_list)
+    verb.add_argument("run_folder", type=Path, metavar="RUN")
+
     example = "memoryformer convert runs/quickstart/checkpoints/latest quickstart-model --dtype bfloat16"
-    verb = _add(commands, "convert", "turn a checkpoint into a standalone model", example, _convert)
-    verb.add_argument("checkpoint", type=Path, help="a checkpoint, its 'latest' file, or a run's folder")
-    verb.add_argument("output", type=Path, metavar="OUT", help="a folder that does not exist yet")
+    summary = "turn a checkpoint into a standalone model, prove it again, or turn a model into a checkpoint"
+    verb = _add(commands, "convert", summary, example, _convert)
+    verb.add_argument(
+        "source",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a checkpoint, its 'latest' file, or a run's folder; with --to-checkpoint a standalone model",
+    )
+    verb.add_argument(
+        "output", type=Path, metavar="OUT", help="a folder that does not exist yet; with --check the model"
+    )
+    ways = verb.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing: compare the model at OUT with its certificate and with CHECKPOINT",
+    )
+    ways.add_argument(
+        "--to-checkpoint",
+        action="store_true",
+        help="the way back: a checkpoint of a standalone model's weights, to train on from with checkpoint.resume",
+    )
+    verb.add_argument(
+        "--tensor",
+        type=int,
+        default=None,
+        metavar="P",
+        help="ranks that a checkpoint is split for (default: 1)",
+    )
     verb.add_argument(
         "--dtype",
         default=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -190,14 +191,20 @@ class TestAnExistingRun:
     def test_whose_checkpoint_lacks_a_file(self, copy: dict[str, Any], tmp_path: Path) -> None:
         lost = next(resolve_checkpoint(tmp_path / "run").glob("exp_avg-*"))
         lost.unlink()
-        (line,) = complaints(train(copy, processes=2, expect=2))
-        assert str(lost) in line and "missing" in line and "checkpoint.resume" in line
+        done = train(copy, processes=2, expect=2)
+        (line,) = complaints(done)
+        assert "step-000000002.damaged" in line and "checkpoint.resume=PATH" in line
+        assert (
+            f"step-000000002 is damaged and was renamed to step-000000002.damaged: {lost.name}: missing"
+            in (done.stdout)
+        )
 
     def test_whose_checkpoint_has_a_truncated_file(self, copy: dict[str, Any], tmp_path: Path) -> None:
         cut = next(resolve_checkpoint(tmp_path / "run").glob("weights-*"))
         cut.write_bytes(cut.read_bytes()[:-100])
+        copy["checkpoint"] = {"resume": str(cut.parent)}
         (line,) = complaints(train(copy, expect=2))
-        assert str(cut) in line and "damaged" in line
+        assert "step-000000002.damaged" in line and "checkpoint.resume=PATH" in line
 
     def test_named_as_a_checkpoint_that_is_not_there(self, copy: dict[str, Any], tmp_path: Path) -> None:
         (line,) = complaints(train(copy, f"checkpoint.resume={tmp_path / 'nowhere'}", expect=2))
@@ -210,6 +217,30 @@ class TestAnExistingRun:
         done = run_command(["data", "inspect", str(config), "--step", "2"])
         recorded = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
         assert done.returncode == 0 and recorded["batch_digest"] in done.stdout
+
+
+def test_options_of_another_conversion(finished: Path, tmp_path: Path) -> None:
+    for options, words in (
+        (["--tensor", "2"], "--tensor does not go with a conversion to a standalone model"),
+        (["--check", "--dtype", "int8"], "--dtype does not go with --check"),
+        (["--to-checkpoint", "--dtype", "int8"], "--dtype does not go with --to-checkpoint"),
+    ):
+        done = run_command(["convert", str(finished / "run"), str(tmp_path / "out"), *options])
+        assert done.returncode == 2 and words in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_checkpoints_can_be_listed_and_verified(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    listed = run_command(["checkpoint", "list", str(tmp_path / "run")])
+    assert listed.returncode == 0 and re.match(r"step-000000002 .* latest\n", listed.stdout)
+    verified = run_command(["checkpoint", "verify", str(tmp_path / "run")])
+    assert verified.returncode == 0 and "step-000000002: good" in verified.stdout
+    victim = next(resolve_checkpoint(tmp_path / "run").glob("exp_avg_sq-*"))
+    data = bytearray(victim.read_bytes())
+    data[-5] ^= 1
+    victim.write_bytes(data)
+    refused = run_command(["checkpoint", "verify", str(tmp_path / "run")])
+    assert refused.returncode == 1 and victim.name in refused.stderr
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(repository: Path) -> None:

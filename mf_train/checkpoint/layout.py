@@ -1,27 +1,32 @@
 """What a checkpoint folder holds, and the manifest that describes it.
 
     step-000000200/
-      manifest.json                            format, step, degrees, every file's size, every parameter's global shape
+      manifest.json                            format, step, degrees, every parameter's global shape, every file's size
+                                               and CRC-32, and at last its own
       state.json                               the training state beside the tensors: step, tokens, stream
       config.yaml                              the resolved configuration
       tokenizer.model                          absent where the run had only token ids
       probe.safetensors                        tokens, and the trainer's logits and codes on them
       weights-0-of-2-part-000.safetensors      float32 master weights of tensor-parallel rank 0 of 2
-      exp_avg-..., exp_avg_sq-...              AdamW's moments, laid out the same
+      exp_avg-..., exp_avg_sq-...              AdamW's moments, laid out the same; absent where they are zero
 
 Each tensor is a tensor-parallel slice of a parameter under the parameter's name. The data-parallel degree and the
-ZeRO stage leave no trace; parts only spread the writing over ranks.
+ZeRO stage leave no trace: a part is as many parameters, in the model's order, as fit into `PART_BYTES`.
+
+DeepSpeed's own formats are not used: see docs/checkpoints.md for what its universal checkpoints did when tried.
 """
 
 import json
 import re
+import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mf_train.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 MANIFEST, STATE, CONFIG, TOKENIZER, PROBE = (
     "manifest.json",
@@ -31,7 +36,16 @@ MANIFEST, STATE, CONFIG, TOKENIZER, PROBE = (
     "probe.safetensors",
 )
 LATEST = "latest"
+PART_BYTES = 4 << 30
 _STEP = re.compile(r"step-(\d{9})")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and CRC-32 of a file of a checkpoint."""
+
+    size: int
+    crc32: int
 
 
 @dataclass(frozen=True)
@@ -41,12 +55,30 @@ class Manifest:
     format: int
     step: int
     tensor_parallel: int
-    parameters: dict[str, list[int]]
+    kinds: tuple[str, ...]  # KINDS, or only "master" where the moments are zero
+    parameters: dict[str, tuple[int, ...]]
     parts: dict[str, int]
-    files: dict[str, int]  # size in bytes
+    files: dict[str, FileRecord]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return json.dumps(asdict(self) | {"crc32": self.checksum()}, indent=1) + "\n"
+
+    def checksum(self) -> int:
+        """CRC-32 of everything in it, so that a flipped bit of the manifest shows too."""
+        return zlib.crc32(json.dumps(asdict(self), sort_keys=True).encode())
+
+    @staticmethod
+    def from_json(text: str) -> "Manifest":
+        """Raises ValueError, KeyError or TypeError for anything but what `to_json` writes."""
+        tree: dict[str, Any] = json.loads(text)
+        checksum = tree.pop("crc32")
+        tree["kinds"] = tuple(tree["kinds"])
+        tree["parameters"] = {name: tuple(shape) for name, shape in tree["parameters"].items()}
+        tree["files"] = {name: FileRecord(**record) for name, record in tree["files"].items()}
+        manifest = Manifest(**tree)
+        if checksum != manifest.checksum():
+            raise ValueError("its own checksum differs")
+        return manifest
 
 
 def step_name(step: int) -> str:
@@ -60,11 +92,27 @@ def part_name(kind: str, tensor_rank: int, tensor_size: int, part: int) -> str:
     return f"{prefix}-{tensor_rank}-of-{tensor_size}-part-{part:03d}.safetensors"
 
 
+def assign_parts(sizes: Mapping[str, int], part_bytes: int = PART_BYTES) -> dict[str, int]:
+    """Part of each tensor from its size in bytes: in order, a new part where the next would not fit."""
+    parts, part, filled = {}, 0, 0
+    for name, size in sizes.items():
+        if filled and filled + size > part_bytes:
+            part, filled = part + 1, 0
+        parts[name] = part
+        filled += size
+    return parts
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a `checkpoints/` folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir())
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -84,26 +132,40 @@ def resolve_checkpoint(path: Path) -> Path:
     raise UserError(f"{path}: holds no complete checkpoint (a folder step-... with {MANIFEST})")
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest, after checking that every file is there with its size. Raises UserError naming the file."""
+class DamageError(UserError):
+    """A checkpoint is not as it was written: `file` is missing, of another size or of other contents."""
+
+    def __init__(self, file: Path, damage: str) -> None:
+        super().__init__(f"{file}: {damage}; use another checkpoint")
+        self.file = file
+        self.damage = damage
+
+
+def read_manifest(checkpoint: Path, *, check_sizes: bool = True) -> Manifest:
+    """The manifest, and unless told otherwise a check that every file is there with its size.
+
+    Raises DamageError, UserError for a checkpoint of another version, OSError for what cannot be read.
+    """
+    path = checkpoint / MANIFEST
     try:
-        tree: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
-        manifest = Manifest(**tree)
-    except OSError as error:
-        raise UserError(f"{checkpoint / MANIFEST}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError):
-        raise UserError(f"{checkpoint / MANIFEST}: damaged; use another checkpoint") from None
-    if manifest.format != FORMAT:
-        raise UserError(
-            f"{checkpoint / MANIFEST}: format {manifest.format}, this version reads format {FORMAT}"
-        )
-    for name, size in manifest.files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing from the checkpoint; use another with checkpoint.resume=PATH")
-        actual = path.stat().st_size
-        if actual != size:
-            raise UserError(
-                f"{path}: {actual} bytes instead of {size}, damaged; use another with checkpoint.resume=PATH"
-            )
+        text = path.read_text(encoding="utf-8")
+        _check_format(path, text)
+        manifest = Manifest.from_json(text)
+    except FileNotFoundError:
+        raise DamageError(path, "missing") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise DamageError(path, "damaged") from None
+    for name, record in manifest.files.items() if check_sizes else ():
+        file = checkpoint / name
+        if not file.is_file():
+            raise DamageError(file, "missing from the checkpoint")
+        actual = file.stat().st_size
+        if actual != record.size:
+            raise DamageError(file, f"damaged ({actual} bytes instead of {record.size})")
     return manifest
+
+
+def _check_format(path: Path, text: str) -> None:
+    found = json.loads(text)["format"]
+    if isinstance(found, int) and found != FORMAT:
+        raise UserError(f"{path}: format {found}, this version reads format {FORMAT}")

@@ -1,5 +1,7 @@
 """Restoring an engine from a checkpoint of any degrees and stage: each rank reads the fragments that it keeps."""
 
+from collections.abc import Callable
+
 from mf_train.checkpoint.layout import KINDS
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.errors import UserError
@@ -8,19 +10,21 @@ from mf_train.parallel.agreement import together
 from mf_train.parallel.engine import Engine
 
 
-def load_checkpoint(engine: Engine, reader: CheckpointReader) -> None:
-    """Set masters, moments and the count of updates of a freshly built engine. Collective.
+def load_checkpoint(
+    engine: Engine, reader: CheckpointReader, beat: Callable[[], None] = lambda: None
+) -> None:
+    """Set masters, moments and the count of updates of an engine. Collective; `beat` is called after each read.
 
     Raises UserError where the checkpoint is of another model.
     """
     together(lambda: _check_shapes(engine, reader), engine.device)
     engine.create_moments()
-    together(lambda: _read_fragments(engine, reader), engine.device)
+    together(lambda: _read_fragments(engine, reader, beat), engine.device)
     engine.reset_step(reader.manifest.step)
     engine.refresh_parameters()
 
 
-def _read_fragments(engine: Engine, reader: CheckpointReader) -> None:
+def _read_fragments(engine: Engine, reader: CheckpointReader, beat: Callable[[], None]) -> None:
     degrees = engine.groups.degrees
     for name, fragment in engine.fragments().items():
         for kind in KINDS:
@@ -29,6 +33,7 @@ def _read_fragments(engine: Engine, reader: CheckpointReader) -> None:
             )
             target = fragment.of(fragment.flat.data) if kind == "master" else engine.moment(fragment, kind)
             target.copy_(values)
+            beat()
 
 
 def _check_shapes(engine: Engine, reader: CheckpointReader) -> None:

@@ -1,9 +1,19 @@
-"""Writing a checkpoint: every tensor-parallel rank its slices, spread over data-parallel ranks; complete or absent."""
+"""Writing a checkpoint: every rank writes its own fragments to their places; the folder is complete or absent.
+
+    start     all ranks copy what they hold to host memory (asynchronous), or leave it where it is
+    write     each writes its fragments into the files, whose layout all know, and waits until they are on disk
+    check     each reads an even share of all files back; the checksums must be those of what was written
+    complete  rank 0 writes the manifest, renames the folder, moves `latest` and deletes what is not kept
+
+All but the first run in a thread; the ranks agree on going from one to the next at step boundaries. No parameter is
+sent to another rank.
+"""
 
 import json
 import os
-import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mf_train.checkpoint.checksum import PIECE_BYTES, extend, place, read_shares, whole
+from mf_train.checkpoint.fence import Fence, prepare_whole, remove_folder, sync_folder, write_synced
 from mf_train.checkpoint.layout import (
     CONFIG,
     FORMAT,
@@ -20,19 +32,26 @@ from mf_train.checkpoint.layout import (
     PROBE,
     STATE,
     TOKENIZER,
+    FileRecord,
     Manifest,
+    assign_parts,
     list_checkpoints,
     part_name,
     step_name,
+    step_of,
 )
-from mf_train.checkpoint.tensor_file import TensorFileWriter
+from mf_train.checkpoint.tensor_file import Layout, TensorFileWriter
+from mf_train.config import CheckpointConfig
 from mf_train.errors import PeerError, TrainingError
 from mf_train.model.initialise import split_dimension
-from mf_train.parallel.agreement import together
-from mf_train.parallel.degrees import Degrees
+from mf_train.parallel.agreement import (
+    SIGN_OF_LIFE_SECONDS,
+    Task,
+    any_rank,
+    exclusive_or,
+    together,
+)
 from mf_train.parallel.engine import Engine
-
-MAX_PARTS = 8  # files of one kind and tensor-parallel rank; more would not write faster
 
 
 @dataclass(frozen=True)
@@ -45,155 +64,286 @@ class Extras:
     probe: Mapping[str, Tensor]
 
 
-def save_checkpoint(engine: Engine, folder: Path, step: int, extras: Extras | None, keep: int) -> Path:
-    """Write `folder`/step-N, point `latest` to it and delete all but the newest `keep` (0: none). Collective.
+@dataclass(frozen=True)
+class _Piece:
+    """A fragment of a parameter that this rank writes."""
 
-    Rank 0 gives `extras`.
+    kind: str
+    name: str
+    file: str
+    offset: int  # of its first byte in the file
+    first: int  # of its elements in this rank's fragment
+    numel: int
 
-    The files are written beside, synced, and the folder renamed at the end: it is complete or absent.
-    Raises TrainingError on rank 0 if any could not write, and PeerError on the others.
+
+def _ignore(*_: Any) -> None:
+    return None
+
+
+class Saver:
+    """Writes an engine's checkpoints into a run's `checkpoints/` folder, one at a time. All calls are collective.
+
+    Each raises TrainingError on rank 0 where any rank could not write, where what was written reads back otherwise, or
+    where a newer start of the run has taken the folder over, and PeerError on the other ranks.
     """
-    try:
-        return _save(engine, folder, step, extras, keep)
-    except (OSError, PeerError) as error:
-        if engine.groups.degrees.rank == 0:
-            shutil.rmtree(_partial(folder, step), ignore_errors=True)
-        if isinstance(error, PeerError):
-            raise
-        complete = [path.name for path in list_checkpoints(folder)]
-        raise TrainingError(
-            f"{folder}: the checkpoint of step {step} could not be written ({error.strerror or error}); the newest "
-            f"complete one is {complete[-1] if complete else 'none'}: make room or mend the folder, and run again"
-        ) from error
 
+    def __init__(self, engine: Engine, fence: Fence, config: CheckpointConfig) -> None:
+        self.engine = engine
+        self.fence = fence
+        self.config = config
+        degrees = engine.groups.degrees
+        shapes = {name: engine.local_shape(p) for name, p in engine.model.named_parameters()}
+        self.parts = assign_parts({name: 4 * shape.numel() for name, shape in shapes.items()})
+        layouts = _part_layouts(shapes, self.parts)
+        self.parameters = {name: _global_shape(name, shape, degrees.tensor) for name, shape in shapes.items()}
+        self.sizes = {
+            part_name(kind, rank, degrees.tensor, part): layout.size
+            for kind in KINDS
+            for rank in range(degrees.tensor)
+            for part, layout in layouts.items()
+        }
+        self.headers = {
+            part_name(kind, degrees.tensor_rank, degrees.tensor, part): layout.header
+            for kind in KINDS
+            for part, layout in layouts.items()
+            if degrees.data_rank == 0
+        }
+        self.pieces = self._plan_pieces(layouts)
+        self.buffers: dict[tuple[str, str], Tensor] = {}
+        self._task: Task[Any] | None = None
+        self._next: Callable[[Any], Task[Any] | None] = _ignore
+        self._doing = ""
+        self._moved = 0  # pieces written or read back so far
 
-def _partial(folder: Path, step: int) -> Path:
-    return folder / f".{step_name(step)}.partial"
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint has been started and is not complete."""
+        return self._task is not None
 
+    def start(self, step: int, extras: Extras | None) -> None:
+        """Begin to save the engine's state as that of `step`; rank 0 gives `extras`. The last one must be complete.
 
-def _save(engine: Engine, folder: Path, step: int, extras: Extras | None, keep: int) -> Path:
-    degrees = engine.groups.degrees
-    final = folder / step_name(step)
-    partial = _partial(folder, step)
-    shapes = {name: engine.local_shape(p) for name, p in engine.model.named_parameters()}
-    parts = _assign_parts(shapes, min(degrees.data, MAX_PARTS))
+        With `checkpoint.asynchronous` training may go on as soon as this returns; without, not before `finish` has.
+        """
+        assert not self.pending
+        self.step, self.partial = step, self.fence.partial(step)
+        self._guarded(lambda: together(self._prepare, self.engine.device))
+        values = self._values()
+        self._doing, self._next = "writing", self._to_check
+        self._task = Task(lambda: self._write(values, extras))
 
-    def prepare() -> None:
-        if degrees.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+    def advance(self) -> Path | None:
+        """Go on with what was started, without waiting; the checkpoint's folder once it is complete, else None."""
+        if self._task is None:
+            return None
+        [busy] = any_rank([self._task.busy], self.engine.device)
+        if busy:
+            return None
+        task, self._task = self._task, None
+        self._task = self._guarded(lambda: self._next(together(task.outcome, self.engine.device)))
+        return self.fence.folder / step_name(self.step) if self._task is None else None
 
-    def finish() -> None:
-        if degrees.rank == 0:
-            assert extras is not None
-            _write_extras(partial, extras)
-            _write_manifest(partial, step, degrees, shapes, parts)
-            _replace_folder(partial, final)
-            _point_latest(folder, final.name)
-            _rotate(folder, keep)
+    def finish(self, at: Callable[[str], None] = _ignore, beat: Callable[..., None] = _ignore) -> Path | None:
+        """Wait for what was started; the checkpoint's folder, or None where nothing was started.
 
-    together(prepare, engine.device)
-    for kind in KINDS:
-        _write_kind(engine, partial, kind, parts, shapes)
-    together(finish, engine.device)
-    return final
+        `at` is told, the same number of times on every rank, what the rank does; `beat` is called when that advances.
+        """
+        path = None
+        while (task := self._task) is not None:
+            at(f"{self._doing} the checkpoint of step {self.step}")
+            done = False
+            while self._task is task:
+                moved = self._moved
+                task.wait(SIGN_OF_LIFE_SECONDS)
+                if self._moved != moved:
+                    beat()
+                if not done and not task.busy:
+                    at(f"waiting for others that are {self._doing} the checkpoint of step {self.step}")
+                    done = True
+                path = self.advance()
+        return path
 
+    def _move(self) -> None:
+        self._moved += 1
 
-def _write_kind(
-    engine: Engine, folder: Path, kind: str, parts: Mapping[str, int], shapes: Mapping[str, torch.Size]
-) -> None:
-    """Masters or one moment: each data-parallel rank with a part's number writes that part. Collective."""
-    degrees = engine.groups.degrees
-    fragments = engine.fragments()
-    mine = {name: (torch.float32, shapes[name]) for name, part in parts.items() if part == degrees.data_rank}
-    path = folder / part_name(kind, degrees.tensor_rank, degrees.tensor, degrees.data_rank)
+    # the steps of a save
 
-    # a rank that cannot write goes on receiving, so that the others' collectives end; then all raise together
-    failure: OSError | None = None
-    writer: TensorFileWriter | None = None
-    try:
-        writer = TensorFileWriter(path, mine) if mine else None
-    except OSError as error:
-        failure = error
-    for name, part in parts.items():
-        tensor = engine.collect(name, fragments.get(name), kind, part)
-        if writer is not None and tensor is not None and failure is None:
+    def _prepare(self) -> None:
+        if self.engine.groups.degrees.rank == 0:
+            self.fence.check()
+            remove_folder(self.partial)
+            self.partial.mkdir(parents=True)
+
+    def _values(self) -> dict[tuple[str, str], Tensor]:
+        """This rank's fragments by kind and name: copies in host memory, or the engine's own tensors."""
+        fragments = self.engine.fragments()
+        values = {}
+        for piece in self.pieces:
+            fragment = fragments[piece.name]
+            if piece.kind == "master":
+                held = fragment.of(fragment.flat.detach())
+            else:
+                held = self.engine.moment(fragment, piece.kind)
+            values[piece.kind, piece.name] = held.narrow(0, piece.first, piece.numel)
+        if not self.config.asynchronous:
+            return values
+        on_gpu = self.engine.device.type == "cuda"
+        for key, held in values.items():
+            if key not in self.buffers:
+                self.buffers[key] = torch.empty(held.numel(), dtype=torch.float32, pin_memory=on_gpu)
+            self.buffers[key].copy_(held, non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize(self.engine.device)
+        return self.buffers
+
+    def _write(
+        self, values: Mapping[tuple[str, str], Tensor], extras: Extras | None
+    ) -> tuple[list[int], dict[str, FileRecord]]:
+        """Write this rank's pieces; returns the shares of each file's checksum, and the extras' records."""
+        shares = dict.fromkeys(self.sizes, 0)
+        by_file: dict[str, list[_Piece]] = {}
+        for piece in self.pieces:
+            by_file.setdefault(piece.file, []).append(piece)
+        for file in {**by_file, **self.headers}:
+            size = self.sizes[file]
+            descriptor = os.open(self.partial / file, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
-                writer.write(name, tensor)
-            except OSError as error:
-                failure = error
+                if file in self.headers:
+                    shares[file] ^= _write_at(descriptor, memoryview(self.headers[file]), 0, size)
+                for piece in by_file.get(file, ()):
+                    data = values[piece.kind, piece.name].to("cpu", torch.float32).contiguous()
+                    view = data.view(torch.uint8).numpy().data
+                    shares[file] ^= _write_at(descriptor, view, piece.offset, size)
+                    self._move()
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        return list(shares.values()), {} if extras is None else _write_extras(self.partial, extras)
 
-    def close() -> None:
-        if failure is not None:
-            raise failure
-        if writer is not None:
-            writer.__exit__(None, None, None)
+    def _to_check(self, written: tuple[list[int], dict[str, FileRecord]]) -> Task[Any]:
+        shares, records = written
+        totals = exclusive_or(shares, self.engine.device)
+        for (name, size), total in zip(self.sizes.items(), totals, strict=True):
+            records[name] = FileRecord(size, whole(total, size))
+        self._doing, self._next = "checking", lambda read: self._to_complete(read, records)
+        degrees = self.engine.groups.degrees
+        return Task(
+            lambda: read_shares(self.partial, self.sizes, degrees.rank, degrees.world_size, self._move)
+        )
 
-    together(close, engine.device)
+    def _to_complete(self, read: list[int], records: dict[str, FileRecord]) -> Task[Any]:
+        totals = exclusive_or(read, self.engine.device)
+        wrong = [
+            name
+            for (name, size), total in zip(self.sizes.items(), totals, strict=True)
+            if whole(total, size) != records[name].crc32
+        ]
+        rank = self.engine.groups.degrees.rank
+        if wrong:
+            if rank != 0:
+                raise PeerError(1)
+            raise OSError(f"{wrong[0]} reads back otherwise than it was written: check the storage")
+        self._doing, self._next = "completing", lambda _: None
+        return Task(lambda: self._complete(records) if rank == 0 else None)
+
+    def _complete(self, records: dict[str, FileRecord]) -> None:
+        folder, name = self.fence.folder, step_name(self.step)
+        manifest = Manifest(
+            format=FORMAT,
+            step=self.step,
+            tensor_parallel=self.engine.groups.degrees.tensor,
+            kinds=KINDS,
+            parameters=self.parameters,
+            parts=self.parts,
+            files=records,
+        )
+        write_synced(self.partial / MANIFEST, manifest.to_json().encode())
+        sync_folder(self.partial)
+        # a newer start deletes both, so that neither can take its place once this one was held up here
+        beside = prepare_whole(folder / LATEST, f"{name}\n".encode(), self.fence.token)
+        self.fence.check()
+        os.rename(self.partial, folder / name)
+        os.replace(beside, folder / LATEST)
+        sync_folder(folder)
+        self.fence.check()
+        for old in surplus(list_checkpoints(folder), self.config.keep, self.config.keep_every):
+            remove_folder(old)
+
+    def _guarded(self, action: Callable[[], Any]) -> Any:
+        """Run a part of a save; where it fails, delete what was written and raise the error that the user sees."""
+        try:
+            return action()
+        except (OSError, PeerError, TrainingError) as error:
+            if self.engine.groups.degrees.rank != 0 or isinstance(error, PeerError):
+                raise
+            with suppress(OSError):
+                remove_folder(self.partial)
+            self.fence.check()  # whatever failed, a newer start is the better reason
+            complete = [path.name for path in list_checkpoints(self.fence.folder)]
+            raise TrainingError(
+                f"{self.fence.folder}: the checkpoint of step {self.step} could not be written "
+                f"({error}); the newest complete one is {complete[-1] if complete else 'none'}: make room "
+                "or mend the folder, and run again"
+            ) from error
+
+    def _plan_pieces(self, layouts: Mapping[int, Layout]) -> list[_Piece]:
+        """The fragments that this rank writes: what it alone holds, or an even share of what all hold."""
+        degrees = self.engine.groups.degrees
+        pieces = []
+        for name, fragment in self.engine.fragments().items():
+            first, last = 0, fragment.numel
+            if self.engine.replicated:
+                first, last = (fragment.numel * (degrees.data_rank + i) // degrees.data for i in (0, 1))
+            part = self.parts[name]
+            offset = layouts[part].offsets[name] + 4 * (fragment.start + first)
+            for kind in KINDS if last > first else ():
+                file = part_name(kind, degrees.tensor_rank, degrees.tensor, part)
+                pieces.append(_Piece(kind, name, file, offset, first, last - first))
+        return pieces
 
 
-def _assign_parts(shapes: Mapping[str, torch.Size], parts: int) -> dict[str, int]:
-    """Part of each parameter: largest first, always to the emptiest part."""
-    filled = [0] * parts
-    assigned = {}
-    for name in sorted(shapes, key=lambda name: (-shapes[name].numel(), name)):
-        part = filled.index(min(filled))
-        assigned[name] = part
-        filled[part] += shapes[name].numel()
-    return {name: assigned[name] for name in shapes}
+def surplus(checkpoints: list[Path], keep: int, keep_every: int) -> list[Path]:
+    """Of checkpoints, oldest first, those to delete: neither the newest `keep` nor one each `keep_every` steps."""
+    older = checkpoints[:-keep] if keep else []
+    return [path for path in older if not keep_every or step_of(path) % keep_every]
 
 
-def _write_manifest(
-    folder: Path, step: int, degrees: Degrees, shapes: Mapping[str, torch.Size], parts: dict[str, int]
-) -> None:
-    parameters = {}
-    for name, shape in shapes.items():
-        parameters[name] = list(shape)
-        parameters[name][split_dimension(name)] *= degrees.tensor
-    manifest = Manifest(
-        format=FORMAT,
-        step=step,
-        tensor_parallel=degrees.tensor,
-        parameters=parameters,
-        parts=parts,
-        files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
-    )
-    _write_synced(folder / MANIFEST, manifest.to_json().encode())
+def _part_layouts(shapes: Mapping[str, torch.Size], parts: Mapping[str, int]) -> dict[int, Layout]:
+    return {
+        part: Layout({name: (torch.float32, shapes[name]) for name in shapes if parts[name] == part})
+        for part in sorted(set(parts.values()))
+    }
 
 
-def _write_extras(folder: Path, extras: Extras) -> None:
-    _write_synced(folder / STATE, (json.dumps(extras.state, indent=1) + "\n").encode())
-    _write_synced(folder / CONFIG, extras.config_yaml.encode())
+def _global_shape(name: str, local: torch.Size, tensor: int) -> tuple[int, ...]:
+    shape = list(local)
+    shape[split_dimension(name)] *= tensor
+    return tuple(shape)
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int, size: int) -> int:
+    """Write bytes at a place of a file of `size` bytes; returns their share of its checksum."""
+    register, begin = 0, 0
+    while begin < len(data):
+        piece = data[begin : begin + PIECE_BYTES]
+        written = os.pwrite(descriptor, piece, offset + begin)
+        register = extend(register, piece[:written])
+        begin += written
+    return place(register, size - offset - len(data))
+
+
+def _write_extras(folder: Path, extras: Extras) -> dict[str, FileRecord]:
+    files = {
+        STATE: (json.dumps(extras.state, indent=1) + "\n").encode(),
+        CONFIG: extras.config_yaml.encode(),
+    }
     if extras.tokenizer:
-        _write_synced(folder / TOKENIZER, extras.tokenizer)
-    with TensorFileWriter(folder / PROBE, {n: (t.dtype, t.shape) for n, t in extras.probe.items()}) as writer:
+        files[TOKENIZER] = extras.tokenizer
+    for name, data in files.items():
+        write_synced(folder / name, data)
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in extras.probe.items()}
+    with TensorFileWriter(folder / PROBE, layout) as writer:
         for name, tensor in extras.probe.items():
             writer.write(name, tensor)
-
-
-def _replace_folder(new: Path, place: Path) -> None:
-    """Put `new` at `place`; what stood there (a run that went back) is deleted only afterwards."""
-    old = place.with_name(f".{place.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.rename(place, old)
-    os.rename(new, place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _point_latest(folder: Path, name: str) -> None:
-    beside = folder / f".{LATEST}.partial"
-    _write_synced(beside, f"{name}\n".encode())
-    os.replace(beside, folder / LATEST)
-
-
-def _rotate(folder: Path, keep: int) -> None:
-    for old in list_checkpoints(folder)[: -keep or None] if keep else []:
-        shutil.rmtree(old)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    files[PROBE] = (folder / PROBE).read_bytes()
+    return {name: FileRecord(len(data), zlib.crc32(data)) for name, data in files.items()}

@@ -19,6 +19,38 @@ _NAMES |= {torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
 ALIGNMENT = 64
 
 
+class Layout:
+    """Where each tensor's data lie in a safetensors file of the tensors given (name: (dtype, shape)), in their order.
+
+    `header` is the begin of the file, `offsets` the place of each tensor's first byte, `size` the file's, in bytes.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.tensors = dict(tensors)
+        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for name, (dtype, shape) in tensors.items():
+            size = torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {
+                "dtype": _NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        self.header = len(text).to_bytes(8, "little") + text
+        self.size = len(self.header) + offset
+        self.offsets = {
+            name: len(self.header) + header[name]["data_offsets"][0]  # type: ignore[index]
+            for name in tensors
+        }
+
+
 class TensorFileWriter:
     """Writes the tensors declared in `layout` (name: (dtype, shape)) into a new safetensors file.
 
@@ -33,26 +65,13 @@ class TensorFileWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
-        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-        offset = 0
-        for name, (dtype, shape) in layout.items():
-            size = torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {
-                "dtype": _NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % ALIGNMENT)
-        self.layout = dict(layout)
-        self.expected = 8 + len(text) + offset
+        self.layout = Layout(layout, metadata)
         self.file = open(path, "wb")
-        self.file.write(len(text).to_bytes(8, "little") + text)
+        self.file.write(self.layout.header)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor of the layout."""
-        dtype, shape = self.layout[name]
+        dtype, shape = self.layout.tensors[name]
         assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), (
             name,
             tensor.dtype,
@@ -76,6 +95,7 @@ class TensorFileWriter:
                 self.file.flush()
                 os.fsync(self.file.fileno())
                 written = self.file.tell()
-                assert written == self.expected, f"{self.path}: wrote {written} of {self.expected} bytes"
+                size = self.layout.size
+                assert written == size, f"{self.path}: wrote {written} of {size} bytes"
         finally:
             self.file.close()

@@ -102,6 +102,7 @@ def check_config(config: Config, origin: str) -> None:
         "data.workers": config.data.workers,
         "checkpoint.interval": config.checkpoint.interval,
         "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
         "logging.telemetry_interval": config.logging.telemetry_interval,
         "optimizer.weight_decay": config.optimizer.weight_decay,
         "optimizer.gradient_clip": config.optimizer.gradient_clip,

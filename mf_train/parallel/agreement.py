@@ -2,8 +2,8 @@
 
 import socket
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from mf_train.errors import PeerError, TrainingError, UserError
 
 T = TypeVar("T")
-_SIGN_OF_LIFE_SECONDS = 2.0
+SIGN_OF_LIFE_SECONDS = 2.0
 _USER_ERROR = 2  # exit status
 
 
@@ -32,40 +32,82 @@ def together(action: Callable[[], T], device: torch.device) -> T:
     return result  # type: ignore[return-value]
 
 
-def together_slowly(action: Callable[[], T], device: torch.device, stop: Callable[[], bool]) -> T | None:
+def of_first_rank(action: Callable[[], T], device: torch.device) -> T:
+    """Rank 0's result of an action on every rank; where it fails, all do as `together`'s. Collective."""
+    result = [together(action if dist.get_rank() == 0 else lambda: None, device)]
+    dist.broadcast_object_list(result, 0, device=device)
+    return result[0]  # type: ignore[return-value]
+
+
+class Task(Generic[T]):
+    """An action without collectives that runs in a thread of its own."""
+
+    def __init__(self, action: Callable[[], T]) -> None:
+        self._action = action
+        self._results: list[T] = []
+        self._failures: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._action())
+        except BaseException as error:  # raised again by `outcome`
+            self._failures.append(error)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the end, at most so long."""
+        self._thread.join(seconds)
+
+    @property
+    def busy(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        return bool(self._failures)
+
+    def outcome(self) -> T | None:
+        """What the action returned, or raises what it raised; None while it is busy."""
+        if self._failures:
+            raise self._failures[0]
+        return self._results[0] if self._results else None
+
+
+def together_slowly(
+    action: Callable[[], T], device: torch.device, stop: Callable[[], bool], beat: Callable[[], None]
+) -> T | None:
     """As `together`, for an action that may take longer on some ranks than a collective may wait.
 
     It runs in a thread, and all ranks tell each other every two seconds whether they are ready, so that no collective
     waits long. A failure ends the waiting at once; so does `stop()` on any rank, and then the result is None on all.
+    `beat` is called each time: the run's `Watch` ends what does not move.
     """
-    results: list[T] = []
-    failures: list[BaseException] = []
-
-    def act() -> None:
-        try:
-            results.append(action())
-        except BaseException as error:  # raised again below
-            failures.append(error)
-
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
+    task = Task(action)
     while True:
-        thread.join(_SIGN_OF_LIFE_SECONDS)
-        busy, failed = int(thread.is_alive()), int(bool(failures))
-        state = torch.tensor([busy, failed, int(stop())], dtype=torch.int32, device=device)
-        dist.all_reduce(state, op=dist.ReduceOp.MAX)
-        any_busy, any_failed, any_stop = state.tolist()
+        task.wait(SIGN_OF_LIFE_SECONDS)
+        beat()
+        any_busy, any_failed, any_stop = any_rank((task.busy, task.failed, stop()), device)
         if any_failed or not any_busy:
             break
         if any_stop:
             return None
+    return together(task.outcome, device)  # None: another rank has failed
 
-    def outcome() -> T | None:
-        if failures:
-            raise failures[0]
-        return results[0] if results else None  # nothing yet: another rank has failed
 
-    return together(outcome, device)
+def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Of each flag, whether it is set on any rank. Collective over all ranks."""
+    state = torch.tensor([int(flag) for flag in flags], dtype=torch.int32, device=device)
+    dist.all_reduce(state, op=dist.ReduceOp.MAX)
+    return [bool(value) for value in state.tolist()]
+
+
+def exclusive_or(values: Sequence[int], device: torch.device) -> list[int]:
+    """XOR over all ranks of each of some numbers below 2^32. Collective; no library of collectives has XOR for all."""
+    bits = torch.tensor(values, dtype=torch.int64).unsqueeze(-1) >> torch.arange(32) & 1
+    total = bits.to(device, torch.int32)
+    dist.all_reduce(total)
+    return [int(value) for value in ((total.cpu().long() & 1) << torch.arange(32)).sum(-1)]
 
 
 def agree(status: int, failure: Exception | None, device: torch.device) -> None:

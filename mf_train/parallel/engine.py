@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mf_train.config import Config, OptimizerConfig
@@ -145,24 +144,10 @@ class Engine:
         shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
         return shape
 
-    def collect(self, name: str, fragment: Fragment | None, kind: str, data_rank: int) -> Tensor | None:
-        """One parameter's master (`kind` "master") or moment in float32, whole, on the data-parallel rank given.
-
-        Collective over the data-parallel group; the other ranks get None.
-        """
-        shape = self.local_shape(self.model.get_parameter(name))
-        mine = self.groups.degrees.data_rank == data_rank
-        source = None
-        if fragment is not None:
-            source = fragment.of(fragment.flat.detach()) if kind == "master" else self.moment(fragment, kind)
-        if source is not None and source.numel() == shape.numel() and (self.stage == 0 or self._alone):
-            return source.detach().to("cpu", torch.float32, copy=True).view(shape) if mine else None
-        whole = torch.zeros(shape.numel(), dtype=torch.float32, device=self.device)
-        if fragment is not None and source is not None:
-            whole.narrow(0, fragment.start, fragment.numel).copy_(source.detach())
-        if not self._alone:
-            dist.reduce(whole, dist.get_global_rank(self.groups.data, data_rank), group=self.groups.data)
-        return whole.cpu().view(shape) if mine else None
+    @property
+    def replicated(self) -> bool:
+        """Whether all data-parallel ranks hold the same masters and moments (ZeRO 0), rather than a part each."""
+        return self.stage == 0
 
     def create_moments(self) -> None:
         """Make the optimiser's state exist, by one update with a learning rate of 0, before it is loaded."""
@@ -191,10 +176,6 @@ class Engine:
                 master = self._find_fragment(parameter)
                 assert master is not None
                 parameter.data.copy_(master.flat.data)
-
-    @property
-    def _alone(self) -> bool:
-        return self.groups.degrees.data == 1
 
     def _find_fragment(self, parameter: Any) -> Fragment | None:
         zero: Any = self.engine.optimizer

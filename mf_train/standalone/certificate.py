@@ -1,126 +1,313 @@
-"""The proof of a conversion: what the written model computes on fixed tokens against what the trainer recorded."""
+"""The proof of a conversion, and certificate.json, which holds it.
+
+Three models compute on the tokens of the checkpoint's probe, with the plain model's code and weights left in files:
+
+- replay: the checkpoint's weights in the run's precision, against what the trainer recorded. That the checkpoint and
+  its names are the trained model.
+- copy: the checkpoint's weights rounded to the dtype written, against the written folder. That the files hold that
+  model: equal to the bit, whatever the dtype and wherever it was trained.
+- rounding: the first against the folder. What the dtype costs.
+
+In the replay each hash hands on the trainer's codes. Hashing is discontinuous, and a code that another processor's
+rounding changes would change everything behind it; so each layer is measured by itself, and a wrong one stands out.
+"""
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mf_train.errors import TrainingError, UserError
-from mf_train.model.memory import record_codes
-from mf_train.standalone.load import load_model
+from mf_train import __version__
+from mf_train.checkpoint.checksum import read_shares, whole
+from mf_train.checkpoint.layout import PROBE, DamageError
+from mf_train.checkpoint.probe import CODES
+from mf_train.checkpoint.read import CheckpointReader
+from mf_train.checkpoint.tensor_reader import TensorFile
+from mf_train.config import Config
+from mf_train.errors import TrainingError
+from mf_train.standalone.streamed import CheckpointWeights, FolderWeights, Results, compute, streamed_model
 
 CERTIFICATE = "certificate.json"
-FORMAT = 1
-LOGIT_LIMIT = 1e-5  # of float32 weights of a float32 run; and no code may change
-_CODES = "codes."
+FORMAT = 2
+LOGIT_LIMIT = 1e-5  # of a float32 run on a CPU; and no code may change
+# Any other run's processor rounds otherwise. What roundings do to a model is measured on itself: its results in float32
+# and in bfloat16 differ by those of all weights and all activations. A replay may differ by so many times that, and by
+# this share of a hash's codes more, because few codes are a small sample.
+NOISE_FACTOR, CODES_SLACK = 2.0, 0.01
+_ROWS = 16  # of logits that are in float64 at a time
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two models' results on the same tokens."""
+
+    largest_logit_difference: float
+    relative_logit_error: float  # root mean square of the difference, as a share of the logits' spread
+    changed_codes: dict[str, float]  # share of the codes of each hash, by the hash's name
+    changed: int
+    codes: int  # compared, in all
+
+    @property
+    def nothing(self) -> bool:
+        return self.largest_logit_difference == 0 and self.changed == 0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Trainer's recorded results and the written model's on the same tokens."""
+    """As `Difference`, and the two models' predictions of each token but the first, in nats a token."""
 
-    tokens: list[int]
-    largest_logit_difference: float
-    changed_codes: dict[str, float]  # share of the codes of each hash, by the hash's name
-    changed: int
-    codes: int  # compared, in all
-    recorded_loss: float  # the trainer's mean cross-entropy of each token but the first, in nats
-    loss: float  # the written model's
-    divergence: float  # mean KL divergence of its predictions from the trainer's, in nats
+    difference: Difference
+    recorded_loss: float  # the first model's mean cross-entropy
+    loss: float  # the second's
+    divergence: float  # mean KL divergence of the second's predictions from the first's
 
     @property
     def loss_difference(self) -> float:
         return self.loss - self.recorded_loss
 
 
-def read_probe(path: Path) -> dict[str, Tensor]:
-    """What the trainer recorded: `tokens` [n], `logits` [n, V], `codes.NAME` [n, K]. Raises UserError."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged ({error}); use another checkpoint") from None
+@dataclass(frozen=True)
+class Probe:
+    """What the trainer recorded in the checkpoint; `text` is "validation" or "random"."""
+
+    results: Results
+    text: str
 
 
-def compare(folder: Path, probe: Mapping[str, Tensor]) -> Comparison:
-    """Load the model that was written and run the plain model on the trainer's tokens.
+@dataclass(frozen=True)
+class Allowed:
+    """How far a replay may be from the trainer: share of each hash's codes, and error of the logits."""
 
-    The model's files are mapped into memory for this and not copied.
+    codes: float
+    logits: float  # the largest difference where it has to be exact, else as `relative_logit_error`
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What `prove` found. `probe` compares the trainer with the written model, `rounding` what is between."""
+
+    text: str
+    tokens: list[int]
+    precision: str
+    exact: bool
+    allowed: Allowed
+    replay: Difference
+    logits: int  # of the copy that were compared, and found equal
+    probe: Comparison
+    rounding: Comparison
+
+
+def read_probe(reader: CheckpointReader, config: Config) -> Probe:
+    """Raises UserError where it is damaged or does not fit the configuration."""
+    path, record = reader.checkpoint / PROBE, reader.manifest.files.get(PROBE)
+    if record is None:
+        raise DamageError(path, "not in the checkpoint's manifest")
+    with TensorFile(path, "use another checkpoint") as file:
+        shares = read_shares(reader.checkpoint, {PROBE: record.size}, 0, 1)
+        if whole(shares[0], record.size) != record.crc32:
+            raise DamageError(path, "damaged (its checksum differs from the manifest's)")
+        tensors = {name: file.read(name) for name in file.tensors}
+    codes = {name.removeprefix(CODES): value for name, value in tensors.items() if name.startswith(CODES)}
+    tokens, logits = tensors.get("tokens"), tensors.get("logits")
+    vocabulary, validation = config.model.vocab_size, tensors.get("validation", torch.zeros(1))
+    if (
+        tokens is None
+        or logits is None
+        or (tokens.dtype, tokens.dim(), logits.dtype) != (torch.int64, 1, torch.float32)
+        or not 0 < len(tokens) <= config.model.sequence_length
+        or not 0 <= tokens.min() <= tokens.max() < vocabulary
+        or logits.shape != (len(tokens), vocabulary)
+        or any(len(value) != len(tokens) for value in codes.values())
+    ):
+        raise DamageError(path, "does not fit the checkpoint's config.yaml")
+    return Probe(Results(tokens, logits, codes), "validation" if validation.any() else "random")
+
+
+def prove(reader: CheckpointReader, config: Config, device: str, dtype: str, folder: Path) -> Proof:
+    """Compare the trainer, the checkpoint and the written folder. `device` trained; `dtype` is `convert`'s.
+
+    Raises TrainingError where they are not the same model, UserError where a file is damaged.
     """
-    model = load_model(folder)
-    with torch.no_grad(), record_codes(model) as codes:
-        logits = model(probe["tokens"].unsqueeze(0))[0].float()
-    recorded = {name.removeprefix(_CODES): codes for name, codes in probe.items() if name.startswith(_CODES)}
-    assert recorded.keys() == codes.keys(), "the checkpoint's probe and the model have different hashes"
-    changed = {name: int((recorded[name] != codes[name][0]).sum()) for name in recorded}
-    before, after = probe["logits"].double().log_softmax(-1), logits.double().log_softmax(-1)
-    targets = probe["tokens"][1:]
-    return Comparison(
-        tokens=probe["tokens"].tolist(),
-        largest_logit_difference=(logits - probe["logits"]).abs().max().item(),
-        changed_codes={name: count / recorded[name].numel() for name, count in changed.items()},
-        changed=sum(changed.values()),
-        codes=sum(codes.numel() for codes in recorded.values()),
-        recorded_loss=F.nll_loss(before[:-1], targets).item(),
-        loss=F.nll_loss(after[:-1], targets).item(),
-        divergence=F.kl_div(after, before, reduction="batchmean", log_target=True).item(),
+    probe, precision = read_probe(reader, config), config.training.precision
+    recorded = probe.results
+
+    def plain(dtype: str, forced: Mapping[str, Tensor] | None = None) -> Results:
+        return compute(
+            streamed_model(config.model, CheckpointWeights(reader, dtype)), recorded.tokens, forced
+        )
+
+    native = plain(precision, recorded.codes)
+    if {name: value.shape for name, value in native.codes.items()} != {
+        name: value.shape for name, value in recorded.codes.items()
+    }:
+        raise DamageError(reader.checkpoint / PROBE, "holds codes of another model")
+    # on another kind of processor a value that rounds across zero may change a code, and no conversion is to blame
+    replay, exact = subtract(recorded, native), precision == "float32" and device == "cpu"
+    allowed = Allowed(0.0, LOGIT_LIMIT if exact else 0.0)
+    if not (exact or replay.nothing):
+        other = plain("bfloat16" if precision == "float32" else "float32", recorded.codes)
+        noise = subtract(native, other)
+        share = max(noise.changed_codes.values(), default=0.0)
+        allowed = Allowed(NOISE_FACTOR * share + CODES_SLACK, NOISE_FACTOR * noise.relative_logit_error)
+    check_replay(replay, allowed, exact)
+    if replay.changed:
+        native = plain(precision)
+    weights = FolderWeights(folder)
+    written = compute(streamed_model(weights.config, weights), recorded.tokens)
+    check_copy(native if dtype == precision else plain(dtype), written, dtype)
+    if not written.logits.isfinite().all():
+        raise TrainingError("the written model's logits are not finite; use another checkpoint or --dtype")
+    comparison = compare(recorded, written)
+    return Proof(
+        text=probe.text,
+        tokens=recorded.tokens.tolist(),
+        precision=precision,
+        exact=exact,
+        allowed=allowed,
+        replay=replay,
+        logits=written.logits.numel(),
+        probe=comparison,
+        rounding=comparison if replay.nothing else compare(native, written),
     )
 
 
-def check(comparison: Comparison, exact: bool) -> None:
-    """Refuse a conversion that is not what was trained. `exact`: a float32 run on a CPU, written in float32.
+def check_replay(difference: Difference, allowed: Allowed, exact: bool) -> None:
+    """Refuse a checkpoint whose weights do not compute what the trainer did. Raises TrainingError with the numbers."""
+    error = difference.largest_logit_difference if exact else difference.relative_logit_error
+    wrong = [name for name, share in difference.changed_codes.items() if share > allowed.codes]
+    if not wrong and error <= allowed.logits:  # a NaN is not
+        return
+    first = f", first of {wrong[0]}" if wrong else ""
+    measure = (
+        "differ from the trainer's by"
+        if exact
+        else "differ from the trainer's, as a share of their spread, by"
+    )
+    codes = "none" if exact else f"{allowed.codes:.2%} of a hash's"
+    raise TrainingError(
+        f"the checkpoint's weights are not the model that was trained: on its tokens the logits {measure} {error:.3g} "
+        f"(allowed: {allowed.logits:.3g}) and {difference.changed} of {difference.codes} codes changed{first} "
+        f"(allowed: {codes}); convert on the kind of processor that trained, or use another checkpoint"
+    )
 
-    Raises TrainingError with the numbers.
-    """
-    difference = comparison.largest_logit_difference
-    if not math.isfinite(difference):
+
+def check_copy(expected: Results, written: Results, dtype: str) -> None:
+    """Refuse a folder that does not compute what the checkpoint's weights do. Raises TrainingError."""
+    logits = int((expected.logits.view(torch.int32) != written.logits.view(torch.int32)).sum())
+    codes = {name: int((value != written.codes[name]).sum()) for name, value in expected.codes.items()}
+    if logits or any(codes.values()):
+        first = next((name for name, count in codes.items() if count), "the logits")
         raise TrainingError(
-            f"the converted model's logits differ from the trainer's by {difference}; not written"
-        )
-    if exact and (difference > LOGIT_LIMIT or comparison.changed):
-        raise TrainingError(
-            f"the converted model's logits differ from the trainer's by {difference:.3g} (allowed: {LOGIT_LIMIT:g}) "
-            f"and {comparison.changed} of {comparison.codes} codes changed (allowed: none); not written. Convert on "
-            "the kind of processor that trained, or use another checkpoint"
+            f"the written model is not the checkpoint's in {dtype}: {logits} logits and {sum(codes.values())} codes "
+            f"differ, first of {first}, and none may; convert again, and report it if it happens again"
         )
 
 
-def write_certificate(
-    folder: Path, source: Mapping[str, Any], dtype: str, tensors: Mapping[str, str], comparison: Comparison
-) -> None:
-    """certificate.json: SHA-256 of every tensor and of every other file of the folder, and the comparison.
+def subtract(before: Results, after: Results) -> Difference:
+    """Of two models that have the same hashes."""
+    largest = squares = spread = 0.0
+    for old, new in zip(before.logits.split(_ROWS), after.logits.split(_ROWS), strict=True):
+        spread += old.double().sub_(old.double().mean(-1, keepdim=True)).square_().sum().item()
+        if not torch.equal(old, new):
+            difference = (new - old).double()
+            largest = max(largest, difference.abs().max().nan_to_num(math.inf).item())
+            squares += difference.square_().sum().item()
+    changed = {name: int((value != after.codes[name]).sum()) for name, value in before.codes.items()}
+    return Difference(
+        largest_logit_difference=largest,
+        relative_logit_error=math.sqrt(squares / spread) if spread else math.sqrt(squares),
+        changed_codes={name: count / before.codes[name].numel() for name, count in changed.items()},
+        changed=sum(changed.values()),
+        codes=sum(value.numel() for value in before.codes.values()),
+    )
 
-    `dtype` is `convert`'s. Losses and the divergence are in nats a token.
-    """
-    files = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if path.suffix != ".safetensors"
-    }
-    certificate = {
+
+def compare(before: Results, after: Results) -> Comparison:
+    """Of two models that have the same hashes."""
+    losses, divergence = [0.0, 0.0], 0.0
+    targets = before.tokens[1:].split(_ROWS)
+    pairs = zip(before.logits.split(_ROWS), after.logits.split(_ROWS), strict=True)
+    for index, rows in enumerate(pairs):
+        same = torch.equal(*rows)
+        old = rows[0].double().log_softmax(-1)
+        new = old if same else rows[1].double().log_softmax(-1)
+        divergence += 0.0 if same else (old.exp() * (old - new)).sum().item()
+        if index < len(targets):
+            place = targets[index].unsqueeze(-1)
+            for which, values in enumerate((old, new)):
+                losses[which] -= values[: len(place)].gather(-1, place).sum().item()
+    tokens = len(before.tokens)
+    predicted = max(tokens - 1, 1)
+    return Comparison(
+        difference=subtract(before, after),
+        recorded_loss=losses[0] / predicted,
+        loss=losses[1] / predicted,
+        divergence=divergence / tokens,
+    )
+
+
+def certificate_tree(source: Mapping[str, Any], dtype: str, proof: Proof) -> dict[str, Any]:
+    """What certificate.json holds but for the SHA-256 of tensors and files. Losses are in nats a token."""
+    replay = proof.replay
+    return {
         "format": FORMAT,
         "source": dict(source),
         "dtype": dtype,
         "torch": torch.__version__,
+        "memoryformer": __version__,
         "probe": {
-            "tokens": comparison.tokens,
-            "largest_logit_difference": comparison.largest_logit_difference,
-            "changed_codes": comparison.changed_codes,
-            "predicted_tokens": len(comparison.tokens) - 1,
-            "recorded_loss": comparison.recorded_loss,
-            "loss": comparison.loss,
-            "loss_difference": comparison.loss_difference,
-            "divergence": comparison.divergence,
+            "text": proof.text,
+            "tokens": proof.tokens,
+            "predicted_tokens": len(proof.tokens) - 1,
+            **_comparison_tree(proof.probe),
         },
-        "tensors": dict(tensors),
-        "files": files,
+        "replay": {
+            "precision": proof.precision,
+            "exact": proof.exact,
+            "allowed_changed_codes": proof.allowed.codes,
+            "allowed_logit_error": proof.allowed.logits,
+            "largest_logit_difference": replay.largest_logit_difference,
+            "relative_logit_error": replay.relative_logit_error,
+            "changed_codes": replay.changed_codes,
+        },
+        "copy": {"equal_logits": proof.logits, "equal_codes": replay.codes},
+        "rounding": _comparison_tree(proof.rounding),
     }
-    (folder / CERTIFICATE).write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
+
+
+def _comparison_tree(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "largest_logit_difference": comparison.difference.largest_logit_difference,
+        "changed_codes": comparison.difference.changed_codes,
+        "recorded_loss": comparison.recorded_loss,
+        "loss": comparison.loss,
+        "loss_difference": comparison.loss_difference,
+        "recorded_perplexity": _perplexity(comparison.recorded_loss),
+        "perplexity": _perplexity(comparison.loss),
+        "divergence": comparison.divergence,
+    }
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # the largest float is e^709
+
+
+def hash_files(folder: Path) -> Iterator[tuple[str, str]]:
+    """Name and SHA-256 of every file of a standalone folder but the weights, whose tensors are hashed, the certificate,
+    and hidden ones, which nothing loads. Raises OSError.
+    """
+    for path in sorted(folder.iterdir()):
+        hidden, weights = path.name.startswith("."), path.suffix == ".safetensors"
+        if path.is_file() and not hidden and not weights and path.name != CERTIFICATE:
+            with path.open("rb") as file:
+                yield path.name, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_certificate(folder: Path, tree: Mapping[str, Any]) -> None:
+    (folder / CERTIFICATE).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")

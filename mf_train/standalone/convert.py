@@ -6,10 +6,11 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mf_train.checkpoint.layout import CONFIG, PROBE, TOKENIZER, resolve_checkpoint
+from mf_train.checkpoint.layout import CONFIG, TOKENIZER, resolve_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
 from mf_train.config.loading import load_config
@@ -17,22 +18,24 @@ from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.model.counts import count_parameters
 from mf_train.model.model import MemoryFormer
-from mf_train.standalone.certificate import Comparison, check, compare, read_probe, write_certificate
+from mf_train.standalone.certificate import Proof, certificate_tree, hash_files, prove, write_certificate
 from mf_train.standalone.names import INT8
-from mf_train.standalone.settings_files import settings_files
+from mf_train.standalone.settings_files import model_card, settings_files
 from mf_train.standalone.source_files import source_files
 from mf_train.standalone.tokenizer_files import tokenizer_files
 from mf_train.standalone.weights import copy_weights
 
 DTYPES = ("float32", "bfloat16", INT8)
+CARD = "README.md"
+_METRICS = ("loss", "validation_loss", "validation_step")
 
 
 def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterator[str]:
     """Write the standalone model of a checkpoint into `output`, which is complete or absent; yields lines to show.
 
     `dtype` is one of DTYPES, or None for the precision that the run trained in; "int8" is of tables and LM head, with
-    a float32 scale a row, and makes the rest bfloat16. The written model is loaded again and compared with what the
-    trainer recorded in the checkpoint.
+    a float32 scale a row, and makes the rest bfloat16. What was written is read again and compared with the checkpoint
+    and with what the trainer recorded in it (see `prove`).
 
     Raises UserError for a checkpoint or an output that cannot be used, TrainingError where the written model does not
     compute what the trainer did, OSError where writing fails. None of them leaves anything at `output`.
@@ -42,9 +45,7 @@ def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterato
         raise UserError(f"--dtype is {dtype!r}: it must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     output = Path(os.path.abspath(output))
     _check_output(output)
-    reader = CheckpointReader(resolve_checkpoint(checkpoint))
-    config = load_config(reader.checkpoint / CONFIG)
-    _check_model(reader, config)
+    reader, config = open_checkpoint(checkpoint)
     dtype = dtype or config.training.precision
     yield _describe_source(reader, config)
 
@@ -52,53 +53,20 @@ def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterato
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        comparison = _write_folder(reader, config, dtype, partial)
+        proof = _write_folder(reader, config, dtype, partial)
         os.rename(partial, output)
+        _sync(output.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    yield from _describe_result(reader, config, output, dtype, comparison, time.perf_counter() - started)
+    yield from _describe_result(reader, config, output, dtype, proof, time.perf_counter() - started)
 
 
-def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: Path) -> Comparison:
-    """Everything, in order; the certificate last."""
-    source, state = reader.checkpoint, reader.state()
-    end_of_text_id, texts = config.tokenizer.end_of_text_id, {}
-    if end_of_text_id is None:
-        end_of_text_id = Tokenizer(source / TOKENIZER).end_of_text_id
-        texts = tokenizer_files(source / TOKENIZER, config.model.sequence_length)
-    texts |= settings_files(config, dtype, end_of_text_id, state)
-    texts |= source_files()
-    for name, content in texts.items():
-        (folder / name).write_bytes(content)
-    digests = copy_weights(reader, folder, getattr(torch, dtype))
-    comparison = compare(folder, read_probe(source / PROBE))
-    # on another kind of processor a value that rounds across zero may change a code, and no conversion is to blame
-    exact = dtype == config.training.precision == "float32" and state["device"] == "cpu"
-    check(comparison, exact=exact)
-    origin = {
-        "checkpoint": source.name,
-        "step": reader.manifest.step,
-        "tokens": state["tokens"],
-        "precision": config.training.precision,
-        "device": state["device"],
-        "tensor_parallel": reader.manifest.tensor_parallel,
-    }
-    write_certificate(folder, origin, dtype, digests, comparison)
-    for path in folder.iterdir():
-        _sync(path)
-    return comparison
-
-
-def _check_output(output: Path) -> None:
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() or output.is_symlink():
-        raise UserError(f"{output}: exists already; choose another output folder or delete it")
-
-
-def _check_model(reader: CheckpointReader, config: Config) -> None:
-    """The tensors are those of the configuration beside them."""
+def open_checkpoint(path: Path) -> tuple[CheckpointReader, Config]:
+    """A checkpoint, its `latest` file or its run's folder, with its configuration. Raises UserError."""
+    reader = CheckpointReader(resolve_checkpoint(path))
+    reader.read_file(CONFIG)  # its checksum
+    config = load_config(reader.checkpoint / CONFIG)
     with torch.device("meta"):
         model = MemoryFormer(config.model)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -108,6 +76,54 @@ def _check_model(reader: CheckpointReader, config: Config) -> None:
                 f"{reader.checkpoint}: damaged: {name} is {reader.shapes.get(name)} in its manifest and "
                 f"{expected.get(name)} by its config.yaml; use another checkpoint"
             )
+    return reader, config
+
+
+def text_files(reader: CheckpointReader, config: Config, dtype: str) -> dict[str, bytes]:
+    """Contents by name of all files that do not depend on the weights: settings, tokenizer and source files."""
+    end_of_text_id, texts = config.tokenizer.end_of_text_id, {}
+    if end_of_text_id is None:
+        reader.read_file(TOKENIZER)  # its checksum
+        end_of_text_id = Tokenizer(reader.checkpoint / TOKENIZER).end_of_text_id
+        texts = tokenizer_files(reader.checkpoint / TOKENIZER, config.model.sequence_length)
+    return texts | settings_files(config, dtype, end_of_text_id) | source_files()
+
+
+def source_tree(reader: CheckpointReader, config: Config) -> dict[str, Any]:
+    """What the certificate says of the checkpoint."""
+    state = reader.state()
+    metrics = state.get("metrics") or {}
+    return {
+        "checkpoint": reader.checkpoint.name,
+        "step": reader.manifest.step,
+        "tokens": state["tokens"],
+        "precision": config.training.precision,
+        "device": state["device"],
+        "tensor_parallel": reader.manifest.tensor_parallel,
+        "metrics": {name: metrics[name] for name in _METRICS if name in metrics},
+    }
+
+
+def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: Path) -> Proof:
+    """Everything, in order; the certificate last."""
+    for name, content in text_files(reader, config, dtype).items():
+        (folder / name).write_bytes(content)
+    digests = copy_weights(reader, folder, getattr(torch, dtype))
+    source = source_tree(reader, config)
+    proof = prove(reader, config, source["device"], dtype, folder)
+    tree = certificate_tree(source, dtype, proof)
+    (folder / CARD).write_bytes(model_card(config, tree))
+    write_certificate(folder, tree | {"tensors": digests, "files": dict(hash_files(folder))})
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
+    return proof
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        raise UserError(f"{output}: exists already; choose another output folder or delete it")
 
 
 def _describe_source(reader: CheckpointReader, config: Config) -> str:
@@ -120,22 +136,14 @@ def _describe_source(reader: CheckpointReader, config: Config) -> str:
 
 
 def _describe_result(
-    reader: CheckpointReader, config: Config, output: Path, dtype: str, comparison: Comparison, seconds: float
+    reader: CheckpointReader, config: Config, output: Path, dtype: str, proof: Proof, seconds: float
 ) -> Iterator[str]:
     size = sum(path.stat().st_size for path in output.iterdir())
     shown = os.path.relpath(output) if output.is_relative_to(Path.cwd()) else str(output)
     written = "int8 (tables and LM head) and bfloat16" if dtype == INT8 else dtype
     yield f"wrote {shown}: {len(reader.shapes)} tensors in {written}, {size / 1e6:.1f} MB in all, {seconds:.1f} s"
-    yield (
-        f"certificate: on {len(comparison.tokens)} tokens the largest logit difference from the trainer is "
-        f"{comparison.largest_logit_difference:.3g}, and {comparison.changed} of {comparison.codes} codes changed"
-    )
+    yield from describe_proof(proof, dtype)
     if dtype != config.training.precision:
-        yield (
-            f"loss on {len(comparison.tokens) - 1} of these random tokens: {comparison.loss:.4f} nats, "
-            f"{comparison.loss_difference:+.4f} against the trainer; predictions diverge by "
-            f"{comparison.divergence:.2g} nats"
-        )
         yield f"loss on text: memoryformer evaluate {shlex.quote(shown)} --data GLOB"
     if config.tokenizer.end_of_text_id is not None:
         yield f"no tokenizer: the run had only token ids; copy that of its token shards into {shlex.quote(shown)}"
@@ -143,6 +151,30 @@ def _describe_result(
     yield f"try: memoryformer generate {shlex.quote(shown)} 'Once upon a time'"
 
 
+def describe_proof(proof: Proof, dtype: str) -> Iterator[str]:
+    """Lines that show it."""
+    difference, probe = proof.probe.difference, proof.probe
+    text = "tokens of validation text" if proof.text == "validation" else "random tokens"
+    yield (
+        f"certificate: on {len(proof.tokens)} {text} the largest logit difference from the trainer is "
+        f"{difference.largest_logit_difference:.3g}, and {difference.changed} of {difference.codes} codes changed"
+    )
+    if proof.replay.changed:
+        worst = max(proof.replay.changed_codes.values())
+        yield (
+            f"layer by layer the checkpoint's weights here and in the trainer differ in {proof.replay.changed} codes, "
+            f"at most {worst:.2%} of a layer's: another processor rounds otherwise"
+        )
+    if dtype != proof.precision:
+        yield (
+            f"loss on {len(proof.tokens) - 1} of these {proof.text} tokens: {probe.loss:.4f} nats, "
+            f"{probe.loss_difference:+.4f} against the trainer; predictions diverge by {probe.divergence:.2g} nats"
+        )
+
+
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -26,7 +26,7 @@ def load_model(folder: Path) -> MemoryFormer:
     The files are mapped into memory and not copied: pages are read when they are used and shared by all processes
     that load the same folder. Do not write into the files, nor shorten them, while a model uses them.
     """
-    config, dtype, int8 = _read_config(folder)
+    config, dtype, int8 = read_config(folder)
     with torch.device("meta"):
         model = MemoryFormer(config).to(dtype)
         if int8:
@@ -45,7 +45,7 @@ def load_model(folder: Path) -> MemoryFormer:
     return model.requires_grad_(False).eval()
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, torch.dtype, bool]:
+def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype, bool]:
     """Of config.json: the model section, the floating-point weights' dtype, and whether tables and head are int8.
 
     Raises UserError where the folder is not a converted model.

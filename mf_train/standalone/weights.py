@@ -1,26 +1,34 @@
-"""Copies a checkpoint's weights into safetensors files, slice by slice: memory is bounded by a slice."""
+"""Copies a checkpoint's weights into safetensors files, slice by slice: memory is bounded by a few slices."""
 
 import hashlib
 import json
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mf_train.checkpoint.read import CheckpointReader, Region
-from mf_train.checkpoint.tensor_file import ALIGNMENT, TensorFileWriter
+from mf_train.checkpoint.read import CheckpointReader, Checksums
+from mf_train.checkpoint.tensor_file import ALIGNMENT, Layout
+from mf_train.checkpoint.tensor_reader import Region, bytes_of
 from mf_train.errors import TrainingError
 from mf_train.model.quantized import quantize_rows, row_scales, scales_name
 from mf_train.standalone.names import PARAMETER_PREFIX
+from mf_train.standalone.shard_writer import ShardWriter
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
-SLICE_BYTES = 64_000_000
+SLICE_BYTES = 4 << 20  # of float32 values that a thread holds at a time
+MAX_THREADS = 8  # bounds memory; a disk is busy with fewer
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,20 +52,35 @@ def copy_weights(
 
     For torch.int8, tables and head are int8 with float32 `scales` beside them and all other parameters bfloat16.
     One file `model.safetensors`, or shards of at most `shard_bytes` (a larger tensor has one of its own) and an
-    index, as transformers expects. Raises UserError where the checkpoint is damaged, TrainingError where values that
-    are not finite cannot be int8, OSError where writing fails.
+    index, as transformers expects. The checksums of the checkpoint's files are compared on the way. Raises UserError
+    where the checkpoint is damaged, TrainingError where values that are not finite cannot be int8, OSError where
+    writing fails.
     """
     tensors = stored_tensors(reader.shapes, dtype)
     shards = _plan_shards(tensors, shard_bytes)
-    digests: dict[str, str] = {}
-    for file, names in shards.items():
-        layout = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
-        with TensorFileWriter(folder / file, layout, {"format": "pt"}) as writer:
-            for name in names:
-                digests[name] = _copy_tensor(reader, tensors[name], writer)
+    layouts = {
+        file: Layout({name: (tensors[name].dtype, tensors[name].shape) for name in names}, {"format": "pt"})
+        for file, names in shards.items()
+    }
+    files = {name: file for file, names in shards.items() for name in names}
+    made_of: dict[str, dict[str, Stored]] = {}
+    for name, stored in tensors.items():
+        made_of.setdefault(stored.parameter, {})[name] = stored
+    checksums = Checksums()
+    with ShardWriter(folder, layouts) as writer:
+
+        def copy(parameter: str, buffer: Tensor) -> dict[str, str]:
+            digests = {name: hashlib.sha256() for name in made_of[parameter]}
+            for name, place, data in _convert(reader, parameter, made_of[parameter], buffer, checksums):
+                writer.write(files[name], name, place, data)
+                digests[name].update(data)
+            return {name: digest.hexdigest() for name, digest in digests.items()}
+
+        found = in_threads(reader.shapes, copy)
+        checksums.check(reader.manifest)
     if len(shards) > 1:
         _write_index(folder / INDEX, reader.shapes, tensors, shards)
-    return digests
+    return {name: found[stored.parameter][name] for name, stored in tensors.items()}
 
 
 def stored_tensors(shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, Stored]:
@@ -74,18 +97,52 @@ def stored_tensors(shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str,
     return tensors
 
 
-def _copy_tensor(reader: CheckpointReader, stored: Stored, writer: TensorFileWriter) -> str:
-    digest = hashlib.sha256()
-    for region in whole_rows(reader.shapes[stored.parameter], SLICE_BYTES // torch.float32.itemsize):
-        part = stored.convert(reader.read(stored.parameter, region=region)).contiguous()
-        if stored.convert is row_scales and not part.isfinite().all():
-            raise TrainingError(
-                f"{reader.checkpoint}: {stored.parameter} holds values that are not finite and cannot be int8; "
-                "use an earlier checkpoint"
-            )
-        writer.append(part)
-        digest.update(part.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _convert(
+    reader: CheckpointReader,
+    parameter: str,
+    tensors: Mapping[str, Stored],
+    buffer: Tensor,
+    checksums: Checksums,
+) -> Iterator[tuple[str, int, memoryview]]:
+    """(name, place in the tensor, bytes) of each tensor that is made of a parameter, a slice at a time."""
+    places = dict.fromkeys(tensors, 0)
+    for region in whole_rows(reader.shapes[parameter], SLICE_BYTES // torch.float32.itemsize):
+        values = reader.read(parameter, region=region, buffer=buffer, checksums=checksums)
+        for name, stored in tensors.items():
+            part = stored.convert(values).contiguous()
+            if stored.convert is row_scales and not part.isfinite().all():
+                raise TrainingError(
+                    f"{reader.checkpoint}: {parameter} holds values that are not finite and cannot be int8; "
+                    "use an earlier checkpoint"
+                )
+            yield name, places[name], bytes_of(part)
+            places[name] += part.nbytes
+
+
+def in_threads(shapes: Mapping[str, Shape], work: Callable[[str, Tensor], T]) -> dict[str, T]:
+    """`work(name, buffer)` of each parameter; a thread does one at a time, the largest first.
+
+    Hashing, the slowest step of a copy, has an order within a tensor only. `buffer` holds the float32 values of two
+    slices and is the thread's own: a new one for each slice would leave the heap in pieces, several times as large.
+    Raises what a call raises; no more are begun then.
+    """
+    longest_row = max(shape[-1] if len(shape) > 1 else 1 for shape in shapes.values())
+    size = 2 * max(SLICE_BYTES // torch.float32.itemsize, longest_row)
+    own = threading.local()
+
+    def run(name: str) -> T:
+        if not hasattr(own, "buffer"):
+            own.buffer = torch.empty(size, dtype=torch.float32)
+        return work(name, own.buffer)
+
+    largest_first = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS)) as pool:
+        futures = {name: pool.submit(run, name) for name in largest_first}
+        try:
+            return {name: future.result() for name, future in futures.items()}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def whole_rows(shape: Shape, max_elements: int) -> Iterator[Region]:

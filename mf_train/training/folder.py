@@ -18,11 +18,8 @@ from mf_train.errors import UserError
 PACKAGES = ("torch", "deepspeed", "megatron-core", "sentencepiece", "datasets", "safetensors", "numpy")
 
 
-def find_resume(config: Config) -> Path | None:
-    """The checkpoint to continue from, or None for a new run.
-
-    Raises UserError where the folder holds another model's run, or a run that would be overwritten.
-    """
+def check_folder(config: Config) -> None:
+    """Raises UserError where the folder holds another model's run, or a run that would be overwritten."""
     folder = Path(config.training.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose another training.output_dir")
@@ -30,16 +27,13 @@ def find_resume(config: Config) -> Path | None:
     if recorded.is_file():
         _check_same_model(config, recorded)
     existing = list_checkpoints(folder / "checkpoints")
-    if config.checkpoint.resume == "auto":
-        return existing[-1] if existing else None
-    if config.checkpoint.resume == "never":
-        if existing:
-            raise UserError(
-                f"{folder}: holds checkpoints up to {existing[-1].name} and checkpoint.resume is never; choose "
-                "another training.output_dir, delete the folder, or set checkpoint.resume=auto"
-            )
-        return None
-    return resolve_checkpoint(Path(config.checkpoint.resume))
+    if config.checkpoint.resume == "never" and existing:
+        raise UserError(
+            f"{folder}: holds checkpoints up to {existing[-1].name} and checkpoint.resume is never; choose "
+            "another training.output_dir, delete the folder, or set checkpoint.resume=auto"
+        )
+    if config.checkpoint.resume not in ("auto", "never") and not existing:
+        resolve_checkpoint(Path(config.checkpoint.resume))
 
 
 def stream_state_before(config: Config, step: int) -> dict[str, Any] | None:

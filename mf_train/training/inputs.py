@@ -7,14 +7,13 @@ from hashlib import blake2b
 import torch
 import torch.distributed as dist
 
-from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
 from mf_train.data.stream import TokenStream
 from mf_train.data.tokenizer import Tokenizer, open_tokenizer
 from mf_train.data.validation import ValidationBlocks, validation_tokens
 from mf_train.errors import PeerError, UserError
 from mf_train.parallel.degrees import Degrees
-from mf_train.training.folder import find_resume, record_config
+from mf_train.training.folder import check_folder
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,12 @@ class Inputs:
     tokenizer: Tokenizer
     stream: TokenStream | None  # on the first rank of each tensor-parallel group, which reads for all of it
     validation_tokens: torch.Tensor | None  # on rank 0
-    checkpoint: CheckpointReader | None
 
 
 def open_inputs(config: Config, degrees: Degrees) -> Inputs:
-    """Tokenizer, stream, validation text and the checkpoint to resume from; UserError for any mistake in them."""
-    resume = find_resume(config)
-    reader = CheckpointReader(resume) if resume is not None else None
+    """Tokenizer, stream and validation text; UserError for any mistake in them or in the run's folder."""
+    if degrees.rank == 0:
+        check_folder(config)
     tokenizer = open_tokenizer(config.tokenizer, config.model.vocab_size)
     stream = validation = None
     if degrees.tensor_rank == 0:
@@ -43,15 +41,11 @@ def open_inputs(config: Config, degrees: Degrees) -> Inputs:
             degrees.data,
         )
         stream.identity()  # looks into every source, so that what is wrong with one shows here
-        if reader is not None:
-            stream.load_state_dict(reader.state()["stream"])
-    if degrees.rank == 0:
-        record_config(config)
-        if config.training.validation_interval:
-            sources, length = config.data.validation, config.model.sequence_length
-            limit = config.training.validation_sequences
-            validation = torch.from_numpy(validation_tokens(sources, config.data, tokenizer, length, limit))
-    return Inputs(tokenizer, stream, validation, reader)
+    if degrees.rank == 0 and config.training.validation_interval:
+        sources, length = config.data.validation, config.model.sequence_length
+        limit = config.training.validation_sequences
+        validation = torch.from_numpy(validation_tokens(sources, config.data, tokenizer, length, limit))
+    return Inputs(tokenizer, stream, validation)
 
 
 def check_same_sources(stream: TokenStream | None, config: Config, rank: int, device: torch.device) -> None:

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from mf_train import kernels
+from mf_train.checkpoint.fence import Fence
 from mf_train.checkpoint.load import load_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.save import Extras, save_checkpoint
+from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import Config
 from mf_train.data.digest import format_digest, from_int64, rows_digest, to_int64
 from mf_train.data.prefetch import BatchReader
@@ -31,16 +32,20 @@ from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import Process
 from mf_train.parallel.tensor import shard_model
-from mf_train.training.folder import resolved_yaml
+from mf_train.parallel.watch import Watch
+from mf_train.training.folder import record_config, resolved_yaml
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
 from mf_train.training.metrics import LiveLine, MetricsWriter, cut_metrics
 from mf_train.training.probe import run_probe
+from mf_train.training.resume import choose_checkpoint
+from mf_train.training.saving import Saving
 from mf_train.training.schedule import learning_rate
 from mf_train.training.signals import StopRequest
 from mf_train.training.telemetry import TableTelemetry
 from mf_train.training.validate import validation_loss
 
 DONE, STOPPED = 0, 75
+_WATCH_SPEAKS_FIRST_SECONDS = 60  # before a collective's own timeout, which names no rank
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
@@ -54,29 +59,47 @@ def train(config: Config, process: Process) -> int:
     degrees = Degrees(process.rank, process.world_size, config.parallel.tensor, process.local_rank)
     device = _find_device(config, process)
     logging.getLogger(kernels.__name__).setLevel(logging.ERROR)  # the summary says which kernels run
-    start_processes(process, device, config.training.collective_timeout_seconds)
-    groups = Groups(degrees, config.training.collective_timeout_seconds)
+    limit = config.training.collective_timeout_seconds
+    start_processes(process, device, limit + _WATCH_SPEAKS_FIRST_SECONDS)
+    watch = Watch(process, limit, Path(config.training.output_dir) / "stacks")
+    try:
+        status = _train(config, degrees, device, stop, watch)
+    except RuntimeError as error:
+        watch.explain(error)  # does not return where another rank is gone
+        raise
+    finally:
+        watch.close()
+    stop_processes()  # only after success: a rank that left a collective must not wait for its peers here
+    return status
+
+
+def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopRequest, watch: Watch) -> int:
+    watch.at("opening the data")
+    groups = Groups(degrees, config.training.collective_timeout_seconds + _WATCH_SPEAKS_FIRST_SECONDS)
     if device.type == "cpu":
         _keep_freed_memory()
-    inputs = together_slowly(lambda: open_inputs(config, degrees), device, lambda: stop.requested)
+    inputs = together_slowly(lambda: open_inputs(config, degrees), device, lambda: stop.requested, watch.beat)
     if inputs is None:
-        if degrees.rank == 0:
-            print(
-                "stopped on request while text was prepared; run the same command again to go on", flush=True
-            )
-        stop_processes()
-        return STOPPED
+        return _stopped("while text was prepared", degrees.rank)
     check_same_sources(inputs.stream, config, degrees.rank, device)
     validation = None
     if config.training.validation_interval:
         validation = share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
-    run = _Run(config, groups, device, inputs, validation, stop)
+    watch.at("choosing a checkpoint")
+    chosen = choose_checkpoint(config, device, lambda: stop.requested, watch.beat)
+    if chosen is None:
+        return _stopped("while a checkpoint was verified", degrees.rank)
+    run = _Run(config, groups, device, inputs, validation, stop, watch, *chosen)
     try:
-        status = run.run()
+        return run.run()
     finally:
         run.close()
-    stop_processes()  # only after success: a rank that left a collective must not wait for its peers here
-    return status
+
+
+def _stopped(when: str, rank: int) -> int:
+    if rank == 0:
+        print(f"stopped on request {when}; run the same command again to go on", flush=True)
+    return STOPPED
 
 
 def _find_device(config: Config, process: Process) -> torch.device:
@@ -115,6 +138,9 @@ class _Run:
         inputs: Inputs,
         validation: ValidationBlocks | None,
         stop: StopRequest,
+        watch: Watch,
+        fence: Fence,
+        checkpoint: CheckpointReader | None,
     ) -> None:
         self.config = config
         self.groups = groups
@@ -123,19 +149,27 @@ class _Run:
         self.inputs = inputs
         self.validation = validation
         self.stop = stop
+        self.watch = watch
         self.folder = Path(config.training.output_dir)
+        state = together(checkpoint.state, device) if checkpoint is not None else {}
+        together(lambda: self._prepare(state.get("stream")), device)
         self.batches = BatchReader(inputs.stream, config) if inputs.stream is not None else None
+        watch.at("building the model")
         self.exchange = Exchange(groups.tensor) if self.degrees.tensor > 1 else None
         end_of_text = inputs.tokenizer.end_of_text_id if config.data.document_attention else None
         self.engine = Engine(self._build_model(), config, groups, device, end_of_text)
         self.telemetry = TableTelemetry(self.engine.model, groups.data)
-        self.step = 0
-        self.tokens = 0
-        self.saved_step = 0
-        self.last_checkpoint: Path | None = None
-        if inputs.checkpoint is not None:
-            self._restore(inputs.checkpoint)
+        saver = Saver(self.engine, fence, config.checkpoint)
+        if checkpoint is not None:
+            watch.at(f"restoring {checkpoint.checkpoint.name}")
+            load_checkpoint(self.engine, checkpoint, watch.beat)
+        self.step: int = state.get("step", 0)
+        self.tokens: int = state.get("tokens", 0)
+        self.progress: dict[str, Any] = state.get("metrics", {})
         self.started_at = self.step
+        self.saving = Saving(
+            saver, watch, checkpoint.checkpoint if checkpoint is not None else None, self.step
+        )
         self.metrics: MetricsWriter | None = None
         self.line = LiveLine(config.training.steps, config.logging.interval)
 
@@ -149,27 +183,36 @@ class _Run:
             return DONE
         while self.step < config.training.steps:
             started = time.perf_counter()
+            self.watch.at(f"reading the batch of step {self.step + 1}")
             rows, failure = self._next_batch()
             waited = time.perf_counter() - started
+            self.watch.at(f"agreeing on the batch of step {self.step + 1}")
             digest, epochs, stopped = self._agree_on_batch(rows, failure)
             if stopped:
-                if self.step > self.saved_step:
+                if self.step > self.saving.step:
                     self._save(before_last=True)
+                self.saving.finish()
                 self._say(f"stopped on request after step {self.step}; run the same command again to go on")
                 return STOPPED
+            self.watch.at(f"training step {self.step + 1}")
             metrics = self._train_step(self._share_batch(rows), digest)
             metrics["data_wait_seconds"] = waited
             metrics["epochs"] = epochs
             self._finish_metrics(metrics, time.perf_counter() - started)
             last = self.step == config.training.steps
             if self._due(config.training.validation_interval, last) and self.validation is not None:
+                self.watch.at(f"validating after step {self.step}")
                 metrics["validation_loss"] = validation_loss(
-                    self.engine, self.validation, config.training.micro_batch_size
+                    self.engine, self.validation, config.training.micro_batch_size, self.watch.beat
                 )
+                self.progress |= {"validation_loss": metrics["validation_loss"], "validation_step": self.step}
+            self.progress |= {"loss": metrics["loss"]}
             self._report(metrics)
+            self.saving.advance()
             if self._due(config.checkpoint.interval, last) or last:
                 self._save()
-        self._say(f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.last_checkpoint}")
+        self.saving.finish()
+        self._say(f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saving.last}")
         return DONE
 
     def close(self) -> None:
@@ -205,6 +248,7 @@ class _Run:
         dist.all_reduce(shared)
         total, stops, failures, *documents = shared.tolist()
         if failures:
+            self.saving.finish()  # of an earlier step
             status = 0 if failure is None else 2 if isinstance(failure, UserError) else 1
             agree(status, failure, self.device)
         epochs = []
@@ -235,6 +279,7 @@ class _Run:
         for index, rows in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             loss += self.engine.backward(rows[:, :-1], rows[:, 1:], last=is_last) / len(micro_batches)
+            self.watch.beat()
         dist.all_reduce(loss, group=self.groups.data)
         mean = loss.item() / self.degrees.data
         self._check_finite("loss", mean, step, digest)
@@ -262,9 +307,10 @@ class _Run:
     def _check_finite(self, name: str, value: float, step: int, digest: str) -> None:
         """All ranks have the same value, so all raise, and rank 0 says why."""
         if not math.isfinite(value):
+            self.saving.finish()  # of an earlier step
             if self.degrees.rank != 0:
                 raise PeerError(1)
-            good = self.last_checkpoint or "none"
+            good = self.saving.last or "none"
             raise TrainingError(
                 f"step {step}: {name} is {value} (batch {digest}); last good checkpoint: {good}; resume from it with "
                 "a lower optimizer.learning_rate, or look at the batch with 'memoryformer data inspect'"
@@ -293,12 +339,11 @@ class _Run:
         initialise(model, self.config.training.seed, self.degrees.tensor_rank, self.degrees.tensor)
         return model
 
-    def _restore(self, reader: CheckpointReader) -> None:
-        load_checkpoint(self.engine, reader)
-        state = reader.state()
-        self.step, self.tokens = state["step"], state["tokens"]
-        self.saved_step = self.step
-        self.last_checkpoint = reader.checkpoint
+    def _prepare(self, stream_state: dict[str, Any] | None) -> None:
+        if self.inputs.stream is not None and stream_state is not None:
+            self.inputs.stream.load_state_dict(stream_state)
+        if self.degrees.rank == 0:
+            record_config(self.config)
 
     def _open_metrics(self) -> None:
         if self.degrees.rank == 0:
@@ -306,12 +351,11 @@ class _Run:
             self.metrics = MetricsWriter(self.folder, self.config.logging.tensorboard)
 
     def _save(self, *, before_last: bool = False) -> None:
-        """Save the state; `before_last` when the last batch that was read has not been trained on."""
-        extras = self._extras(before_last)
-        self.last_checkpoint = save_checkpoint(
-            self.engine, self.folder / "checkpoints", self.step, extras, self.config.checkpoint.keep
-        )
-        self.saved_step = self.step
+        """Start to save; `before_last` when the last batch that was read has not been trained on."""
+        self.saving.finish()
+        self.watch.at(f"starting to save step {self.step}")
+        began = time.perf_counter()
+        self.saving.start(self.step, self._extras(before_last), began)
 
     def _extras(self, before_last: bool) -> Extras | None:
         """What rank 0 writes; None elsewhere. Collective.
@@ -323,7 +367,7 @@ class _Run:
             dist.all_gather_object(
                 positions, self.batches.positions(before_last=before_last), group=self.groups.data
             )
-        probe = run_probe(self.engine, self.exchange)
+        probe = run_probe(self.engine, self.exchange, self.validation)
         if self.degrees.rank != 0 or self.inputs.stream is None:
             return None
         identity = self.inputs.stream.identity()
@@ -331,7 +375,13 @@ class _Run:
             [{"step": self.step, "identity": identity, "streams": streams} for streams in positions]
         )
         return Extras(
-            state={"step": self.step, "tokens": self.tokens, "device": self.device.type, "stream": stream},
+            state={
+                "step": self.step,
+                "tokens": self.tokens,
+                "device": self.device.type,
+                "metrics": self.progress,
+                "stream": stream,
+            },
             config_yaml=resolved_yaml(self.config),
             tokenizer=self.inputs.tokenizer.model_bytes,
             probe=probe,
@@ -358,7 +408,7 @@ class _Run:
                 "metrics.jsonl names the files"
             )
         if self.step:
-            lines.append(f"resumed after step {self.step} from {self.last_checkpoint}")
+            lines.append(f"resumed after step {self.step} from {self.saving.last}")
         return "\n".join(lines)
 
     def _skipped(self) -> dict[str, int]:
@@ -373,7 +423,7 @@ class _Run:
             return
         if self.step == self.started_at + 1 and (skipped := self._skipped()):
             metrics["skipped_documents"] = skipped
-        self.metrics.write(metrics)
+        self.metrics.write(metrics | self.saving.take_metrics())
         self.line.show(metrics)
         if "validation_loss" in metrics:
             self.line.say(f"step {self.step}: validation loss {metrics['validation_loss']:.4f}")

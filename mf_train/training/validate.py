@@ -1,5 +1,7 @@
 """The validation loss of the model in training, over the blocks that `memoryformer evaluate` reads too."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -7,8 +9,13 @@ from mf_train.data.validation import IGNORED, ValidationBlocks
 from mf_train.parallel.engine import Engine
 
 
-def validation_loss(engine: Engine, blocks: ValidationBlocks, batch_size: int) -> float:
-    """Mean loss of a token in nats. Rank r of R takes blocks r, r + R, ...; collective over all ranks."""
+def validation_loss(
+    engine: Engine, blocks: ValidationBlocks, batch_size: int, beat: Callable[[], None] = lambda: None
+) -> float:
+    """Mean loss of a token in nats. Rank r of R takes blocks r, r + R, ...; collective over all ranks.
+
+    `beat` is called after each batch.
+    """
     degrees = engine.groups.degrees
     length = blocks.sequence_length
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
@@ -25,6 +32,7 @@ def validation_loss(engine: Engine, blocks: ValidationBlocks, batch_size: int) -
         with torch.no_grad():
             losses = engine.losses(inputs.to(engine.device), targets.to(engine.device))
         sums[0] += losses.sum(dtype=torch.float64)
+        beat()
         sums[1] += (targets != IGNORED).sum()
     dist.all_reduce(sums, group=engine.groups.data)
     return (sums[0] / sums[1]).item()

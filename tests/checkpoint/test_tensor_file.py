@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mf_train.checkpoint.tensor_file import TensorFileWriter
+from mf_train.checkpoint.tensor_file import Layout, TensorFileWriter
+from mf_train.checkpoint.tensor_reader import TensorFile
 
 
 def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
@@ -57,3 +59,28 @@ def test_a_file_that_lacks_data_is_refused(tmp_path: Path) -> None:
         TensorFileWriter(tmp_path / "x", {"a": (torch.float32, (4,))}) as writer,
     ):
         writer.append(torch.zeros(3))
+
+
+def test_the_layout_says_where_each_tensor_lies(tmp_path: Path) -> None:
+    """Written piece by piece at the offsets, in any order, the file is one that the library reads."""
+    tensors = {
+        "b.tables": torch.randn(3, 5, 7),
+        "empty": torch.zeros(0, 4),
+        "a": torch.randn(11).bfloat16(),
+        "codes": torch.arange(9).to(torch.uint8),
+        "scalar": torch.tensor(5),
+    }
+    layout = Layout({n: (t.dtype, t.shape) for n, t in tensors.items()}, {"format": "pt"})
+    file = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
+    for name in reversed(tensors):
+        data = tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+        os.pwrite(file, data, layout.offsets[name])
+    os.pwrite(file, layout.header, 0)
+    os.close(file)
+    assert (tmp_path / "x").stat().st_size == layout.size
+    loaded = load_file(tmp_path / "x")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+    with TensorFile(tmp_path / "x") as file:
+        assert {n: t.offset for n, t in file.tensors.items()} == layout.offsets

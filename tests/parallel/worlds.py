@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,11 +129,15 @@ def run_worlds(
     return results
 
 
-def make_groups(process: Process, tensor: int) -> Groups:
+def new_groups(process: Process, tensor: int) -> Groups:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     return Groups(Degrees(process.rank, process.world_size, tensor), 120)
+
+
+# megatron-core makes many groups, with 50 threads of gloo in all, which wake up again and again until the process ends
+make_groups = functools.cache(new_groups)
 
 
 def run_case(case: Case, process: Process) -> Record:
@@ -195,14 +200,21 @@ def warm_up(engine: Engine) -> None:
 
 
 def collect(engine: Engine, kind: str, data_rank: int) -> Weights:
+    """This tensor-parallel rank's parameters or moments in float32 on the data-parallel rank given; else empty."""
+    groups = engine.groups
+    mine = groups.degrees.data_rank == data_rank
     fragments = engine.fragments()
     found = {}
-    for name, _ in engine.model.named_parameters():
-        value = engine.collect(name, fragments.get(name), kind, data_rank)
-        assert (value is None) == (engine.groups.degrees.data_rank != data_rank)
-        if value is not None:
-            assert value.dtype == torch.float32
-            found[name] = value
+    for name, parameter in engine.model.named_parameters():
+        shape = engine.local_shape(parameter)
+        whole = torch.zeros(shape.numel())
+        if (fragment := fragments.get(name)) is not None and (mine or not engine.replicated):
+            held = fragment.of(fragment.flat) if kind == "master" else engine.moment(fragment, kind)
+            assert held.dtype == torch.float32
+            whole[fragment.start : fragment.start + fragment.numel] = held.detach()
+        dist.reduce(whole, dist.get_global_rank(groups.data, data_rank), group=groups.data)
+        if mine:
+            found[name] = whole.view(shape)
     return found
 
 
@@ -227,7 +239,7 @@ def compare_cross_entropy(process: Process, tensor: int) -> tuple[Tensor, Tensor
     """Largest difference of losses and of their gradients from megatron-core's, in float32."""
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    groups = make_groups(process, tensor)
+    groups = new_groups(process, tensor)  # megatron-core's functions take the newest
     generator = torch.Generator().manual_seed(tensor)
     whole = torch.randn(5, 3, 64, generator=generator) * 4
     targets = torch.randint(64, (5, 3), generator=generator)

@@ -3,37 +3,120 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
 
-from mf_train.checkpoint.layout import CONFIG, FORMAT, MANIFEST, PROBE, STATE, TOKENIZER, Manifest, part_name
+from mf_train.checkpoint.layout import (
+    CONFIG,
+    FORMAT,
+    KINDS,
+    MANIFEST,
+    PROBE,
+    STATE,
+    TOKENIZER,
+    FileRecord,
+    Manifest,
+    assign_parts,
+    part_name,
+)
+from mf_train.checkpoint.probe import probe_tensors, random_tokens
+from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.tensor_file import TensorFileWriter
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree
 from mf_train.model import MemoryFormer
+from mf_train.model.initialise import split_dimension
 from mf_train.model.memory import record_codes
 from mf_train.parallel.tensor import slice_of_rank
+from mf_train.standalone.streamed import CheckpointWeights, compute, streamed_model
 from tests.training.runs import TOKENIZER as SHIPPED
 
 
 def write_checkpoint(folder: Path, config: ModelConfig, weights: dict[str, Tensor], tensor: int) -> Path:
     """A float32 checkpoint of `weights` without moments; its probe is what the plain model computes."""
     folder.mkdir(parents=True)
-    for rank in range(tensor):
-        local = {name: slice_of_rank(value, name, rank, tensor) for name, value in weights.items()}
-        _write_tensors(folder / part_name("master", rank, tensor, 0), local)
-    _write_tensors(folder / PROBE, _probe(config, weights))
-    (folder / STATE).write_text(json.dumps({"step": 7, "tokens": 700, "device": "cpu"}))
+    write_tensors(folder / PROBE, _probe(config, weights))
+    state = {"step": 7, "tokens": 700, "device": "cpu", "stream": None}
+    (folder / STATE).write_text(json.dumps(state))
     (folder / CONFIG).write_text(yaml.safe_dump(config_to_tree(Config(model=config))))
     (folder / TOKENIZER).write_bytes((SHIPPED / "tokenizer.model").read_bytes())
-    shapes = {name: list(value.shape) for name, value in weights.items()}
-    files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    manifest = Manifest(FORMAT, 7, tensor, shapes, dict.fromkeys(weights, 0), files)
+    write_slices(folder, {"master": weights}, tensor)
+    return folder
+
+
+def write_slices(
+    folder: Path,
+    values: Mapping[str, Mapping[str, Tensor]],
+    tensor: int,
+    step: int = 7,
+    part_bytes: int = 1 << 30,
+) -> None:
+    """Every rank's parts of `values` (kind -> name -> whole parameter), and the manifest of all that is in `folder`."""
+    weights = values["master"]
+    sizes = {name: value.nbytes // tensor for name, value in weights.items()}
+    parts = assign_parts(sizes, part_bytes)
+    for kind, whole in values.items():
+        for rank in range(tensor):
+            for part in sorted(set(parts.values())):
+                local = {n: slice_of_rank(whole[n], n, rank, tensor) for n in whole if parts[n] == part}
+                write_tensors(folder / part_name(kind, rank, tensor, part), local)
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    kinds = tuple(kind for kind in KINDS if kind in values)
+    manifest = Manifest(FORMAT, step, tensor, kinds, shapes, parts, records(folder))
+    (folder / MANIFEST).write_text(manifest.to_json())
+
+
+def write_large(folder: Path, config: ModelConfig, tensor: int) -> Path:
+    """A float32 checkpoint of repeated noise without moments, of any size: little of it is in memory at a time."""
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in MemoryFormer(config).named_parameters()}
+    local = {}
+    for name, shape in shapes.items():
+        split = split_dimension(name)
+        local[name] = (*shape[:split], shape[split] // tensor, *shape[split + 1 :])
+    parts = assign_parts({name: 4 * torch.Size(shape).numel() for name, shape in local.items()})
+    noise = 0.3 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(1))
+    files = {}
+    for rank in range(tensor):
+        for part in sorted(set(parts.values())):
+            layout = {name: (torch.float32, shape) for name, shape in local.items() if parts[name] == part}
+            path = folder / part_name("master", rank, tensor, part)
+            with TensorFileWriter(path, layout) as writer:
+                for index, (_, shape) in enumerate(layout.values()):
+                    left, values = torch.Size(shape).numel(), noise.roll(1009 * index)
+                    while left:
+                        writer.append(values[:left])
+                        left -= min(left, len(values))
+            with path.open("rb") as file:
+                checksum = 0
+                while piece := file.read(1 << 22):
+                    checksum = zlib.crc32(piece, checksum)
+            files[path.name] = FileRecord(path.stat().st_size, checksum)
+    (folder / STATE).write_text(json.dumps({"step": 7, "tokens": 700, "device": "cpu", "stream": None}))
+    (folder / CONFIG).write_text(yaml.safe_dump(config_to_tree(Config(model=config))))
+    (folder / TOKENIZER).write_bytes((SHIPPED / "tokenizer.model").read_bytes())
+    manifest = Manifest(FORMAT, 7, tensor, ("master",), shapes, parts, files)
+    (folder / MANIFEST).write_text(manifest.to_json())
+    model = streamed_model(config, CheckpointWeights(CheckpointReader(folder), "float32"))
+    results = compute(model, random_tokens(config))
+    probe = probe_tensors(results.tokens, results.logits, results.codes, validation=False)
+    write_tensors(folder / PROBE, probe)
+    small = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (*files, MANIFEST)}
+    manifest.files.update({name: FileRecord(len(data), zlib.crc32(data)) for name, data in small.items()})
     (folder / MANIFEST).write_text(manifest.to_json())
     return folder
+
+
+def records(folder: Path) -> dict[str, FileRecord]:
+    """Sizes and checksums of the files of a checkpoint, but the manifest's own."""
+    contents = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    return {name: FileRecord(len(data), zlib.crc32(data)) for name, data in contents.items()}
 
 
 def random_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
@@ -55,7 +138,8 @@ def _probe(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]
     return {"tokens": tokens, "logits": logits} | {f"codes.{name}": value[0] for name, value in codes.items()}
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file of `tensors`."""
     with TensorFileWriter(
         path, {name: (value.dtype, value.shape) for name, value in tensors.items()}
     ) as writer:

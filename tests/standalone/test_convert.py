@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import struct
@@ -19,8 +20,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mf_train.checkpoint.layout import PROBE
+from mf_train.checkpoint.layout import MANIFEST, PROBE, read_manifest
 from mf_train.checkpoint.read import CheckpointReader
+from mf_train.checkpoint.tensor_reader import TensorFile
 from mf_train.config import ModelConfig
 from mf_train.errors import TrainingError, UserError
 from mf_train.standalone.certificate import CERTIFICATE, LOGIT_LIMIT
@@ -30,7 +32,7 @@ from mf_train.standalone.names import PARAMETER_PREFIX
 from mf_train.standalone.source_files import source_files
 from mf_train.standalone.weights import SINGLE, row_major_regions
 from tests.model.reference import logits_of
-from tests.standalone.checkpoints import random_weights, write_checkpoint
+from tests.standalone.checkpoints import random_weights, records, write_checkpoint
 from tests.standalone.conftest import Trained
 from tests.training.runs import environment, read_metrics
 
@@ -69,9 +71,11 @@ def test_the_certificate_holds(which: str, request: pytest.FixtureRequest) -> No
     trained: Trained = request.getfixturevalue(which)
     certificate = certificate_of(trained.model)
     dtype = which.split("_")[0]
-    assert certificate["format"] == 1 and certificate["dtype"] == dtype
+    assert certificate["format"] == 2 and certificate["dtype"] == dtype
     assert certificate["torch"] == torch.__version__
+    metrics = {name: read_metrics(trained.run)[-1][name] for name in ("loss", "validation_loss")}
     assert certificate["source"] == {
+        "metrics": metrics | {"validation_step": 3},
         "checkpoint": "step-000000003",
         "step": 3,
         "tokens": 3 * 8 * 32,
@@ -93,10 +97,18 @@ def test_the_certificate_holds(which: str, request: pytest.FixtureRequest) -> No
     assert {"tokenizer.json", "tokenizer.model", "config.json", "README.md", "norm.py"} <= others.keys()
     recorded = load_file(trained.checkpoint / PROBE)
     assert certificate["probe"]["tokens"] == recorded["tokens"].tolist()
+    assert certificate["probe"]["text"] == "validation"
     hashes = {name.removeprefix("codes.") for name in recorded if name.startswith("codes.")}
     assert certificate["probe"]["changed_codes"] == dict.fromkeys(hashes, 0.0)
+    assert certificate["replay"]["exact"] == (dtype == "float32")
+    assert certificate["replay"]["changed_codes"] == dict.fromkeys(hashes, 0.0)
+    assert certificate["copy"] == {"equal_logits": 32 * 4160, "equal_codes": 1536}
+    assert certificate["rounding"].keys() < certificate["probe"].keys()
+    for model in ("", "recorded_"):
+        perplexity = math.exp(certificate["probe"][f"{model}loss"])
+        assert certificate["probe"][f"{model}perplexity"] == pytest.approx(perplexity)
     losses = [certificate["probe"][key] for key in ("loss", "recorded_loss", "loss_difference", "divergence")]
-    assert losses[0] - losses[1] == losses[2] and 8 < losses[1] < 9  # about ln 4160
+    assert losses[0] - losses[1] == losses[2] and 7.5 < losses[1] < 8.33  # ln 4160
     if dtype == "float32":
         assert certificate["probe"]["largest_logit_difference"] <= LOGIT_LIMIT == 1e-5
         assert abs(losses[2]) <= 1e-5 and abs(losses[3]) <= 1e-9
@@ -169,9 +181,9 @@ def test_what_it_says(float32_two: Trained) -> None:
     read, wrote, certificate, proposal = float32_two.said
     assert str(float32_two.checkpoint) in read and "step 3" in read and "tensor-parallel 2" in read
     assert re.search(r"wrote .*: 36 tensors in float32, \d+\.\d MB in all, \d+\.\d s", wrote), wrote
-    assert re.search(r"on 32 tokens the largest logit .* and 0 of 1536 codes changed", certificate), (
-        certificate
-    )
+    assert re.search(
+        r"on 32 tokens of validation text the largest logit .* and 0 of 1536 codes", certificate
+    ), certificate
     assert proposal.startswith(f"try: memoryformer generate {float32_two.model} ")
 
 
@@ -236,8 +248,11 @@ def test_mistakes_are_named(checkpoint: Path, tmp_path: Path) -> None:
         ("weights-0-of-2-part-000.safetensors", "remove", "missing from the checkpoint"),
         ("weights-0-of-2-part-000.safetensors", "header", "damaged"),
         ("probe.safetensors", "header", "damaged"),
-        ("config.yaml", "other-model", "damaged: blocks.1"),
-        ("tokenizer.model", "header", "is not a sentencepiece model"),
+        ("probe.safetensors", "bit", "damaged (its checksum differs"),
+        ("config.yaml", "other-model", "damaged (its checksum differs"),
+        ("config.yaml", "other-model, recorded", "damaged: blocks.1"),
+        ("tokenizer.model", "header", "damaged (its checksum differs"),
+        ("tokenizer.model", "header, recorded", "is not a sentencepiece model"),
     ],
 )
 def test_a_damaged_checkpoint_is_named(
@@ -249,28 +264,43 @@ def test_a_damaged_checkpoint_is_named(
         path.write_bytes(data[:-5])
     elif damage == "remove":
         path.unlink()
-    elif damage == "header":
+    elif damage == "bit":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage.startswith("header"):
         path.write_bytes(b"\xff" * 16 + data[16:])
     else:
         path.write_bytes(data.replace(b"num_layers: 1", b"num_layers: 2"))
+    if damage.endswith("recorded"):
+        record_files(checkpoint)
     said = refused(checkpoint, tmp_path / "out")
     assert message in said and checkpoint.name in said
 
 
-def test_a_model_that_is_not_the_trained_one_is_not_written(checkpoint: Path, tmp_path: Path) -> None:
-    """One flipped bit, in the exponent of a table's entries."""
+def record_files(checkpoint: Path) -> None:
+    """Sizes and checksums as they are now."""
+    manifest = read_manifest(checkpoint, check_sizes=False)
+    manifest.files.update(records(checkpoint))
+    (checkpoint / MANIFEST).write_text(manifest.to_json())
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_model_that_is_not_the_trained_one_is_not_written(
+    dtype: str, recorded: bool, checkpoint: Path, tmp_path: Path
+) -> None:
+    """One flipped bit, in the exponent of a head's weight, written so or on the disk since."""
     path = checkpoint / "weights-1-of-2-part-000.safetensors"
     whole = bytearray(path.read_bytes())
-    begin = len(whole) - 4 * 4096 * 16  # the head's rows come last
-    assert len(whole) > begin > 0
-    whole[begin + 4 * 5 + 3] ^= 0x02
+    whole[TensorFile(path).tensors["head.weight"].offset + 4 * 5 + 3] ^= 0x02
     path.write_bytes(whole)
-    said = refused(checkpoint, tmp_path / "out", TrainingError)
+    if not recorded:
+        assert "damaged (its checksum differs" in refused(checkpoint, tmp_path / "out", UserError, dtype)
+        return
+    record_files(checkpoint)
+    said = refused(checkpoint, tmp_path / "out", TrainingError, dtype)
     assert re.search(r"logits differ from the trainer's by [\d.e+]+ \(allowed: 1e-05\) and \d+ of", said), (
         said
     )
-    list(convert(checkpoint, tmp_path / "half", "bfloat16"))  # here the numbers are only reported
-    assert certificate_of(tmp_path / "half")["probe"]["largest_logit_difference"] > 0.01
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -314,6 +344,42 @@ def test_regions_cover_a_tensor_in_order(shape: list[int], limit: int) -> None:
     largest_row = torch.Size(shape[1:]).numel()
     if largest_row <= limit:
         assert len(parts) == -(-shape[0] // (limit // largest_row))
+
+
+def test_the_model_card_says_what_was_trained(float32_two: Trained, bfloat16_two: Trained) -> None:
+    for trained, precision in ((float32_two, "float32"), (bfloat16_two, "bfloat16")):
+        card = (trained.model / "README.md").read_text()
+        last = read_metrics(trained.run)[-1]
+        for words in (
+            "| steps | 3 of 3 |",
+            "| tokens | 768 |",
+            "| batch | 8 sequences of 32 tokens |",
+            f"| precision | {precision} |",
+            f"| loss of the last step | {last['loss']:.4f} nats a token |",
+            f"| validation loss | {last['validation_loss']:.4f} nats a token, after step 3 |",
+            f"Trained on:\n\n- `{trained.text}`, weight 1",
+            f"Validated on:\n\n- `{trained.text}`, weight 1",
+            "| tokens compared | 32, of the run's validation text |",
+            "| vocab_size | 4160 |",
+            "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+        ):
+            assert words in card, words
+        assert ("equal codes, logits within 1e-5" in card) == (precision == "float32")
+
+
+def test_a_card_leaves_out_what_a_run_has_not(checkpoint: Path, tmp_path: Path) -> None:
+    list(convert(checkpoint, tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "drawn at random" in card and "## Training" in card
+    assert not re.search("validation loss|Validated on|Trained on|None", card)
+
+
+def test_the_settings_are_those_of_transformers(float32_two: Trained) -> None:
+    settings = json.loads((float32_two.model / "generation_config.json").read_text())
+    config = json.loads((float32_two.model / "config.json").read_text())
+    ids = {config[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
+    assert len(ids) == 1 and settings == {f"{name}_token_id": min(ids) for name in ("bos", "eos", "pad")}
+    assert config["dtype"] == "float32" and config["model_type"] == "memoryformer"
 
 
 def test_source_files_need_only_each_other() -> None:

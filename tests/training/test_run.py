@@ -229,6 +229,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(reference: Path, tmp_path: Path) 
         for path in complete:
             CheckpointReader(path)
         assert {path.name for path in (disk / "run" / "checkpoints").iterdir()} == {
+            ".writer",
             "latest",
             *(path.name for path in complete),
         }

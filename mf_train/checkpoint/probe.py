@@ -1,0 +1,38 @@
+"""probe.safetensors: what the trainer computes on a few tokens, so that a conversion can be proved against it.
+
+`tokens` int64 [n]; `logits` float32 [n, V]; `codes.NAME` [n, K] of every hash, by the hash's name; `validation` uint8
+[1]: 1 where the tokens are the begin of the run's validation text, 0 where they are `random_tokens`.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mf_train.config import ModelConfig
+
+PROBE_TOKENS = 128
+CODES = "codes."
+
+
+def probe_length(config: ModelConfig) -> int:
+    """Tokens of a probe: PROBE_TOKENS, or what a sequence holds."""
+    return min(PROBE_TOKENS, config.sequence_length)
+
+
+def random_tokens(config: ModelConfig) -> Tensor:
+    """The tokens of a run without validation text, int64 [n]: uniform over the vocabulary, from generator seed 0."""
+    return torch.randint(
+        config.vocab_size, (probe_length(config),), generator=torch.Generator().manual_seed(0)
+    )
+
+
+def probe_tensors(
+    tokens: Tensor, logits: Tensor, codes: Mapping[str, Tensor], *, validation: bool
+) -> dict[str, Tensor]:
+    """The file's contents: tokens [n], logits [n, V] of any float dtype and device, codes [n, K] of each hash."""
+    return {
+        "tokens": tokens.cpu(),
+        "logits": logits.float().cpu(),
+        "validation": torch.tensor([validation], dtype=torch.uint8),
+    } | {f"{CODES}{name}": value.cpu() for name, value in codes.items()}

@@ -1,0 +1,199 @@
+"""Which checkpoints there are (`memoryformer checkpoint list`), and whether each byte is as written (`verify`)."""
+
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from mf_train.checkpoint.checksum import read_shares, whole
+from mf_train.checkpoint.layout import (
+    CONFIG,
+    KINDS,
+    LATEST,
+    MANIFEST,
+    PROBE,
+    STATE,
+    Manifest,
+    list_checkpoints,
+    part_name,
+    read_manifest,
+    resolve_checkpoint,
+    step_name,
+)
+from mf_train.checkpoint.read import REMEDY, CheckpointReader
+from mf_train.checkpoint.tensor_reader import TensorFile
+from mf_train.config.loading import load_config
+from mf_train.errors import TrainingError, UserError
+
+_TASK_BYTES = 256 << 20  # of a file that one thread reads at a time
+
+
+def verify(path: Path) -> Iterator[str]:
+    """Read a checkpoint, or all of a run's, whole; yields a line for each good one, in the order of their steps.
+
+    Compared are every file's size and checksum, the tensors of every part with the manifest, and the files in the
+    folder with those in the manifest; state and configuration must parse. Uses all cores.
+
+    Raises TrainingError at the end that lists what is damaged, and UserError where there is no checkpoint.
+    """
+    damaged: dict[Path, list[str]] = {}
+    checkpoints = _find(path)
+    for checkpoint in checkpoints:
+        problems = list(find_damage(checkpoint))
+        if problems:
+            damaged[checkpoint] = problems
+        else:
+            manifest = read_manifest(checkpoint)
+            size = sum(record.size for record in manifest.files.values())
+            yield f"{checkpoint}: good: {_describe(manifest)}, {len(manifest.files)} files, {_human(size)}"
+    if damaged:
+        listed = "; ".join(problem for problems in damaged.values() for problem in problems)
+        raise TrainingError(f"{len(damaged)} of {len(checkpoints)} checkpoints are damaged: {listed}")
+
+
+def find_damage(checkpoint: Path) -> Iterator[str]:
+    """What is wrong with a checkpoint, each problem with its file's path; nothing where it is good."""
+    try:
+        reader = CheckpointReader(checkpoint, check_sizes=False)
+    except (UserError, OSError) as error:
+        yield _brief(error)
+        return
+    manifest = reader.manifest
+    sound = []  # files whose contents are worth a look
+    checksums = _checksums(checkpoint, {name: record.size for name, record in manifest.files.items()})
+    for name, record in sorted(manifest.files.items()):
+        found = checksums[name]
+        if isinstance(found, str):
+            yield f"{checkpoint / name}: {found}"
+        elif found != record.crc32:
+            yield f"{checkpoint / name}: its checksum is {found:08x} instead of {record.crc32:08x}"
+        else:
+            sound.append(name)
+    for name in sorted({path.name for path in checkpoint.iterdir()} - {*manifest.files, MANIFEST}):
+        yield f"{checkpoint / name}: not in {MANIFEST}"
+    expected = _expected_parts(reader)
+    for name in sorted({STATE, CONFIG, PROBE, *expected} - {*manifest.files}):
+        yield f"{checkpoint / name}: missing from the checkpoint and from {MANIFEST}"
+    if checkpoint.name.startswith("step-") and checkpoint.name != step_name(manifest.step):
+        yield f"{checkpoint / MANIFEST}: of step {manifest.step}"
+    for name in sound:
+        yield from _check_contents(reader, name, expected)
+
+
+def list_lines(run: Path) -> Iterator[str]:
+    """A line for each checkpoint of a run's folder, oldest first: its step, size, date, degree and whether `latest`.
+
+    Raises UserError where there is none.
+    """
+    for checkpoint in _find(run):
+        newest = checkpoint.with_name(LATEST)
+        try:
+            latest = "  latest" if newest.read_text().strip() == checkpoint.name else ""
+        except (OSError, UnicodeDecodeError):
+            latest = ""
+        try:
+            manifest = read_manifest(checkpoint)
+        except UserError as error:
+            yield f"{checkpoint.name}  {_brief(error)}{latest}"
+            continue
+        size = sum(record.size for record in manifest.files.values())
+        written = datetime.datetime.fromtimestamp((checkpoint / MANIFEST).stat().st_mtime)
+        yield f"{checkpoint.name}  {_human(size):>8}  {written:%Y-%m-%d %H:%M}  {_describe(manifest)}{latest}"
+
+
+def _find(path: Path) -> list[Path]:
+    """The checkpoint at `path`, or those of a run or its `checkpoints` folder."""
+    for folder in (path, path / "checkpoints"):
+        if found := list_checkpoints(folder):
+            return found
+    if path.is_dir() and path.name.startswith("step-"):
+        return [path]  # also one that has lost its manifest
+    return [resolve_checkpoint(path)]
+
+
+def _checksums(folder: Path, sizes: Mapping[str, int]) -> dict[str, int | str]:
+    """CRC-32 of each file, or what is wrong with it; read by as many threads as there are cores."""
+    found: dict[str, int | str] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        tasks = {}
+        for name, size in sizes.items():
+            if problem := _check_size(folder / name, size):
+                found[name] = problem
+                continue
+            readers = -(-size // _TASK_BYTES)
+            tasks[name] = [pool.submit(read_shares, folder, {name: size}, i, readers) for i in range(readers)]
+        for name, shares in tasks.items():
+            combined = 0
+            try:
+                for share in shares:
+                    combined ^= share.result()[0]
+                found[name] = whole(combined, sizes[name])
+            except OSError as error:
+                found[name] = f"cannot be read ({error.strerror})"
+    return found
+
+
+def _check_size(path: Path, size: int) -> str:
+    if path.is_symlink() or not path.is_file():
+        return "missing, or not a file"
+    actual = path.stat().st_size
+    return "" if actual == size else f"{actual} bytes instead of {size}"
+
+
+def _expected_parts(reader: CheckpointReader) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Part files that the manifest's parameters make, each with its tensors' shapes."""
+    manifest = reader.manifest
+    parts: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, part in manifest.parts.items():
+        parts.setdefault(part, {})[name] = reader.local_shape(name)
+    return {
+        part_name(kind, rank, manifest.tensor_parallel, part): shapes
+        for kind in manifest.kinds
+        for rank in range(manifest.tensor_parallel)
+        for part, shapes in parts.items()
+    }
+
+
+def _check_contents(
+    reader: CheckpointReader, name: str, expected: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> Iterator[str]:
+    """What a file whose checksum is right holds: a wrong one was written wrongly, or its manifest was."""
+    path = reader.checkpoint / name
+    try:
+        if name == STATE:
+            if (step := reader.state().get("step")) != reader.manifest.step:
+                yield f"{path}: of step {step}, and {MANIFEST} of step {reader.manifest.step}"
+        elif name == CONFIG:
+            load_config(path)
+        elif name in expected or name == PROBE:
+            with TensorFile(path) as file:
+                held = {
+                    tensor: (file.tensors[tensor].dtype, file.tensors[tensor].shape)
+                    for tensor in file.tensors
+                }
+            wanted = {tensor: (torch.float32, shape) for tensor, shape in expected.get(name, {}).items()}
+            for tensor in sorted({*held, *wanted}) if name in expected else ():
+                if held.get(tensor) != wanted.get(tensor):
+                    yield f"{path}: {tensor} is {held.get(tensor)} in it and {wanted.get(tensor)} by {MANIFEST}"
+    except (UserError, OSError) as error:
+        yield _brief(error)
+
+
+def _describe(manifest: Manifest) -> str:
+    moments = "" if manifest.kinds == KINDS else ", without moments"
+    return f"step {manifest.step}, tensor-parallel {manifest.tensor_parallel}{moments}"
+
+
+def _brief(error: Exception) -> str:
+    """Without the remedy, which is one for who resumes."""
+    return str(error).removesuffix(f"; {REMEDY}")
+
+
+def _human(size: int) -> str:
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1000:.1f} kB"

@@ -1,0 +1,236 @@
+"""`memoryformer convert CHECKPOINT MODEL --check`: everything that a certificate says, computed again.
+
+Three lines of defence, each of which stands by itself: the folder against its certificate's hashes; the folder against
+what the checkpoint gives, tensor by tensor and file by file, without the code that writes; and the proof by logits and
+codes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mf_train.checkpoint.read import CheckpointReader
+from mf_train.checkpoint.tensor_reader import TensorFile
+from mf_train.config import Config
+from mf_train.errors import TrainingError, UserError
+from mf_train.model.quantized import scales_name
+from mf_train.standalone.certificate import (
+    CERTIFICATE,
+    FORMAT,
+    certificate_tree,
+    hash_files,
+    prove,
+)
+from mf_train.standalone.convert import CARD, DTYPES, describe_proof, open_checkpoint, source_tree, text_files
+from mf_train.standalone.names import PARAMETER_PREFIX
+from mf_train.standalone.settings_files import model_card
+from mf_train.standalone.streamed import READ_BYTES, CheckpointWeights, open_tensors
+from mf_train.standalone.weights import INDEX
+
+# A figure of the certificate may differ from the one computed again by this share of it, or this where it is below 1:
+# another processor rounds otherwise. The same one gives the same bits.
+TOLERANCE = 0.05
+T = TypeVar("T")
+_SHOWN = 5  # of the differences, in the message
+_PIECE_BYTES = 4 << 20
+
+
+def check_conversion(checkpoint: Path, model: Path) -> Iterator[str]:
+    """Check a standalone folder against its certificate and the checkpoint it was made from; yields lines to show.
+
+    Raises TrainingError naming what differs, UserError where the folder or the checkpoint cannot be used, OSError where
+    reading fails.
+    """
+    certificate = read_certificate(model)
+    reader, config = open_checkpoint(checkpoint)
+    source, dtype = source_tree(reader, config), certificate["dtype"]
+    if certificate["source"]["step"] != source["step"]:
+        raise UserError(
+            f"{model}: made from {certificate['source'].get('checkpoint')}, and {reader.checkpoint} is of step "
+            f"{source['step']}; give the checkpoint that it was made from"
+        )
+    tensors, files = hash_tensors(model), dict(hash_files(model))
+    problems = [*stray_files(model)]
+    problems += differing_hashes(certificate["tensors"] | certificate["files"], tensors | files)
+    yield f"hashed {len(tensors)} tensors and {len(files)} other files against {CERTIFICATE}: {_count(problems)}"
+    found = list(differing_from_checkpoint(reader, config, certificate, tensors, files))
+    yield f"converted {reader.checkpoint} again, without writing: {_count(found)}"
+    problems += found
+    try:
+        proof = prove(reader, config, source["device"], dtype, model)
+    except (TrainingError, UserError) as error:
+        problems.insert(0, str(error))
+    else:
+        yield from describe_proof(proof, dtype)
+        expected = json.loads(json.dumps(certificate_tree(source, dtype, proof)))
+        problems += differing_figures(expected, certificate)
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise TrainingError(f"{model}: not what was trained: {'; '.join(problems[:_SHOWN])}{more}")
+    yield f"{model}: is {reader.checkpoint} in {dtype}"
+
+
+def read_certificate(model: Path) -> dict[str, Any]:
+    """The certificate of a folder. Raises UserError where it is missing, damaged or of another version."""
+    path = model / CERTIFICATE
+    try:
+        tree: dict[str, Any] = json.loads(path.read_bytes())
+        kind = tree["format"], tree["dtype"]
+        sound = all(
+            isinstance(tree[key], dict)
+            for key in ("source", "probe", "replay", "copy", "rounding", "tensors", "files")
+        )
+        step = tree["source"]["step"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: missing; give a model that 'memoryformer convert' made") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise UserError(f"{path}: damaged, or of another version; convert the checkpoint again") from None
+    if kind[0] != FORMAT or kind[1] not in DTYPES or not sound or not isinstance(step, int):
+        raise UserError(
+            f"{path}: of format {kind[0]!r} and dtype {kind[1]!r}, and this version reads format {FORMAT}; convert the "
+            "checkpoint again"
+        )
+    return tree
+
+
+def hash_tensors(model: Path) -> dict[str, str]:
+    """SHA-256 of the bytes of every tensor in a folder's files. Raises UserError or OSError."""
+    files = open_tensors(model)
+    return _in_threads(lambda name: _hash_stored(files[name], name), files)
+
+
+def stray_files(model: Path) -> Iterator[str]:
+    """Weight files that the folder's index does not name, but another program may load."""
+    known = {file.path.name for file in open_tensors(model).values()}
+    for name in sorted({path.name for path in model.glob("*.safetensors")} - known):
+        yield f"{name} is a file of weights that no index names"
+
+
+def differing_hashes(certified: Mapping[str, str], found: Mapping[str, str]) -> Iterator[str]:
+    """What is not as the certificate says: tensors and files by name."""
+    for name in sorted({*certified, *found}):
+        if name not in found:
+            yield f"{name} is missing"
+        elif name not in certified:
+            yield f"{name} is not in {CERTIFICATE}"
+        elif certified[name] != found[name]:
+            yield f"{name} has another hash than in {CERTIFICATE}"
+
+
+def differing_from_checkpoint(
+    reader: CheckpointReader,
+    config: Config,
+    certificate: Mapping[str, Any],
+    tensors: Mapping[str, str],
+    files: Mapping[str, str],
+) -> Iterator[str]:
+    """What is not as the checkpoint gives it; `tensors` and `files` are the folder's hashes."""
+    dtype = certificate["dtype"]
+    texts = text_files(reader, config, dtype)
+    try:
+        texts[CARD] = model_card(config, certificate)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        yield f"{CERTIFICATE} lacks figures"
+    expected = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}
+    expected |= converted_hashes(reader, dtype)
+    found = {**tensors, **files}
+    found.pop(INDEX, None)  # `open_tensors` has compared it with the files
+    for name in sorted({*expected, *found}):
+        if name not in expected:
+            yield f"{name} is not of the checkpoint"
+        elif name not in found:
+            yield f"{name} of the checkpoint is missing"
+        elif expected[name] != found[name]:
+            yield f"{name} is not what the checkpoint gives"
+
+
+def converted_hashes(reader: CheckpointReader, dtype: str) -> dict[str, str]:
+    """SHA-256 of every tensor, by outside name, that the checkpoint gives in `dtype`, read slice by slice."""
+    weights = CheckpointWeights(reader, dtype)
+    found: dict[str, str] = {}
+    for hashes in _in_threads(lambda name: _hash_converted(reader, weights, name), reader.shapes).values():
+        found |= hashes
+    return found
+
+
+def differing_figures(
+    computed: Mapping[str, Any], certified: Mapping[str, Any], within: str = ""
+) -> Iterator[str]:
+    """Values of the certificate that are not those computed again, numbers within TOLERANCE.
+
+    Versions are left alone, and so are the hashes, which `computed` does not have.
+    """
+    for key in computed:
+        name, new, old = f"{within}{key}", computed[key], certified.get(key)
+        if name in ("torch", "memoryformer", "source.checkpoint"):
+            continue
+        if isinstance(new, dict) and isinstance(old, dict):
+            yield from differing_figures(new, old, f"{name}.")
+        elif not _near(new, old):
+            yield f"{CERTIFICATE}: {name} is {_short(old)}, and computed again {_short(new)}"
+
+
+def _near(new: Any, old: Any) -> bool:
+    if isinstance(new, float) and isinstance(old, float):
+        return abs(new - old) <= TOLERANCE * max(abs(new), abs(old), 1.0)
+    return bool(new == old)
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _hash_stored(file: TensorFile, name: str) -> str:
+    dtype, shape, offset = file.tensors[name]
+    left, digest = torch.Size(shape).numel() * dtype.itemsize, hashlib.sha256()
+    with file.path.open("rb") as data:
+        data.seek(offset)
+        while left:
+            piece = data.read(min(left, _PIECE_BYTES))
+            if not piece:
+                raise UserError(
+                    f"{file.path}: shorter than it was when it was opened; convert the checkpoint again"
+                )
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()
+
+
+def _hash_converted(reader: CheckpointReader, weights: CheckpointWeights, name: str) -> dict[str, str]:
+    shape = reader.shapes[name]
+    digests = [hashlib.sha256(), hashlib.sha256()]
+    scaled = False
+    numbers = torch.arange(torch.Size(shape[:-1]).numel())
+    for rows in numbers.split(max(READ_BYTES // (shape[-1] * 4), 1)):
+        values, scales = weights.rows(name, rows)
+        digests[0].update(_bytes(values))
+        if scales is not None:
+            digests[1].update(_bytes(scales))
+            scaled = True
+    hashes = {PARAMETER_PREFIX + name: digests[0].hexdigest()}
+    if scaled:
+        hashes[f"{PARAMETER_PREFIX}{scales_name(name)}"] = digests[1].hexdigest()
+    return hashes
+
+
+def _bytes(values: Tensor) -> memoryview:
+    data: memoryview = values.contiguous().view(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _in_threads(hash_one: Callable[[str], T], names: Mapping[str, Any]) -> dict[str, T]:
+    """A result for each name, on every core: hashing and reading let other threads run."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return dict(zip(names, pool.map(hash_one, names), strict=True))
+
+
+def _count(problems: list[str]) -> str:
+    return f"{len(problems)} differ" if problems else "all as they should be"

@@ -1,0 +1,139 @@
+"""What a run goes on from: its newest good checkpoint, after its older starts were shut out of the folder.
+
+Rank 0 looks and decides; all ranks share the reading of checksums.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mf_train.checkpoint.checksum import read_shares, whole
+from mf_train.checkpoint.fence import Fence, claim, set_aside, write_whole
+from mf_train.checkpoint.layout import (
+    CONFIG,
+    LATEST,
+    DamageError,
+    list_checkpoints,
+    read_manifest,
+    resolve_checkpoint,
+    step_of,
+)
+from mf_train.checkpoint.read import CheckpointReader
+from mf_train.config import Config
+from mf_train.config.loading import load_config
+from mf_train.errors import UserError
+from mf_train.parallel.agreement import exclusive_or, of_first_rank, together, together_slowly
+
+DAMAGED, ABANDONED = "damaged", "abandoned"
+
+
+def choose_checkpoint(
+    config: Config, device: torch.device, stop: Callable[[], bool], beat: Callable[[], None]
+) -> tuple[Fence, CheckpointReader | None] | None:
+    """Claim the run's `checkpoints/` and find what to go on from; None where `stop()` was set on any rank.
+
+    A damaged checkpoint of the run is named, renamed and passed over; one that was given as `checkpoint.resume` is an
+    error. Collective over all ranks; raises on rank 0 UserError or OSError, on the others PeerError.
+    """
+    folder = Path(config.training.output_dir) / "checkpoints"
+    fence = Fence(folder, of_first_rank(lambda: claim(folder).token, device))
+    candidates = _Candidates(config, fence)
+    while (path := of_first_rank(candidates.propose, device)) is not None:
+        damage = ""
+        if config.checkpoint.verify:
+            found = _find_damage(path, device, stop, beat)
+            if found is None:
+                return None
+            damage = found
+        of_first_rank(partial(candidates.judge, path, damage), device)
+        if not damage:
+            return fence, together(partial(CheckpointReader, path, check_sizes=False), device)
+    return fence, None
+
+
+def _find_damage(
+    checkpoint: Path, device: torch.device, stop: Callable[[], bool], beat: Callable[[], None]
+) -> str | None:
+    """What is wrong with a checkpoint's checksums, "" if nothing; None where `stop()` was set. Collective."""
+    manifest = together(lambda: read_manifest(checkpoint, check_sizes=False), device)
+    sizes = {name: record.size for name, record in manifest.files.items()}
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    shares = together_slowly(lambda: read_shares(checkpoint, sizes, rank, ranks), device, stop, beat)
+    if shares is None:
+        return None
+    for (name, record), total in zip(manifest.files.items(), exclusive_or(shares, device), strict=True):
+        if whole(total, record.size) != record.crc32:
+            return f"{name}: its checksum is not the manifest's"
+    return ""
+
+
+class _Candidates:
+    """Rank 0's choice among the checkpoints to go on from."""
+
+    def __init__(self, config: Config, fence: Fence) -> None:
+        self.folder = fence.folder
+        self._token = fence.token
+        self._resume = config.checkpoint.resume
+        self._own: list[Path] = []
+        self._order = self._in_order()
+
+    def propose(self) -> Path | None:
+        """The best that is left whose files are there with their sizes; None for a new run. Raises UserError."""
+        for path in self._order:
+            try:
+                read_manifest(path)
+            except DamageError as error:
+                self.judge(path, f"{error.file.name}: {error.damage}")
+            else:
+                return path
+        if damaged := sorted(path.name for path in self.folder.glob(f"step-*.{DAMAGED}*")):
+            raise UserError(
+                f"{self.folder}: no checkpoint of this run is good ({', '.join(damaged)}); start from another one "
+                "with checkpoint.resume=PATH, or delete them to begin anew"
+            )
+        return None
+
+    def judge(self, path: Path, damage: str) -> None:
+        """Take a checkpoint, or pass it over for what is wrong with it.
+
+        A damaged one of this run is renamed, and so are those that are newer than one that is taken: their steps will
+        be trained again. Raises UserError for a damaged one of another run.
+        """
+        if damage and path not in self._own:
+            raise UserError(f"{path}: {damage}; choose another checkpoint.resume")
+        if damage:
+            aside = set_aside(path, DAMAGED)
+            print(f"{path.name} is damaged and was renamed to {aside.name}: {damage}", flush=True)
+            return
+        for newer in list_checkpoints(self.folder):
+            if step_of(newer) > step_of(path):
+                aside = set_aside(newer, ABANDONED)
+                print(f"going back to {path}: {newer.name} was renamed to {aside.name}", flush=True)
+        if path in self._own:
+            write_whole(self.folder / LATEST, f"{path.name}\n".encode(), self._token)
+
+    def _in_order(self) -> Iterator[Path]:
+        """The best first. Raises UserError where `checkpoint.resume` does not fit the folder."""
+        own = self._own = list_checkpoints(self.folder)
+        if self._resume in ("auto", "never") or any(_started_from(path) == self._resume for path in own):
+            # the latter: started again with the same command, as a launcher does
+            yield from reversed(own)
+            return
+        path = resolve_checkpoint(Path(self._resume))
+        if own and path.parent.resolve() != self.folder.resolve():
+            raise UserError(
+                f"{self.folder}: holds checkpoints up to {own[-1].name} of a run that did not start from "
+                f"{self._resume}; leave checkpoint.resume out to go on with it, or choose another training.output_dir"
+            )
+        yield next((mine for mine in own if mine.resolve() == path.resolve()), path)
+
+
+def _started_from(checkpoint: Path) -> str | None:
+    """`checkpoint.resume` of the run that wrote a checkpoint; None where that cannot be read."""
+    try:
+        return load_config(checkpoint / CONFIG).checkpoint.resume
+    except UserError:
+        return None

@@ -1,0 +1,176 @@
+"""Checkpoints written by every shape of a training and read by every other: worlds of 4, 2 and 1 processes at once."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from mf_train.checkpoint.fence import Fence, claim
+from mf_train.checkpoint.layout import KINDS, step_name
+from mf_train.checkpoint.load import load_checkpoint
+from mf_train.checkpoint.read import CheckpointReader
+from mf_train.checkpoint.save import Extras, Saver
+from mf_train.config import CheckpointConfig
+from mf_train.model import MemoryFormer
+from mf_train.model.initialise import initialise
+from mf_train.parallel.agreement import of_first_rank
+from mf_train.parallel.engine import Engine
+from mf_train.parallel.exchange import Exchange
+from mf_train.parallel.groups import start_processes, stop_processes
+from mf_train.parallel.processes import Process
+from mf_train.parallel.tensor import shard_model, slice_of_rank
+from tests.parallel.worlds import (
+    BATCH,
+    CPU,
+    MODEL,
+    OPTIMIZER,
+    Case,
+    Weights,
+    batch_of,
+    case_config,
+    join,
+    make_groups,
+)
+
+SAVED_STEP = 5  # of `train_plainly`, which records its state there
+
+
+@dataclass
+class Resumed:
+    """What one rank saw of a training that went on from a checkpoint."""
+
+    wrong: list[str]  # what it held, before the first step, in other bits than the files
+    steps: set[float]  # Adam's counts of updates
+    losses: list[float]
+    norms: list[float]
+
+
+@dataclass
+class World:
+    """Processes that train together, by their ranks among all; what they write, and what they read by reader."""
+
+    members: list[int]
+    port: int
+    write: list[Case]
+    read: dict[Case, list[Case]]
+
+
+Results = dict[tuple[Case, Case | None], Any]
+
+
+def run_world(rank: int, world_size: int, folder: Path, worlds: list[World], steps: int) -> Results:
+    """All of this rank's world. Its results by reader and writer.
+
+    Of a writer (its reader is None), what its files hold in other bits than the engine; of a pair, a `Resumed`.
+    A process stays in one world: DeepSpeed numbers parameters and modules through the life of a process, and compares
+    the numbers between ranks.
+    """
+    found: Results = {}
+    [world] = [world for world in worlds if rank in world.members]
+    process = Process(world.members.index(rank), len(world.members), 0, "127.0.0.1", world.port)
+    start_processes(process, CPU, 120)
+    for case in world.write:
+        found[case, None] = write(case, process, folder)
+    gc.freeze()  # ZeRO 3 collects garbage at each load, which else takes longest of all
+    for case, sources in world.read.items():
+        found |= read(case, process, sources, folder, steps)
+    stop_processes()
+    return found
+
+
+def write(case: Case, process: Process, folder: Path) -> list[str]:
+    engine = build(case, process)
+    for step in range(1, SAVED_STEP + 1):
+        train_step(engine, step)
+    place = folder / str(case)
+    fence = Fence(place, of_first_rank(lambda: claim(place).token, CPU))
+    saver = Saver(engine, fence, CheckpointConfig(keep=0, asynchronous=case.stage % 2 == 0))
+    extras = Extras(state={}, config_yaml="", tokenizer=b"", probe={})
+    saver.start(SAVED_STEP, extras if process.rank == 0 else None)
+    path = saver.finish()
+    assert path is not None and path == checkpoint_of(case, folder)
+    wrong = differing(engine, whole_tensors(path, case.tensor))
+    engine.engine.destroy()
+    return wrong
+
+
+def read(case: Case, process: Process, sources: list[Case], folder: Path, steps: int) -> Results:
+    """One engine that goes on from one checkpoint after another."""
+    engine = build(case, process)
+    found: Results = {}
+    for source in sources:
+        path = checkpoint_of(source, folder)
+        while not path.exists():  # another world is writing it
+            time.sleep(0.1)
+        load_checkpoint(engine, CheckpointReader(path))
+        wrong = differing(engine, whole_tensors(path, source.tensor))
+        counts = {float(state["step"]) for state in engine.optimizer.state.values()}
+        curve = [train_step(engine, SAVED_STEP + 1 + i) for i in range(steps)]
+        found[case, source] = Resumed(wrong, counts, [loss for loss, _ in curve], [norm for _, norm in curve])
+    engine.engine.destroy()
+    return found
+
+
+def checkpoint_of(case: Case, folder: Path) -> Path:
+    return folder / str(case) / step_name(SAVED_STEP)
+
+
+def build(case: Case, process: Process) -> Engine:
+    config = case_config(case)
+    micro = BATCH // case.data  # no accumulation
+    config = replace(config, training=replace(config.training, micro_batch_size=micro))
+    groups = make_groups(process, case.tensor)
+    with torch.device("meta"):
+        model = MemoryFormer(MODEL)
+    if case.tensor > 1:
+        shard_model(model, Exchange(groups.tensor))
+    model.to_empty(device=CPU)
+    initialise(model, 0, groups.degrees.tensor_rank, case.tensor)
+    return Engine(model, config, groups, CPU)
+
+
+def train_step(engine: Engine, step: int) -> tuple[float, float]:
+    """Mean loss over all ranks, and the gradient's norm."""
+    degrees = engine.groups.degrees
+    rows = batch_of(step)[degrees.data_rank :: degrees.data]
+    loss = engine.backward(rows[:, :-1], rows[:, 1:], last=True).double()
+    dist.all_reduce(loss, group=engine.groups.data)
+    return loss.item() / degrees.data, engine.update(OPTIMIZER.learning_rate)
+
+
+@functools.cache
+def whole_tensors(checkpoint: Path, tensor: int) -> dict[str, Weights]:
+    """Whole masters and moments by kind, read by the safetensors library alone."""
+    found = {}
+    for kind in KINDS:
+        prefix = "weights" if kind == "master" else kind
+        ranks = []
+        for rank in range(tensor):
+            parts = sorted(checkpoint.glob(f"{prefix}-{rank}-of-{tensor}-part-*.safetensors"))
+            ranks.append({name: value for part in parts for name, value in load_file(part).items()})
+        found[kind] = join(ranks)
+    return found
+
+
+def differing(engine: Engine, whole: dict[str, Weights]) -> list[str]:
+    """Kinds and names of what this rank holds in other bits than the tensors given."""
+    degrees = engine.groups.degrees
+    wrong = []
+    for name, fragment in engine.fragments().items():
+        for kind in KINDS:
+            held = fragment.of(fragment.flat.detach()) if kind == "master" else engine.moment(fragment, kind)
+            local = slice_of_rank(whole[kind][name], name, degrees.tensor_rank, degrees.tensor).reshape(-1)
+            expected = local[fragment.start : fragment.start + fragment.numel]
+            if held.dtype != torch.float32 or not torch.equal(
+                held.view(torch.int32), expected.view(torch.int32)
+            ):
+                wrong.append(f"{kind} of {name}")
+    return wrong

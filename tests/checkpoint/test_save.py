@@ -1,0 +1,216 @@
+"""Saving by several ranks: what is written, when, and what a failure leaves."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mf_train.checkpoint.fence import Fence, claim
+from mf_train.checkpoint.layout import KINDS, list_checkpoints, read_manifest
+from mf_train.checkpoint.read import CheckpointReader
+from mf_train.checkpoint.save import Extras, Saver, surplus
+from mf_train.config import CheckpointConfig, Config, ParallelConfig, TrainingConfig
+from mf_train.errors import PeerError, TrainingError
+from mf_train.model import MemoryFormer
+from mf_train.model.initialise import initialise
+from mf_train.parallel.agreement import of_first_rank
+from mf_train.parallel.engine import Engine
+from mf_train.parallel.groups import start_processes, stop_processes
+from mf_train.parallel.processes import find_process
+from tests.distributed import run_distributed
+from tests.parallel.worlds import MODEL, batch_of, make_groups
+
+CPU = torch.device("cpu")
+EXTRAS = Extras(
+    {"step": 1, "tokens": 2},
+    "model: {}\n",
+    b"tokenizer",
+    {"tokens": torch.arange(3), "logits": torch.ones(3, 4)},
+)
+
+
+def test_what_is_kept() -> None:
+    folder = [Path(f"step-{step:09d}") for step in (100, 200, 300, 400, 500)]
+
+    def deleted(keep: int, keep_every: int) -> list[int]:
+        return [int(path.name[5:]) for path in surplus(folder, keep, keep_every)]
+
+    assert deleted(0, 0) == [] and deleted(0, 200) == []
+    assert deleted(2, 0) == [100, 200, 300]
+    assert deleted(1, 200) == [100, 300]
+    assert deleted(9, 0) == []
+
+
+# in two processes, P = 1 and R = 2
+
+
+def start_engine(stage: int) -> Engine:
+    config = Config(
+        model=MODEL,
+        parallel=ParallelConfig(zero_stage=stage),
+        training=TrainingConfig(global_batch_size=8, micro_batch_size=4),
+    )
+    groups = make_groups(find_process(), 1)
+    model = MemoryFormer(MODEL)
+    initialise(model, 0)
+    return Engine(model, config, groups, CPU)
+
+
+def train(engine: Engine, step: int) -> None:
+    rows = batch_of(step).chunk(2)[engine.groups.degrees.data_rank]
+    engine.backward(rows[:, :-1], rows[:, 1:], last=True)
+    engine.update(1e-2)
+
+
+def saver_in(folder: Path, engine: Engine, **settings: Any) -> Saver:
+    token = of_first_rank(lambda: claim(folder).token, CPU)
+    return Saver(engine, Fence(folder, token), CheckpointConfig(**settings))
+
+
+def begin(saver: Saver, step: int) -> None:
+    saver.start(step, EXTRAS if saver.engine.groups.degrees.rank == 0 else None)
+
+
+def held(engine: Engine) -> dict[tuple[str, str], tuple[int, torch.Tensor]]:
+    """This rank's fragments, copied: where each begins in its parameter, and its values."""
+    return {
+        (name, kind): (
+            fragment.start,
+            (
+                fragment.of(fragment.flat.detach()) if kind == "master" else engine.moment(fragment, kind)
+            ).clone(),
+        )
+        for name, fragment in engine.fragments().items()
+        for kind in KINDS
+    }
+
+
+def error_of(action: Any) -> str:
+    try:
+        action()
+    except (TrainingError, PeerError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def cases(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    start_processes(find_process(), CPU, 60)
+    found: dict[str, Any] = {}
+    for stage in (0, 3):
+        engine = start_engine(stage)
+        train(engine, 1)
+        saver = saver_in(folder / f"stage-{stage}", engine)
+        before = held(engine)
+        begin(saver, 1)
+        train(engine, 2)  # while it is written
+        found[f"early-{stage}"] = [path.name for path in list_checkpoints(saver.fence.folder)]
+        deadline = time.monotonic() + 60
+        path = None
+        while path is None and time.monotonic() < deadline:
+            path = saver.advance()
+        found[f"stage-{stage}"] = (path, before, saver.advance(), saver.finish())
+    engine_saver = functools.partial(saver_in, engine=engine)
+
+    saver = engine_saver(folder / "damaged")
+    begin(saver, 1)
+    while saver._next == saver._to_check:
+        if not saver._task.busy and rank == 0:  # written; now somebody else writes there
+            [file] = saver.partial.glob("exp_avg-*")
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            file.write_bytes(data)
+        torch.distributed.barrier()
+        saver.advance()
+    found["damaged"] = error_of(saver.finish)
+
+    saver = engine_saver(folder / "fenced")
+    begin(saver, 1)
+    if rank == 0:
+        claim(saver.fence.folder)
+    torch.distributed.barrier()
+    found["fenced"] = error_of(saver.finish)
+    found["fenced again"] = error_of(lambda: begin(saver, 2))
+
+    saver = engine_saver(folder / "rotated", keep=1, keep_every=4, asynchronous=False)
+    for step in range(2, 8):
+        begin(saver, step)
+        assert saver.finish() is not None
+    saver = engine_saver(folder / "gone")
+    begin(saver, 1)
+    if rank == 0:
+        shutil.rmtree(saver.fence.folder)
+    torch.distributed.barrier()
+    found["gone"] = error_of(saver.finish)
+    stop_processes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("saves")
+    return folder, run_distributed(cases, 2, folder)
+
+
+pytestmark = pytest.mark.distributed
+Results = tuple[Path, list[dict[str, Any]]]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_checkpoint_is_the_state_when_saving_began(results: Results, stage: int) -> None:
+    _, ranks = results
+    for found in ranks:
+        path, before, *nothing = found[f"stage-{stage}"]
+        assert found[f"early-{stage}"] == [] and nothing == [None, None]
+        reader = CheckpointReader(path)
+        assert reader.manifest.step == 1
+        for (name, kind), (start, values) in before.items():
+            assert torch.equal(reader.read_fragment(name, kind, 0, 1, start, values.numel()), values), (
+                name,
+                kind,
+            )
+            assert values.any()
+
+
+def test_the_manifest_is_of_the_files(results: Results) -> None:
+    path = results[1][0]["stage-3"][0]
+    records = read_manifest(path).files
+    contents = {file.name: file.read_bytes() for file in path.iterdir() if file.name != "manifest.json"}
+    assert records.keys() == contents.keys() and len(contents) == 7
+    for name, data in contents.items():
+        assert (records[name].size, records[name].crc32) == (len(data), zlib.crc32(data)), name
+    assert (path.parent / "latest").read_text() == "step-000000001\n"
+
+
+def test_what_reads_back_otherwise_is_refused(results: Results) -> None:
+    folder, (first, second) = results
+    assert "exp_avg-0-of-1-part-000.safetensors reads back otherwise" in first["damaged"]
+    assert first["damaged"].startswith("TrainingError") and second["damaged"].startswith("PeerError")
+    assert [path.name for path in (folder / "damaged").iterdir()] == [".writer"]
+
+
+def test_an_older_start_cannot_save(results: Results) -> None:
+    folder, (first, second) = results
+    for key in ("fenced", "fenced again"):
+        assert first[key].startswith("TrainingError") and "a newer start of this run" in first[key]
+        assert second[key].startswith("PeerError")
+    assert [path.name for path in (folder / "fenced").iterdir()] == [".writer"]
+
+
+def test_rotation(results: Results) -> None:
+    assert [path.name[-1] for path in list_checkpoints(results[0] / "rotated")] == ["4", "7"]
+    assert not [
+        path for path in (results[0] / "rotated").iterdir() if path.name.startswith((".removed", ".step"))
+    ]
+
+
+def test_a_folder_that_is_gone(results: Results) -> None:
+    first, second = (found["gone"] for found in results[1])
+    assert first.startswith("TrainingError") and "is not this run's any more" in first
+    assert second.startswith("PeerError")

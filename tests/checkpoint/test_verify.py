@@ -1,0 +1,302 @@
+"""`verify` and `list` on good checkpoints and on ones with every kind of damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mf_train.checkpoint import verify as module
+from mf_train.checkpoint.layout import (
+    CONFIG,
+    KINDS,
+    MANIFEST,
+    PROBE,
+    STATE,
+    Manifest,
+    part_name,
+    read_manifest,
+)
+from mf_train.checkpoint.verify import find_damage, list_lines, verify
+from mf_train.config import ModelConfig
+from mf_train.errors import TrainingError, UserError
+from tests.standalone.checkpoints import (
+    random_weights,
+    records,
+    write_checkpoint,
+    write_slices,
+    write_tensors,
+)
+
+SMALL = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, bits=4, vocab_size=4096, sequence_length=32)
+STEP = 7
+WEIGHTS = part_name("master", 1, 2, 0)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two ranks with moments and several parts."""
+    folder = tmp_path_factory.mktemp("verify") / "step-000000007"
+    weights = random_weights(SMALL, seed=1)
+    write_checkpoint(folder, SMALL, weights, tensor=2)
+    for path in folder.glob("weights-*"):
+        path.unlink()
+    values = {kind: {name: torch.randn(w.shape) for name, w in weights.items()} for kind in KINDS}
+    write_slices(folder, values | {"master": weights}, 2, STEP, part_bytes=100_000)
+    assert len(list(folder.glob("exp_avg_sq-1-of-2-*"))) > 2
+    return folder
+
+
+@pytest.fixture
+def checkpoint(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "run" / "checkpoints" / original.name))
+
+
+def test_a_good_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = checkpoint.parents[1]
+    files = len(list(checkpoint.iterdir())) - 1
+    for task in (1000, 256 << 20):  # bytes that one thread reads of a file
+        monkeypatch.setattr(module, "_TASK_BYTES", task)
+        for path in (checkpoint, run, run / "checkpoints"):
+            (line,) = verify(path)
+            assert line.startswith(f"{checkpoint}: good: step 7, tensor-parallel 2, {files} files, ")
+
+
+@pytest.mark.parametrize(
+    "kind", ["weights-0", "weights-1", "exp_avg-1", "exp_avg_sq-0", STATE, CONFIG, PROBE, "token"]
+)
+def test_a_flipped_bit_anywhere(checkpoint: Path, kind: str) -> None:
+    for victim in sorted(checkpoint.glob(f"{kind}*")):
+        data = bytearray(victim.read_bytes())
+        for place in (0, len(data) // 2, len(data) - 1):
+            data[place] ^= 4
+            victim.write_bytes(data)
+            problems = list(find_damage(checkpoint))
+            assert len(problems) == 1 and problems[0].startswith(f"{victim}: its checksum is "), problems
+            data[place] ^= 4
+        victim.write_bytes(data)
+    assert not list(find_damage(checkpoint))
+
+
+def test_a_flipped_bit_of_the_manifest(checkpoint: Path) -> None:
+    data = bytearray((checkpoint / MANIFEST).read_bytes())
+    data[data.index(b'"crc32"') + 11] ^= 1  # a digit of a file's checksum
+    (checkpoint / MANIFEST).write_bytes(data)
+    assert list(find_damage(checkpoint)) == [f"{checkpoint / MANIFEST}: damaged"]
+
+
+def truncate(folder: Path) -> str:
+    path = folder / WEIGHTS
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    return rf"{WEIGHTS}: {size - 1} bytes instead of {size}"
+
+
+def lengthen(folder: Path) -> str:
+    with (folder / WEIGHTS).open("ab") as file:
+        file.write(b"x")
+    return rf"{WEIGHTS}: \d+ bytes instead of \d+"
+
+
+def remove(folder: Path) -> str:
+    (folder / WEIGHTS).unlink()
+    return f"{WEIGHTS}: missing"
+
+
+def link(folder: Path) -> str:
+    (folder / WEIGHTS).rename(folder.parent / "elsewhere")
+    (folder / WEIGHTS).symlink_to(folder.parent / "elsewhere")
+    return f"{WEIGHTS}: missing, or not a file"
+
+
+def put_a_folder(folder: Path) -> str:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+    return f"{WEIGHTS}: missing, or not a file"
+
+
+def add_a_file(folder: Path) -> str:
+    (folder / "notes.txt").touch()
+    return r"notes\.txt: not in manifest\.json"
+
+
+def remove_the_manifest(folder: Path) -> str:
+    (folder / MANIFEST).unlink()
+    return r"manifest\.json: missing"
+
+
+def garble_the_manifest(folder: Path) -> str:
+    (folder / MANIFEST).write_bytes(b"\xff{")
+    return r"manifest\.json: damaged"
+
+
+def rename_the_folder(folder: Path) -> str:
+    folder.rename(folder.with_name("step-000000008"))
+    return r"step-000000008/manifest\.json: of step 7"
+
+
+DAMAGE: list[Callable[[Path], str]] = [
+    truncate,
+    lengthen,
+    remove,
+    link,
+    put_a_folder,
+    add_a_file,
+    remove_the_manifest,
+    garble_the_manifest,
+    rename_the_folder,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage(checkpoint: Path, damage: Callable[[Path], str]) -> None:
+    expected = damage(checkpoint)
+    with pytest.raises(TrainingError, match=f"^1 of 1 checkpoints are damaged: .*{expected}[^;]*$"):
+        list(verify(checkpoint.parent))
+
+
+def rewrite_state(folder: Path) -> str:
+    (folder / STATE).write_text('{"step": 8}')
+    return rf"{STATE}: of step 8, and manifest\.json of step 7"
+
+
+def garble_state(folder: Path) -> str:
+    (folder / STATE).write_text("[7")
+    return rf"{STATE}: damaged \(not a JSON object\)"
+
+
+def garble_config(folder: Path) -> str:
+    (folder / CONFIG).write_text("model: {bits: many}")
+    return rf"{CONFIG}: model\.bits is 'many'"
+
+
+def lose_config(folder: Path) -> str:
+    (folder / CONFIG).unlink()
+    return rf"{CONFIG}: missing from the checkpoint and from manifest\.json"
+
+
+def lose_a_part(folder: Path) -> str:
+    (folder / WEIGHTS).unlink()
+    return rf"{WEIGHTS}: missing from the checkpoint and from manifest\.json"
+
+
+def pickle_for_probe(folder: Path) -> str:
+    torch.save({"tokens": torch.zeros(3)}, folder / PROBE)
+    return f"{PROBE}: damaged, or not a safetensors file"
+
+
+def another_dtype(folder: Path) -> str:
+    write_tensors(folder / WEIGHTS, {"embedding.weight": torch.zeros(4096, 8).half().bfloat16()})
+    return rf"{WEIGHTS}: embedding\.weight is \(torch\.bfloat16, \(4096, 8\)\) in it and \(torch\.float32"
+
+
+def another_shape(folder: Path) -> str:
+    write_tensors(folder / WEIGHTS, {"embedding.weight": torch.zeros(8, 4096)})
+    return rf"{WEIGHTS}: embedding\.weight is \(torch\.float32, \(8, 4096\)\) in it"
+
+
+def another_name(folder: Path) -> str:
+    write_tensors(folder / WEIGHTS, {"embedding.weight": torch.zeros(4096, 8), "extra": torch.zeros(1)})
+    return rf"{WEIGHTS}: extra is \(torch\.float32, \(1,\)\) in it and None by manifest"
+
+
+MISMATCHES = [
+    rewrite_state,
+    garble_state,
+    garble_config,
+    lose_config,
+    lose_a_part,
+    pickle_for_probe,
+    another_dtype,
+    another_shape,
+    another_name,
+]
+
+
+@pytest.mark.parametrize("damage", MISMATCHES)
+def test_contents_that_do_not_fit_though_every_checksum_is_right(
+    checkpoint: Path, damage: Callable[[Path], str]
+) -> None:
+    expected = damage(checkpoint)
+    manifest = dataclasses.replace(read_manifest(checkpoint, check_sizes=False), files=records(checkpoint))
+    (checkpoint / MANIFEST).write_text(manifest.to_json())
+    with pytest.raises(TrainingError, match=f"^1 of 1 checkpoints are damaged: .*{expected}"):
+        list(verify(checkpoint))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensor_parallel": 0},
+        {"tensor_parallel": 3},
+        {"tensor_parallel": "2"},
+        {"kinds": ("exp_avg",)},
+        {"parts": {}},
+        {"parts": []},
+        {"parameters": {"norm.weight": (16, "x")}},
+        {"step": None},
+    ],
+    ids=str,
+)
+def test_a_manifest_made_to_harm_is_damaged_too(checkpoint: Path, change: dict[str, object]) -> None:
+    manifest = dataclasses.replace(read_manifest(checkpoint), **change)  # type: ignore[arg-type]
+    (checkpoint / MANIFEST).write_text(manifest.to_json())
+    assert list(find_damage(checkpoint)) == [f"{checkpoint / MANIFEST}: damaged"]
+
+
+def test_all_of_a_run_are_read_and_every_damage_is_told(checkpoint: Path) -> None:
+    run = checkpoint.parents[1]
+    others = [checkpoint.with_name(f"step-{step:09d}") for step in (8, 9)]
+    for step, other in zip((8, 9), others, strict=True):
+        shutil.copytree(checkpoint, other)
+        (other / STATE).write_text(json.dumps({"step": step}))
+        manifest = dataclasses.replace(
+            read_manifest(other, check_sizes=False), step=step, files=records(other)
+        )
+        (other / MANIFEST).write_text(manifest.to_json())
+    assert len(list(verify(run))) == 3
+    (checkpoint / WEIGHTS).unlink()
+    (others[0] / STATE).write_text("")
+    (others[0] / "extra").touch()
+    lines = []
+    with pytest.raises(TrainingError, match="2 of 3") as caught:
+        for line in verify(run):
+            lines.append(line)
+    assert [line.partition(": good")[0] for line in lines] == [str(others[1])]
+    for path in (checkpoint / WEIGHTS, others[0] / STATE, others[0] / "extra"):
+        assert f"{path}: " in str(caught.value)
+
+
+def test_list(checkpoint: Path) -> None:
+    run = checkpoint.parents[1]
+    other = shutil.copytree(checkpoint, checkpoint.with_name("step-000000020"))
+    (run / "checkpoints" / "latest").write_text(f"{checkpoint.name}\n")
+    manifest = dataclasses.replace(read_manifest(other), step=20)
+    (other / MANIFEST).write_text(manifest.to_json())
+    os.utime(checkpoint / MANIFEST, (1_700_000_000, 1_700_000_000))
+    first, second = list_lines(run)
+    assert first.startswith("step-000000007  ") and " 2023-11-1" in first and first.endswith("  latest")
+    assert "step 20, tensor-parallel 2" in second and "latest" not in second
+    (other / STATE).unlink()
+    assert list(list_lines(run))[1] == f"step-000000020  {other / STATE}: missing from the checkpoint"
+
+
+def test_masters_alone_are_said(checkpoint: Path, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "published", SMALL, random_weights(SMALL, seed=2), tensor=1)
+    (line,) = verify(folder)
+    assert "step 7, tensor-parallel 1, without moments" in line
+    assert isinstance(read_manifest(folder), Manifest)
+
+
+def test_where_there_is_none(tmp_path: Path) -> None:
+    for function in (verify, list_lines):
+        with pytest.raises(UserError, match="no such checkpoint"):
+            list(function(tmp_path / "nowhere"))
+        with pytest.raises(UserError, match="holds no complete checkpoint"):
+            list(function(tmp_path))

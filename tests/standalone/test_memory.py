@@ -1,0 +1,88 @@
+"""Peak memory of `memoryformer convert`, measured by the system on a model that does not fit into it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mf_train.config import ModelConfig
+from mf_train.config.loading import load_config
+from tests.standalone.checkpoints import write_large
+from tests.training.runs import REPOSITORY, environment
+
+LIMIT = 600e6  # bytes above a Python that has imported torch
+SMALL_LIMIT = 400e6
+# 0.17 B parameters, 0.7 GB in float32: one table layer of it is as large as one of tiny's
+SMALL = ModelConfig(
+    hidden_size=512, num_layers=2, num_heads=8, bits=8, vocab_size=32_768, sequence_length=256
+)
+
+_MEASURE = """
+def measure(key):
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+"""
+_BARE = f"import torch{_MEASURE}print(measure('VmHWM'), measure('VmData'))"
+_RUN = f"""
+import resource, sys
+limit = int(sys.argv.pop(1))
+if limit:
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+from mf_train.cli import main
+{_MEASURE}
+try:
+    main(sys.argv[1:])
+finally:
+    print(measure("VmHWM"))
+"""
+
+
+def run_python(code: str, *arguments: str) -> list[int]:
+    """The numbers in the last line that it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [int(number) for number in done.stdout.splitlines()[-1].split()]
+
+
+@pytest.fixture(scope="module")
+def bare() -> tuple[int, int]:
+    """Peak resident and writable private memory of a Python that has imported torch, in bytes."""
+    peak, data = run_python(_BARE)
+    return peak, data
+
+
+def check(checkpoint: Path, folder: Path, bare: tuple[int, int], limit: float) -> None:
+    """Both directions, twice: what the peak was, and under a limit of the system's that makes more an error."""
+    weights = sum(path.stat().st_size for path in checkpoint.glob("weights-*"))
+    assert weights > 1.5 * limit
+    model, back = folder / "model", folder / "back"
+    for name, arguments in {
+        "convert": [str(checkpoint), str(model), "--dtype", "float32"],
+        "check": [str(checkpoint), str(model), "--check"],
+        "to-checkpoint": [str(model), str(back), "--to-checkpoint", "--tensor", "2"],
+    }.items():
+        (peak,) = run_python(_RUN, "0", "convert", *arguments)
+        assert peak - bare[0] < limit, f"{name}: {(peak - bare[0]) / 1e6:.0f} MB above import torch"
+    for dtype in ("bfloat16", "int8"):
+        run_python(
+            _RUN, str(bare[1] + int(limit)), "convert", str(checkpoint), str(folder / dtype), "--dtype", dtype
+        )
+
+
+def test_a_model_that_does_not_fit(tmp_path: Path, bare: tuple[int, int]) -> None:
+    check(write_large(tmp_path / "step-000000007", SMALL, 1), tmp_path, bare, SMALL_LIMIT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_tiny(tmp_path: Path, bare: tuple[int, int], tensor: int) -> None:
+    config = load_config(REPOSITORY / "configs" / "tiny.yaml")
+    check(write_large(tmp_path / "step-000000007", config.model, tensor), tmp_path, bare, LIMIT)

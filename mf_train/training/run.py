@@ -160,6 +160,8 @@ class _Run:
         self.engine = Engine(self._build_model(), config, groups, device, end_of_text)
         self.telemetry = TableTelemetry(self.engine.model, groups.data)
         saver = Saver(self.engine, fence, config.checkpoint)
+        if config.checkpoint.interval and config.checkpoint.asynchronous:
+            saver.prepare_buffers()
         if checkpoint is not None:
             watch.at(f"restoring {checkpoint.checkpoint.name}")
             load_checkpoint(self.engine, checkpoint, watch.beat)
@@ -190,7 +192,7 @@ class _Run:
             digest, epochs, stopped = self._agree_on_batch(rows, failure)
             if stopped:
                 if self.step > self.saving.step:
-                    self._save(before_last=True)
+                    self._save(last=True, before_last=True)
                 self.saving.finish()
                 self._say(f"stopped on request after step {self.step}; run the same command again to go on")
                 return STOPPED
@@ -210,8 +212,7 @@ class _Run:
             self._report(metrics)
             self.saving.advance()
             if self._due(config.checkpoint.interval, last) or last:
-                self._save()
-        self.saving.finish()
+                self._save(last=last)
         self._say(f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saving.last}")
         return DONE
 
@@ -350,12 +351,17 @@ class _Run:
             cut_metrics(self.folder, self.step)
             self.metrics = MetricsWriter(self.folder, self.config.logging.tensorboard)
 
-    def _save(self, *, before_last: bool = False) -> None:
-        """Start to save; `before_last` when the last batch that was read has not been trained on."""
+    def _save(self, *, last: bool, before_last: bool = False) -> None:
+        """Save beside the steps, or wait for it if this is the `last` time.
+
+        `before_last`: the last batch that was read has not been trained on.
+        """
         self.saving.finish()
         self.watch.at(f"starting to save step {self.step}")
         began = time.perf_counter()
-        self.saving.start(self.step, self._extras(before_last), began)
+        extras = self._extras(before_last)
+        wait = last or not self.config.checkpoint.asynchronous
+        self.saving.start(self.step, extras, began, wait=wait)
 
     def _extras(self, before_last: bool) -> Extras | None:
         """What rank 0 writes; None elsewhere. Collective.

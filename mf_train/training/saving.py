@@ -18,12 +18,15 @@ class Saving:
         self._began = 0.0
         self._metrics: dict[str, float] = {}
 
-    def start(self, step: int, extras: Extras | None, began: float) -> None:
-        """Save the state of `step`; `began` is when (perf_counter) the run left its steps to make `extras`."""
-        self.saver.start(step, extras)
+    def start(self, step: int, extras: Extras | None, began: float, *, wait: bool) -> None:
+        """Save the state of `step`, and `wait` for the end or go on meanwhile.
+
+        `began` is when (perf_counter) the run left its steps to make `extras`.
+        """
+        self.saver.start(step, extras, copy=not wait)
         self._began, self.step = began, step
         self._count_stall(began)
-        if not self.saver.config.asynchronous:
+        if wait:
             self.finish()
 
     def advance(self) -> None:

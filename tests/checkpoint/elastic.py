@@ -94,7 +94,7 @@ def write(case: Case, process: Process, folder: Path) -> list[str]:
     fence = Fence(place, of_first_rank(lambda: claim(place).token, CPU))
     saver = Saver(engine, fence, CheckpointConfig(keep=0, asynchronous=case.stage % 2 == 0))
     extras = Extras(state={}, config_yaml="", tokenizer=b"", probe={})
-    saver.start(SAVED_STEP, extras if process.rank == 0 else None)
+    saver.start(SAVED_STEP, extras if process.rank == 0 else None, copy=True)
     path = saver.finish()
     assert path is not None and path == checkpoint_of(case, folder)
     wrong = differing(engine, whole_tensors(path, case.tensor))

@@ -74,8 +74,8 @@ def saver_in(folder: Path, engine: Engine, **settings: Any) -> Saver:
     return Saver(engine, Fence(folder, token), CheckpointConfig(**settings))
 
 
-def begin(saver: Saver, step: int) -> None:
-    saver.start(step, EXTRAS if saver.engine.groups.degrees.rank == 0 else None)
+def begin(saver: Saver, step: int, copy: bool = True) -> None:
+    saver.start(step, EXTRAS if saver.engine.groups.degrees.rank == 0 else None, copy=copy)
 
 
 def held(engine: Engine) -> dict[tuple[str, str], tuple[int, torch.Tensor]]:
@@ -138,10 +138,11 @@ def cases(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found["fenced"] = error_of(saver.finish)
     found["fenced again"] = error_of(lambda: begin(saver, 2))
 
-    saver = engine_saver(folder / "rotated", keep=1, keep_every=4, asynchronous=False)
+    saver = engine_saver(folder / "rotated", keep=1, keep_every=4)
     for step in range(2, 8):
-        begin(saver, step)
+        begin(saver, step, copy=False)
         assert saver.finish() is not None
+    found["uncopied"] = (saver.fence.folder / "step-000000007", held(engine), saver.buffers)
     saver = engine_saver(folder / "gone")
     begin(saver, 1)
     if rank == 0:
@@ -176,6 +177,18 @@ def test_a_checkpoint_is_the_state_when_saving_began(results: Results, stage: in
                 kind,
             )
             assert values.any()
+
+
+def test_without_a_copy_it_is_the_state_too(results: Results) -> None:
+    for found in results[1]:
+        path, state, buffers = found["uncopied"]
+        reader = CheckpointReader(path)
+        assert not buffers
+        for (name, kind), (start, values) in state.items():
+            assert torch.equal(reader.read_fragment(name, kind, 0, 1, start, values.numel()), values), (
+                name,
+                kind,
+            )
 
 
 def test_the_manifest_is_of_the_files(results: Results) -> None:

@@ -1,6 +1,7 @@
 """The command line: thin verbs, each importing what it needs when it runs."""
 
 import argparse
+import errno
 import os
 import select
 import signal
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = MISTAKE
     except (TrainingError, OSError) as error:
         if not (isinstance(error, BrokenPipeError) and _nobody_listens()):
-            _speak(str(error))
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            _speak(f"{error}; make room and run again" if full else str(error))
         status = FAILURE
     except PeerError as error:
         status = error.status

@@ -14,6 +14,7 @@ import socket
 import time
 from pathlib import Path
 
+from mf_train.checkpoint.files import remove_folder, write_whole
 from mf_train.checkpoint.layout import LATEST, step_name
 from mf_train.errors import TrainingError
 
@@ -81,16 +82,6 @@ def _remove_unfinished(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_folder(folder: Path) -> None:
-    """Delete a folder that at no time is there by halves under its own name. Nothing where it is gone already."""
-    removed = folder.with_name(f".removed-{secrets.token_hex(4)}")
-    try:
-        os.rename(folder, removed)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(removed, ignore_errors=True)
-
-
 def set_aside(checkpoint: Path, why: str) -> Path:
     """Rename a checkpoint to `NAME.why`, where nothing looks for one; returns the new path. Raises OSError."""
     place, number = checkpoint.with_name(f"{checkpoint.name}.{why}"), 1
@@ -99,37 +90,3 @@ def set_aside(checkpoint: Path, why: str) -> Path:
         place = checkpoint.with_name(f"{checkpoint.name}.{why}-{number}")
     os.rename(checkpoint, place)
     return place
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a whole file and wait until it is on disk. Raises OSError."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_whole(path: Path, data: bytes, token: str) -> None:
-    """Have a file hold `data` from one moment to the next. Raises OSError, and then leaves it as it was."""
-    beside = prepare_whole(path, data, token)
-    os.replace(beside, path)
-
-
-def prepare_whole(path: Path, data: bytes, token: str) -> Path:
-    """A file beside `path` that is to replace it. Raises OSError, and then leaves none."""
-    beside = path.with_name(f".{path.name.removeprefix('.')}.{token}")
-    try:
-        write_synced(beside, data)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-    return beside
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries are on disk. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

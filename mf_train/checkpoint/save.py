@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from mf_train.checkpoint.checksum import PIECE_BYTES, extend, place, read_shares, whole
-from mf_train.checkpoint.fence import Fence, prepare_whole, remove_folder, sync_folder, write_synced
+from mf_train.checkpoint.fence import Fence
+from mf_train.checkpoint.files import beside, naming, prepare_whole, remove_folder, sync, write_synced
 from mf_train.checkpoint.layout import (
     CONFIG,
     FORMAT,
@@ -212,16 +213,18 @@ class Saver:
             by_file.setdefault(piece.file, []).append(piece)
         for file in {**by_file, **self.headers}:
             size = self.sizes[file]
-            descriptor = os.open(self.partial / file, os.O_WRONLY | os.O_CREAT, 0o666)
+            path = self.partial / file
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
-                if file in self.headers:
-                    shares[file] ^= _write_at(descriptor, memoryview(self.headers[file]), 0, size)
-                for piece in by_file.get(file, ()):
-                    data = values[piece.kind, piece.name].to("cpu", torch.float32).contiguous()
-                    view = data.view(torch.uint8).numpy().data
-                    shares[file] ^= _write_at(descriptor, view, piece.offset, size)
-                    self._move()
-                os.fsync(descriptor)
+                with naming(path):
+                    if file in self.headers:
+                        shares[file] ^= _write_at(descriptor, memoryview(self.headers[file]), 0, size)
+                    for piece in by_file.get(file, ()):
+                        data = values[piece.kind, piece.name].to("cpu", torch.float32).contiguous()
+                        view = data.view(torch.uint8).numpy().data
+                        shares[file] ^= _write_at(descriptor, view, piece.offset, size)
+                        self._move()
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         return list(shares.values()), {} if extras is None else _write_extras(self.partial, extras)
@@ -264,13 +267,13 @@ class Saver:
             files=records,
         )
         write_synced(self.partial / MANIFEST, manifest.to_json().encode())
-        sync_folder(self.partial)
+        sync(self.partial)
         # a newer start deletes both, so that neither can take its place once this one was held up here
-        beside = prepare_whole(folder / LATEST, f"{name}\n".encode(), self.fence.token)
+        latest = prepare_whole(folder / LATEST, f"{name}\n".encode(), self.fence.token)
         self.fence.check()
         os.rename(self.partial, folder / name)
-        os.replace(beside, folder / LATEST)
-        sync_folder(folder)
+        os.replace(latest, folder / LATEST)
+        sync(folder)
         self.fence.check()
         for old in surplus(list_checkpoints(folder), self.config.keep, self.config.keep_every):
             remove_folder(old)
@@ -284,6 +287,7 @@ class Saver:
                 raise
             with suppress(OSError):
                 remove_folder(self.partial)
+                beside(self.fence.folder / LATEST, self.fence.token).unlink(missing_ok=True)
             self.fence.check()  # whatever failed, a newer start is the better reason
             complete = [path.name for path in list_checkpoints(self.fence.folder)]
             raise TrainingError(

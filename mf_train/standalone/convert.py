@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mf_train.checkpoint.files import sync
 from mf_train.checkpoint.layout import CONFIG, TOKENIZER, resolve_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
@@ -44,7 +45,7 @@ def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterato
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype is {dtype!r}: it must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     output = Path(os.path.abspath(output))
-    _check_output(output)
+    check_output(output)
     reader, config = open_checkpoint(checkpoint)
     dtype = dtype or config.training.precision
     yield _describe_source(reader, config)
@@ -55,7 +56,7 @@ def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterato
         partial.mkdir(parents=True)
         proof = _write_folder(reader, config, dtype, partial)
         os.rename(partial, output)
-        _sync(output.parent)
+        sync(output.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -115,11 +116,12 @@ def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: 
     (folder / CARD).write_bytes(model_card(config, tree))
     write_certificate(folder, tree | {"tensors": digests, "files": dict(hash_files(folder))})
     for path in (*folder.iterdir(), folder):
-        _sync(path)
+        sync(path)
     return proof
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Raises UserError where something is there already that is not an empty folder."""
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
@@ -170,11 +172,3 @@ def describe_proof(proof: Proof, dtype: str) -> Iterator[str]:
             f"loss on {len(proof.tokens) - 1} of these {proof.text} tokens: {probe.loss:.4f} nats, "
             f"{probe.loss_difference:+.4f} against the trainer; predictions diverge by {probe.divergence:.2g} nats"
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,11 +3,11 @@
 import io
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from mf_train.checkpoint.files import naming
 from mf_train.checkpoint.tensor_file import Layout
 
 SYNC_SECONDS = 0.2
@@ -62,19 +62,11 @@ class ShardWriter:
         if self._error is not None:
             raise self._error
         for name, file in self._files.items():
-            with self._naming(name):
+            with naming(self._folder / name):
                 os.fsync(file.fileno())
 
     def _write(self, file: str, place: int, data: memoryview) -> None:
         while len(data):
-            with self._naming(file):
+            with naming(self._folder / file):
                 count = os.pwrite(self._files[file].fileno(), data, place)
             data, place = data[count:], place + count
-
-    @contextmanager
-    def _naming(self, file: str) -> Iterator[None]:
-        """An OSError of a call on an open file gets the file's name."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._folder / file)) from error

@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from mf_train.checkpoint.checksum import share, whole
-from mf_train.checkpoint.fence import sync_folder, write_synced
+from mf_train.checkpoint.files import sync, write_synced
 from mf_train.checkpoint.layout import (
     CONFIG,
     FORMAT,
@@ -41,6 +41,7 @@ from mf_train.model.initialise import split_dimension
 from mf_train.model.model import MemoryFormer
 from mf_train.model.sums import MAX_CHUNKS
 from mf_train.standalone.certificate import CERTIFICATE
+from mf_train.standalone.convert import check_output
 from mf_train.standalone.load import CONFIG as MODEL_CONFIG
 from mf_train.standalone.load import read_config
 from mf_train.standalone.names import DOCUMENT_ATTENTION, PARAMETER_PREFIX
@@ -65,8 +66,7 @@ def to_checkpoint(model: Path, output: Path, tensor: int) -> Iterator[str]:
     """
     started = time.perf_counter()
     output = Path(os.path.abspath(output))
-    if (output.exists() and not (output.is_dir() and not any(output.iterdir()))) or output.is_symlink():
-        raise UserError(f"{output}: exists already; choose another output folder or delete it")
+    check_output(output)
     config, tokenizer = _configuration(model, tensor)
     weights = FolderWeights(model)  # every tensor is there as config.json says
     partial = output.with_name(f".{output.name}.partial")
@@ -81,7 +81,7 @@ def to_checkpoint(model: Path, output: Path, tensor: int) -> Iterator[str]:
         if problems := list(find_damage(partial)):
             raise TrainingError(f"what was written reads back otherwise: {'; '.join(problems)}; try again")
         os.rename(partial, output)
-        sync_folder(output.parent)
+        sync(output.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -260,4 +260,4 @@ def _write_extras(
     contents[PROBE] = (folder / PROBE).read_bytes()
     manifest.files.update({name: FileRecord(len(data), zlib.crc32(data)) for name, data in contents.items()})
     write_synced(folder / MANIFEST, manifest.to_json().encode())
-    sync_folder(folder)
+    sync(folder)

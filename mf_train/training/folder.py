@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mf_train.checkpoint.files import write_whole
 from mf_train.checkpoint.layout import STATE, list_checkpoints, read_manifest, resolve_checkpoint
 from mf_train.config import Config
 from mf_train.config.loading import config_to_tree, load_config
@@ -61,9 +61,7 @@ def record_config(config: Config) -> None:
     """Write config.yaml into the run's folder, creating it. Raises OSError."""
     folder = Path(config.training.output_dir)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    beside = folder / ".config.yaml.partial"
-    beside.write_text(resolved_yaml(config), encoding="utf-8")
-    os.replace(beside, folder / "config.yaml")
+    write_whole(folder / "config.yaml", resolved_yaml(config).encode(), "partial")
 
 
 def _check_same_model(config: Config, recorded: Path) -> None:

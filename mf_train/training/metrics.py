@@ -8,6 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from mf_train.checkpoint.files import naming
 from mf_train.errors import TrainingError
 
 
@@ -50,7 +51,11 @@ def cut_metrics(folder: Path, step: int) -> None:
     if not path.exists():
         return
     beside = path.with_suffix(".partial")
-    with path.open(encoding="utf-8", errors="replace") as old, beside.open("w", encoding="utf-8") as new:
+    with (
+        naming(beside),
+        path.open(encoding="utf-8", errors="replace") as old,
+        beside.open("w", encoding="utf-8") as new,
+    ):
         for line in old:
             try:
                 kept = line.endswith("\n") and json.loads(line)["step"] <= step

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from mf_train.checkpoint.checksum import read_shares, whole
-from mf_train.checkpoint.fence import Fence, claim, set_aside, write_whole
+from mf_train.checkpoint.fence import Fence, claim, set_aside
+from mf_train.checkpoint.files import write_whole
 from mf_train.checkpoint.layout import (
     CONFIG,
     LATEST,

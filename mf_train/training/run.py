@@ -64,6 +64,7 @@ def train(config: Config, process: Process) -> int:
     watch = Watch(process, limit, Path(config.training.output_dir) / "stacks")
     try:
         status = _train(config, degrees, device, stop, watch)
+        stop.ignore_more()
     except RuntimeError as error:
         watch.explain(error)  # does not return where another rank is gone
         raise

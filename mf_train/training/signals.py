@@ -15,5 +15,10 @@ class StopRequest:
             signal.signal(number, self._set)
         return self
 
+    def ignore_more(self) -> None:
+        """From now on requests are ignored: while Python ends, it would end by them and not with its status."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
     def _set(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

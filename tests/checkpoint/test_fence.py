@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mf_train.checkpoint.fence import claim, remove_folder, set_aside, write_whole
+from mf_train.checkpoint.fence import claim, set_aside
+from mf_train.checkpoint.files import remove_folder, write_whole
 from mf_train.checkpoint.layout import list_checkpoints
 from mf_train.errors import TrainingError
 
@@ -93,12 +94,12 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "latest"
     write_whole(path, b"old", "0123")
     script = (
-        "import resource, signal, sys; from pathlib import Path; from mf_train.checkpoint.fence import write_whole\n"
+        "import resource, signal, sys; from pathlib import Path; from mf_train.checkpoint.files import write_whole\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4, 4))\n"
         "write_whole(Path(sys.argv[1]), b'12345', '4567')"
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
-    assert "File too large" in done.stderr
+    assert "File too large" in done.stderr and ".latest.4567" in done.stderr
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -3,16 +3,25 @@
 import importlib.metadata
 import json
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mf_train.checkpoint.files import write_whole
-from mf_train.checkpoint.layout import STATE, list_checkpoints, read_manifest, resolve_checkpoint
-from mf_train.config import Config
+from mf_train.checkpoint.layout import (
+    CONFIG,
+    STATE,
+    TOKENIZER,
+    list_checkpoints,
+    read_manifest,
+    resolve_checkpoint,
+)
+from mf_train.checkpoint.read import CheckpointReader
+from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree, load_config
+from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "sentencepiece", "datasets", "safetensors", "numpy")
@@ -64,11 +73,32 @@ def record_config(config: Config) -> None:
     write_whole(folder / "config.yaml", resolved_yaml(config).encode(), "partial")
 
 
-def _check_same_model(config: Config, recorded: Path) -> None:
-    before, now = asdict(load_config(recorded).model), asdict(config.model)
-    for key, value in now.items():
-        if before[key] != value:
+def check_same_run(config: Config, tokenizer: Tokenizer, reader: CheckpointReader) -> None:
+    """Raises UserError where a checkpoint is of another model or tokenizer; its sequences may be of another length."""
+    before = load_config(reader.checkpoint / CONFIG).model
+    if changed := _difference(replace(before, sequence_length=config.model.sequence_length), config.model):
+        raise UserError(
+            f"{reader.checkpoint}: of another model ({changed}); choose another checkpoint.resume"
+        )
+    if TOKENIZER in reader.manifest.files and tokenizer.model_bytes:
+        if reader.read_file(TOKENIZER) != tokenizer.model_bytes:
             raise UserError(
-                f"{recorded.parent}: holds a run of another model (model.{key} is {before[key]} there and {value} "
-                "here); choose another training.output_dir or delete the folder"
+                f"{reader.checkpoint}: of another tokenizer; set tokenizer.path={reader.checkpoint / TOKENIZER}, or "
+                "choose another checkpoint.resume"
             )
+
+
+def _check_same_model(config: Config, recorded: Path) -> None:
+    if changed := _difference(load_config(recorded).model, config.model):
+        raise UserError(
+            f"{recorded.parent}: holds a run of another model ({changed}); choose another training.output_dir or "
+            "delete the folder"
+        )
+
+
+def _difference(there: ModelConfig, here: ModelConfig) -> str:
+    """The first key of the model section that differs, with both values; empty if none does."""
+    for key, value in asdict(here).items():
+        if (before := asdict(there)[key]) != value:
+            return f"model.{key} is {before} there and {value} here"
+    return ""

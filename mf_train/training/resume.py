@@ -31,6 +31,22 @@ from mf_train.parallel.agreement import exclusive_or, of_first_rank, together, t
 DAMAGED, ABANDONED = "damaged", "abandoned"
 
 
+def look_ahead(config: Config, fits: Callable[[CheckpointReader], None]) -> None:
+    """Refuse a start that could not go on, before it shuts out an older one that may still be running.
+
+    `fits` raises UserError for a checkpoint that this configuration cannot go on from. For rank 0; changes nothing.
+    """
+    path = next(_in_order(config, Path(config.training.output_dir) / "checkpoints"), None)
+    if path is None:
+        return
+    try:
+        reader = CheckpointReader(path)
+        reader.state()
+    except UserError:
+        return  # `choose_checkpoint` deals with a damaged one
+    fits(reader)
+
+
 def choose_checkpoint(
     config: Config, device: torch.device, stop: Callable[[], bool], beat: Callable[[], None]
 ) -> tuple[Fence, CheckpointReader | None] | None:
@@ -76,10 +92,8 @@ class _Candidates:
 
     def __init__(self, config: Config, fence: Fence) -> None:
         self.folder = fence.folder
-        self._token = fence.token
-        self._resume = config.checkpoint.resume
-        self._own: list[Path] = []
-        self._order = self._in_order()
+        self._fence = fence
+        self._order = _in_order(config, fence.folder)
 
     def propose(self) -> Path | None:
         """The best that is left whose files are there with their sizes; None for a new run. Raises UserError."""
@@ -103,33 +117,36 @@ class _Candidates:
         A damaged one of this run is renamed, and so are those that are newer than one that is taken: their steps will
         be trained again. Raises UserError for a damaged one of another run.
         """
-        if damage and path not in self._own:
+        own = list_checkpoints(self.folder)
+        if damage and path not in own:
             raise UserError(f"{path}: {damage}; choose another checkpoint.resume")
+        self._fence.check()  # a newer start's checkpoints are not this one's to rename
         if damage:
             aside = set_aside(path, DAMAGED)
             print(f"{path.name} is damaged and was renamed to {aside.name}: {damage}", flush=True)
             return
-        for newer in list_checkpoints(self.folder):
+        for newer in own:
             if step_of(newer) > step_of(path):
                 aside = set_aside(newer, ABANDONED)
                 print(f"going back to {path}: {newer.name} was renamed to {aside.name}", flush=True)
-        if path in self._own:
-            write_whole(self.folder / LATEST, f"{path.name}\n".encode(), self._token)
+        if path in own:
+            write_whole(self.folder / LATEST, f"{path.name}\n".encode(), self._fence.token)
 
-    def _in_order(self) -> Iterator[Path]:
-        """The best first. Raises UserError where `checkpoint.resume` does not fit the folder."""
-        own = self._own = list_checkpoints(self.folder)
-        if self._resume in ("auto", "never") or any(_started_from(path) == self._resume for path in own):
-            # the latter: started again with the same command, as a launcher does
-            yield from reversed(own)
-            return
-        path = resolve_checkpoint(Path(self._resume))
-        if own and path.parent.resolve() != self.folder.resolve():
-            raise UserError(
-                f"{self.folder}: holds checkpoints up to {own[-1].name} of a run that did not start from "
-                f"{self._resume}; leave checkpoint.resume out to go on with it, or choose another training.output_dir"
-            )
-        yield next((mine for mine in own if mine.resolve() == path.resolve()), path)
+
+def _in_order(config: Config, folder: Path) -> Iterator[Path]:
+    """Checkpoints to go on from, the best first. Raises UserError where `checkpoint.resume` does not fit the folder."""
+    own, resume = list_checkpoints(folder), config.checkpoint.resume
+    if resume in ("auto", "never") or any(_started_from(path) == resume for path in own):
+        # the latter: started again with the same command, as a launcher does
+        yield from reversed(own)
+        return
+    path = resolve_checkpoint(Path(resume))
+    if own and path.parent.resolve() != folder.resolve():
+        raise UserError(
+            f"{folder}: holds checkpoints up to {own[-1].name} of a run that did not start from {resume}; leave "
+            "checkpoint.resume out to go on with it, or choose another training.output_dir"
+        )
+    yield next((mine for mine in own if mine.resolve() == path.resolve()), path)
 
 
 def _started_from(checkpoint: Path) -> str | None:

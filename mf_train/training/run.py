@@ -1,10 +1,10 @@
 """One training run, from its configuration to its last checkpoint; reads from top to bottom."""
 
-import ctypes
 import logging
 import math
 import resource
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.model import MemoryFormer
 from mf_train.model.counts import count_parameters
 from mf_train.model.initialise import initialise
-from mf_train.parallel.agreement import agree, together, together_slowly
+from mf_train.parallel.agreement import agree, of_first_rank, together, together_slowly
 from mf_train.parallel.degrees import Degrees, check_degrees
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
@@ -33,11 +33,12 @@ from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import Process
 from mf_train.parallel.tensor import shard_model
 from mf_train.parallel.watch import Watch
-from mf_train.training.folder import record_config, resolved_yaml
+from mf_train.training.device import find_device, keep_freed_memory
+from mf_train.training.folder import check_same_run, record_config, resolved_yaml
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
 from mf_train.training.metrics import LiveLine, MetricsWriter, cut_metrics
 from mf_train.training.probe import run_probe
-from mf_train.training.resume import choose_checkpoint
+from mf_train.training.resume import choose_checkpoint, look_ahead
 from mf_train.training.saving import Saving
 from mf_train.training.schedule import learning_rate
 from mf_train.training.signals import StopRequest
@@ -46,7 +47,6 @@ from mf_train.training.validate import validation_loss
 
 DONE, STOPPED = 0, 75
 _WATCH_SPEAKS_FIRST_SECONDS = 60  # before a collective's own timeout, which names no rank
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 def train(config: Config, process: Process) -> int:
@@ -57,7 +57,7 @@ def train(config: Config, process: Process) -> int:
     stop = StopRequest().install()
     check_degrees(config, process.world_size)
     degrees = Degrees(process.rank, process.world_size, config.parallel.tensor, process.local_rank)
-    device = _find_device(config, process)
+    device = find_device(config, process)
     logging.getLogger(kernels.__name__).setLevel(logging.ERROR)  # the summary says which kernels run
     limit = config.training.collective_timeout_seconds
     start_processes(process, device, limit + _WATCH_SPEAKS_FIRST_SECONDS)
@@ -78,7 +78,7 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     watch.at("opening the data")
     groups = Groups(degrees, config.training.collective_timeout_seconds + _WATCH_SPEAKS_FIRST_SECONDS)
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     inputs = together_slowly(lambda: open_inputs(config, degrees), device, lambda: stop.requested, watch.beat)
     if inputs is None:
         return _stopped("while text was prepared", degrees.rank)
@@ -87,6 +87,8 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     if config.training.validation_interval:
         validation = share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
     watch.at("choosing a checkpoint")
+    fits = partial(_fits, config, inputs)
+    of_first_rank(lambda: look_ahead(config, fits), device)
     chosen = choose_checkpoint(config, device, lambda: stop.requested, watch.beat)
     if chosen is None:
         return _stopped("while a checkpoint was verified", degrees.rank)
@@ -97,35 +99,21 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
         run.close()
 
 
+def _fits(config: Config, inputs: Inputs, checkpoint: CheckpointReader) -> None:
+    """Raises UserError where a checkpoint is of another run. Sets the stream to its place."""
+    check_same_run(config, inputs.tokenizer, checkpoint)
+    _place_stream(inputs, checkpoint.state())
+
+
+def _place_stream(inputs: Inputs, state: dict[str, Any]) -> None:
+    if inputs.stream is not None and state["stream"] is not None:
+        inputs.stream.load_state_dict(state["stream"])
+
+
 def _stopped(when: str, rank: int) -> int:
     if rank == 0:
         print(f"stopped on request {when}; run the same command again to go on", flush=True)
     return STOPPED
-
-
-def _find_device(config: Config, process: Process) -> torch.device:
-    wanted = config.training.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("training.device is cuda and no CUDA device is visible: set training.device=cpu")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if process.local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {process.local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): start one "
-            "process for each GPU"
-        )
-    return torch.device("cuda", process.local_rank)
-
-
-def _keep_freed_memory() -> None:
-    """Keep the memory of freed tensors for the next ones, instead of handing it to the kernel and clearing it anew.
-
-    Every step needs the same buffers; on the quickstart fresh pages cost a tenth of a step. glibc only (mallopt(3)).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class _Run:
@@ -152,8 +140,8 @@ class _Run:
         self.stop = stop
         self.watch = watch
         self.folder = Path(config.training.output_dir)
-        state = together(checkpoint.state, device) if checkpoint is not None else {}
-        together(lambda: self._prepare(state.get("stream")), device)
+        self.fence = fence
+        state = together(partial(self._go_on, checkpoint), device) if checkpoint is not None else {}
         self.batches = BatchReader(inputs.stream, config) if inputs.stream is not None else None
         watch.at("building the model")
         self.exchange = Exchange(groups.tensor) if self.degrees.tensor > 1 else None
@@ -341,14 +329,18 @@ class _Run:
         initialise(model, self.config.training.seed, self.degrees.tensor_rank, self.degrees.tensor)
         return model
 
-    def _prepare(self, stream_state: dict[str, Any] | None) -> None:
-        if self.inputs.stream is not None and stream_state is not None:
-            self.inputs.stream.load_state_dict(stream_state)
+    def _go_on(self, checkpoint: CheckpointReader) -> dict[str, Any]:
+        """The checkpoint's state, after a look whether it is this run's."""
         if self.degrees.rank == 0:
-            record_config(self.config)
+            check_same_run(self.config, self.inputs.tokenizer, checkpoint)
+        state = checkpoint.state()
+        _place_stream(self.inputs, state)
+        return state
 
     def _open_metrics(self) -> None:
         if self.degrees.rank == 0:
+            self.fence.check()  # a newer start's files are not this one's to replace
+            record_config(self.config)
             cut_metrics(self.folder, self.step)
             self.metrics = MetricsWriter(self.folder, self.config.logging.tensorboard)
 
@@ -386,7 +378,7 @@ class _Run:
                 "step": self.step,
                 "tokens": self.tokens,
                 "device": self.device.type,
-                "metrics": self.progress,
+                "metrics": dict(self.progress),  # written while later steps change it
                 "stream": stream,
             },
             config_yaml=resolved_yaml(self.config),

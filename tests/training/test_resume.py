@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,20 @@ import pytest
 import torch
 import yaml
 
+from mf_train.checkpoint.fence import claim
 from mf_train.checkpoint.layout import CONFIG, MANIFEST, Manifest, list_checkpoints, part_name
+from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import CheckpointConfig, Config, ModelConfig, TrainingConfig
 from mf_train.config.loading import config_to_tree
-from mf_train.errors import PeerError, UserError
+from mf_train.data.tokenizer import Tokenizer, train_tokenizer
+from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.parallel.groups import start_processes, stop_processes
 from mf_train.parallel.processes import find_process
-from mf_train.training.resume import choose_checkpoint
+from mf_train.training.folder import check_same_run
+from mf_train.training.resume import _Candidates, choose_checkpoint, look_ahead
 from tests.distributed import run_distributed
 from tests.standalone.checkpoints import random_weights, records, write_checkpoint
+from tests.training.runs import TOKENIZER, write_text
 
 pytestmark = pytest.mark.distributed
 SMALL = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, bits=2, vocab_size=4096, sequence_length=8)
@@ -191,3 +197,57 @@ def choose_once(rank: int, world_size: int, config: Config) -> str:
     with pytest.raises(UserError) as error:
         choose_checkpoint(config, torch.device("cpu"), lambda: False, lambda: None)
     return str(error.value)
+
+
+def test_a_start_that_was_overtaken_renames_nothing(folder: Path, tmp_path: Path) -> None:
+    checkpoints = make_run(tmp_path / "run", folder / "original", (10, 20))
+    config = config_of(tmp_path / "run", resume=str(checkpoints / "step-000000010"))
+    candidates = _Candidates(config, claim(checkpoints))
+    path = candidates.propose()
+    assert path == checkpoints / "step-000000010"
+    claim(checkpoints)
+    for damage in ("", "weights: damaged"):
+        with pytest.raises(TrainingError, match="newer start"):
+            candidates.judge(path, damage)
+    assert [left.name for left in list_checkpoints(checkpoints)] == ["step-000000010", "step-000000020"]
+
+
+def test_looking_ahead_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    checkpoints = make_run(tmp_path / "run", folder / "original", (10, 20))
+    before = sorted(checkpoints.rglob("*"))
+    seen = []
+
+    def refuse(reader: CheckpointReader) -> None:
+        seen.append(reader.manifest.step)
+        raise UserError("of another run")
+
+    with pytest.raises(UserError, match="of another run"):
+        look_ahead(config_of(tmp_path / "run"), refuse)
+    flip(checkpoints / "step-000000020" / "state.json")
+    look_ahead(config_of(tmp_path / "run"), refuse)  # damaged: no reason to refuse
+    look_ahead(config_of(tmp_path / "new"), refuse)
+    assert seen == [20] and sorted(checkpoints.rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_model_or_tokenizer(folder: Path, tmp_path: Path) -> None:
+    reader = CheckpointReader(folder / "original")
+    tokenizer = Tokenizer(TOKENIZER)
+    config = config_of(tmp_path)
+    check_same_run(config, tokenizer, reader)
+    check_same_run(replace(config, model=replace(SMALL, sequence_length=16)), tokenizer, reader)
+    for key, value in (("temperature", 2.0), ("num_heads", 4), ("score", "scaled_probability")):
+        with pytest.raises(
+            UserError, match=rf"original: of another model \(model.{key} is .* there and {value} here"
+        ):
+            check_same_run(replace(config, model=replace(SMALL, **{key: value})), tokenizer, reader)
+    other = train_other_tokenizer(tmp_path)
+    with pytest.raises(
+        UserError, match=r"original: of another tokenizer; set tokenizer.path=.*tokenizer\.model"
+    ):
+        check_same_run(config, other, reader)
+
+
+def train_other_tokenizer(folder: Path) -> Tokenizer:
+    text = write_text(folder / "text.jsonl", 40)
+    train_tokenizer([str(text)], 300, folder / "tokenizer")
+    return Tokenizer(folder / "tokenizer")

@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from mf_train.checkpoint.files import naming
+
 PIECE_BYTES = 4 << 20
 _POLYNOMIAL = 0xEDB88320  # bits reversed: the coefficient of x^0 is the highest bit
 _ONE = 1 << 31
@@ -57,9 +59,10 @@ def _read_share(path: Path, first: int, last: int, size: int) -> int:
     """Share of bytes [first, last) of a file."""
     register, file = 0, os.open(path, os.O_RDONLY)
     try:
-        while first < last and (piece := os.pread(file, min(PIECE_BYTES, last - first), first)):
-            register = extend(register, piece)
-            first += len(piece)
+        with naming(path):
+            while first < last and (piece := os.pread(file, min(PIECE_BYTES, last - first), first)):
+                register = extend(register, piece)
+                first += len(piece)
     finally:
         os.close(file)
     return place(register, size - first)

@@ -52,7 +52,8 @@ class Fence:
 def claim(folder: Path) -> Fence:
     """Take over a `checkpoints/` folder, which is made if need be, and delete what other starts left unfinished.
 
-    For rank 0, before it looks for a checkpoint to resume from. Raises OSError.
+    For rank 0, before it looks for a checkpoint to resume from. Raises OSError, and TrainingError where another start
+    came at the same time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fence = Fence(folder, secrets.token_hex(4))
@@ -68,6 +69,7 @@ def claim(folder: Path) -> Fence:
     except OSError:  # what an older start left unfinished may have filled the disk
         _remove_unfinished(folder)
         write_whole(folder / WRITER, text, fence.token)
+    fence.check()
     _remove_unfinished(folder)
     return fence
 

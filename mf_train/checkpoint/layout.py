@@ -65,7 +65,7 @@ class Manifest:
 
     def checksum(self) -> int:
         """CRC-32 of everything in it, so that a flipped bit of the manifest shows too."""
-        return zlib.crc32(json.dumps(asdict(self), sort_keys=True).encode())
+        return _checksum(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> "Manifest":
@@ -75,10 +75,17 @@ class Manifest:
         tree["kinds"] = tuple(tree["kinds"])
         tree["parameters"] = {name: tuple(shape) for name, shape in tree["parameters"].items()}
         tree["files"] = {name: FileRecord(**record) for name, record in tree["files"].items()}
+        for name, record in tree["files"].items():
+            if Path(name).name != name or type(record.size) is not int or record.size < 0:
+                raise ValueError(f"{name!r} is not a file of a checkpoint")
         manifest = Manifest(**tree)
         if checksum != manifest.checksum():
             raise ValueError("its own checksum differs")
         return manifest
+
+
+def _checksum(tree: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
 
 
 def step_name(step: int) -> str:
@@ -153,7 +160,7 @@ def read_manifest(checkpoint: Path, *, check_sizes: bool = True) -> Manifest:
         manifest = Manifest.from_json(text)
     except FileNotFoundError:
         raise DamageError(path, "missing") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DamageError(path, "damaged") from None
     for name, record in manifest.files.items() if check_sizes else ():
         file = checkpoint / name
@@ -166,6 +173,8 @@ def read_manifest(checkpoint: Path, *, check_sizes: bool = True) -> Manifest:
 
 
 def _check_format(path: Path, text: str) -> None:
-    found = json.loads(text)["format"]
-    if isinstance(found, int) and found != FORMAT:
-        raise UserError(f"{path}: format {found}, this version reads format {FORMAT}")
+    """Raises UserError for another version's manifest, and not for this one's with another number by damage."""
+    tree = json.loads(text)
+    checksum = tree.pop("crc32", None)
+    if tree["format"] != FORMAT and checksum in (None, _checksum(tree)):
+        raise UserError(f"{path}: format {tree['format']}, this version reads format {FORMAT}")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mf_train.checkpoint.checksum import PIECE_BYTES, extend, place, read_shares, whole
@@ -141,14 +142,7 @@ class Saver:
 
     def advance(self) -> Path | None:
         """Go on with what was started, without waiting; the checkpoint's folder once it is complete, else None."""
-        if self._task is None:
-            return None
-        [busy] = any_rank([self._task.busy], self.engine.device)
-        if busy:
-            return None
-        task, self._task = self._task, None
-        self._task = self._guarded(lambda: self._next(together(task.outcome, self.engine.device)))
-        return self.fence.folder / step_name(self.step) if self._task is None else None
+        return None if self._task is None else self._advance(self._task, self._task.busy)
 
     def finish(self, at: Callable[[str], None] = _ignore, beat: Callable[..., None] = _ignore) -> Path | None:
         """Wait for what was started; the checkpoint's folder, or None where nothing was started.
@@ -158,17 +152,25 @@ class Saver:
         path = None
         while (task := self._task) is not None:
             at(f"{self._doing} the checkpoint of step {self.step}")
-            done = False
+            told = False
             while self._task is task:
                 moved = self._moved
                 task.wait(SIGN_OF_LIFE_SECONDS)
                 if self._moved != moved:
                     beat()
-                if not done and not task.busy:
+                busy = task.busy
+                if not busy and not told:
                     at(f"waiting for others that are {self._doing} the checkpoint of step {self.step}")
-                    done = True
-                path = self.advance()
+                    told = True
+                path = self._advance(task, busy)
         return path
+
+    def _advance(self, task: Task[Any], busy: bool) -> Path | None:
+        if any_rank([busy], self.engine.device)[0]:
+            return None
+        self._task = None
+        self._task = self._guarded(lambda: self._next(together(task.outcome, self.engine.device)))
+        return self.fence.folder / step_name(self.step) if self._task is None else None
 
     def _move(self) -> None:
         self._moved += 1
@@ -180,6 +182,11 @@ class Saver:
             self.fence.check()
             remove_folder(self.partial)
             self.partial.mkdir(parents=True)
+            for file, size in self.sizes.items():
+                # at their full size before others open them: an NFS client may fill a page behind what it takes for
+                # the end, and so overwrite another's bytes
+                with (self.partial / file).open("xb") as empty:
+                    empty.truncate(size)
 
     def _values(self) -> dict[tuple[str, str], Tensor]:
         """This rank's pieces by kind and name, where the engine has them."""
@@ -214,7 +221,7 @@ class Saver:
         for file in {**by_file, **self.headers}:
             size = self.sizes[file]
             path = self.partial / file
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_WRONLY)
             try:
                 with naming(path):
                     if file in self.headers:
@@ -231,6 +238,9 @@ class Saver:
 
     def _to_check(self, written: tuple[list[int], dict[str, FileRecord]]) -> Task[Any]:
         shares, records = written
+        held = torch.tensor(list(self._lengths().values()), dtype=torch.int64, device=self.engine.device)
+        dist.all_reduce(held)
+        assert held.tolist() == list(self.sizes.values()), "the ranks' pieces do not make up the files"
         totals = exclusive_or(shares, self.engine.device)
         for (name, size), total in zip(self.sizes.items(), totals, strict=True):
             records[name] = FileRecord(size, whole(total, size))
@@ -268,6 +278,9 @@ class Saver:
         )
         write_synced(self.partial / MANIFEST, manifest.to_json().encode())
         sync(self.partial)
+        for file, record in records.items():
+            if (size := (self.partial / file).stat().st_size) != record.size:
+                raise OSError(f"{file} has {size} bytes instead of {record.size}: check the storage")
         # a newer start deletes both, so that neither can take its place once this one was held up here
         latest = prepare_whole(folder / LATEST, f"{name}\n".encode(), self.fence.token)
         self.fence.check()
@@ -276,7 +289,10 @@ class Saver:
         sync(folder)
         self.fence.check()
         for old in surplus(list_checkpoints(folder), self.config.keep, self.config.keep_every):
-            remove_folder(old)
+            try:
+                remove_folder(old)
+            except OSError as error:
+                print(f"{old}: could not be deleted ({error.strerror}); delete it by hand", flush=True)
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         """Run a part of a save; where it fails, delete what was written and raise the error that the user sees."""
@@ -295,6 +311,13 @@ class Saver:
                 f"({error}); the newest complete one is {complete[-1] if complete else 'none'}: make room "
                 "or mend the folder, and run again"
             ) from error
+
+    def _lengths(self) -> dict[str, int]:
+        """Bytes that this rank writes into each file."""
+        lengths = {file: len(self.headers.get(file, b"")) for file in self.sizes}
+        for piece in self.pieces:
+            lengths[piece.file] += 4 * piece.numel
+        return lengths
 
     def _plan_pieces(self, layouts: Mapping[int, Layout]) -> list[_Piece]:
         """The fragments that this rank writes: what it alone holds, or an even share of what all hold."""

@@ -16,6 +16,8 @@ from mf_train.checkpoint.files import write_whole
 from mf_train.checkpoint.layout import (
     CONFIG,
     LATEST,
+    STATE,
+    TOKENIZER,
     DamageError,
     list_checkpoints,
     read_manifest,
@@ -31,20 +33,24 @@ from mf_train.parallel.agreement import exclusive_or, of_first_rank, together, t
 DAMAGED, ABANDONED = "damaged", "abandoned"
 
 
-def look_ahead(config: Config, fits: Callable[[CheckpointReader], None]) -> None:
+def look_ahead(config: Config, fits: Callable[[CheckpointReader], None]) -> int:
     """Refuse a start that could not go on, before it shuts out an older one that may still be running.
 
-    `fits` raises UserError for a checkpoint that this configuration cannot go on from. For rank 0; changes nothing.
+    Returns the step to go on from, as far as can be seen. `fits` raises UserError for a checkpoint that this
+    configuration cannot go on from. For rank 0; changes no file.
     """
     path = next(_in_order(config, Path(config.training.output_dir) / "checkpoints"), None)
     if path is None:
-        return
+        return 0
     try:
         reader = CheckpointReader(path)
-        reader.state()
+        for name in (STATE, CONFIG, TOKENIZER):
+            if name in reader.manifest.files:
+                reader.read_file(name)
     except UserError:
-        return  # `choose_checkpoint` deals with a damaged one
+        return 0  # `choose_checkpoint` deals with a damaged one
     fits(reader)
+    return reader.manifest.step
 
 
 def choose_checkpoint(
@@ -78,7 +84,7 @@ def _find_damage(
     manifest = together(lambda: read_manifest(checkpoint, check_sizes=False), device)
     sizes = {name: record.size for name, record in manifest.files.items()}
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    shares = together_slowly(lambda: read_shares(checkpoint, sizes, rank, ranks), device, stop, beat)
+    shares = together_slowly(lambda: read_shares(checkpoint, sizes, rank, ranks, beat), device, stop, _ignore)
     if shares is None:
         return None
     for (name, record), total in zip(manifest.files.items(), exclusive_or(shares, device), strict=True):
@@ -87,12 +93,17 @@ def _find_damage(
     return ""
 
 
+def _ignore() -> None:
+    return None
+
+
 class _Candidates:
     """Rank 0's choice among the checkpoints to go on from."""
 
     def __init__(self, config: Config, fence: Fence) -> None:
         self.folder = fence.folder
         self._fence = fence
+        self._resume = config.checkpoint.resume
         self._order = _in_order(config, fence.folder)
 
     def propose(self) -> Path | None:
@@ -104,9 +115,12 @@ class _Candidates:
                 self.judge(path, f"{error.file.name}: {error.damage}")
             else:
                 return path
-        if damaged := sorted(path.name for path in self.folder.glob(f"step-*.{DAMAGED}*")):
+        aside = [
+            path.name for why in (DAMAGED, ABANDONED) for path in sorted(self.folder.glob(f"step-*.{why}*"))
+        ]
+        if aside:
             raise UserError(
-                f"{self.folder}: no checkpoint of this run is good ({', '.join(damaged)}); start from another one "
+                f"{self.folder}: no checkpoint of this run is good ({', '.join(aside)}); start from another one "
                 "with checkpoint.resume=PATH, or delete them to begin anew"
             )
         return None
@@ -115,29 +129,34 @@ class _Candidates:
         """Take a checkpoint, or pass it over for what is wrong with it.
 
         A damaged one of this run is renamed, and so are those that are newer than one that is taken: their steps will
-        be trained again. Raises UserError for a damaged one of another run.
+        be trained again. Raises UserError for a damaged one that was asked for.
         """
         own = list_checkpoints(self.folder)
-        if damage and path not in own:
+        if damage and not (path in own and _goes_on(self._resume, own)):
             raise UserError(f"{path}: {damage}; choose another checkpoint.resume")
         self._fence.check()  # a newer start's checkpoints are not this one's to rename
         if damage:
             aside = set_aside(path, DAMAGED)
             print(f"{path.name} is damaged and was renamed to {aside.name}: {damage}", flush=True)
             return
-        for newer in own:
-            if step_of(newer) > step_of(path):
-                aside = set_aside(newer, ABANDONED)
-                print(f"going back to {path}: {newer.name} was renamed to {aside.name}", flush=True)
-        if path in own:
-            write_whole(self.folder / LATEST, f"{path.name}\n".encode(), self._fence.token)
+        step = read_manifest(path, check_sizes=False).step
+        left = []
+        for mine in own:
+            if mine == path or step_of(mine) < step:
+                left.append(mine)
+                continue
+            aside = set_aside(mine, ABANDONED)
+            print(f"going back to {path}: {mine.name} was renamed to {aside.name}", flush=True)
+        if left:
+            write_whole(self.folder / LATEST, f"{left[-1].name}\n".encode(), self._fence.token)
+        else:
+            (self.folder / LATEST).unlink(missing_ok=True)
 
 
 def _in_order(config: Config, folder: Path) -> Iterator[Path]:
     """Checkpoints to go on from, the best first. Raises UserError where `checkpoint.resume` does not fit the folder."""
     own, resume = list_checkpoints(folder), config.checkpoint.resume
-    if resume in ("auto", "never") or any(_started_from(path) == resume for path in own):
-        # the latter: started again with the same command, as a launcher does
+    if _goes_on(resume, own):
         yield from reversed(own)
         return
     path = resolve_checkpoint(Path(resume))
@@ -147,6 +166,13 @@ def _in_order(config: Config, folder: Path) -> Iterator[Path]:
             "checkpoint.resume out to go on with it, or choose another training.output_dir"
         )
     yield next((mine for mine in own if mine.resolve() == path.resolve()), path)
+
+
+def _goes_on(resume: str, own: list[Path]) -> bool:
+    """Whether the run goes on from its own newest checkpoint: also where it is started again with the command that
+    made it start from another, as a launcher does.
+    """
+    return resume in ("auto", "never") or any(_started_from(path) == resume for path in own)
 
 
 def _started_from(checkpoint: Path) -> str | None:

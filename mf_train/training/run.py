@@ -87,8 +87,12 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     if config.training.validation_interval:
         validation = share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
     watch.at("choosing a checkpoint")
-    fits = partial(_fits, config, inputs)
-    of_first_rank(lambda: look_ahead(config, fits), device)
+    step = of_first_rank(lambda: look_ahead(config, partial(_fits, config, inputs)), device)
+    if step >= config.training.steps:
+        if degrees.rank == 0:
+            folder = config.training.output_dir
+            print(f"{folder}: already at step {step} of {config.training.steps}; nothing to do", flush=True)
+        return DONE
     chosen = choose_checkpoint(config, device, lambda: stop.requested, watch.beat)
     if chosen is None:
         return _stopped("while a checkpoint was verified", degrees.rank)
@@ -169,9 +173,6 @@ class _Run:
         together(self._open_metrics, self.device)
         if self.degrees.rank == 0:
             self.line.say(self._summary())
-        if self.step >= config.training.steps:
-            self._say(f"{self.folder}: already at step {self.step} of {config.training.steps}; nothing to do")
-            return DONE
         while self.step < config.training.steps:
             started = time.perf_counter()
             self.watch.at(f"reading the batch of step {self.step + 1}")
@@ -406,7 +407,7 @@ class _Run:
                 f"data: {sum(skipped.values()):,} documents of {len(skipped)} files left out (data.on_error: skip); "
                 "metrics.jsonl names the files"
             )
-        if self.step:
+        if self.saving.last is not None:
             lines.append(f"resumed after step {self.step} from {self.saving.last}")
         return "\n".join(lines)
 

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from mf_train.checkpoint.fence import claim, set_aside
+from mf_train.checkpoint.fence import Fence, claim, set_aside
 from mf_train.checkpoint.files import remove_folder, write_whole
 from mf_train.checkpoint.layout import list_checkpoints
 from mf_train.errors import TrainingError
@@ -61,8 +62,14 @@ def test_a_lost_or_damaged_token_ends_the_run(tmp_path: Path) -> None:
 
 def test_of_two_starts_at_once_one_has_the_folder(tmp_path: Path) -> None:
     for attempt in range(20):
-        folder, fences = tmp_path / str(attempt), []
-        threads = [threading.Thread(target=lambda: fences.append(claim(folder))) for _ in range(2)]  # noqa: B023
+        folder = tmp_path / str(attempt)
+        fences: list[Fence] = []
+
+        def start(folder: Path = folder, fences: list[Fence] = fences) -> None:
+            with suppress(TrainingError):
+                fences.append(claim(folder))
+
+        threads = [threading.Thread(target=start) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -120,14 +120,14 @@ def cases(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
     saver = engine_saver(folder / "damaged")
     begin(saver, 1)
-    while saver._next == saver._to_check:
-        if not saver._task.busy and rank == 0:  # written; now somebody else writes there
-            [file] = saver.partial.glob("exp_avg-*")
-            data = bytearray(file.read_bytes())
-            data[-1] ^= 1
-            file.write_bytes(data)
-        torch.distributed.barrier()
-        saver.advance()
+    saver._task.wait(60)
+    torch.distributed.barrier()
+    if rank == 0:  # all have written; now somebody else writes there
+        [file] = saver.partial.glob("exp_avg-*")
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    torch.distributed.barrier()
     found["damaged"] = error_of(saver.finish)
 
     saver = engine_saver(folder / "fenced")

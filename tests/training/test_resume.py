@@ -58,6 +58,12 @@ def seal(folder: Path, step: int) -> None:
     (folder / MANIFEST).write_text(new.to_json())
 
 
+def replace_text(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new))
+
+
 def flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 16
@@ -89,6 +95,29 @@ def prepare(folder: Path) -> dict[str, Config]:
     case("flipped-manifest", lambda path: flip(path / newest / MANIFEST))
     case("two-bad", lambda path: [flip(path / f"step-0000000{n}0" / WEIGHTS) for n in (2, 3)])
     case("all-bad", lambda path: [flip(path / f"step-0000000{n}0" / WEIGHTS) for n in (1, 2, 3)])
+    case(
+        "own-bad",
+        lambda path: flip(path / newest / WEIGHTS),
+        resume=str(folder / "own-bad/checkpoints" / newest),
+    )
+    case(
+        "abandoned",
+        lambda path: [
+            (path / f"step-0000000{n}0").rename(path / f"step-0000000{n}0.abandoned") for n in (1, 2, 3)
+        ],
+    )
+    case(
+        "to-abandoned",
+        lambda path: (path / "step-000000020").rename(path / "step-000000020.abandoned"),
+        resume=str(folder / "to-abandoned/checkpoints/step-000000020.abandoned"),
+    )
+    digit = '"format": 2,'
+    case("format-digit", lambda path: replace_text(path / newest / MANIFEST, digit, '"format": 3,'))
+    case("manifest-nested", lambda path: (path / newest / MANIFEST).write_text("[" * 200_000))
+    case(
+        "manifest-names",
+        lambda path: replace_text(path / newest / MANIFEST, '"state.json"', '"../state.json"'),
+    )
     case("format", lambda path: (path / newest / MANIFEST).write_text('{"format": 1}'))
 
     other = make_run(folder / "other", original, (500,)) / "step-000000500"
@@ -143,6 +172,10 @@ def ranks(folder: Path) -> list[dict[str, str]]:
         ("flipped-unverified", "30", []),
         ("flipped-state", "20", ["step-000000030.damaged"]),
         ("flipped-manifest", "20", ["step-000000030.damaged"]),
+        ("format-digit", "20", ["step-000000030.damaged"]),
+        ("manifest-nested", "20", ["step-000000030.damaged"]),
+        ("manifest-names", "20", ["step-000000030.damaged"]),
+        ("to-abandoned", "20", ["step-000000020.abandoned", "step-000000030.abandoned"]),
         ("two-bad", "10", ["step-000000020.damaged", "step-000000030.damaged"]),
         ("from-other", "500", []),
         ("from-other-run", "500", []),
@@ -201,12 +234,12 @@ def choose_once(rank: int, world_size: int, config: Config) -> str:
 
 def test_a_start_that_was_overtaken_renames_nothing(folder: Path, tmp_path: Path) -> None:
     checkpoints = make_run(tmp_path / "run", folder / "original", (10, 20))
-    config = config_of(tmp_path / "run", resume=str(checkpoints / "step-000000010"))
-    candidates = _Candidates(config, claim(checkpoints))
-    path = candidates.propose()
-    assert path == checkpoints / "step-000000010"
-    claim(checkpoints)
-    for damage in ("", "weights: damaged"):
+    back = config_of(tmp_path / "run", resume=str(checkpoints / "step-000000010"))
+    for config, damage in ((back, ""), (config_of(tmp_path / "run"), "weights: damaged")):
+        candidates = _Candidates(config, claim(checkpoints))
+        path = candidates.propose()
+        claim(checkpoints)
+        assert path is not None
         with pytest.raises(TrainingError, match="newer start"):
             candidates.judge(path, damage)
     assert [left.name for left in list_checkpoints(checkpoints)] == ["step-000000010", "step-000000020"]
@@ -226,6 +259,10 @@ def test_looking_ahead_changes_nothing(folder: Path, tmp_path: Path) -> None:
     flip(checkpoints / "step-000000020" / "state.json")
     look_ahead(config_of(tmp_path / "run"), refuse)  # damaged: no reason to refuse
     look_ahead(config_of(tmp_path / "new"), refuse)
+    flip(checkpoints / "step-000000010" / "tokenizer.model")
+    shutil.rmtree(checkpoints / "step-000000020")
+    before = sorted(checkpoints.rglob("*"))
+    assert look_ahead(config_of(tmp_path / "run"), refuse) == 0
     assert seen == [20] and sorted(checkpoints.rglob("*")) == before
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class MetricsWriter:
                 self.tensorboard.add_scalar(f"tables/{key}/{name}", value, metrics["step"])
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # `write` has told of it
+            self.file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
 

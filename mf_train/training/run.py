@@ -166,6 +166,7 @@ class _Run:
             saver, watch, checkpoint.checkpoint if checkpoint is not None else None, self.step
         )
         self.metrics: MetricsWriter | None = None
+        self.unwritten: TrainingError | None = None  # why rank 0 could not write the last step's metrics
         self.line = LiveLine(config.training.steps, config.logging.interval)
 
     def run(self) -> int:
@@ -216,8 +217,8 @@ class _Run:
 
     def _next_batch(self) -> tuple[torch.Tensor | None, Exception | None]:
         """The rows [G/R, S+1] of this rank's tensor-parallel group, where this rank reads them, or what went wrong."""
-        if self.batches is None:
-            return None, None
+        if self.unwritten is not None or self.batches is None:
+            return None, self.unwritten
         try:
             return torch.from_numpy(self.batches.next_batch()), None
         except (UserError, OSError, TrainingError) as error:
@@ -338,6 +339,10 @@ class _Run:
         _place_stream(self.inputs, state)
         return state
 
+    def _check_written(self) -> None:
+        if self.unwritten is not None:
+            raise self.unwritten
+
     def _open_metrics(self) -> None:
         if self.degrees.rank == 0:
             self.fence.check()  # a newer start's files are not this one's to replace
@@ -351,6 +356,7 @@ class _Run:
         `before_last`: the last batch that was read has not been trained on.
         """
         self.saving.finish()
+        together(self._check_written, self.device)  # a run that goes on from here needs this step's metrics
         self.watch.at(f"starting to save step {self.step}")
         began = time.perf_counter()
         extras = self._extras(before_last)
@@ -423,7 +429,10 @@ class _Run:
             return
         if self.step == self.started_at + 1 and (skipped := self._skipped()):
             metrics["skipped_documents"] = skipped
-        self.metrics.write(metrics | self.saving.take_metrics())
+        try:
+            self.metrics.write(metrics | self.saving.take_metrics())
+        except TrainingError as error:
+            self.unwritten = error  # the other ranks learn of it when they save or agree on the next batch
         self.line.show(metrics)
         if "validation_loss" in metrics:
             self.line.say(f"step {self.step}: validation loss {metrics['validation_loss']:.4f}")

@@ -11,13 +11,17 @@ from torch import Tensor
 
 from mf_train.config import ModelConfig
 
-PROBE_TOKENS = 128
+PROBE_TOKENS, MIN_PROBE_TOKENS = 128, 16
+LOGIT_BYTES = 32 << 20  # of a probe's float32 logits; a conversion holds several times that
 CODES = "codes."
 
 
 def probe_length(config: ModelConfig) -> int:
-    """Tokens of a probe: PROBE_TOKENS, or what a sequence holds."""
-    return min(PROBE_TOKENS, config.sequence_length)
+    """Tokens of a probe: PROBE_TOKENS, or as many as have LOGIT_BYTES of logits (but MIN_PROBE_TOKENS), or what a
+    sequence holds.
+    """
+    fitting = max(LOGIT_BYTES // (4 * config.vocab_size), MIN_PROBE_TOKENS)
+    return min(PROBE_TOKENS, fitting, config.sequence_length)
 
 
 def random_tokens(config: ModelConfig) -> Tensor:

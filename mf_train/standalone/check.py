@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mf_train import __version__
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.tensor_reader import TensorFile
 from mf_train.config import Config
@@ -31,12 +32,25 @@ from mf_train.standalone.certificate import (
 from mf_train.standalone.convert import CARD, DTYPES, describe_proof, open_checkpoint, source_tree, text_files
 from mf_train.standalone.names import PARAMETER_PREFIX
 from mf_train.standalone.settings_files import model_card
+from mf_train.standalone.source_files import source_files
 from mf_train.standalone.streamed import READ_BYTES, CheckpointWeights, open_tensors
 from mf_train.standalone.weights import INDEX
 
-# A figure of the certificate may differ from the one computed again by this share of it, or this where it is below 1:
-# another processor rounds otherwise. The same one gives the same bits.
-TOLERANCE = 0.05
+# A figure of the certificate may differ from the one computed again by this share of it: another processor rounds
+# otherwise. The same one gives the same bits.
+TOLERANCE = 0.01
+# Figures that measure roundings differ by more, for those are all they are: by this share, and by what float32's
+# roundings alone come to. A dtype's are larger, so that a figure set to 0 is found.
+NOISE_TOLERANCE = 0.5
+FLOORS = {
+    "largest_logit_difference": 1e-3,
+    "allowed_logit_error": 1e-3,
+    "relative_logit_error": 1e-4,
+    "changed_codes": 1e-3,
+    "allowed_changed_codes": 1e-3,
+    "loss_difference": 1e-3,
+    "divergence": 1e-6,
+}
 T = TypeVar("T")
 _SHOWN = 5  # of the differences, in the message
 _PIECE_BYTES = 4 << 20
@@ -62,16 +76,28 @@ def check_conversion(checkpoint: Path, model: Path) -> Iterator[str]:
     yield f"hashed {len(tensors)} tensors and {len(files)} other files against {CERTIFICATE}: {_count(problems)}"
     found = list(differing_from_checkpoint(reader, config, certificate, tensors, files))
     yield f"converted {reader.checkpoint} again, without writing: {_count(found)}"
+    texts = (*source_files(), CARD)
+    upgraded = not problems and all(problem.split(" ", 1)[0] in texts for problem in found)
     problems += found
     try:
         proof = prove(reader, config, source["device"], dtype, model)
     except (TrainingError, UserError) as error:
         problems.insert(0, str(error))
+        upgraded = False
     else:
         yield from describe_proof(proof, dtype)
         expected = json.loads(json.dumps(certificate_tree(source, dtype, proof)))
-        problems += differing_figures(expected, certificate)
+        figures = list(differing_figures(expected, certificate))
+        upgraded = upgraded and not figures
+        problems += figures
     if problems:
+        made = certificate.get("memoryformer")
+        if upgraded and made != __version__:
+            raise TrainingError(
+                f"{model}: its weights are the checkpoint's, and its figures are right, but memoryformer {made} made "
+                f"it, and this is {__version__}, which writes {len(problems)} of its files otherwise "
+                f"({'; '.join(problems[:_SHOWN])}): check with {made}, or convert again"
+            )
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise TrainingError(f"{model}: not what was trained: {'; '.join(problems[:_SHOWN])}{more}")
     yield f"{model}: is {reader.checkpoint} in {dtype}"
@@ -107,10 +133,17 @@ def hash_tensors(model: Path) -> dict[str, str]:
 
 
 def stray_files(model: Path) -> Iterator[str]:
-    """Weight files that the folder's index does not name, but another program may load."""
+    """What has no hash, and another program may load: weight files that the index does not name, and folders.
+
+    transformers executes `custom_generate/generate.py` and reads templates from a folder; nothing loads hidden names.
+    """
     known = {file.path.name for file in open_tensors(model).values()}
-    for name in sorted({path.name for path in model.glob("*.safetensors")} - known):
-        yield f"{name} is a file of weights that no index names"
+    for path in sorted(model.iterdir()):
+        if path.is_file():
+            if path.suffix == ".safetensors" and path.name not in known:
+                yield f"{path.name} is a file of weights that no index names"
+        elif not path.name.startswith("."):
+            yield f"{path.name} is not a file, and a converted model has nothing else"
 
 
 def differing_hashes(certified: Mapping[str, str], found: Mapping[str, str]) -> Iterator[str]:
@@ -161,9 +194,10 @@ def converted_hashes(reader: CheckpointReader, dtype: str) -> dict[str, str]:
 
 
 def differing_figures(
-    computed: Mapping[str, Any], certified: Mapping[str, Any], within: str = ""
+    computed: Mapping[str, Any], certified: Mapping[str, Any], within: str = "", floor: float | None = None
 ) -> Iterator[str]:
-    """Values of the certificate that are not those computed again, numbers within TOLERANCE.
+    """Values of the certificate that are not those computed again, numbers within TOLERANCE, or within
+    NOISE_TOLERANCE and `floor` or that of FLOORS.
 
     Versions are left alone, and so are the hashes, which `computed` does not have.
     """
@@ -171,15 +205,17 @@ def differing_figures(
         name, new, old = f"{within}{key}", computed[key], certified.get(key)
         if name in ("torch", "memoryformer", "source.checkpoint"):
             continue
+        least = FLOORS.get(key, floor)
         if isinstance(new, dict) and isinstance(old, dict):
-            yield from differing_figures(new, old, f"{name}.")
-        elif not _near(new, old):
+            yield from differing_figures(new, old, f"{name}.", least)
+        elif not _near(new, old, least):
             yield f"{CERTIFICATE}: {name} is {_short(old)}, and computed again {_short(new)}"
 
 
-def _near(new: Any, old: Any) -> bool:
+def _near(new: Any, old: Any, floor: float | None) -> bool:
     if isinstance(new, float) and isinstance(old, float):
-        return abs(new - old) <= TOLERANCE * max(abs(new), abs(old), 1.0)
+        share, least = (TOLERANCE, 0.0) if floor is None else (NOISE_TOLERANCE, floor)
+        return abs(new - old) <= share * max(abs(new), abs(old)) + least
     return bool(new == old)
 
 

@@ -20,6 +20,7 @@ from mf_train.errors import UserError
 from mf_train.model.counts import count_parameters
 from mf_train.model.model import MemoryFormer
 from mf_train.standalone.certificate import Proof, certificate_tree, hash_files, prove, write_certificate
+from mf_train.standalone.load import check_layers
 from mf_train.standalone.names import INT8
 from mf_train.standalone.settings_files import model_card, settings_files
 from mf_train.standalone.source_files import source_files
@@ -68,6 +69,7 @@ def open_checkpoint(path: Path) -> tuple[CheckpointReader, Config]:
     reader = CheckpointReader(resolve_checkpoint(path))
     reader.read_file(CONFIG)  # its checksum
     config = load_config(reader.checkpoint / CONFIG)
+    check_layers(config.model, len(reader.shapes), reader.checkpoint / CONFIG)
     with torch.device("meta"):
         model = MemoryFormer(config.model)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -27,11 +27,12 @@ def load_model(folder: Path) -> MemoryFormer:
     that load the same folder. Do not write into the files, nor shorten them, while a model uses them.
     """
     config, dtype, int8 = read_config(folder)
+    tensors, files = _read_tensors(folder)
+    check_layers(config, len(tensors), folder / CONFIG)
     with torch.device("meta"):
         model = MemoryFormer(config).to(dtype)
         if int8:
             use_int8(model)
-    tensors, files = _read_tensors(folder)
     expected = {PARAMETER_PREFIX + name: _describe(tensor) for name, tensor in model.state_dict().items()}
     for name in sorted({*expected, *tensors}):
         found = _describe(tensors[name]) if name in tensors else "missing"
@@ -75,6 +76,17 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype, bool]:
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); convert the checkpoint again") from None
     return model, dtype, tree.get(TABLE_DTYPE) == INT8
+
+
+def check_layers(config: ModelConfig, tensors: int, path: Path) -> None:
+    """Refuse to build a model of more blocks than there are tensors: `path` is not to be trusted, and each block takes
+    time and memory even without weights. Raises UserError.
+    """
+    if config.num_layers > tensors:
+        raise UserError(
+            f"{path}: damaged (it asks for {config.num_layers} blocks, and the files hold {tensors} tensors); restore "
+            "it, or convert again"
+        )
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Path]]:

@@ -39,7 +39,8 @@ def model_card(config: Config, certificate: Mapping[str, Any]) -> bytes:
         else "no codes",
         "loss, trainer and this model": f"{probe['recorded_loss']:.4f} and {probe['loss']:.4f} nats a token",
         "perplexity, trainer and this model": f"{probe['recorded_perplexity']:.2f} and {probe['perplexity']:.2f}",
-        "the checkpoint's weights against the trainer": "equal codes, logits within 1e-5"
+        "the checkpoint's weights against the trainer": "equal codes, logits within "
+        f"{replay['largest_logit_difference']:.2g}"
         if replay["exact"]
         else f"logits within {replay['relative_logit_error']:.2%} of their spread, layer by layer",
         "the files against the checkpoint's weights": "equal to the bit",

@@ -28,7 +28,7 @@ from mf_train.model.memory import Hash, Lookup, record_codes
 from mf_train.model.model import Embedding, MemoryFormer
 from mf_train.model.quantized import quantize_rows, scales_name, use_int8
 from mf_train.model.sums import num_chunks
-from mf_train.standalone.load import read_config
+from mf_train.standalone.load import CONFIG, check_layers, read_config
 from mf_train.standalone.names import INT8, PARAMETER_PREFIX
 from mf_train.standalone.weights import INDEX, SINGLE
 
@@ -70,10 +70,11 @@ class FolderWeights:
 
     def __init__(self, folder: Path) -> None:
         self.config, self.dtype, int8 = read_config(folder)
+        self._files = open_tensors(folder)
+        check_layers(self.config, len(self._files), folder / CONFIG)
         with torch.device("meta"):
             model = MemoryFormer(self.config).to(self.dtype)
             expected = (use_int8(model) if int8 else model).state_dict()
-        self._files = open_tensors(folder)
         wanted = {f"{PARAMETER_PREFIX}{name}": tensor for name, tensor in expected.items()}
         for name in sorted({*wanted, *self._files}):
             found = self._files[name].tensors[name] if name in self._files else None

@@ -132,6 +132,8 @@ def cases(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
     saver = engine_saver(folder / "fenced")
     begin(saver, 1)
+    saver._task.wait(60)
+    torch.distributed.barrier()
     if rank == 0:
         claim(saver.fence.folder)
     torch.distributed.barrier()
@@ -145,6 +147,8 @@ def cases(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found["uncopied"] = (saver.fence.folder / "step-000000007", held(engine), saver.buffers)
     saver = engine_saver(folder / "gone")
     begin(saver, 1)
+    saver._task.wait(60)
+    torch.distributed.barrier()
     if rank == 0:
         shutil.rmtree(saver.fence.folder)
     torch.distributed.barrier()

@@ -20,10 +20,22 @@ from mf_train.checkpoint.tensor_file import TensorFileWriter
 from mf_train.config import ModelConfig
 from mf_train.errors import TrainingError, UserError
 from mf_train.standalone import certificate, check, weights
-from mf_train.standalone.check import check_conversion, differing_from_checkpoint, differing_hashes
+from mf_train.standalone.check import (
+    check_conversion,
+    differing_figures,
+    differing_from_checkpoint,
+    differing_hashes,
+)
 from mf_train.standalone.convert import DTYPES, convert, open_checkpoint
+from mf_train.standalone.load import load_model
 from mf_train.standalone.names import PARAMETER_PREFIX
-from mf_train.standalone.streamed import CheckpointWeights, compute, open_tensors, streamed_model
+from mf_train.standalone.streamed import (
+    CheckpointWeights,
+    FolderWeights,
+    compute,
+    open_tensors,
+    streamed_model,
+)
 from mf_train.standalone.weights import Stored
 from tests.standalone.checkpoints import random_weights, records, write_checkpoint, write_tensors
 
@@ -292,6 +304,54 @@ def test_missing_and_added_files_are_found(checkpoint: Path, good: dict[str, Pat
     assert "model-00001-of-00002.safetensors is a file of weights that no index names" in said
 
 
+def test_what_another_program_may_load_is_found(
+    checkpoint: Path, good: dict[str, Path], tmp_path: Path
+) -> None:
+    """transformers executes custom_generate/generate.py, as a folder or a link to one."""
+    model = shutil.copytree(good["float32"], tmp_path / "model")
+    (model / ".git").mkdir()
+    assert list(check_conversion(checkpoint, model))[-1].endswith("in float32")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "generate.py").write_text("def generate(model): ...")
+    for make in (shutil.copytree, lambda source, link: link.symlink_to(source)):
+        made = model / "custom_generate"
+        make(tmp_path / "elsewhere", made)
+        repair_certificate(model)
+        assert "custom_generate is not a file, and a converted model has nothing else" in refusal(
+            checkpoint, model
+        )
+        made.unlink() if made.is_symlink() else shutil.rmtree(made)
+
+
+def test_a_folder_of_another_version_is_told_from_damage(
+    checkpoint: Path, good: dict[str, Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(good["float32"], tmp_path / "model")
+    change_code(model)
+    repair_certificate(model)
+    assert "not what was trained" in refusal(checkpoint, model)
+    tree = certificate_of(model) | {"memoryformer": "0.0.1"}
+    (model / certificate.CERTIFICATE).write_text(json.dumps(tree))
+    said = refusal(checkpoint, model)
+    assert "memoryformer 0.0.1 made it" in said and "memory.py is not what the checkpoint gives" in said
+    for change in (change_tokenizer, lambda model: damage_tensors(model, lose_norm)):
+        change(model)
+        repair_certificate(model)
+        assert "not what was trained" in refusal(checkpoint, model)
+
+
+def test_an_absurd_model_is_not_built(good: dict[str, Path], tmp_path: Path) -> None:
+    """Of a thousand million blocks it would never be; of these it is in seconds, and then refused otherwise."""
+    model = shutil.copytree(good["float32"], tmp_path / "model")
+    tree = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(tree | {"num_hidden_layers": 2000}))
+    for use in (FolderWeights, load_model):
+        with pytest.raises(
+            UserError, match=r"config\.json: damaged \(it asks for 2000 blocks, and the files hold"
+        ):
+            use(model)
+
+
 def test_a_lost_tensor_is_found(checkpoint: Path, good: dict[str, Path], tmp_path: Path) -> None:
     model = shutil.copytree(good["float32"], tmp_path / "model")
     name = f"{BLOCK}norm_ffn.weight"
@@ -315,6 +375,50 @@ def test_invented_figures_are_found(
     tree[section][key] = {"loss": 5.0, "tokens": [1, 2], "changed_codes": value, "exact": False}[key]
     (model / certificate.CERTIFICATE).write_text(json.dumps(tree))
     assert f"certificate.json: {place}" in refusal(checkpoint, model)
+
+
+@pytest.mark.parametrize(
+    ("place", "share"),
+    [
+        ("rounding.changed_codes", 0.0),
+        ("rounding.largest_logit_difference", 0.0),
+        ("rounding.largest_logit_difference", 0.4),
+        ("rounding.divergence", 0.0),
+        ("probe.changed_codes", 0.0),
+        ("probe.loss", 0.98),
+        ("probe.perplexity", 0.98),
+    ],
+)
+def test_beautified_figures_are_found(
+    place: str, share: float, checkpoint: Path, good: dict[str, Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(good["bfloat16"], tmp_path / "model")
+    tree = certificate_of(model)
+    section, key = place.split(".")
+    value = tree[section][key]
+    tree[section][key] = dict.fromkeys(value, share) if isinstance(value, dict) else share * value
+    (model / certificate.CERTIFICATE).write_text(json.dumps(tree))
+    assert f"certificate.json: {place}" in refusal(checkpoint, model)
+
+
+def test_another_processors_figures_are_as_good() -> None:
+    def figures(logit: float, share: float, loss: float, divergence: float) -> dict[str, Any]:
+        return {
+            "rounding": {
+                "largest_logit_difference": logit,
+                "changed_codes": {"blocks.0.hash_ffn": share},
+                "loss": loss,
+                "divergence": divergence,
+            }
+        }
+
+    for one, other in (
+        (figures(0.0, 0.0, 4.6, 0.0), figures(8.6e-6, 1e-4, 4.600001, 1e-10)),
+        (figures(0.0129, 0.008, 4.61, 5.4e-6), figures(0.011, 0.006, 4.59, 7e-6)),
+    ):
+        assert list(differing_figures(one, other)) == list(differing_figures(other, one)) == []
+    zeros = list(differing_figures(figures(0.0129, 0.008, 4.61, 5.4e-6), figures(0.0, 0.0, 4.5, 0.0)))
+    assert len(zeros) == 4
 
 
 def test_mistakes_are_named(checkpoint: Path, good: dict[str, Path], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.tensor_reader import TensorFile
 from mf_train.config import ModelConfig
 from mf_train.errors import TrainingError, UserError
-from mf_train.standalone.certificate import CERTIFICATE, LOGIT_LIMIT
+from mf_train.standalone.certificate import CERTIFICATE
 from mf_train.standalone.convert import convert
 from mf_train.standalone.load import load_model
 from mf_train.standalone.names import PARAMETER_PREFIX
@@ -110,7 +110,7 @@ def test_the_certificate_holds(which: str, request: pytest.FixtureRequest) -> No
     losses = [certificate["probe"][key] for key in ("loss", "recorded_loss", "loss_difference", "divergence")]
     assert losses[0] - losses[1] == losses[2] and 7.5 < losses[1] < 8.33  # ln 4160
     if dtype == "float32":
-        assert certificate["probe"]["largest_logit_difference"] <= LOGIT_LIMIT == 1e-5
+        assert certificate["probe"]["largest_logit_difference"] <= 1e-5
         assert abs(losses[2]) <= 1e-5 and abs(losses[3]) <= 1e-9
     else:  # the head's sums may be rounded to bfloat16 differently
         assert certificate["probe"]["largest_logit_difference"] <= 0.02
@@ -298,9 +298,9 @@ def test_a_model_that_is_not_the_trained_one_is_not_written(
         return
     record_files(checkpoint)
     said = refused(checkpoint, tmp_path / "out", TrainingError, dtype)
-    assert re.search(r"logits differ from the trainer's by [\d.e+]+ \(allowed: 1e-05\) and \d+ of", said), (
-        said
-    )
+    assert re.search(
+        r"logits differ from the trainer's by [\d.e+]+ \(allowed: [\d.e-]+\) and \d+ of", said
+    ), said
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -364,7 +364,7 @@ def test_the_model_card_says_what_was_trained(float32_two: Trained, bfloat16_two
             "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
         ):
             assert words in card, words
-        assert ("equal codes, logits within 1e-5" in card) == (precision == "float32")
+        assert ("equal codes, logits within" in card) == (precision == "float32")
 
 
 def test_a_card_leaves_out_what_a_run_has_not(checkpoint: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ SMALL_LIMIT = 400e6
 SMALL = ModelConfig(
     hidden_size=512, num_layers=2, num_heads=8, bits=8, vocab_size=32_768, sequence_length=256
 )
+WIDE = ModelConfig(hidden_size=32, num_layers=1, num_heads=4, bits=2, vocab_size=262_144, sequence_length=128)
 
 _MEASURE = """
 def measure(key):
@@ -79,6 +80,15 @@ def check(checkpoint: Path, folder: Path, bare: tuple[int, int], limit: float) -
 
 def test_a_model_that_does_not_fit(tmp_path: Path, bare: tuple[int, int]) -> None:
     check(write_large(tmp_path / "step-000000007", SMALL, 1), tmp_path, bare, SMALL_LIMIT)
+
+
+def test_a_large_vocabulary(tmp_path: Path, bare: tuple[int, int]) -> None:
+    """What grows with it is the logits, and they are bounded by fewer tokens of the probe."""
+    checkpoint = write_large(tmp_path / "step-000000007", WIDE, 1)
+    for dtype in ("float32", "bfloat16"):
+        arguments = [str(checkpoint), str(tmp_path / dtype), "--dtype", dtype]
+        (peak,) = run_python(_RUN, "0", "convert", *arguments)
+        assert peak - bare[0] < SMALL_LIMIT, f"{dtype}: {(peak - bare[0]) / 1e6:.0f} MB above import torch"
 
 
 @pytest.mark.slow

@@ -48,6 +48,13 @@ def test_random_tokens_are_always_the_same() -> None:
     config = ModelConfig(sequence_length=2048, vocab_size=50304)
     assert probe_length(config) == PROBE_TOKENS == 128
     assert random_tokens(config)[:3].tolist() == [41516, 10671, 1781]
+    for vocabulary, length in (
+        (65_536, 128),
+        (262_144, 32),
+        (1_000_000, 16),
+    ):  # 32 MiB of logits, or 16 tokens
+        wide = ModelConfig(sequence_length=2048, vocab_size=vocabulary)
+        assert probe_length(wide) == length == len(random_tokens(wide))
     assert (
         probe_length(ModelConfig(sequence_length=24))
         == 24

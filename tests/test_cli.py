@@ -204,7 +204,8 @@ class TestAnExistingRun:
         cut.write_bytes(cut.read_bytes()[:-100])
         copy["checkpoint"] = {"resume": str(cut.parent)}
         (line,) = complaints(train(copy, expect=2))
-        assert "step-000000002.damaged" in line and "checkpoint.resume=PATH" in line
+        assert f"step-000000002: {cut.name}: damaged" in line and "choose another checkpoint.resume" in line
+        assert cut.is_file()
 
     def test_named_as_a_checkpoint_that_is_not_there(self, copy: dict[str, Any], tmp_path: Path) -> None:
         (line,) = complaints(train(copy, f"checkpoint.resume={tmp_path / 'nowhere'}", expect=2))

@@ -189,7 +189,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_save(reference: Path, 
         command_line(["train", str(config)]), stdout=subprocess.PIPE, text=True, env=environment()
     )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (tmp_path / "run" / "config.yaml").exists():
+    while time.monotonic() < deadline and not (tmp_path / "run/checkpoints/.writer").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)  # the engine is not built yet
     output, _ = process.communicate(timeout=60)

@@ -102,9 +102,7 @@ class CheckpointConfig:
     interval: int = 0  # steps between checkpoints; one is always written after the last step; 0: only that
     keep: int = 2  # newest complete checkpoints that are kept; 0: all
     keep_every: int = 0  # checkpoints of multiples of this step are kept as well, for studies; 0: none
-    asynchronous: bool = (
-        True  # written while training goes on, from a copy in host memory (12 bytes a parameter)
-    )
+    asynchronous: bool = True  # written beside the steps, from a copy in host memory (12 bytes a parameter)
     verify: bool = True  # checksums of what a run resumes from; sizes are always checked
     resume: str = "auto"  # auto: the run folder's newest good one | never | a checkpoint's path to start from
 

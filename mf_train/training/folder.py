@@ -1,7 +1,6 @@
 """The run's folder: whether it may be used, what to resume from, and the configuration recorded in it."""
 
 import importlib.metadata
-import json
 import platform
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,10 +11,8 @@ import yaml
 from mf_train.checkpoint.files import write_whole
 from mf_train.checkpoint.layout import (
     CONFIG,
-    STATE,
     TOKENIZER,
     list_checkpoints,
-    read_manifest,
     resolve_checkpoint,
 )
 from mf_train.checkpoint.read import CheckpointReader
@@ -48,8 +45,9 @@ def check_folder(config: Config) -> None:
 def stream_state_before(config: Config, step: int) -> dict[str, Any] | None:
     """The token stream's state in the run's newest checkpoint of a step before `step`, if it has one."""
     for checkpoint in reversed(list_checkpoints(Path(config.training.output_dir) / "checkpoints")):
-        if read_manifest(checkpoint).step < step:
-            state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["stream"]
+        reader = CheckpointReader(checkpoint)
+        if reader.manifest.step < step:
+            state: dict[str, Any] = reader.state()["stream"]
             return state
     return None
 

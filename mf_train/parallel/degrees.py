@@ -15,6 +15,7 @@ class Degrees:
     world_size: int
     tensor: int  # P
     local_rank: int = 0  # on its node: the device's index
+    node_size: int = 0  # processes of its node; 0: not known
 
     @property
     def data(self) -> int:

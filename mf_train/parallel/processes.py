@@ -17,6 +17,7 @@ class Process:
     local_rank: int = 0
     master_address: str = "127.0.0.1"
     master_port: int = 0  # 0: any free port (only where there is one process)
+    local_size: int = 0  # processes of this node; 0: not known
 
 
 def find_process(environment: Mapping[str, str] = os.environ) -> Process:
@@ -32,6 +33,7 @@ def find_process(environment: Mapping[str, str] = os.environ) -> Process:
             local_rank=_number(environment, "LOCAL_RANK", 0),
             master_address=_text(environment, "MASTER_ADDR"),
             master_port=_number(environment, "MASTER_PORT"),
+            local_size=_number(environment, "LOCAL_WORLD_SIZE", 0),
         )
     if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
         return Process(
@@ -42,6 +44,7 @@ def find_process(environment: Mapping[str, str] = os.environ) -> Process:
             master_port=_number(
                 environment, "MASTER_PORT", 20000 + _number(environment, "SLURM_JOB_ID") % 20000
             ),
+            local_size=_number(environment, "SLURM_NTASKS_PER_NODE", 0),
         )
     return Process()
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import resource
 import time
 from functools import partial
@@ -23,7 +24,6 @@ from mf_train.data.stream import merge_states
 from mf_train.data.validation import ValidationBlocks
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.model import MemoryFormer
-from mf_train.model.counts import count_parameters
 from mf_train.model.initialise import initialise
 from mf_train.parallel.agreement import agree, of_first_rank, together, together_slowly
 from mf_train.parallel.degrees import Degrees, check_degrees
@@ -33,6 +33,7 @@ from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import Process
 from mf_train.parallel.tensor import shard_model
 from mf_train.parallel.watch import Watch
+from mf_train.training.deadline import find_deadline
 from mf_train.training.device import find_device, keep_freed_memory
 from mf_train.training.folder import check_same_run, record_config, resolved_yaml
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
@@ -42,6 +43,7 @@ from mf_train.training.resume import choose_checkpoint, look_ahead
 from mf_train.training.saving import Saving
 from mf_train.training.schedule import learning_rate
 from mf_train.training.signals import StopRequest
+from mf_train.training.summary import skipped_documents, summary
 from mf_train.training.telemetry import TableTelemetry
 from mf_train.training.validate import validation_loss
 
@@ -56,7 +58,9 @@ def train(config: Config, process: Process) -> int:
     """
     stop = StopRequest().install()
     check_degrees(config, process.world_size)
-    degrees = Degrees(process.rank, process.world_size, config.parallel.tensor, process.local_rank)
+    degrees = Degrees(
+        process.rank, process.world_size, config.parallel.tensor, process.local_rank, process.local_size
+    )
     device = find_device(config, process)
     logging.getLogger(kernels.__name__).setLevel(logging.ERROR)  # the summary says which kernels run
     limit = config.training.collective_timeout_seconds
@@ -162,9 +166,10 @@ class _Run:
         self.tokens: int = state.get("tokens", 0)
         self.progress: dict[str, Any] = state.get("metrics", {})
         self.started_at = self.step
-        self.saving = Saving(
-            saver, watch, checkpoint.checkpoint if checkpoint is not None else None, self.step
-        )
+        resumed = checkpoint.checkpoint if checkpoint is not None else None
+        self.saving = Saving(saver, watch, resumed, self.step, self.progress.get("checkpoint_seconds", 0.0))
+        beside = config.checkpoint.interval and config.checkpoint.asynchronous
+        self.deadline = find_deadline(os.environ, saves=2 if beside else 1)
         self.metrics: MetricsWriter | None = None
         self.unwritten: TrainingError | None = None  # why rank 0 could not write the last step's metrics
         self.line = LiveLine(config.training.steps, config.logging.interval)
@@ -173,7 +178,9 @@ class _Run:
         config = self.config
         together(self._open_metrics, self.device)
         if self.degrees.rank == 0:
-            self.line.say(self._summary())
+            self.line.say(
+                summary(config, self.degrees, self.device, self.inputs, self.validation, self.saving)
+            )
         while self.step < config.training.steps:
             started = time.perf_counter()
             self.watch.at(f"reading the batch of step {self.step + 1}")
@@ -204,6 +211,7 @@ class _Run:
             self.saving.advance()
             if self._due(config.checkpoint.interval, last) or last:
                 self._save(last=last)
+            self.deadline.note_step(time.perf_counter() - started)
         self._say(f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saving.last}")
         return DONE
 
@@ -235,7 +243,8 @@ class _Run:
         if rows is not None and self.batches is not None and self.inputs.stream is not None:
             digest = rows_digest(self.inputs.stream.row_numbers, rows.numpy())
             documents = self.batches.documents()
-        values = [to_int64(digest), int(self.stop.requested), int(failure is not None), *documents]
+        stop = self.stop.requested or self._out_of_time()
+        values = [to_int64(digest), int(stop), int(failure is not None), *documents]
         shared = torch.tensor(values, dtype=torch.int64, device=self.device)
         dist.all_reduce(shared)
         total, stops, failures, *documents = shared.tolist()
@@ -248,6 +257,14 @@ class _Run:
             sources = self.inputs.stream.sources
             epochs = [count / source.num_documents for count, source in zip(documents, sources, strict=True)]
         return format_digest(from_int64(total)), epochs, stops > 0
+
+    def _out_of_time(self) -> bool:
+        """Whether rank 0 finds that the job's time limit is near."""
+        if self.degrees.rank != 0:
+            return False
+        if warning := self.deadline.warning(self.saving.seconds):
+            self.line.say(warning)
+        return self.deadline.passed(self.saving.seconds)
 
     def _share_batch(self, rows: torch.Tensor | None) -> torch.Tensor:
         """The group's rows [G/R, S+1], int64 on the device of every rank of it."""
@@ -385,7 +402,8 @@ class _Run:
                 "step": self.step,
                 "tokens": self.tokens,
                 "device": self.device.type,
-                "metrics": dict(self.progress),  # written while later steps change it
+                # a copy: it is written while later steps change it
+                "metrics": self.progress | {"checkpoint_seconds": self.saving.seconds},
                 "stream": stream,
             },
             config_yaml=resolved_yaml(self.config),
@@ -393,41 +411,10 @@ class _Run:
             probe=probe,
         )
 
-    def _summary(self) -> str:
-        counts = count_parameters(self.config.model)
-        degrees, training, held_out = self.degrees, self.config.training, self.validation
-        processes = "1 process" if degrees.world_size == 1 else f"{degrees.world_size} processes"
-        lines = [
-            f"{self.config.model.kind}: {counts.total / 1e6:.1f} M parameters, {counts.tables / 1e6:.1f} M in tables",
-            f"{processes} on {self.device.type}: tensor {degrees.tensor} x data {degrees.data}, "
-            f"ZeRO {self.config.parallel.zero_stage}, {training.precision}; run folder {self.folder}",
-            f"hash and lookup: {kernels.describe(self.device)}",
-        ]
-        if held_out is not None:
-            lines.append(
-                f"validation: {len(held_out)} sequences, {held_out.num_tokens:,} tokens, unigram entropy "
-                f"{held_out.unigram_entropy():.4f} nats (no model without context has a lower loss)"
-            )
-        if skipped := self._skipped():
-            lines.append(
-                f"data: {sum(skipped.values()):,} documents of {len(skipped)} files left out (data.on_error: skip); "
-                "metrics.jsonl names the files"
-            )
-        if self.saving.last is not None:
-            lines.append(f"resumed after step {self.step} from {self.saving.last}")
-        return "\n".join(lines)
-
-    def _skipped(self) -> dict[str, int]:
-        """Documents left out of each training file."""
-        counts: dict[str, int] = {}
-        for source in self.inputs.stream.sources if self.inputs.stream is not None else ():
-            counts.update(source.skipped)
-        return counts
-
     def _report(self, metrics: dict[str, Any]) -> None:
         if self.metrics is None:
             return
-        if self.step == self.started_at + 1 and (skipped := self._skipped()):
+        if self.step == self.started_at + 1 and (skipped := skipped_documents(self.inputs)):
             metrics["skipped_documents"] = skipped
         try:
             self.metrics.write(metrics | self.saving.take_metrics())

@@ -10,11 +10,12 @@ from mf_train.parallel.watch import Watch
 class Saving:
     """Saves one checkpoint at a time and measures it. All calls but `take_metrics` are collective over all ranks."""
 
-    def __init__(self, saver: Saver, watch: Watch, resumed: Path | None, step: int) -> None:
+    def __init__(self, saver: Saver, watch: Watch, resumed: Path | None, step: int, seconds: float) -> None:
         self.saver = saver
         self.watch = watch
         self.last = resumed  # the newest complete checkpoint
         self.step = step  # of the newest one, complete or under way
+        self.seconds = seconds  # that a save took, from its start to its end
         self._began = 0.0
         self._metrics: dict[str, float] = {}
 
@@ -48,7 +49,7 @@ class Saving:
     def _note(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
             self.last = checkpoint
-            self._metrics["checkpoint_seconds"] = time.perf_counter() - self._began
+            self.seconds = self._metrics["checkpoint_seconds"] = time.perf_counter() - self._began
 
     def _count_stall(self, since: float) -> None:
         stall = self._metrics.get("checkpoint_stall_seconds", 0.0)

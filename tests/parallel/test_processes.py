@@ -36,7 +36,7 @@ def test_alone() -> None:
 
 
 def test_torchrun_s_environment_also_inside_srun() -> None:
-    expected = Process(rank=5, world_size=8, local_rank=1, master_address="node-1", master_port=29500)
+    expected = Process(5, 8, local_rank=1, master_address="node-1", master_port=29500, local_size=4)
     assert find_process(TORCHRUN) == find_process(SRUN | TORCHRUN) == expected
 
 
@@ -47,6 +47,7 @@ def test_srun_s_environment() -> None:
     other_rank = find_process(SRUN | {"MASTER_ADDR": "node-1", "SLURM_PROCID": "0"})
     assert other_rank.master_port == process.master_port
     assert find_process(SRUN | {"MASTER_ADDR": "n", "MASTER_PORT": "1234"}).master_port == 1234
+    assert find_process(SRUN | {"MASTER_ADDR": "n", "SLURM_NTASKS_PER_NODE": "4"}).local_size == 4
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""Stopping before a job's time limit where saving takes longer than the launcher's notice."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+
+_RESERVE_SECONDS, _RESERVE_SHARE = 10.0, 0.25  # storage is slower at times
+_STEPS = 100  # the longest of so many is what one may take
+
+
+class Deadline:
+    """When a run must stop by itself so that its last checkpoint is complete at the job's time limit.
+
+    `end` is the limit in seconds since 1970 (inf: none), `notice` how many seconds before it the launcher sends its
+    signal. For rank 0, whose clock counts.
+    """
+
+    def __init__(self, end: float, notice: float, saves: int) -> None:
+        self.end = end
+        self.notice = notice
+        self.saves = (
+            saves  # that may have to be waited for: 2 where one may be under way when the last one begins
+        )
+        self._steps: deque[float] = deque([0.0], maxlen=_STEPS)
+        self._warned = False
+
+    def note_step(self, seconds: float) -> None:
+        """The time between two chances to stop."""
+        self._steps.append(seconds)
+
+    def needed(self, save_seconds: float) -> float:
+        """Seconds before the limit at which to stop, from what a save took."""
+        return _RESERVE_SECONDS + (1 + _RESERVE_SHARE) * (self.saves * save_seconds + max(self._steps))
+
+    def warning(self, save_seconds: float) -> str | None:
+        """What to say, once, where the notice is too short."""
+        needed = self.needed(save_seconds)
+        if self._warned or math.isinf(self.end) or needed <= self.notice:
+            return None
+        self._warned = True
+        return (
+            f"warning: a save takes {save_seconds:.0f} s and a step {max(self._steps):.1f} s, so the notice of "
+            f"{self.notice:.0f} s is too short; this run stops {needed:.0f} s before the job's time limit (launch with "
+            f"--notice {math.ceil(needed / 60) * 60})"
+        )
+
+    def passed(self, save_seconds: float) -> bool:
+        """Whether it is time to stop."""
+        return time.time() >= self.end - self.needed(save_seconds)
+
+
+def find_deadline(environment: Mapping[str, str], saves: int) -> Deadline:
+    """The limit of the SLURM job around this process: SLURM_JOB_END_TIME (sbatch(1)) and MF_NOTICE_SECONDS.
+
+    The job script sets both where SLURM does not; a process outside a job has no limit.
+    """
+
+    def read(name: str, default: float) -> float:
+        try:
+            return float(environment[name])
+        except (KeyError, ValueError):
+            return default
+
+    end = read("SLURM_JOB_END_TIME", 0.0) or math.inf
+    return Deadline(end, read("MF_NOTICE_SECONDS", math.inf), saves)

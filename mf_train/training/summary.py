@@ -1,0 +1,56 @@
+"""What a run says about itself before its first step."""
+
+import torch
+
+from mf_train import kernels
+from mf_train.config import Config
+from mf_train.data.validation import ValidationBlocks
+from mf_train.model.counts import count_parameters
+from mf_train.parallel.degrees import Degrees
+from mf_train.training.inputs import Inputs
+from mf_train.training.saving import Saving
+
+
+def summary(
+    config: Config,
+    degrees: Degrees,
+    device: torch.device,
+    inputs: Inputs,
+    validation: ValidationBlocks | None,
+    saving: Saving,
+) -> str:
+    """Lines on the model, the processes, the kernels, the data, and what the run goes on from."""
+    counts = count_parameters(config.model)
+    processes = "1 process" if degrees.world_size == 1 else f"{degrees.world_size} processes"
+    lines = [
+        f"{config.model.kind}: {counts.total / 1e6:.1f} M parameters, {counts.tables / 1e6:.1f} M in tables",
+        f"{processes} on {device.type}: tensor {degrees.tensor} x data {degrees.data}, "
+        f"ZeRO {config.parallel.zero_stage}, {config.training.precision}; run folder {config.training.output_dir}",
+        f"hash and lookup: {kernels.describe(device)}",
+    ]
+    if degrees.node_size % degrees.tensor:
+        lines.append(
+            f"warning: groups of parallel.tensor {degrees.tensor} reach over nodes of {degrees.node_size} processes: "
+            "the codes and weights of every block travel over the network"
+        )
+    if validation is not None:
+        lines.append(
+            f"validation: {len(validation)} sequences, {validation.num_tokens:,} tokens, unigram entropy "
+            f"{validation.unigram_entropy():.4f} nats (no model without context has a lower loss)"
+        )
+    if skipped := skipped_documents(inputs):
+        lines.append(
+            f"data: {sum(skipped.values()):,} documents of {len(skipped)} files left out (data.on_error: skip); "
+            "metrics.jsonl names the files"
+        )
+    if saving.last is not None:
+        lines.append(f"resumed after step {saving.step} from {saving.last}")
+    return "\n".join(lines)
+
+
+def skipped_documents(inputs: Inputs) -> dict[str, int]:
+    """Documents left out of each training file."""
+    counts: dict[str, int] = {}
+    for source in inputs.stream.sources if inputs.stream is not None else ():
+        counts.update(source.skipped)
+    return counts

@@ -1,0 +1,74 @@
+"""Stopping before a job's time limit: how early, the warning, and a real run that does it."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mf_train.training.deadline import Deadline, find_deadline
+from tests.training.runs import command_line, environment, read_metrics, small_config, write_text
+
+
+def test_time_for_the_saves_a_step_and_a_reserve_is_kept() -> None:
+    deadline = Deadline(math.inf, notice=120, saves=1)
+    assert deadline.needed(0) == 10
+    deadline.note_step(4)
+    deadline.note_step(2)  # the longest counts
+    assert deadline.needed(80) == pytest.approx(10 + 1.25 * (80 + 4))
+    assert Deadline(math.inf, 120, saves=2).needed(80) == pytest.approx(10 + 1.25 * 160)
+    for _ in range(100):
+        deadline.note_step(1)  # a slow first step is forgotten
+    assert deadline.needed(0) == pytest.approx(10 + 1.25)
+
+
+def test_warns_once_where_the_notice_is_too_short() -> None:
+    deadline = Deadline(time.time() + 3600, notice=60, saves=1)
+    assert deadline.warning(save_seconds=39) is None
+    warning = deadline.warning(save_seconds=80)
+    assert warning is not None and "a save takes 80 s" in warning and "the notice of 60 s" in warning
+    assert "stops 110 s before" in warning and "--notice 120" in warning
+    assert deadline.warning(save_seconds=80) is None
+    assert Deadline(math.inf, notice=60, saves=1).warning(save_seconds=80) is None  # no limit
+
+
+def test_passes_as_early_as_a_save_needs() -> None:
+    now = time.time()
+    assert not Deadline(now + 200, notice=60, saves=1).passed(80)
+    assert Deadline(now + 100, notice=60, saves=1).passed(80)
+    assert not Deadline(now + 100, notice=60, saves=1).passed(40)
+    assert not Deadline(math.inf, notice=60, saves=1).passed(1e6)
+
+
+def test_reads_the_job_s_limit() -> None:
+    deadline = find_deadline({"SLURM_JOB_END_TIME": "1700000000", "MF_NOTICE_SECONDS": "90"}, saves=2)
+    assert (deadline.end, deadline.notice, deadline.saves) == (1.7e9, 90, 2)
+    for outside in ({}, {"SLURM_JOB_END_TIME": "Unknown"}, {"SLURM_JOB_END_TIME": "0"}):
+        assert find_deadline(outside, saves=1).end == math.inf
+
+
+def test_a_run_stops_by_itself_before_the_limit(tmp_path: Path) -> None:
+    """No signal comes; the notice is shorter than what a save needs."""
+    tree = small_config(tmp_path / "run", write_text(tmp_path / "text.jsonl"))
+    tree["training"]["steps"] = 100_000
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    limit = time.time() + 25
+    job = {"SLURM_JOB_END_TIME": f"{limit:.0f}", "MF_NOTICE_SECONDS": "5"}
+    done = subprocess.run(
+        command_line(["train", str(tmp_path / "run.yaml")]),
+        env=environment() | job,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert time.time() < limit
+    assert len(re.findall("the notice of 5 s is too short", done.stdout)) == 1
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert f"stopped on request after step {last};" in done.stdout
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == f"step-{last:09d}"

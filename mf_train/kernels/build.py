@@ -37,7 +37,9 @@ def compile_once(name: str, sources: Sequence[Path], command: Callable[[Path], l
     Raises:
         BuildError: the compiler is missing or fails, or the cache folder cannot be written.
     """
-    digest = hashlib.sha256("\0".join([platform.machine(), *command(Path(name))]).encode())
+    # wherever the package lies: each launched run has a copy of its own
+    words = [word.replace(str(SOURCES), SOURCES.name) for word in command(Path(name))]
+    digest = hashlib.sha256("\0".join([platform.machine(), *words]).encode())
     for source in sources:
         digest.update(source.read_bytes())
     folder = cache_folder()

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -363,6 +364,19 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     done = report(tmp_path / "file")
     assert done.stdout.startswith("False")
     assert "set XDG_CACHE_HOME to a folder that can be written" in done.stdout
+
+
+@needs_library
+def test_a_copy_of_the_package_takes_the_same_library(tmp_path: Path) -> None:
+    """Each launched run has a copy of its own, and they must not all compile."""
+    assert cpu.library() is not None
+    shutil.copytree(REPOSITORY / "mf_train", tmp_path / "mf_train")
+    variables = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(tmp_path)}  # without a compiler
+    place = f"import mf_train; print(mf_train.__file__.startswith({str(tmp_path)!r})); {REPORT}"
+    done = subprocess.run(
+        [sys.executable, "-c", place], cwd=tmp_path, env=variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "True"]
 
 
 @needs_library

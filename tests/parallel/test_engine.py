@@ -55,8 +55,7 @@ WORLDS = [
         select(2, 2, "float32", EVERY)
         + select(2, 2, "bfloat16", EVERY)
         + select(2, 2, "float32", (1, 3), warm=True)
-        + select(2, 2, "bfloat16", (0, 2), warm=True)
-        + select(2, 2, "float32", (1, 3), documents=True)
+        + select(2, 2, "float32", (3,), documents=True)
         + select(2, 2, "bfloat16", (2,), documents=True)
         + select(4, 1, "float32", (0,)),
     ),
@@ -73,7 +72,8 @@ SLOW_WORLDS = [
     (
         [0, 1, 2, 3],
         select(2, 2, "float32", (0, 2), warm=True)
-        + select(2, 2, "bfloat16", (1, 3), warm=True)
+        + select(2, 2, "bfloat16", EVERY, warm=True)
+        + select(2, 2, "float32", (1,), documents=True)
         + select(4, 1, "float32", (1, 2, 3))
         + select(4, 1, "bfloat16", EVERY),
     ),

@@ -78,6 +78,7 @@ def check(checkpoint: Path, folder: Path, bare: tuple[int, int], limit: float) -
         )
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit(tmp_path: Path, bare: tuple[int, int]) -> None:
     check(write_large(tmp_path / "step-000000007", SMALL, 1), tmp_path, bare, SMALL_LIMIT)
 

@@ -131,7 +131,8 @@ def assert_equal_checkpoints(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "data", "stage"), [(1, 2, 2), (2, 1, 0), (2, 2, 3)], ids=lambda value: str(value)
+    ("tensor", "data", "stage"),
+    [pytest.param(1, 2, 2, marks=pytest.mark.slow), pytest.param(2, 1, 0, marks=pytest.mark.slow), (2, 2, 3)],
 )
 def test_resume_on_another_shape(reference: Path, tmp_path: Path, tensor: int, data: int, stage: int) -> None:
     checkpoint = reference / "checkpoints" / "step-000000006"
@@ -237,9 +238,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(reference: Path, tmp_path: Path) 
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
 def test_resume_in_bfloat16_is_exact_on_the_same_shape(reference: Path, tmp_path: Path, stage: int) -> None:
     tree = tree_beside(reference, tmp_path / "whole")
     tree["training"] |= {"steps": 4, "precision": "bfloat16"}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mf_train.errors import PeerError, TrainingError, UserError
+from mf_train.launch.arguments import add_launch, join_verb
 
 FAILURE, MISTAKE = 1, 2
 _PEER_WAIT_SECONDS = 5.0
@@ -19,7 +20,7 @@ _FILES = "text, JSONL or Parquet files; may be repeated"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failure, 2 the user's mistake, 75 stopped on request after saving."""
-    options = _parse(_build_parser(), arguments)
+    options = _parse(_build_parser(), join_verb(sys.argv[1:] if arguments is None else arguments))
     try:
         status = options.run(options)
     except UserError as error:
@@ -317,6 +318,8 @@ def _build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--sequence-length", type=int, default=None, metavar="S", help="default: the model's")
     verb.add_argument("--sequences", type=int, default=0, metavar="N", help="only the first N (default: all)")
     verb.add_argument("--batch-size", type=int, default=8, metavar="B")
+
+    add_launch(commands)
     return parser
 
 

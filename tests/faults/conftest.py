@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.faults.drill import INTERVAL, KEEP, Loss, Run, drill_config
+from tests.tables import verdict, write_table
 from tests.training.runs import write_text
 
 MakeRun = Callable[..., Run]
@@ -112,18 +113,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             if "faults" in getattr(report, "keywords", {}) and "tests/faults/" in report.nodeid:
                 names = [value for key, value in report.user_properties if key == _CASE]
                 rows.setdefault(names[-1] if names else report.nodeid.partition("::")[2], []).append(report)
-    if not rows:
-        return
-    table = [_HEADINGS, *(_row(case, reports) for case, reports in rows.items())]
-    widths = [max(len(row[column]) for row in table) for column in range(len(_HEADINGS))]
     title = f"fault drills, interval {INTERVAL}"
     if _SEED in config.stash:
         title += f", --faults-seed={config.stash[_SEED]}"
-    terminalreporter.section(title)
-    for row in table:
-        terminalreporter.write_line(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+    write_table(terminalreporter, title, _HEADINGS, [_row(case, reports) for case, reports in rows.items()])
 
 
 def _row(case: str, reports: list[pytest.TestReport]) -> tuple[str, ...]:
@@ -133,17 +126,11 @@ def _row(case: str, reports: list[pytest.TestReport]) -> tuple[str, ...]:
         [value for key, value in properties if key == kind] for kind in (_FAILURE, _RECOVERY)
     )
     again = [loss.again for loss in losses]
-    if any(report.failed for report in reports):
-        verdict = "FAILED"
-    elif any(report.passed for report in reports):
-        verdict = "ok"
-    else:
-        verdict = f"skipped: {reports[0].longrepr[2].removeprefix('Skipped: ')}"
     return (
         case,
         str(len(losses)),
         f"{statistics.mean(again):.1f}, at most {max(again)}" if again else "-",
         str(max(0, *(loss.beyond for loss in losses))) if losses else "-",
         *(f"{statistics.median(s):.1f}, at most {max(s):.1f}" if s else "-" for s in (failure, recovery)),
-        verdict,
+        verdict(reports),
     )

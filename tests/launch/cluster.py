@@ -1,9 +1,10 @@
-"""A real SLURM cluster on one machine: munged, slurmctld, and four nodes in namespaces of their own.
+"""A real SLURM cluster on one machine: munged, slurmctld, and six nodes in namespaces of their own.
 
 Needs root, Debian's slurm-wlm and munge, and iproute2. Every node has its own network (a veth pair on a bridge),
-host name, mounts and process ids, so host names, rendezvous and signals behave as on a cluster. Two nodes have
-GPUs, by SLURM's books. Everything that is started dies with the process that started it. Only one cluster at a
-time, kept by a lock: its names and addresses are fixed.
+host name, mounts and process ids, so host names, rendezvous and signals behave as on a cluster. n1 to n4 are in the
+default partition `main` and in `urgent`, whose jobs preempt those of `main`; g1 and g2, partition `gpu`, have GPUs by
+SLURM's books. Nodes can be powered off and cut off. Everything that is started dies with the process that started
+it. Only one cluster at a time, kept by a lock: its names and addresses are fixed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 PROGRAMS = "munged slurmctld slurmd sbatch squeue scontrol scancel ip unshare nsenter".split()
 BRIDGE, NETWORK = "mfslurm", "10.77.13"
 LOCK = Path("/run/lock/mf-slurm-cluster")
-CPUS = 4  # of every node, as configured: they need not exist
+CPUS, MEMORY_MB = 4, 16000  # of every node, as configured: they need not exist
+GRACE = 20  # seconds that a preempted job has
 FINISHED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
 
 SLURM_CONF = """\
@@ -54,14 +56,17 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
-KillWait=5
+KillWait=10
 MinJobAge=3600
-SlurmdTimeout=10
-MessageTimeout=10
+SlurmdTimeout=8
+MessageTimeout=8
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 GresTypes=gpu
-NodeName=n[1-2] NodeAddr={network}.[1-2] CPUs={cpus} State=UNKNOWN
-NodeName=g[1-2] NodeAddr={network}.[3-4] CPUs={cpus} Gres=gpu:2 State=UNKNOWN
-PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+NodeName=n[1-4] NodeAddr={network}.[1-4] CPUs={cpus} RealMemory={memory} State=UNKNOWN
+NodeName=g[1-2] NodeAddr={network}.[5-6] CPUs={cpus} RealMemory={memory} Gres=gpu:2 State=UNKNOWN
+PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={grace} State=UP
+PartitionName=urgent Nodes=n[1-4] Default=NO MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF State=UP
 PartitionName=gpu Nodes=g[1-2] Default=NO MaxTime=INFINITE State=UP
 """
 # Devices that every machine has stand for GPUs: SLURM only hands out their numbers.
@@ -69,7 +74,7 @@ GRES_CONF = """\
 NodeName=g[1-2] Name=gpu File=/dev/zero
 NodeName=g[1-2] Name=gpu File=/dev/null
 """
-NODES = {f"{NETWORK}.{i}": name for i, name in enumerate(("n1", "n2", "g1", "g2"), start=1)}
+NODES = {name: i for i, name in enumerate(("n1", "n2", "n3", "n4", "g1", "g2"), start=1)}
 
 # What a node runs as its process 1; $1 is the cluster's folder, $2 the node's name.
 NODE = """
@@ -102,7 +107,9 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    # jobs
 
     def run(self, *command: str | Path, cwd: Path | None = None, timeout: float = 30) -> str:
         """Runs a command against the cluster and returns what it printed."""
@@ -122,12 +129,12 @@ class Cluster:
         settings = [f"{name}={value}" for name, value in variables.items()]
         return int(self.run("env", *settings, "sbatch", "--parsable", *arguments, cwd=cwd))
 
-    def job(self, number: int) -> dict[str, str]:
-        """What `scontrol show job` tells, by its keys (JobState, ExitCode, Restarts ...)."""
-        words = self.run("scontrol", "--oneliner", "show", "job", str(number)).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+    def job(self, number: int | str) -> dict[str, str]:
+        """What `scontrol show job` tells, by its keys (JobState, ExitCode, Restarts ...); of an array, its first."""
+        lines = self.run("scontrol", "--oneliner", "show", "job", str(number)).splitlines()
+        return dict(word.split("=", 1) for word in lines[0].split() if "=" in word)
 
-    def wait_for_end(self, number: int, timeout: float) -> dict[str, str]:
+    def wait_for_end(self, number: int | str, timeout: float) -> dict[str, str]:
         """Waits until the job has finished for good; returns its `job`."""
         deadline = time.monotonic() + timeout
         while (job := self.job(number))["JobState"] not in FINISHED:
@@ -135,57 +142,64 @@ class Cluster:
             time.sleep(0.2)
         return job
 
-    def start(self) -> None:
-        """Starts everything and waits until all nodes are idle."""
-        folder, host = self.folder, socket.gethostname().split(".")[0]
-        for name in ("munge", "state", "spool", "log"):
-            (folder / name).mkdir(parents=True)
-        hosts = {"127.0.0.1": "localhost", f"{NETWORK}.254": host, **NODES}
-        (folder / "hosts").write_text("".join(f"{address} {name}\n" for address, name in hosts.items()))
-        (folder / "slurm.conf").write_text(
-            SLURM_CONF.format(folder=folder, host=host, network=NETWORK, cpus=CPUS)
-        )
-        (folder / "gres.conf").write_text(GRES_CONF)
-        make_network()
+    # nodes
 
-        munge = folder / "munge"
-        key = munge / "key"
-        key.touch(0o400)
-        key.write_bytes(os.urandom(128))
-        files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed")]
-        self._start("munged", "munged", "--foreground", "--force", f"--socket={munge / 'socket'}", *files)
-        self._start("slurmctld", "slurmctld", "-D", "-c")
-        for i, name in enumerate(NODES.values(), start=1):
-            (folder / "spool" / name).mkdir()
-            node = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-            shell = ["bash", "-c", NODE, "node", str(folder), name]
-            self._start(name, "nsenter", f"--net=/run/netns/{BRIDGE}{i}", *node, *shell)
-        self._wait_until_idle(30)
+    def kill(self, node: str) -> None:
+        """Powers a node off: all its processes end at once, and nobody is told, since its link goes first."""
+        _ip("link", "del", _link(node))
+        daemon = self._daemons.pop(node)
+        for first in _children(daemon.pid):  # the node's process 1, which takes all others with it
+            os.kill(first, signal.SIGKILL)
+        daemon.wait(10)
+        _ip("netns", "del", _link(node))
 
-    def _start(self, name: str, *command: str) -> None:
-        with open(self.folder / "log" / f"{name}.console", "wb") as console:
-            self._daemons.append(
-                subprocess.Popen(
-                    command,
-                    env=self.environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=console,
-                    stderr=console,
-                    preexec_fn=_die_with_parent,
-                )
-            )
+    def start(self, node: str) -> None:
+        """Boots a node that was powered off; it is there when SLURM has seen it (wait_until_idle)."""
+        add_to_network(node)
+        self._boot(node)
 
-    def _wait_until_idle(self, timeout: float) -> None:
+    def cut(self, node: str) -> None:
+        """Takes a node's link down: its processes live on, and nobody reaches it. run_on still does."""
+        _ip("link", "set", _link(node), "down")
+
+    def heal(self, node: str) -> None:
+        """Takes the link of a node that was cut off up again."""
+        _ip("link", "set", _link(node), "up")
+
+    def run_on(self, node: str, *command: str | Path, timeout: float = 30) -> str:
+        """Runs a command inside a node, by its process 1 and not over its network; returns what it printed."""
+        (first,) = _children(self._daemons[node].pid)
+        return self.run("nsenter", f"--target={first}", "-n", "-u", "-m", "-p", *command, timeout=timeout)
+
+    def restore(self, timeout: float = 60) -> None:
+        """Cancels all jobs, heals and starts all nodes, and waits until they are idle."""
+        self.run("scancel", "--full", "--user=root")
+        for node in NODES:
+            if node in self._daemons and self._daemons[node].poll() is None:
+                self.heal(node)
+            else:
+                if node in self._daemons:
+                    self.kill(node)
+                self.start(node)
+        told = self.run("sinfo", "--noheader", "--Node", "--states=drain,down", "--format=%N %t")
+        for line in dict.fromkeys(told.splitlines()):
+            if not line.endswith("*"):  # those that answer, but were taken out of use
+                self.run("scontrol", "update", f"NodeName={line.split()[0]}", "State=RESUME")
+        self.wait_until_idle(timeout)
+
+    def wait_until_idle(self, timeout: float, nodes: set[str] | None = None) -> None:
+        """Waits until these nodes, or all, are idle; raises AssertionError with the daemons' logs."""
         deadline = time.monotonic() + timeout
         while True:
             told = subprocess.run(
-                ["sinfo", "-h", "-t", "idle", "-o", "%D"],
+                ["sinfo", "--noheader", "--Node", "--format=%N %t"],
                 env=self.environment,
                 capture_output=True,
                 text=True,
                 timeout=30,
             )
-            if told.stdout.strip() == str(len(NODES)):
+            states = dict(line.split() for line in told.stdout.splitlines())
+            if all(states.get(node) == "idle" for node in nodes or NODES):
                 return
             if time.monotonic() > deadline:
                 logs = "".join(
@@ -197,11 +211,57 @@ class Cluster:
                 )
             time.sleep(0.1)
 
-    def stop(self) -> None:
+    # all of it
+
+    def up(self) -> None:
+        """Starts everything and waits until all nodes are idle."""
+        folder, host = self.folder, socket.gethostname().split(".")[0]
+        for name in ("munge", "state", "spool", "log"):
+            (folder / name).mkdir(parents=True)
+        hosts = {"127.0.0.1": "localhost", f"{NETWORK}.254": host}
+        hosts |= {f"{NETWORK}.{i}": name for name, i in NODES.items()}
+        (folder / "hosts").write_text("".join(f"{address} {name}\n" for address, name in hosts.items()))
+        (folder / "slurm.conf").write_text(
+            SLURM_CONF.format(
+                folder=folder, host=host, network=NETWORK, cpus=CPUS, memory=MEMORY_MB, grace=GRACE
+            )
+        )
+        (folder / "gres.conf").write_text(GRES_CONF)
+        make_network()
+
+        munge = folder / "munge"
+        key = munge / "key"
+        key.touch(0o400)
+        key.write_bytes(os.urandom(128))
+        files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed")]
+        self._start("munged", "munged", "--foreground", "--force", f"--socket={munge / 'socket'}", *files)
+        self._start("slurmctld", "slurmctld", "-D", "-c")
+        for node in NODES:
+            (folder / "spool" / node).mkdir()
+            self._boot(node)
+        self.wait_until_idle(30)
+
+    def _boot(self, node: str) -> None:
+        space = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        shell = ["bash", "-c", NODE, "node", str(self.folder), node]
+        self._start(node, "nsenter", f"--net=/run/netns/{_link(node)}", *space, *shell)
+
+    def _start(self, name: str, *command: str) -> None:
+        with open(self.folder / "log" / f"{name}.console", "ab") as console:
+            self._daemons[name] = subprocess.Popen(
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                preexec_fn=_die_with_parent,
+            )
+
+    def down(self) -> None:
         """Ends every process of the cluster and removes its network."""
-        for daemon in reversed(self._daemons):
-            if daemon.args[0] == "nsenter":  # type: ignore[index]
-                for first in _children(daemon.pid):  # the node's process 1, which takes all others with it
+        for name, daemon in reversed(self._daemons.items()):
+            if name in NODES:
+                for first in _children(daemon.pid):
                     os.kill(first, signal.SIGKILL)
             else:
                 daemon.terminate()
@@ -221,10 +281,10 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
         remove_network()  # what a killed predecessor may have left
         cluster = Cluster(folder)
         try:
-            cluster.start()
+            cluster.up()
             yield cluster
         finally:
-            cluster.stop()
+            cluster.down()
 
 
 def make_network() -> None:
@@ -232,27 +292,40 @@ def make_network() -> None:
     _ip("link", "add", BRIDGE, "type", "bridge")
     _ip("addr", "add", f"{NETWORK}.254/24", "dev", BRIDGE)
     _ip("link", "set", BRIDGE, "up")
-    for i in range(1, len(NODES) + 1):
-        namespace = link = f"{BRIDGE}{i}"
-        _ip("netns", "add", namespace)
-        _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", namespace)
-        _ip("link", "set", link, "master", BRIDGE, "up")
-        _ip("-n", namespace, "link", "set", "lo", "up")
-        _ip("-n", namespace, "addr", "add", f"{NETWORK}.{i}/24", "dev", "eth0")
-        _ip("-n", namespace, "link", "set", "eth0", "up")
+    for node in NODES:
+        add_to_network(node)
+
+
+def add_to_network(node: str) -> None:
+    """The node's namespace and its link to the bridge; both have the same name."""
+    link = _link(node)
+    _ip("netns", "add", link)
+    _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", link)
+    _ip("link", "set", link, "master", BRIDGE, "up")
+    _ip("-n", link, "link", "set", "lo", "up")
+    _ip("-n", link, "addr", "add", f"{NETWORK}.{NODES[node]}/24", "dev", "eth0")
+    _ip("-n", link, "link", "set", "eth0", "up")
 
 
 def remove_network() -> None:
     """Removes what make_network made, or a part of it."""
+    # Links go first: a connection that was not closed keeps a namespace, and its link, for minutes.
+    for link in sorted(Path("/sys/class/net").glob(f"{BRIDGE}*"), reverse=True):
+        subprocess.run(["ip", "link", "del", link.name], capture_output=True, timeout=30)
     for line in _ip("netns", "list").splitlines():
         if line.startswith(BRIDGE):
             _ip("netns", "del", line.split()[0])
-    if Path("/sys/class/net", BRIDGE).exists():
-        _ip("link", "del", BRIDGE)
+
+
+def _link(node: str) -> str:
+    return f"{BRIDGE}{NODES[node]}"
 
 
 def _children(process: int) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    try:
+        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except FileNotFoundError:  # it has ended
+        return []
 
 
 def _ip(*arguments: str) -> str:

@@ -1,8 +1,8 @@
-"""launch/train.sbatch on a real SLURM cluster of 2 nodes.
+"""The job script, by hand with plain sbatch, on a real SLURM cluster.
 
 The trainer itself runs in `test_trains_on_two_nodes`. The others put a short program in the place of its python
-(MF_PYTHON), to see just what the batch script does: which ranks it starts and where, and what it does with an exit
-status and with signals.
+(MF_PYTHON), to see just what the script does: which processes it starts and where, and what it does with an exit
+status and with signals. `test_drills.py` has the real trainer in trouble.
 """
 
 from __future__ import annotations
@@ -21,18 +21,30 @@ pytestmark = pytest.mark.slurm
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "launch" / "train.sbatch"
 
-# Writes down which rank it is and what it sees.
+# What the script asks beside training: `python -m MODULE ...`.
+ANSWERS = """
+import sys
+module = sys.argv[2]
+if module == "mf_train.launch.run_folder":
+    print("run")
+    sys.exit(0)
+if module == "mf_train.launch.report":
+    print("the first error of", sys.argv[3])
+    sys.exit(0)
+"""
+
+# Writes down which process it is and what it sees.
 RECORDER = """
-import json, os, socket, sys
-names = "SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID MASTER_ADDR OMP_NUM_THREADS CUDA_VISIBLE_DEVICES RANK"
-seen = {name: os.environ.get(name) for name in names.split()}
+import json, os, socket
+names = "SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID SLURM_NODEID MASTER_ADDR OMP_NUM_THREADS RANK"
+seen = {name: os.environ.get(name) for name in [*names.split(), "CUDA_VISIBLE_DEVICES"]}
 with open(f"rank-{seen['SLURM_PROCID']}.json", "w") as file:
     json.dump({**seen, "host": socket.gethostname(), "arguments": sys.argv[1:]}, file)
 """
 
 # Stops as the trainer does: on USR1 or TERM it saves and exits 75. After its first restart it exits at once.
 STOPPABLE = """
-import os, signal, sys, time
+import os, signal, time
 from pathlib import Path
 rank = os.environ["SLURM_PROCID"]
 def stop(number, frame):
@@ -48,11 +60,26 @@ Path(f"started-{rank}").touch()
 time.sleep(120)
 """
 
+# Ends its Nth start with the Nth word of the file `ends`: a status, after a new checkpoint where a + stands before it.
+SCRIPTED = """
+import os
+from pathlib import Path
+start = int(sys.argv[3].rpartition("-")[2])
+end = Path("ends").read_text().split()[start - 1]
+if os.environ["SLURM_PROCID"] == "0":
+    with open("seen", "a") as seen:
+        seen.write(f"{start} {os.environ['SLURM_JOB_END_TIME']} {os.environ['MF_NOTICE_SECONDS']}\\n")
+    if end.startswith("+"):
+        Path("run/checkpoints").mkdir(exist_ok=True)
+        Path("run/checkpoints/latest").write_text(f"step-{start:09d}\\n")
+sys.exit(int(end))
+"""
+
 
 def stand_in(folder: Path, program: str) -> str:
     """Writes an executable that runs `program`, for MF_PYTHON."""
     path = folder / "stand-in"
-    path.write_text(f"#!{sys.executable}\n{program}")
+    path.write_text(f"#!{sys.executable}\n{ANSWERS}{program}")
     path.chmod(0o755)
     return str(path)
 
@@ -60,6 +87,11 @@ def stand_in(folder: Path, program: str) -> str:
 def output(folder: Path) -> str:
     """What the jobs of this folder wrote."""
     return "".join(path.read_text() for path in sorted(folder.glob("memoryformer-*.out")))
+
+
+def starts(folder: Path) -> list[list[str]]:
+    """The lines of the run's starts.tsv: time, job, start, event, nodes, processes, checkpoint, status, next."""
+    return [line.split("\t") for line in (folder / "run/launch/starts.tsv").read_text().splitlines()]
 
 
 def wait_for_files(folder: Path, names: set[str], timeout: float = 60) -> None:
@@ -70,51 +102,70 @@ def wait_for_files(folder: Path, names: set[str], timeout: float = 60) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "hosts", "threads"),
+    ("starter", "options", "hosts", "threads"),
     [
-        ("--nodes=2 --ntasks-per-node=1", "n1 n2", 4),
-        ("--nodes=2 --ntasks-per-node=2", "n1 n1 n2 n2", 2),
-        ("--ntasks=2", "n1 n1", 2),
-        ("--nodes=2 --partition=gpu --gpus-per-node=2", "g1 g1 g2 g2", 2),
-        ("--nodes=2 --partition=gpu --gpus-per-node=1", "g1 g2", 4),
-        ("--partition=gpu", "g1 g1", 2),  # no number given: all of the node
+        ("srun", "--nodes=2 --ntasks-per-node=1", "n1 n2", 4),
+        ("srun", "--nodes=2 --ntasks-per-node=2", "n1 n1 n2 n2", 2),
+        ("srun", "--ntasks=2", "n1 n1", 2),
+        ("srun", "--nodes=2 --partition=gpu --gpus-per-node=2", "g1 g1 g2 g2", 2),
+        ("srun", "--nodes=2 --partition=gpu --gpus-per-node=1", "g1 g2", 4),
+        ("srun", "--partition=gpu", "g1 g1", 2),  # no number given: all of the node
+        ("torchrun", "--nodes=2 --ntasks-per-node=2", "n1 n2", 2),
+        ("torchrun", "--nodes=2 --partition=gpu --gpus-per-node=2", "g1 g2", 2),
     ],
 )
 def test_starts_one_process_per_task_or_gpu(
-    slurm_cluster: Cluster, tmp_path: Path, options: str, hosts: str, threads: int
+    slurm_cluster: Cluster, tmp_path: Path, starter: str, options: str, hosts: str, threads: int
 ) -> None:
     arguments = ["config.yaml", "training.output_dir=a folder"]
     number = slurm_cluster.submit(
-        *options.split(), SCRIPT, *arguments, cwd=tmp_path, MF_PYTHON=stand_in(tmp_path, RECORDER), RANK="7"
+        *options.split(),
+        SCRIPT,
+        *arguments,
+        cwd=tmp_path,
+        MF_PYTHON=stand_in(tmp_path, RECORDER),
+        MF_STARTER=starter,
+        RANK="7",
     )
     job = slurm_cluster.wait_for_end(number, 60)
     assert job["JobState"] == "COMPLETED", output(tmp_path)
 
+    logs = f"run/launch/logs/{number}-1"
+    program = ["mf_train.launch.rank", logs] if starter == "srun" else ["mf_train.launch.agent", logs, "2"]
     ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank-*.json"))]
     assert [rank["host"] for rank in ranks] == hosts.split()
     for i, rank in enumerate(ranks):
         assert rank["SLURM_PROCID"] == str(i)
         assert rank["SLURM_STEP_NUM_TASKS"] == str(len(ranks))
         assert rank["SLURM_LOCALID"] == str([r["host"] for r in ranks[:i]].count(rank["host"]))
+        assert rank["SLURM_NODEID"] == str(sorted(set(hosts.split())).index(rank["host"]))
         assert rank["MASTER_ADDR"] == hosts.split()[0]
         assert rank["OMP_NUM_THREADS"] == str(threads)
         assert rank["RANK"] is None  # of whatever the user's shell was in
-        assert rank["arguments"] == ["-m", "mf_train", "train", *arguments]
-        if "gpu" in options:  # each sees all those of its node
-            assert rank["CUDA_VISIBLE_DEVICES"] == ",".join(
-                map(str, range(hosts.split().count(rank["host"])))
-            )
+        assert rank["arguments"] == ["-m", *program, "--", "train", *arguments]
+        if "gpu" in options:  # each sees all those of its node, or of those that were asked for
+            seen = hosts.split().count(rank["host"]) if starter == "srun" else 2
+            assert rank["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, range(seen)))
 
 
-def test_saves_and_requeues_itself_on_notice(slurm_cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("starter", ["srun", "torchrun"])
+def test_saves_and_requeues_itself_on_notice(slurm_cluster: Cluster, tmp_path: Path, starter: str) -> None:
     python = stand_in(tmp_path, STOPPABLE)
-    number = slurm_cluster.submit("--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python)
+    number = slurm_cluster.submit(
+        "--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, MF_STARTER=starter
+    )
     wait_for_files(tmp_path, {"started-0", "started-1"})
     slurm_cluster.run("scancel", "--batch", "--signal=USR1", str(number))
     job = slurm_cluster.wait_for_end(number, 120)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(tmp_path)
     assert {(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)} == {"SIGUSR1"}
     wait_for_files(tmp_path, {"resumed-0", "resumed-1"}, timeout=1)
+    assert [line[2:6] + line[7:] for line in starts(tmp_path)] == [
+        ["1", "started", "n[1-2]", "2", "-", "-"],
+        ["1", "ended", "n[1-2]", "2", "75", "requeue"],
+        ["2", "started", "n[1-2]", "2", "-", "-"],
+        ["2", "ended", "n[1-2]", "2", "0", "done"],
+    ]
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm_cluster: Cluster, tmp_path: Path) -> None:
@@ -128,11 +179,70 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm_cluster: Cluster, tmp_p
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), output(tmp_path)
 
 
-def test_a_failure_is_the_jobs_failure(slurm_cluster: Cluster, tmp_path: Path) -> None:
-    python = stand_in(tmp_path, "import sys; sys.exit(2)")
-    number = slurm_cluster.submit("--nodes=2", SCRIPT, "no-such.yaml", cwd=tmp_path, MF_PYTHON=python)
+def test_stopped_on_request_it_stays_out_of_the_queue(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    python = stand_in(tmp_path, STOPPABLE)
+    number = slurm_cluster.submit("--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python)
+    wait_for_files(tmp_path, {"started-0", "started-1"})
+    (tmp_path / f"run/launch/stop-{number}").touch()
+    slurm_cluster.run("scancel", "--batch", "--signal=USR1", str(number))
     job = slurm_cluster.wait_for_end(number, 60)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "0"), output(tmp_path)
+    assert starts(tmp_path)[-1][7:] == ["75", "stopped"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "state", "code", "restarts", "nexts", "says"),
+    [
+        # a mistake is not tried again
+        ("2", "FAILED", "2:0", 0, "ends", "not tried again"),
+        # a failure is, at once
+        ("1 0", "COMPLETED", "0:0", 0, "retry done", "failed with status 1"),
+        # not for ever: three starts from the same checkpoint
+        (
+            "1 137 1",
+            "FAILED",
+            "1:0",
+            0,
+            "retry retry ends",
+            "3 starts in a row ended without a new checkpoint",
+        ),
+        # a new checkpoint begins the count anew
+        ("1 1 +1 1 0", "COMPLETED", "0:0", 0, "retry retry retry retry done", "step-000000003"),
+        # stopped before it could save, again and again
+        ("75 75 75", "FAILED", "1:0", 2, "requeue requeue ends", "a longer --time"),
+        ("+75 75 0", "COMPLETED", "0:0", 2, "requeue requeue done", "from checkpoint step-000000001"),
+    ],
+)
+def test_goes_on_as_long_as_there_is_progress(
+    slurm_cluster: Cluster,
+    tmp_path: Path,
+    ends: str,
+    state: str,
+    code: str,
+    restarts: int,
+    nexts: str,
+    says: str,
+) -> None:
+    (tmp_path / "ends").write_text(ends)
+    python = stand_in(tmp_path, SCRIPTED)
+    number = slurm_cluster.submit(
+        "--nodes=2", "--time=10", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, MF_STARTER="srun"
+    )
+    submitted = time.time()
+    job = slurm_cluster.wait_for_end(number, 120)
+    printed = output(tmp_path)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == (state, code, str(restarts)), printed
+    assert says in printed
+    failures = [start for start, end in enumerate(ends.split(), 1) if int(end) not in (0, 75)]
+    assert [f"the first error of run/launch/logs/{number}-{start}" in printed for start in failures] == [
+        True for _ in failures
+    ]
+    ended = [line for line in starts(tmp_path) if line[3] == "ended"]
+    assert " ".join(line[8] for line in ended[: len(nexts.split())]) == nexts
+    seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    assert [int(line[0]) for line in seen] == list(range(1, len(ends.split()) + 1))
+    assert all(submitted + 590 < int(line[1]) < time.time() + 610 for line in seen)  # of --time=10, minutes
+    assert all(line[2] == "120" for line in seen)
 
 
 def test_says_how_to_use_it(slurm_cluster: Cluster, tmp_path: Path) -> None:
@@ -160,6 +270,7 @@ def test_trains_on_two_nodes(slurm_cluster: Cluster, tmp_path: Path) -> None:
     )
     job = slurm_cluster.wait_for_end(number, 240)
     assert job["JobState"] == "COMPLETED", output(tmp_path)
+    assert "reach over nodes of 1 processes" in output(tmp_path)
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert all(step["tensor_parallel_bytes_per_token"] > 0 for step in steps)

@@ -1,0 +1,253 @@
+"""The arguments of `memoryformer launch` and its verbs, and what they call."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mf_train.errors import UserError
+from mf_train.launch.job import JobOptions, check_options
+
+VERBS = ("status", "stop", "logs")
+
+
+def join_verb(arguments: Sequence[str]) -> list[str]:
+    """`launch status RUN` as `"launch status" RUN`: the two words are one command beside `launch CONFIG`."""
+    if len(arguments) > 1 and arguments[0] == "launch" and arguments[1] in VERBS:
+        return [" ".join(arguments[:2]), *arguments[2:]]
+    return list(arguments)
+
+
+def add_launch(commands: Any) -> None:
+    """Add the commands to the command line's parser."""
+    parser = _add(
+        commands,
+        "launch",
+        "run on a SLURM cluster: check, snapshot, render a job script, submit",
+        "memoryformer launch configs/base.yaml training.steps=100000 --nodes 4 --gpus-per-node 8 --time 24:00:00",
+        _launch,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings that replace the file's; {task} stands for the number of an array's task",
+    )
+    _add_size(parser)
+    _add_queue(parser)
+    _add_behaviour(parser)
+    _add_what(parser)
+    _add_verbs(commands)
+
+
+def options_from(given: argparse.Namespace) -> JobOptions:
+    """The job that the command line asks for. Raises UserError."""
+    return JobOptions(
+        nodes=given.nodes,
+        gpus_per_node=given.gpus_per_node,
+        tasks_per_node=given.tasks_per_node,
+        cpus_per_task=given.cpus_per_task,
+        time=given.time,
+        partition=given.partition,
+        account=given.account,
+        qos=given.qos,
+        array=given.array,
+        job_name=given.job_name,
+        dependency=given.dependency,
+        exclusive=not given.no_exclusive,
+        sbatch=tuple(given.sbatch),
+        starter=given.starter,
+        elastic=_range(given.elastic),
+        notice=given.notice,
+        retries=given.retries,
+        python=given.python,
+        container=given.container,
+        container_mounts=tuple(given.container_mounts),
+        gpu_memory=given.gpu_memory,
+    )
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    size = parser.add_argument_group("size")
+    size.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
+    size.add_argument("--gpus-per-node", type=int, metavar="G", help="one process a GPU")
+    size.add_argument("--tasks-per-node", type=int, metavar="T", help="processes a node without GPUs")
+    size.add_argument("--cpus-per-task", type=int, metavar="C", help="default: the node's, shared out")
+    size.add_argument(
+        "--elastic",
+        metavar="MIN:MAX",
+        help="numbers of nodes: when some fail the run goes on with fewer, and the same batches",
+    )
+    size.add_argument(
+        "--gpu-memory",
+        type=float,
+        default=80.0,
+        metavar="GB",
+        help="of one GPU, to refuse what cannot fit (80)",
+    )
+    size.add_argument(
+        "--no-exclusive", action="store_true", help="share nodes with other jobs; needs --cpus-per-task"
+    )
+
+
+def _add_queue(parser: argparse.ArgumentParser) -> None:
+    queue = parser.add_argument_group("queue, as sbatch's options")
+    queue.add_argument(
+        "--time", metavar="T", help="limit: minutes, H:M:S, D-H; the job requeues itself until done"
+    )
+    queue.add_argument("--partition", metavar="NAME")
+    queue.add_argument("--account", metavar="NAME")
+    queue.add_argument("--qos", metavar="NAME")
+    queue.add_argument("--job-name", metavar="NAME", help="default: the run folder's name")
+    queue.add_argument("--array", metavar="TASKS", help="a run for each number: 0-2, 0-99%%10, 1,3,5")
+    queue.add_argument("--dependency", metavar="WHEN:JOB", help="such as afterok:1234")
+    queue.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any other option of sbatch, as --sbatch=--constraint=h100; may be repeated",
+    )
+
+
+def _add_behaviour(parser: argparse.ArgumentParser) -> None:
+    job = parser.add_argument_group("job")
+    job.add_argument(
+        "--starter",
+        choices=("torchrun", "srun"),
+        default="torchrun",
+        help="of the processes (default: torchrun)",
+    )
+    job.add_argument(
+        "--notice",
+        type=int,
+        metavar="SECONDS",
+        help="between the signal to save and the time limit (default: 120, and 2 for each GB of a checkpoint)",
+    )
+    job.add_argument(
+        "--retries",
+        type=int,
+        default=2,
+        metavar="N",
+        help="restarts in a row without a new checkpoint (default: 2)",
+    )
+    job.add_argument(
+        "--python", metavar="PATH", help="on the nodes (default: this one; in a container: python)"
+    )
+    job.add_argument(
+        "--container",
+        metavar="IMAGE",
+        help="IMAGE.sif: Apptainer; anything else: Enroot by Pyxis' srun options",
+    )
+    job.add_argument(
+        "--container-mounts",
+        action="append",
+        default=[],
+        metavar="FROM:TO",
+        help="beside the working directory and the run's folder; may be repeated",
+    )
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to do").add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="write the script, submit nothing")
+    what.add_argument("--parsable", action="store_true", help="print the job's number alone")
+    what.add_argument(
+        "--check",
+        action="store_true",
+        help="train nothing: one minute of preflight on the nodes, and a verdict",
+    )
+
+
+def _add_verbs(commands: Any) -> None:
+    example = "memoryformer launch status runs/base"
+    verb = _add(commands, "launch status", "show where a launched run or array stands", example, _status)
+    _add_run(verb)
+
+    example = "memoryformer launch stop runs/base"
+    _add_run(_add(commands, "launch stop", "have a launched run or array save and end", example, _stop))
+
+    example = "memoryformer launch logs runs/base --rank 3 --follow"
+    verb = _add(
+        commands, "launch logs", "show a launched run's output, its first error first", example, _logs
+    )
+    _add_run(verb)
+    verb.add_argument("--rank", type=int, metavar="N", help="one rank's own log (default: the job's output)")
+    verb.add_argument("--start", type=int, metavar="K", help="of the job's K-th start (default: the newest)")
+    verb.add_argument("--lines", type=int, default=40, metavar="N", help="the last N lines (default: 40)")
+    verb.add_argument(
+        "--follow", action="store_true", help="go on with what is written, until the job has ended"
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_folder", type=Path, metavar="RUN", help="training.output_dir, or an array's folder"
+    )
+
+
+def _add(commands: Any, name: str, summary: str, example: str, run: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example: {example}",
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None:
+        raise UserError(f"--elastic {text}: write MIN:MAX numbers of nodes, such as 2:4")
+    return int(match[1]), int(match[2])
+
+
+def _launch(given: argparse.Namespace) -> int:
+    options = options_from(given)
+    if given.check:
+        from mf_train.config.loading import load_config
+        from mf_train.launch.check import check
+
+        check_options(options)
+        return check(load_config(given.config, given.overrides), options)
+    from mf_train.launch.submit import launch
+
+    return launch(
+        given.config,
+        given.overrides,
+        options,
+        dry_run=given.dry_run,
+        parsable=given.parsable,
+        command=["memoryformer", *sys.argv[1:]],
+    )
+
+
+def _status(given: argparse.Namespace) -> int:
+    from mf_train.launch.control import status
+
+    return _print(status(given.run_folder))
+
+
+def _stop(given: argparse.Namespace) -> int:
+    from mf_train.launch.control import stop
+
+    return _print(stop(given.run_folder))
+
+
+def _logs(given: argparse.Namespace) -> int:
+    from mf_train.launch.control import logs
+
+    return _print(logs(given.run_folder, given.rank, given.start, given.lines, given.follow))
+
+
+def _print(lines: Any) -> int:
+    for line in lines:
+        print(line, flush=True)
+    return 0

@@ -1,0 +1,290 @@
+"""What is asked of SLURM for a run, and whether the run can work there. Raises before anything is written."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from mf_train.config import Config
+from mf_train.errors import UserError
+
+Starter = Literal["torchrun", "srun"]
+
+TASK = "{task}"  # stands for the array task's number in overrides and in the configuration's text
+MASTER_BYTES = 12  # a parameter's float32 weight and both moments of AdamW: what a checkpoint holds
+_NOTICE_SECONDS, _NOTICE_SECONDS_PER_GB = 120, 2.0
+_LONGEST_NOTICE = 65535  # seconds, of sbatch's --signal
+_UNLIMITED = ("unlimited", "infinite")
+_TIME = re.compile(
+    r"(?:(?P<days>\d+)-(?P<day_hours>\d+)(?::(?P<day_minutes>\d+)(?::(?P<day_seconds>\d+))?)?"
+    r"|(?P<hours>\d+):(?P<hour_minutes>\d+):(?P<hour_seconds>\d+)|(?P<minutes>\d+)(?::(?P<minute_seconds>\d+))?)"
+)
+_ARRAY = re.compile(r"(?P<tasks>\d+(?:-\d+(?::\d+)?)?(?:,\d+(?:-\d+(?::\d+)?)?)*)(?:%(?P<at_once>\d+))?")
+_MOST_TASKS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What `memoryformer launch` asks of SLURM. Names are those of sbatch's options where there is one."""
+
+    nodes: int = 1  # the largest number where `elastic` is given
+    gpus_per_node: int | None = None  # processes a node, one a GPU
+    tasks_per_node: int | None = None  # the same for nodes without GPUs
+    cpus_per_task: int | None = None
+    time: str | None = None  # as sbatch reads it: minutes, H:M:S, D-H ...
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    array: str | None = None  # 0-2, 0-99%10, 1,3,5
+    job_name: str | None = None
+    dependency: str | None = None
+    exclusive: bool = True
+    sbatch: tuple[str, ...] = ()  # more options of sbatch, as they are
+    starter: Starter = "torchrun"
+    elastic: tuple[int, int] | None = None  # fewest and most nodes
+    notice: int | None = None  # seconds between the signal and the time limit; None: by the checkpoint's size
+    retries: int = 2  # restarts in a row that may pass without a new checkpoint
+    python: str | None = None  # on the nodes
+    container: str | None = None
+    container_mounts: tuple[str, ...] = ()  # FROM:TO
+    gpu_memory: float = 80.0  # GB of one GPU
+
+    @property
+    def per_node(self) -> int:
+        """Processes a node."""
+        return self.gpus_per_node or self.tasks_per_node or 1
+
+    @property
+    def node_range(self) -> tuple[int, int]:
+        """Fewest and most nodes."""
+        return self.elastic or (self.nodes, self.nodes)
+
+
+def check_job(config: Config, options: JobOptions, node_memory: float | None = None) -> list[int]:
+    """The numbers of nodes, ascending, on which the configuration can train: one, or several of an elastic job.
+
+    `node_memory` is what a node without GPUs has, in bytes, where it is known. Raises UserError for options that sbatch
+    or the job could not use, degrees that do not divide, and a model that cannot fit.
+    """
+    check_options(options)
+    per_node, tensor = options.per_node, config.parallel.tensor
+    if config.checkpoint.resume == "never":
+        raise UserError(
+            "checkpoint.resume is never: the job would end when it is requeued and finds its own checkpoints; "
+            "set checkpoint.resume=auto (a new training.output_dir starts anew)"
+        )
+    if config.training.device == "cuda" and options.gpus_per_node is None:
+        raise UserError("training.device is cuda: give --gpus-per-node in the place of --tasks-per-node")
+    if per_node % tensor:
+        raise UserError(
+            f"parallel.tensor {tensor} does not divide the {per_node} processes of a node: a tensor-parallel group "
+            "stays inside a node; change parallel.tensor, --gpus-per-node or --tasks-per-node"
+        )
+    usable = _usable(config, options, node_memory)
+    notice = notice_seconds(config, options)
+    limit = time_seconds(options.time) if options.time else math.inf
+    if notice >= limit:
+        raise UserError(
+            f"the notice of {notice} s before the time limit is not less than --time {options.time}: give a longer "
+            "--time, or fewer seconds with --notice"
+        )
+    return usable
+
+
+def left_out(options: JobOptions, node_counts: list[int]) -> list[int]:
+    """Numbers of nodes inside an elastic job's range that the configuration cannot use."""
+    fewest, most = options.node_range
+    return [count for count in range(fewest, most + 1) if count not in node_counts]
+
+
+def warnings(config: Config, options: JobOptions) -> list[str]:
+    """What is allowed and seldom meant."""
+    found = []
+    if not config.checkpoint.interval:
+        found.append(
+            "checkpoint.interval is 0: a node that fails loses every step of this start; set an interval in steps"
+        )
+    if options.time is None:
+        found.append("no --time: the partition's default limit holds, and short jobs start sooner")
+    if config.training.device == "cpu" and options.gpus_per_node is not None:
+        found.append("training.device is cpu: the GPUs that --gpus-per-node asks for are not used")
+    return found
+
+
+def check_options(options: JobOptions) -> None:
+    """Raises UserError where an option has a value that sbatch or the job script cannot use."""
+    if options.gpus_per_node is None and options.tasks_per_node is None:
+        raise UserError("give --gpus-per-node G, or for nodes without GPUs --tasks-per-node T")
+    if options.gpus_per_node is not None and options.tasks_per_node is not None:
+        raise UserError(
+            "give --gpus-per-node or --tasks-per-node, not both: a process a GPU, or a process a task"
+        )
+    for name in ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "notice", "gpu_memory"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+    if options.retries < 0:
+        raise UserError(f"--retries is {options.retries}: it must be 0 or more")
+    if options.notice is not None and options.notice > _LONGEST_NOTICE:
+        raise UserError(f"--notice is {options.notice}: SLURM takes at most {_LONGEST_NOTICE} s")
+    if options.elastic is not None:
+        fewest, most = options.elastic
+        if not 1 <= fewest <= most:
+            raise UserError(f"--elastic {fewest}:{most}: write MIN:MAX numbers of nodes, such as 2:4")
+        if options.nodes not in (1, most):
+            raise UserError(
+                f"--nodes {options.nodes} and --elastic {fewest}:{most}: leave --nodes out, or give {most}"
+            )
+    if options.time is not None:
+        time_seconds(options.time)
+    if options.array is not None:
+        array_tasks(options.array)
+    if not options.exclusive and options.cpus_per_task is None:
+        raise UserError("--no-exclusive: say with --cpus-per-task how many CPUs each process gets")
+    _check_text(options)
+
+
+def _check_text(options: JobOptions) -> None:
+    names = ("time", "partition", "account", "qos", "job_name", "dependency", "python", "container")
+    values = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+    several = [("--sbatch", value) for value in options.sbatch]
+    several += [("--container-mounts", value) for value in options.container_mounts]
+    for name, value in [*values.items(), *several]:
+        if value is not None and (not value.strip() or not value.isprintable()):
+            raise UserError(f"{name} is {value!r}: it must be one line of text")
+    for value in options.sbatch:
+        if not value.startswith("-"):
+            raise UserError(
+                f"--sbatch {value}: write the option as sbatch reads it, --sbatch=--constraint=h100"
+            )
+    for value in options.container_mounts:
+        if ":" not in value or options.container is None:
+            raise UserError(f"--container-mounts {value}: write FROM:TO, and give --container")
+
+
+def time_seconds(text: str) -> float:
+    """Seconds of a time limit as sbatch reads it (sbatch(1), --time). Raises UserError."""
+    if text.lower() in _UNLIMITED:
+        return math.inf
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise UserError(
+            f"--time {text}: write minutes, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or "
+            "DAYS-HOURS:MINUTES:SECONDS"
+        )
+    part = {name: int(value or 0) for name, value in match.groupdict().items()}
+    hours = part["days"] * 24 + part["day_hours"] + part["hours"]
+    minutes = part["day_minutes"] + part["hour_minutes"] + part["minutes"]
+    seconds = (
+        hours * 3600 + minutes * 60 + part["day_seconds"] + part["hour_seconds"] + part["minute_seconds"]
+    )
+    return seconds or math.inf  # 0 asks for no limit
+
+
+def array_tasks(text: str) -> list[int]:
+    """The task numbers of --array: 0-2, 1,3,5-7, 0-10:2, each with %AT_ONCE behind. Raises UserError."""
+    match = _ARRAY.fullmatch(text)
+    if match is None or match["at_once"] == "0":
+        raise UserError(f"--array {text}: write tasks such as 0-2, 1,3,5, 0-10:2 or, two at a time, 0-9%2")
+    tasks: set[int] = set()
+    for part in match["tasks"].split(","):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        if (last and int(last) < int(first)) or (step and int(step) < 1):
+            raise UserError(f"--array {text}: {part} is no range")
+        if int(last or first) - int(first) > _MOST_TASKS * int(step or 1):
+            raise UserError(f"--array {text}: more than {_MOST_TASKS} tasks")
+        tasks.update(range(int(first), int(last or first) + 1, int(step or 1)))
+    return sorted(tasks)
+
+
+def notice_seconds(config: Config, options: JobOptions) -> int:
+    """Seconds of notice: as asked, else 120 and 2 for each GB of a checkpoint, in whole minutes."""
+    if options.notice is not None:
+        return options.notice
+    seconds = _NOTICE_SECONDS + _NOTICE_SECONDS_PER_GB * checkpoint_bytes(config) / 1e9
+    return min(60 * math.ceil(seconds / 60), _LONGEST_NOTICE) if seconds > 121 else _NOTICE_SECONDS
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of a checkpoint."""
+    return MASTER_BYTES * _parameters(config)
+
+
+def process_bytes(config: Config, processes: int) -> float:
+    """A lower bound of a process's memory: its share of weights, gradients and AdamW's state under ZeRO.
+
+    Counted as in Rajbhandari et al. 2020 (arXiv 1910.02054), section 3; without activations, logits and buffers.
+    """
+    tensor, stage = config.parallel.tensor, config.parallel.zero_stage
+    data = processes // tensor
+    if config.training.precision == "bfloat16":
+        weights, gradients, state = (
+            2,
+            4 if stage else 2,
+            MASTER_BYTES,
+        )  # float32 sums of gradients from stage 1 on
+    else:
+        weights, gradients, state = 4, 4, 8
+    bytes_a_parameter = (
+        weights / (data if stage >= 3 else 1)
+        + gradients / (data if stage >= 2 else 1)
+        + state / (data if stage >= 1 else 1)
+    )
+    return bytes_a_parameter * _parameters(config) / tensor
+
+
+def _usable(config: Config, options: JobOptions, node_memory: float | None) -> list[int]:
+    """Raises UserError where no number of nodes is; the reason is that of the largest."""
+    from mf_train.parallel.degrees import check_degrees
+
+    usable, reason = [], ""
+    fewest, most = options.node_range
+    for nodes in range(fewest, most + 1):
+        processes = nodes * options.per_node
+        try:
+            check_degrees(config, processes)
+            _check_memory(config, options, processes, node_memory)
+        except UserError as error:
+            reason = f"{_size(nodes, options)}: {error}"
+        else:
+            usable.append(nodes)
+    if not usable:
+        raise UserError(
+            reason if fewest == most else f"--elastic {fewest}:{most}: no number of nodes works; {reason}"
+        )
+    return usable
+
+
+def _check_memory(config: Config, options: JobOptions, processes: int, node_memory: float | None) -> None:
+    if options.gpus_per_node is not None:
+        there, place = options.gpu_memory * 2**30, f"a GPU has {options.gpu_memory:g} GB (--gpu-memory)"
+    elif node_memory is not None:
+        there = node_memory / options.per_node
+        place = f"a node of the partition has {_gb(node_memory)} for {options.per_node}"
+    else:
+        return
+    needed = process_bytes(config, processes)
+    if needed > there:
+        tensor = config.parallel.tensor
+        raise UserError(
+            f"does not fit: {_parameters(config) / 1e9:.3g} billion parameters need at least {_gb(needed)} a process "
+            f"for weights, gradients and AdamW's moments (parallel.tensor {tensor}, parallel.zero_stage "
+            f"{config.parallel.zero_stage}, data-parallel degree {processes // tensor}), and {place}: raise "
+            "parallel.tensor or parallel.zero_stage, or take more nodes"
+        )
+
+
+def _parameters(config: Config) -> int:
+    from mf_train.model.counts import count_parameters
+
+    return count_parameters(config.model).total
+
+
+def _size(nodes: int, options: JobOptions) -> str:
+    what = "GPUs" if options.gpus_per_node is not None else "tasks"
+    return f"{nodes} node{'s' if nodes > 1 else ''} x {options.per_node} {what}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 2**30:.3g} GB"

@@ -1,0 +1,189 @@
+"""What is refused before anything is submitted, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from mf_train.config import Config
+from mf_train.config.loading import parse_config
+from mf_train.errors import UserError
+from mf_train.launch.job import (
+    JobOptions,
+    array_tasks,
+    check_job,
+    checkpoint_bytes,
+    left_out,
+    notice_seconds,
+    process_bytes,
+    time_seconds,
+    warnings,
+)
+
+GPUS = JobOptions(nodes=2, gpus_per_node=4, time="1:00:00")
+
+
+def config(**sections: dict[str, object]) -> Config:
+    tree: dict[str, dict[str, object]] = {
+        "training": {"global_batch_size": 64, "micro_batch_size": 4},
+        "checkpoint": {"interval": 10},
+    }
+    for name, keys in sections.items():
+        tree.setdefault(name, {}).update(keys)
+    return parse_config(tree, "test")
+
+
+BASE = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "vocab_size": 50304}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 1800),
+        ("30:15", 1815),
+        ("1:30:15", 5415),
+        ("2-3", 2 * 86400 + 3 * 3600),
+        ("2-3:04", 2 * 86400 + 3 * 3600 + 240),
+        ("2-03:04:05", 2 * 86400 + 3 * 3600 + 245),
+        ("0", math.inf),
+        ("UNLIMITED", math.inf),
+    ],
+)
+def test_time_is_read_as_sbatch_reads_it(text: str, seconds: float) -> None:
+    assert time_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1h", "1:2:3:4", "-5", "1.5", "2-", "1:00 "])
+def test_a_time_that_sbatch_does_not_read(text: str) -> None:
+    with pytest.raises(UserError, match="--time"):
+        time_seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "tasks"),
+    [
+        ("0-2", [0, 1, 2]),
+        ("1,3,5-7%2", [1, 3, 5, 6, 7]),
+        ("0-10:4", [0, 4, 8]),
+        ("7", [7]),
+        ("2,1-2", [1, 2]),
+    ],
+)
+def test_array_is_read_as_sbatch_reads_it(text: str, tasks: list[int]) -> None:
+    assert array_tasks(text) == tasks
+
+
+@pytest.mark.parametrize("text", ["", "a", "2-1", "0-2%", "0-2%0", "0-9:0", "1,,2", "0-1000000"])
+def test_an_array_that_sbatch_does_not_read(text: str) -> None:
+    with pytest.raises(UserError, match="--array"):
+        array_tasks(text)
+
+
+def test_a_size_that_fits_is_one_number() -> None:
+    assert check_job(config(), GPUS) == [2]
+
+
+@pytest.mark.parametrize(
+    ("sections", "options", "expected"),
+    [
+        ({}, {"nodes": 3}, r"3 nodes x 4 GPUs: training.global_batch_size 64 is not a multiple .* degree 12"),
+        ({"parallel": {"tensor": 8}}, {}, "parallel.tensor 8 does not divide the 4 processes of a node"),
+        ({"parallel": {"tensor": 3}}, {"gpus_per_node": 3}, "choose 1, 2, 4 or 8"),
+        ({"checkpoint": {"resume": "never"}}, {}, "checkpoint.resume is never.*checkpoint.resume=auto"),
+        ({}, {"gpus_per_node": None}, "give --gpus-per-node G, or .* --tasks-per-node"),
+        ({}, {"tasks_per_node": 4}, "not both"),
+        ({"training": {"device": "cuda"}}, {"gpus_per_node": None, "tasks_per_node": 1}, "device is cuda"),
+        ({}, {"nodes": 0}, "--nodes is 0"),
+        ({}, {"gpus_per_node": -1}, "--gpus-per-node is -1"),
+        ({}, {"gpu_memory": 0}, "--gpu-memory is 0"),
+        ({}, {"retries": -1}, "--retries is -1"),
+        ({}, {"time": "1h"}, "--time 1h"),
+        ({}, {"notice": 0}, "--notice is 0"),
+        ({}, {"notice": 70000}, "at most 65535"),
+        ({}, {"notice": 3600}, r"notice of 3600 s .* not less than --time 1:00:00"),
+        ({}, {"time": "2"}, r"notice of 1\d\d s .* --notice"),
+        ({}, {"array": "a"}, "--array a"),
+        ({}, {"elastic": (4, 2), "nodes": 1}, "--elastic 4:2"),
+        ({}, {"elastic": (0, 2), "nodes": 1}, "--elastic 0:2"),
+        ({}, {"elastic": (1, 4)}, "leave --nodes out, or give 4"),
+        ({}, {"elastic": (3, 3), "nodes": 3}, "3 nodes x 4 GPUs: training.global_batch_size"),
+        ({}, {"elastic": (5, 7), "nodes": 1}, r"--elastic 5:7: no number of nodes works; 7 nodes"),
+        ({}, {"exclusive": False}, "--no-exclusive.*--cpus-per-task"),
+        ({}, {"sbatch": ("constraint=h100",)}, "--sbatch=--constraint=h100"),
+        ({}, {"partition": "a\nb"}, "--partition is 'a\\\\nb'"),
+        ({}, {"account": ""}, "--account is ''"),
+        ({}, {"container_mounts": ("/data:/data",)}, "give --container"),
+        ({}, {"container_mounts": ("/data",), "container": "image"}, "write FROM:TO"),
+    ],
+)
+def test_refusals(sections: dict[str, dict[str, object]], options: dict[str, object], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        check_job(config(**sections), replace(GPUS, **options))  # type: ignore[arg-type]
+
+
+def test_an_elastic_job_leaves_out_what_does_not_divide() -> None:
+    options = replace(GPUS, nodes=1, elastic=(1, 5))
+    usable = check_job(config(), options)
+    assert usable == [1, 2, 4]
+    assert left_out(options, usable) == [3, 5]
+
+
+def test_an_elastic_job_leaves_out_numbers_that_do_not_fit() -> None:
+    """Stage 1 shards 12 of 18 bytes a parameter: a small memory holds it on 4 nodes and not on 1."""
+    wanted = config(model=BASE, parallel={"zero_stage": 1}, training={"precision": "bfloat16"})
+    room = process_bytes(wanted, 8) / 2**30 + 0.1
+    options = replace(GPUS, nodes=1, elastic=(1, 4), gpu_memory=room)
+    assert check_job(wanted, options) == [2, 4]
+
+
+def test_a_model_that_does_not_fit_on_its_gpus() -> None:
+    wanted = config(model=BASE, parallel={"zero_stage": 0})  # 6.75 billion parameters
+    with pytest.raises(UserError, match=r"2 nodes x 4 GPUs: does not fit: 6.75 billion .* a GPU has 80 GB"):
+        check_job(wanted, GPUS)
+    assert check_job(wanted, replace(GPUS, gpu_memory=192.0)) == [2]
+    assert check_job(config(model=BASE, parallel={"zero_stage": 0, "tensor": 4}), GPUS) == [2]
+
+
+def test_a_model_that_does_not_fit_on_nodes_without_gpus() -> None:
+    wanted = config(model=BASE)
+    options = JobOptions(nodes=2, tasks_per_node=2, time="60")
+    assert check_job(wanted, options, None) == [2]  # a cluster that does not say
+    assert check_job(wanted, options, 512 * 2.0**30) == [2]
+    with pytest.raises(UserError, match="a node of the partition has 64 GB for 2"):
+        check_job(wanted, options, 64 * 2.0**30)
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "expected"),
+    [
+        ("float32", 0, 4 + 4 + 8),
+        ("float32", 1, 4 + 4 + 8 / 4),
+        ("float32", 2, 4 + 4 / 4 + 8 / 4),
+        ("float32", 3, 16 / 4),
+        ("bfloat16", 0, 2 + 2 + 12),
+        ("bfloat16", 1, 2 + 4 + 12 / 4),
+        ("bfloat16", 3, 18 / 4),
+    ],
+)
+def test_bytes_of_a_process(precision: str, stage: int, expected: float) -> None:
+    """Of each parameter, at a data-parallel degree of 4 and shards of 2."""
+    wanted = config(parallel={"tensor": 2, "zero_stage": stage}, training={"precision": precision})
+    parameters = checkpoint_bytes(wanted) / 12
+    assert process_bytes(wanted, 8) == pytest.approx(expected * parameters / 2)
+
+
+def test_the_notice_grows_with_the_checkpoint() -> None:
+    small, large = config(model={"hidden_size": 64, "num_heads": 4, "vocab_size": 512}), config(model=BASE)
+    assert notice_seconds(small, GPUS) == 120
+    assert notice_seconds(large, GPUS) == 300  # 81 GB: 120 + 162, to a minute
+    assert notice_seconds(large, replace(GPUS, notice=45)) == 45
+
+
+def test_warnings() -> None:
+    assert warnings(config(), GPUS) == []
+    (line,) = warnings(config(checkpoint={"interval": 0}), GPUS)
+    assert "checkpoint.interval is 0" in line
+    (line,) = warnings(config(), replace(GPUS, time=None))
+    assert "--time" in line

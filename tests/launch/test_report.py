@@ -1,0 +1,262 @@
+"""The first error of a start, found in logs that were made up after real ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mf_train.errors import UserError
+from mf_train.launch.logs import Ending, format_ending, format_time, node_log, rank_log
+from mf_train.launch.report import first_error, report
+from tests.training.runs import REPOSITORY, environment
+
+START = 1_800_000_000.0
+LOST = (
+    "memoryformer: rank 0, or torchrun's agent, at n1:10123 has gone; rank 1 on n1 was training step 7; run the same "
+    "command again to resume"
+)
+GLOO = [
+    "Traceback (most recent call last):",
+    '  File "run.py", line 1, in <module>',
+    "RuntimeError: [../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4242",
+]
+VERDICT = (
+    "memoryformer: no progress for 60 s: rank 3 on n2 does not answer, last seen 61 s ago, training step 7"
+)
+OWN = [
+    "Traceback (most recent call last):",
+    '  File "run.py", line 1, in <module>',
+    "ValueError: loss of step 7 is NaN",
+]
+
+
+class Logs:
+    """A folder of logs; rank r runs on host n(r // 2 + 1). Times are seconds after the start."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def rank(self, rank: int, lines: list[str], status: int | None = None, after: float = 0.0) -> None:
+        path = rank_log(self.folder, rank)
+        host = f"n{rank // 2 + 1}"
+        text = [
+            f"rank {rank} on {host} started at {format_time(START)}: pid 7, python 3.11",
+            "memoryformer: 0.3 M parameters, 0.1 M in tables",
+            "step 1/12  loss 8.3",
+            *lines,
+        ]
+        if status is not None:
+            text.append(format_ending(Ending(rank, host, status, START + after)))
+        path.write_text("\n".join(text) + "\n")
+        os.utime(path, (START + after, START + after))
+
+    def agent(self, node: int, *endings: Ending, lines: list[str] | None = None) -> None:
+        text = [*(lines or []), *map(format_ending, endings)]
+        node_log(self.folder, node).write_text("\n".join(text) + "\n")
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Logs:
+    return Logs(tmp_path)
+
+
+def seen(rank: int, status: int, after: float, by_agent: bool = False, note: str = "") -> Ending:
+    return Ending(rank, f"n{rank // 2 + 1}", status, START + after, by_agent, note)
+
+
+def test_a_rank_s_own_error_comes_before_those_who_lost_it_earlier(logs: Logs) -> None:
+    """Clocks differ a little: the broken connection may have the earlier time."""
+    logs.rank(0, GLOO, 1, after=9.8)
+    logs.rank(1, [LOST], 1, after=9.9)
+    logs.rank(2, OWN, 1, after=10.0)
+    logs.rank(3, GLOO, 1, after=12.0)
+    error = first_error(logs.folder)
+    assert error is not None
+    assert (error.rank, error.host, error.time) == (2, "n2", START + 10)
+    assert error.lines == OWN
+    assert error.path == rank_log(logs.folder, 2)
+    assert report(logs.folder) == [
+        f"first error: rank 2 on n2 ended with status 1 at {format_time(START + 10)}",
+        *(f"    {line}" for line in OWN),
+        "  ranks 0-1, 3: ended with status 1, 0 to 2 s later",
+        f"  log: {rank_log(logs.folder, 2)} (and 3 of other ranks beside it)",
+    ]
+
+
+def test_of_two_own_errors_the_earlier_is_the_first(logs: Logs) -> None:
+    logs.rank(0, OWN, 1, after=11)
+    logs.rank(1, ["memoryformer: /data: No space left on device"], 1, after=10)
+    error = first_error(logs.folder)
+    assert error is not None and error.rank == 1
+    assert error.lines == ["memoryformer: /data: No space left on device"]
+
+
+def test_a_killed_rank_is_known_from_its_agent(logs: Logs) -> None:
+    logs.rank(0, [LOST], 1, after=12)
+    logs.rank(1, GLOO, 1, after=11)
+    logs.rank(2, ["step 6/12", "step 7/12"])
+    logs.rank(3, [])
+    logs.agent(0, seen(0, 1, 12.1), seen(1, 1, 11.1))
+    logs.agent(1, seen(2, 137, 10, note="out of memory?"), seen(3, 143, 40, by_agent=True))
+    assert report(logs.folder) == [
+        f"first error: rank 2 on n2 was killed by signal 9 (SIGKILL, out of memory?) at {format_time(START + 10)}",
+        "    memoryformer: 0.3 M parameters, 0.1 M in tables",
+        "    step 1/12  loss 8.3",
+        "    step 6/12",
+        "    step 7/12",
+        "  ranks 0-1: ended with status 1, 1 to 2 s later",
+        "  rank 3: ended by the agent, 30 s later",
+        f"  log: {rank_log(logs.folder, 2)} (and 3 of other ranks beside it)",
+    ]
+
+
+def test_the_watch_s_verdict_comes_before_ends_without_a_word(logs: Logs) -> None:
+    logs.rank(0, [VERDICT], 1, after=70)
+    logs.rank(1, [], 1, after=69)
+    logs.rank(3, [])
+    logs.agent(1, seen(3, 137, 130, by_agent=True))
+    error = first_error(logs.folder)
+    assert error is not None and (error.rank, error.lines) == (0, [VERDICT])
+
+
+def test_under_srun_the_watch_leaves_no_endings(logs: Logs) -> None:
+    logs.rank(0, [VERDICT], after=70)
+    for rank in (1, 2, 3):
+        logs.rank(rank, [], after=60)
+    error = first_error(logs.folder)
+    assert error is not None and (error.rank, error.lines) == (0, [VERDICT])
+
+
+def test_steps_after_the_watch_s_verdict(logs: Logs) -> None:
+    """The ranks go on for as long as the others need to see it."""
+    logs.rank(0, [VERDICT, *(f"step {number}/12  loss 8.1" for number in range(2, 9))])
+    logs.rank(1, [])
+    logs.agent(0, seen(0, 1, 71), seen(1, 1, 70))
+    logs.rank(2, [], 1, after=73)
+    assert report(logs.folder)[:-1] == [
+        f"first error: rank 0 on n1 ended with status 1 at {format_time(START + 71)}",
+        f"    {VERDICT}",
+        "  ranks 1-2: ended with status 1, 1 s before to 2 s later",
+    ]
+
+
+def test_an_error_that_the_run_outlived_is_none(logs: Logs) -> None:
+    logs.rank(0, [*OWN, "step 2/12  loss 8.2"])
+    logs.rank(1, [*OWN, "step 2/12  loss 8.2"], 75)
+    assert first_error(logs.folder) is None
+    logs.rank(2, [*OWN, "step 2/12  loss 8.2"], 137)
+    error = first_error(logs.folder)
+    assert error is not None and (error.rank, error.lines[-1]) == (2, "step 2/12  loss 8.2")
+
+
+def test_a_rank_that_left_no_ending_comes_before_those_that_lost_their_connection(logs: Logs) -> None:
+    logs.rank(0, GLOO, 1, after=10)
+    logs.rank(1, [], 1, after=10)
+    logs.rank(2, ["step 7/12"], after=8)
+    logs.rank(3, ["step 7/12"], after=9)
+    lines = report(logs.folder)
+    assert lines[0] == (
+        "first error: rank 2 on n2 left no ending (killed, or its node has gone), and last wrote at "
+        f"{format_time(START + 8)}"
+    )
+    assert "  rank 3: no ending: at work, killed, or the node has gone" in lines
+
+
+def test_ranks_at_work_stopped_and_done_are_no_errors(logs: Logs) -> None:
+    logs.rank(0, ["memoryformer: warning of no weight"], 75, after=5)
+    logs.rank(1, [], 0, after=5)
+    logs.rank(2, [])
+    assert first_error(logs.folder) is None
+    assert report(logs.folder) == [
+        f"no error in the logs of {logs.folder}",
+        "  rank 0: ended with status 75",
+        "  rank 1: ended with status 0",
+        "  rank 2: no ending: at work, killed, or the node has gone",
+    ]
+
+
+def test_agents_that_could_not_meet(logs: Logs) -> None:
+    words = "memoryformer: node 0 of 2 on n1 could not meet the others at n1:10123: Timed out"
+    logs.agent(0, lines=[words])
+    assert report(logs.folder)[1] == f"    {words}"
+
+
+def test_a_rank_without_a_log_is_quoted_from_its_agent_s(logs: Logs) -> None:
+    logs.agent(0, seen(0, 1, 2), seen(1, 1, 2), lines=["/usr/bin/python: No module named mf_train"])
+    error = first_error(logs.folder)
+    assert error is not None and error.rank == 0
+    assert error.lines == ["/usr/bin/python: No module named mf_train"]
+    assert error.path == node_log(logs.folder, 0)
+
+
+def test_of_a_long_traceback_the_first_and_last_lines(logs: Logs) -> None:
+    logs.rank(0, [OWN[0], *(f'  File "{number}.py"' for number in range(3000)), OWN[-1]], 1)
+    error = first_error(logs.folder)
+    assert error is not None
+    assert len(error.lines) <= 16
+    assert error.lines[-1] == OWN[-1]
+
+
+def test_a_live_line_shows_its_last_state(logs: Logs) -> None:
+    logs.rank(0, ["step 1/12\rstep 2/12\rstep 3/12"])
+    logs.agent(0, seen(0, 139, 3))
+    error = first_error(logs.folder)
+    assert error is not None and error.lines[-1] == "step 3/12"
+
+
+def test_files_that_are_cut_empty_strange_or_gone(logs: Logs) -> None:
+    logs.rank(0, OWN, 1, after=3)
+    rank_log(logs.folder, 1).write_bytes(b"rank 1 on n1 sta")
+    rank_log(logs.folder, 2).write_bytes(b"")
+    rank_log(logs.folder, 3).write_bytes(os.urandom(100_000))
+    rank_log(logs.folder, 4).symlink_to(logs.folder / "nowhere")
+    rank_log(logs.folder, 5).write_text("rank 5 on n3 ended with status 1 at 2027-01-15T08:0")
+    (logs.folder / "rank-notes.log").write_text("mine")
+    node_log(logs.folder, 0).write_bytes(b"\xff\xfe")
+    error = first_error(logs.folder)
+    assert error is not None and error.rank == 0
+    report(logs.folder)
+
+
+def test_an_empty_folder_and_none(tmp_path: Path) -> None:
+    assert report(tmp_path) == [f"no error in the logs of {tmp_path}"]
+    with pytest.raises(UserError, match="no such folder of logs"):
+        report(tmp_path / "nowhere")
+
+
+def test_a_thousand_long_logs(logs: Logs) -> None:
+    """All of it takes well under the minute that a batch script gives it; the files are sparse and 50 MB each."""
+    for rank in range(1000):
+        logs.rank(rank, [])
+        with rank_log(logs.folder, rank).open("r+b") as file:
+            file.seek(50_000_000)
+            file.write(("\n" + "\n".join(OWN if rank == 777 else GLOO) + "\n").encode())
+            host = f"n{rank // 2 + 1}"
+            file.write((format_ending(Ending(rank, host, 1, START + rank % 3)) + "\n").encode())
+    before = time.monotonic()
+    lines = report(logs.folder)
+    assert time.monotonic() - before < 30
+    assert lines[0].startswith("first error: rank 777 on n389 ended with status 1")
+    assert lines[-2] == "  ranks 0-776, 778-999: ended with status 1, 0 to 2 s later"
+
+
+def test_the_command(logs: Logs) -> None:
+    logs.rank(0, OWN, 1)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mf_train.launch.report", *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, env=environment(), cwd=REPOSITORY
+        )
+
+    done = run(str(logs.folder))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == report(logs.folder)
+    done = run(str(logs.folder / "nowhere"))
+    assert done.returncode == 2
+    assert done.stderr == f"memoryformer: {logs.folder / 'nowhere'}: no such folder of logs\n"

@@ -37,7 +37,7 @@ from mf_train.launch.node import (
 )
 from mf_train.launch.rank import AGENT_VARIABLE
 
-GRACE_SECONDS = 60.0  # that ranks have to end after another has failed
+GRACE_SECONDS = 30.0  # that ranks have to end after another has failed
 MEET_SECONDS = 300.0  # that the agents of all nodes have to meet: srun starts them together
 _COPY_SECONDS = 30.0  # for the rest of rank 0's output, where its reader is slow
 
@@ -121,7 +121,7 @@ def run_agent(
 def _run_ranks(node: Node, ranks: Ranks, worker: list[str], errors: int, meet: float) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)  # torchrun's own words: into the node's log
     os.environ[AGENT_VARIABLE] = str(os.getpid())
-    from mf_train.launch.elastic import make_agent  # torch takes seconds; signals are taken before
+    from mf_train.launch.torch_elastic import make_agent  # torch takes seconds; signals are taken before
 
     agent = make_agent(node, ranks, worker, errors, meet)
     try:

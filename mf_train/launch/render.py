@@ -84,7 +84,7 @@ def directives(options: JobOptions, place: Place, notice: int) -> list[str]:
         ("signal", f"B:USR1@{notice}"),
     ]
     flags = ["exclusive"] if options.exclusive else []
-    flags += ["requeue", *(["no-kill"] if options.elastic else [])]
+    flags += ["requeue"]
     lines = [_directive(f"--{key}", value) for key, value in found if value is not None]
     lines += [f"#SBATCH --{flag}" for flag in flags]
     return lines + [_directive(*option.partition("=")[::2]) for option in options.sbatch]
@@ -102,7 +102,6 @@ def settings(
         "starter": options.starter,
         "per_node": str(options.per_node),
         "node_counts": quote(" ".join(map(str, node_counts))),
-        "elastic": "1" if options.elastic else "''",
         "retries": str(options.retries),
         "notice": str(notice),
         "srun_options": f"({' '.join(map(quote, srun_options))})",

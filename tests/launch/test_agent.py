@@ -81,7 +81,7 @@ class Job:
         self.output.touch()
         self.agents: list[BaseProcess] = []
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["mf_train.launch.elastic", __name__])
+        self._context.set_forkserver_preload(["mf_train.launch.torch_elastic", __name__])
         self._port = _free_port()
 
     def start(self, programs: dict[str, str], grace: float = 30.0, nodes: list[int] | None = None) -> None:

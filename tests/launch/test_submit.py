@@ -244,10 +244,10 @@ class TestOnACluster:
         record = read_json(launch.run / "launch" / "job.json")
         assert (record["job"], record["before"]) == (third, [first, second])
         cluster.run("scontrol", "release", first)
-        assert cluster.wait_for_end(int(second), 60)["JobState"] == "COMPLETED"
-        assert not [
-            job for job in launch.submit(*words) if job in (first, second)
-        ]  # ended: a new one may come
+        assert cluster.wait_for_end(int(third), 60)["JobState"] == "COMPLETED"
+        again = launch.submit(*words)  # they have ended: a new one may come
+        assert read_json(launch.run / "launch" / "job.json")["before"] == []
+        assert cluster.wait_for_end(int(again), 60)["JobState"] == "COMPLETED"
 
     def test_an_array_of_three(self, launch: Launcher, cluster: Cluster) -> None:
         launch.tree["training"]["output_dir"] = "seed-{task}"

@@ -139,6 +139,10 @@ def check_options(options: JobOptions) -> None:
         time_seconds(options.time)
     if options.array is not None:
         array_tasks(options.array)
+    if not options.exclusive and options.elastic is not None:
+        raise UserError(
+            "--no-exclusive and --elastic: an elastic job takes whole nodes; leave one of them out"
+        )
     if not options.exclusive and options.cpus_per_task is None:
         raise UserError("--no-exclusive: say with --cpus-per-task how many CPUs each process gets")
     _check_text(options)

@@ -72,7 +72,7 @@ def directives(options: JobOptions, place: Place, notice: int) -> list[str]:
         ("nodes", str(most) if fewest == most else f"{fewest}-{most}"),
         ("gpus-per-node", options.gpus_per_node),
         ("ntasks-per-node", _tasks(options)),
-        ("cpus-per-task", options.cpus_per_task),
+        ("cpus-per-task", None if options.elastic else options.cpus_per_task),
         ("time", options.time),
         ("partition", options.partition),
         ("account", options.account),
@@ -142,8 +142,11 @@ def quote(text: str) -> str:
 
 
 def _tasks(options: JobOptions) -> int | None:
-    """Tasks are what CPUs are given to: GPU jobs that share nodes ask for them so as well."""
-    if options.gpus_per_node is None or options.cpus_per_task is not None:
+    """Tasks are what CPUs are given to: GPU jobs that share nodes ask for them so as well.
+
+    An elastic job asks for none, as SLURM would remember their number: requeued, it would want as many nodes again.
+    """
+    if options.elastic is None and (options.gpus_per_node is None or options.cpus_per_task is not None):
         return options.per_node
     return None
 

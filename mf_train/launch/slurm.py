@@ -74,7 +74,7 @@ class Partition:
 def submit(script: Path) -> int:
     """Number of the new job; what sbatch says beside it goes to standard error.
 
-    Raises RefusedError with sbatch's words, MissingError, and TrainingError where the controller does not answer.
+    Raises RefusedError with sbatch's words, MissingError, and TrainingError where it is not known what became of it.
     """
     done = _run("sbatch", "--parsable", str(script))
     if done.returncode:
@@ -85,7 +85,10 @@ def submit(script: Path) -> int:
             )
         raise RefusedError(_words(done.stderr))
     sys.stderr.write(done.stderr)
-    return int(done.stdout.strip().split(";")[0])
+    numbers = re.findall(r"^(\d+)(?:;\S+)?$", done.stdout, re.MULTILINE)  # some sites' sbatch says more
+    if not numbers:
+        raise TrainingError(f"sbatch said no job's number, but {done.stdout.strip()[-200:]!r}")
+    return int(numbers[-1])
 
 
 def find_jobs(number: int | str) -> list[Job]:

@@ -36,8 +36,8 @@ def launch(
     """Submit a run, or an array of runs. Returns the exit status.
 
     With `dry_run` everything is written but job.json, and nothing is submitted. With `parsable` the job's number alone
-    is printed. Raises UserError, also with sbatch's words where it refuses, and TrainingError; then the run folders
-    are as they were.
+    is printed. Raises UserError, also with sbatch's words where it refuses; then the run folders are as they were.
+    Raises TrainingError where it is not known whether the job was taken; then what it would run stays.
     """
     plan = make_plan(config_path, overrides, options)
     for warning in plan.warnings:
@@ -54,7 +54,15 @@ def launch(
         if dry_run:
             print(_dry_run_text(plan))
             return 0
-        number = _submit(script, options)
+        number, unclear = 0, None
+        try:
+            number = _submit(script, options)
+        except (TrainingError, KeyboardInterrupt) as error:
+            unclear = str(error) or "interrupted"
+    if unclear is not None:
+        raise TrainingError(
+            f"{unclear}; the job may be in the queue all the same: look at squeue --me. It would run {script}"
+        )
     try:
         _record(plan, options, number, alive, command)
     except OSError as error:

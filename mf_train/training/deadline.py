@@ -2,11 +2,9 @@
 
 import math
 import time
-from collections import deque
 from collections.abc import Mapping
 
 _RESERVE_SECONDS, _RESERVE_SHARE = 10.0, 0.25  # storage is slower at times
-_STEPS = 100  # the longest of so many is what one may take
 
 
 class Deadline:
@@ -19,19 +17,20 @@ class Deadline:
     def __init__(self, end: float, notice: float, saves: int) -> None:
         self.end = end
         self.notice = notice
-        self.saves = (
-            saves  # that may have to be waited for: 2 where one may be under way when the last one begins
-        )
-        self._steps: deque[float] = deque([0.0], maxlen=_STEPS)
+        self.saves = saves  # to wait for: 2 where one may be under way when the last one begins
+        self._steps = 0
+        self._longest = 0.0
         self._warned = False
 
     def note_step(self, seconds: float) -> None:
-        """The time between two chances to stop."""
-        self._steps.append(seconds)
+        """The time between two chances to stop: a step, and a validation where there is one. The first one compiles."""
+        self._steps += 1
+        if self._steps > 1:
+            self._longest = max(self._longest, seconds)
 
     def needed(self, save_seconds: float) -> float:
         """Seconds before the limit at which to stop, from what a save took."""
-        return _RESERVE_SECONDS + (1 + _RESERVE_SHARE) * (self.saves * save_seconds + max(self._steps))
+        return _RESERVE_SECONDS + (1 + _RESERVE_SHARE) * (self.saves * save_seconds + self._longest)
 
     def warning(self, save_seconds: float) -> str | None:
         """What to say, once, where the notice is too short."""
@@ -40,9 +39,9 @@ class Deadline:
             return None
         self._warned = True
         return (
-            f"warning: a save takes {save_seconds:.0f} s and a step {max(self._steps):.1f} s, so the notice of "
-            f"{self.notice:.0f} s is too short; this run stops {needed:.0f} s before the job's time limit (launch with "
-            f"--notice {math.ceil(needed / 60) * 60})"
+            f"warning: a save takes {save_seconds:.0f} s and a step, or a validation, {self._longest:.1f} s, so the "
+            f"notice of {self.notice:.0f} s is too short; this run stops {needed:.0f} s before the job's time limit "
+            f"(launch with --notice {math.ceil(needed / 60) * 60})"
         )
 
     def passed(self, save_seconds: float) -> bool:

@@ -209,9 +209,9 @@ class _Run:
             self.progress |= {"loss": metrics["loss"]}
             self._report(metrics)
             self.saving.advance()
+            self.deadline.note_step(time.perf_counter() - started)
             if self._due(config.checkpoint.interval, last) or last:
                 self._save(last=last)
-            self.deadline.note_step(time.perf_counter() - started)
         self._say(f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saving.last}")
         return DONE
 

@@ -187,7 +187,7 @@ def test_mistake(make_run: MakeRun, drill: Drill, slurm_cluster: Cluster) -> Non
 
 
 @slow
-@pytest.mark.parametrize(("rank", "starter"), [(3, "torchrun"), (0, "torchrun"), (3, "srun"), (0, "srun")])
+@pytest.mark.parametrize(("rank", "starter"), [(3, "torchrun"), (0, "srun")])
 def test_rank_killed(make_run: MakeRun, reference: Reference, drill: Drill, rank: int, starter: str) -> None:
     """kill -9 of a rank: started again in place."""
     run = make_run()
@@ -203,7 +203,7 @@ def test_rank_killed(make_run: MakeRun, reference: Reference, drill: Drill, rank
 
 
 @slow
-@pytest.mark.parametrize(("rank", "starter"), [(3, "torchrun"), (0, "torchrun"), (3, "srun"), (0, "srun")])
+@pytest.mark.parametrize(("rank", "starter"), [(3, "torchrun"), (0, "srun")])
 def test_rank_stopped(make_run: MakeRun, reference: Reference, drill: Drill, rank: int, starter: str) -> None:
     """SIGSTOP of a rank: named, and started again in place."""
     limit = 30  # seconds
@@ -241,9 +241,9 @@ def test_chain(make_run: MakeRun, reference: Reference, drill: Drill, slurm_clus
     """A chain of jobs on one run: the second goes on when the first has gone."""
     run = make_run()
     first = run.launch()
-    run.wait_for_steps(6)
     second = run.launch(f"--dependency=afterany:{first}")
     third = run.launch(f"--dependency=afterok:{second}")
+    run.wait_for_steps(6)
     event = time.monotonic()
     slurm_cluster.run("scancel", str(first))
     drill.recovered(run, event, START_SECONDS)
@@ -259,9 +259,9 @@ def test_chain(make_run: MakeRun, reference: Reference, drill: Drill, slurm_clus
     [
         (["--partition=no-such"], ["no-such", "main", "urgent"]),
         (["parallel.tensor=4"], ["parallel.tensor 4", "--tasks-per-node"]),
-        (["--nodes=5", "--elastic=5:5"], ["--elastic"]),
+        (["--nodes=5"], ["--nodes 5", "4 nodes"]),
         (["training.global_batch_size=7"], ["global_batch_size"]),
-        (["model.hidden_size=65536", "model.bits=16"], ["does not fit"]),
+        (["model.hidden_size=65536", "model.num_layers=99"], ["does not fit"]),
     ],
 )
 def test_refused(make_run: MakeRun, slurm_cluster: Cluster, arguments: list[str], words: list[str]) -> None:
@@ -271,7 +271,7 @@ def test_refused(make_run: MakeRun, slurm_cluster: Cluster, arguments: list[str]
     (complaint,) = [line for line in done.stderr.splitlines() if not line.startswith("memoryformer: warning")]
     assert done.returncode == 2 and all(word in complaint for word in words), done.stderr
     assert not run.folder.exists()
-    assert slurm_cluster.run("squeue", "--noheader", "--states=all") == ""
+    assert slurm_cluster.run("squeue", "--noheader") == ""
 
 
 def test_no_configuration(make_run: MakeRun) -> None:

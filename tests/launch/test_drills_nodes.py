@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.drill import newest_step
 from tests.launch.cluster import Cluster
 from tests.launch.conftest import Drill, MakeRun
-from tests.launch.drills import INTERVAL, NODES, SEEN_SECONDS, START_SECONDS, Run, same_files
+from tests.launch.drills import INTERVAL, SEEN_SECONDS, START_SECONDS, Run, same_files
 
 Reference = Callable[..., Run]
 
@@ -21,15 +20,14 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 LIMIT = 30  # seconds without progress after which ranks give up
 
 
-@pytest.mark.parametrize("moment", ["in training", "in a save"])
-@pytest.mark.parametrize("node", ["n1", "n2"])
+@pytest.mark.parametrize(("node", "moment"), [("n2", "training"), ("n1", "training"), ("n1", "saving")])
 def test_node_powered_off(
     make_run: MakeRun, reference: Reference, drill: Drill, slurm_cluster: Cluster, node: str, moment: str
 ) -> None:
     """A node is powered off, and another takes its place; n1 has the batch script."""
     run = make_run(training={"collective_timeout_seconds": LIMIT})
     run.launch()
-    if moment == "in training":
+    if moment == "training":
         run.wait_for_steps(6)
     else:
         run.wait_for_save(2 * INTERVAL)
@@ -39,11 +37,11 @@ def test_node_powered_off(
     assert run.finish()["Restarts"] == "1", run.output()
     start = run.starts()[-1]
     assert start.processes == 4 and node not in run.rank_log(start).split()[3]
-    drill.lost(run, INTERVAL if moment == "in training" else 2 * INTERVAL)
+    drill.lost(run, INTERVAL)
     run.check_end(reference())
 
 
-@pytest.mark.parametrize(("node", "nodes"), [("n1", 2), ("n2", 2), ("n1", 1)])
+@pytest.mark.parametrize(("node", "nodes"), [("n1", 2), ("n2", 2), ("n1", 1)], ids=["n1", "n2", "all"])
 def test_node_cut_off(
     make_run: MakeRun, reference: Reference, drill: Drill, slurm_cluster: Cluster, node: str, nodes: int
 ) -> None:
@@ -70,37 +68,24 @@ def test_node_cut_off(
     slurm_cluster.heal(node)
     slurm_cluster.wait_until_idle(90)
     assert same_files(run.folder) == files
-    drill.lost(run, steps if nodes == 1 else INTERVAL)
+    drill.lost(run, 2 * INTERVAL if nodes == 1 else INTERVAL)
     run.check_end(reference(steps=steps, nodes=nodes))
 
 
-def test_elastic(make_run: MakeRun, reference: Reference, drill: Drill, slurm_cluster: Cluster) -> None:
-    """--elastic 1:2: a node is powered off, and the run goes on with one inside the allocation."""
-    run = make_run(training={"collective_timeout_seconds": LIMIT})
-    run.launch("--elastic=1:2")
-    run.wait_for_steps(6)
-    event = time.monotonic()
-    slurm_cluster.kill("n2")
-    drill.recovered(run, event, SEEN_SECONDS + START_SECONDS)
-    assert run.finish()["Restarts"] == "0", run.output()
-    assert [(start.nodes, start.processes) for start in run.starts()] == [("n[1-2]", 4), ("n1", 2)]
-    drill.lost(run, INTERVAL)
-    run.check_end(reference(), relative=1e-5)
-
-
-def test_elastic_after_a_requeue(
-    make_run: MakeRun, reference: Reference, drill: Drill, slurm_cluster: Cluster
+@pytest.mark.parametrize(("node", "left"), [("n1", "n2"), ("n2", "n1")])
+def test_elastic(
+    make_run: MakeRun, reference: Reference, drill: Drill, slurm_cluster: Cluster, node: str, left: str
 ) -> None:
-    """--elastic 1:2: the node of the batch script is powered off, and one node is left in the cluster."""
+    """--elastic 1:2: a node is powered off, no other is free, and the run goes on with one."""
     slurm_cluster.run("scontrol", "update", "NodeName=n[3-4]", "State=DRAIN", "Reason=drill")
     run = make_run(training={"collective_timeout_seconds": LIMIT})
     run.launch("--elastic=1:2")
     run.wait_for_steps(6)
     event = time.monotonic()
-    slurm_cluster.kill("n1")
+    slurm_cluster.kill(node)
     drill.recovered(run, event, SEEN_SECONDS + START_SECONDS)
     assert run.finish()["Restarts"] == "1", run.output()
-    assert [(start.nodes, start.processes) for start in run.starts()] == [("n[1-2]", 4), ("n2", 2)]
+    assert [(start.nodes, start.processes) for start in run.starts()] == [("n[1-2]", 4), (left, 2)]
     drill.lost(run, INTERVAL)
     run.check_end(reference(), relative=1e-5)
 
@@ -155,10 +140,10 @@ def test_storage_hangs(make_run: MakeRun, reference: Reference, drill: Drill, st
     said = re.compile(r"no progress for \d+ s: (rank \d+ on n\d|all 4 ranks) .*step-?\s?\d+")
     run.wait_until(lambda: said.search(run.output()) is not None, "name of what hangs", 3 * LIMIT)
     print(f"named after {time.monotonic() - event:.0f} s: {said.search(run.output())}")
+    time.sleep(15)  # in which the start ends, as far as it can: nothing ends a process that waits for storage
     storage.thaw()
     event = time.monotonic()
     drill.recovered(run, event, START_SECONDS + 60)
     run.finish()
     drill.lost(run, 2 * INTERVAL)
     run.check_end(reference())
-    assert newest_step(run.checkpoints) and NODES == 2

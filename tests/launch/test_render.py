@@ -72,8 +72,7 @@ def test_directives_of_a_gpu_job() -> None:
 
 def test_directives_of_what_was_asked_for() -> None:
     options = JobOptions(
-        nodes=1,
-        elastic=(2, 4),
+        nodes=4,
         tasks_per_node=3,
         cpus_per_task=5,
         exclusive=False,
@@ -89,7 +88,7 @@ def test_directives_of_what_was_asked_for() -> None:
     assert {
         '--job-name="my job"',
         "--output=/runs/seed-array/launch/logs/%A_%a.out",
-        "--nodes=2-4",
+        "--nodes=4",
         "--ntasks-per-node=3",
         "--cpus-per-task=5",
         "--partition=long",
@@ -104,6 +103,12 @@ def test_directives_of_what_was_asked_for() -> None:
         "--contiguous",
     } <= set(found)
     assert not {"--exclusive", "--mem=0"} & set(found) and not any("time" in line for line in found)
+
+
+def test_an_elastic_job_asks_for_no_tasks() -> None:
+    """SLURM would remember their number, and a requeued job would wait for as many nodes as it had."""
+    found = directives(rendered(replace(OPTIONS, nodes=1, elastic=(2, 4))))
+    assert "--nodes=2-4" in found and not any("task" in line for line in found)
 
 
 def test_the_settings_are_what_bash_reads(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ status and with signals. `test_drills.py` has the real trainer in trouble.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -243,6 +245,43 @@ def test_goes_on_as_long_as_there_is_progress(
     assert [int(line[0]) for line in seen] == list(range(1, len(ends.split()) + 1))
     assert all(submitted + 590 < int(line[1]) < time.time() + 610 for line in seen)  # of --time=10, minutes
     assert all(line[2] == "120" for line in seen)
+
+
+def slurm_with(folder: Path, scontrol: str) -> str:
+    """A PATH whose scontrol does something before, or in the place of, the real one (`$real`)."""
+    program = folder / "programs" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/bash\nreal={shutil.which('scontrol')}\n{scontrol}\n")
+    program.chmod(0o755)
+    return f"{program.parent}:{os.environ['PATH']}"
+
+
+def test_a_request_to_stop_counts_while_the_start_is_prepared(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    path = slurm_with(tmp_path, 'echo "$@" >> asked; sleep 1; exec $real "$@"')
+    python = stand_in(tmp_path, STOPPABLE)
+    number = slurm_cluster.submit(
+        "--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, PATH=path
+    )
+    wait_for_files(tmp_path, {"asked"})
+    time.sleep(1.5)  # it has asked for the nodes' names and now asks for the job's end
+    assert not (tmp_path / "started-0").exists()
+    slurm_cluster.run("scancel", "--batch", "--signal=USR1", str(number))
+    job = slurm_cluster.wait_for_end(number, 60)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(tmp_path)
+
+
+@pytest.mark.slow
+def test_waits_for_a_controller_that_does_not_answer(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    away = 'if [[ -e seen && "$*" == *"show job"* && $(wc -l < asked) -lt 3 ]]; then exit 1; fi'
+    path = slurm_with(tmp_path, f'[[ -e seen ]] && echo "$@" >> asked; {away}; exec $real "$@"')
+    (tmp_path / "ends").write_text("+75 0")
+    python = stand_in(tmp_path, SCRIPTED)
+    number = slurm_cluster.submit(
+        "--nodes=2", "--time=10", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, PATH=path
+    )
+    job = slurm_cluster.wait_for_end(number, 120)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(tmp_path)
+    assert "the controller does not answer: asking again" in output(tmp_path)
 
 
 def test_says_how_to_use_it(slurm_cluster: Cluster, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -82,6 +83,29 @@ class TestWithoutSlurm:
         before = contents(launch.run)
         launch.refused("training.steps=9", *SIZE)
         assert contents(launch.run) == before
+
+    @pytest.mark.parametrize(
+        ("sbatch", "expected"),
+        [
+            ("echo 'Welcome to the cluster'; echo 17", None),  # some sites wrap sbatch
+            ("echo '17;cluster'", None),
+            ("echo 'all is well'", "sbatch said no job's number, but 'all is well'"),
+            ("echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1", "Socket timed out"),
+        ],
+    )
+    def test_what_sbatch_may_have_taken_is_kept(
+        self, launch: Launcher, sbatch: str, expected: str | None
+    ) -> None:
+        program = launch.folder / "programs" / "sbatch"
+        program.write_text(f"#!{shutil.which('bash')}\n{sbatch}\n")
+        program.chmod(0o755)
+        told = launch(launch.config, *SIZE, "--parsable", expect=1 if expected else 0)
+        if expected is None:
+            assert told.strip() == "17" and "job.json" in contents(launch.run / "launch")
+        else:
+            assert expected in launch.errors and "look at squeue --me" in launch.errors
+        assert {"job.sbatch", "config.yaml"} <= set(contents(launch.run / "launch"))
+        assert (launch.run / "launch" / "logs").is_dir()  # for the job's output
 
     @pytest.mark.parametrize(
         ("arguments", "expected"),

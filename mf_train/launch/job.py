@@ -207,7 +207,7 @@ def notice_seconds(config: Config, options: JobOptions) -> int:
     if options.notice is not None:
         return options.notice
     seconds = _NOTICE_SECONDS + _NOTICE_SECONDS_PER_GB * checkpoint_bytes(config) / 1e9
-    return min(60 * math.ceil(seconds / 60), _LONGEST_NOTICE) if seconds > 121 else _NOTICE_SECONDS
+    return min(60 * round(seconds / 60), _LONGEST_NOTICE)
 
 
 def checkpoint_bytes(config: Config) -> int:

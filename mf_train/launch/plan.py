@@ -90,7 +90,7 @@ def _check_partition(options: JobOptions) -> float | None:
     Raises UserError for a job that its partition could never start: many clusters would let it wait for ever.
     """
     try:
-        partition = slurm.find_partition(options.partition)
+        partition = slurm.find_partition(options.partition or os.environ.get("SBATCH_PARTITION"))
     except slurm.MissingError:  # a dry run, or `sbatch` will say so
         return None
     if partition is None:  # `sbatch` says what is wrong with it
@@ -101,7 +101,8 @@ def _check_partition(options: JobOptions) -> float | None:
             f"--nodes {fewest}: partition {partition.name} has {partition.nodes} nodes; ask for fewer, or name another "
             "partition with --partition"
         )
-    if options.time and time_seconds(options.time) > time_seconds(partition.time_limit):
+    # a QOS may allow more
+    if options.time and not options.qos and time_seconds(options.time) > time_seconds(partition.time_limit):
         raise UserError(
             f"--time {options.time}: the limit of partition {partition.name} is {partition.time_limit}; ask for less "
             "(the job requeues itself until its steps are done), or name another partition with --partition"

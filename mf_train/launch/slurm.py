@@ -14,6 +14,11 @@ ACTIVE = (
     "SPECIAL_EXIT STAGE_OUT"
 ).split()  # states of a job that has or may still get nodes
 NOT_STARTED = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+# What a user may have set for all jobs, for sbatch to take where the job does not say otherwise. The other variables of
+# this kind would change what the job relies on, such as its signal.
+_DEFAULTS = tuple(
+    f"SBATCH_{name}" for name in "ACCOUNT CLUSTERS CONSTRAINT PARTITION QOS RESERVATION TIMELIMIT".split()
+)
 _SECONDS = 60.0  # a busy controller answers late
 _FIELD = re.compile(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)")
 _UNREACHABLE = re.compile(
@@ -38,7 +43,6 @@ class Job:
     state: str
     reason: str
     nodes: str  # compressed list; "" before it has some
-    node_count: str
     restarts: str
     run_time: str
     time_limit: str
@@ -71,12 +75,14 @@ class Partition:
     node_memory: float | None  # bytes of its largest node; None where SLURM was not told
 
 
-def submit(script: Path) -> int:
+def submit(script: Path, *options: str) -> int:
     """Number of the new job; what sbatch says beside it goes to standard error.
+
+    `options` are those of the script that must win over the shell's SBATCH_ variables, which win over a script's.
 
     Raises RefusedError with sbatch's words, MissingError, and TrainingError where it is not known what became of it.
     """
-    done = _run("sbatch", "--parsable", str(script))
+    done = _run("sbatch", "--parsable", *options, str(script))
     if done.returncode:
         if _UNREACHABLE.search(done.stderr):
             raise TrainingError(
@@ -172,12 +178,12 @@ def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def _environment() -> dict[str, str]:
     """Without what a surrounding job or torchrun says of itself: a new job must not inherit it."""
-    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", *_DEFAULTS)
     outside = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return {
         name: value
         for name, value in os.environ.items()
-        if name in kept or not (name.startswith(("SLURM_", "SLURMD_")) or name in outside)
+        if name in kept or not (name.startswith(("SLURM_", "SLURMD_", "SBATCH_")) or name in outside)
     }
 
 
@@ -194,7 +200,6 @@ def _parse_job(line: str) -> Job:
         state=fields["JobState"].split(",")[0],
         reason=fields.get("Reason", ""),
         nodes=fields.get("NodeList", ""),
-        node_count=fields.get("NumNodes", ""),
         restarts=fields.get("Restarts", "0"),
         run_time=fields.get("RunTime", ""),
         time_limit=fields.get("TimeLimit", ""),

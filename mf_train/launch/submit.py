@@ -136,7 +136,7 @@ def _config_text(config: Config) -> str:
 def _script(plan: Plan, options: JobOptions) -> str:
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     head = (
-        f"Written by `memoryformer launch` at {now}. To submit it again: sbatch THIS-FILE\n"
+        f"Written by `memoryformer launch` at {now}. sbatch takes it again; `launch status` knows the first job only.\n"
         "It trains config.yaml in launch/ of the run's folder, with the code that lies beside this file."
     )
     python = options.python or ("python" if options.container else sys.executable)
@@ -147,7 +147,9 @@ def _script(plan: Plan, options: JobOptions) -> str:
 
 def _submit(script: Path, options: JobOptions) -> int:
     try:
-        return slurm.submit(script)
+        names = ("partition", "account", "qos", "time")
+        given = [f"--{name}={value}" for name in names if (value := getattr(options, name)) is not None]
+        return slurm.submit(script, *given)
     except slurm.RefusedError as error:
         there = slurm.partitions()
         remedy = "see `memoryformer launch --help` and the cluster's documentation"

@@ -247,6 +247,32 @@ def test_goes_on_as_long_as_there_is_progress(
     assert all(line[2] == "120" for line in seen)
 
 
+TASK = """
+import os, signal, time
+from pathlib import Path
+task = os.environ["SLURM_ARRAY_TASK_ID"]
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+Path(f"started-{task}-{os.environ.get('SLURM_RESTART_COUNT', 0)}").touch()
+while not Path("go").exists():
+    time.sleep(0.1)
+"""
+
+
+def test_a_task_of_an_array_requeues_itself_alone(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    """The task that starts last has the whole array's number."""
+    python = stand_in(tmp_path, TASK)
+    array = slurm_cluster.submit("--array=0-2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python)
+    wait_for_files(tmp_path, {f"started-{task}-0" for task in range(3)})
+    numbers = {task: slurm_cluster.job(f"{array}_{task}")["JobId"] for task in range(3)}
+    (last,) = [task for task, number in numbers.items() if number == str(array)]
+    slurm_cluster.run("scancel", "--batch", "--signal=USR1", f"{array}_{last}")
+    wait_for_files(tmp_path, {f"started-{last}-1"})
+    (tmp_path / "go").touch()
+    for task in range(3):
+        job = slurm_cluster.wait_for_end(f"{array}_{task}", 60)
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", str(int(task == last))), output(tmp_path)
+
+
 def slurm_with(folder: Path, scontrol: str) -> str:
     """A PATH whose scontrol does something before, or in the place of, the real one (`$real`)."""
     program = folder / "programs" / "scontrol"

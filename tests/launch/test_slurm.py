@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mf_train.launch.slurm import _parse_job, _words
+from mf_train.launch.slurm import _environment, _parse_job, _words
 
 LINE = (
     "JobId=12 ArrayJobId=10 ArrayTaskId=3-5,9%2 JobName=a JobState=FAILED name UserId=root(0) Priority=1 "
@@ -39,3 +39,11 @@ def test_a_job_named_to_confuse() -> None:
 )
 def test_a_complaint_is_one_line(told: str, words: str) -> None:
     assert _words(told) == words
+
+
+def test_what_the_shell_says_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch lets its variables win over the script: those that would change what the script relies on are left out."""
+    kept, dropped = ["SBATCH_PARTITION", "SLURM_CONF", "SLURM_JWT"], ["SBATCH_SIGNAL", "SLURM_JOB_ID", "RANK"]
+    for name in kept + dropped:
+        monkeypatch.setenv(name, "x")
+    assert [name for name in kept + dropped if name in _environment()] == kept

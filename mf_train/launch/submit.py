@@ -149,7 +149,7 @@ def _submit(script: Path, options: JobOptions) -> int:
     try:
         names = ("partition", "account", "qos", "time")
         given = [f"--{name}={value}" for name in names if (value := getattr(options, name)) is not None]
-        return slurm.submit(script, *given)
+        return slurm.submit(script, *given, *options.sbatch)
     except slurm.RefusedError as error:
         there = slurm.partitions()
         remedy = "see `memoryformer launch --help` and the cluster's documentation"

@@ -192,6 +192,18 @@ def test_stopped_on_request_it_stays_out_of_the_queue(slurm_cluster: Cluster, tm
     assert starts(tmp_path)[-1][7:] == ["75", "stopped"]
 
 
+def test_a_request_that_came_before_the_script_counts(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    """As while a node was made ready, or where SLURM requeued the job before it could look."""
+    python = stand_in(tmp_path, STOPPABLE)
+    number = slurm_cluster.submit("--hold", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python)
+    (tmp_path / "run/launch").mkdir(parents=True)
+    (tmp_path / f"run/launch/stop-{number}").touch()
+    slurm_cluster.run("scontrol", "release", str(number))
+    job = slurm_cluster.wait_for_end(number, 60)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "75:0"), output(tmp_path)
+    assert "stopped as asked for" in output(tmp_path) and not (tmp_path / "started-0").exists()
+
+
 @pytest.mark.parametrize(
     ("ends", "state", "code", "restarts", "nexts", "says"),
     [

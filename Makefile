@@ -18,7 +18,7 @@ help:
 	@echo "make format      apply ruff's fixes and formatting"
 	@echo "make drills      the slow tests"
 	@echo "make faults      fault drills: kills, full disks, damage, signals, stale starts; ends with a table"
-	@echo "make slurm       SLURM drills on a real cluster of namespaces (root): preemption, dead nodes; about 50 minutes"
+	@echo "make slurm       SLURM drills on a real cluster of namespaces (root): preemption, dead nodes; half an hour"
 	@echo "make clean       remove .venv, caches and runs/quickstart"
 
 setup: $(STAMP)

@@ -4,7 +4,7 @@ Needs root, Debian's slurm-wlm and munge, and iproute2. Every node has its own n
 host name, mounts and process ids, so host names, rendezvous and signals behave as on a cluster. n1 to n4 are in the
 default partition `main` and in `urgent`, whose jobs preempt those of `main`; g1 and g2, partition `gpu`, have GPUs by
 SLURM's books. Nodes can be powered off and cut off. Everything that is started dies with the process that started
-it. Only one cluster at a time, kept by a lock: its names and addresses are fixed.
+it. Up to SLOTS clusters at a time, each with a lock, and names, addresses and ports of its own.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = "munged slurmctld slurmd sbatch squeue scontrol scancel ip unshare nsenter".split()
-BRIDGE, NETWORK = "mfslurm", "10.77.13"
-LOCK = Path("/run/lock/mf-slurm-cluster")
+LOCKS = Path("/run/lock")
+SLOTS = 3
 CPUS, MEMORY_MB = 4, 16000  # of every node, as configured: they need not exist
 GRACE = 20  # seconds that a preempted job has
 FINISHED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
@@ -31,8 +31,8 @@ FINISHED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMOR
 SLURM_CONF = """\
 ClusterName=mftest
 SlurmctldHost={host}({network}.254)
-SlurmctldPort=17917
-SlurmdPort=17918
+SlurmctldPort={port}
+SlurmdPort={node_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -64,15 +64,15 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
 NodeName=n[1-4] NodeAddr={network}.[1-4] CPUs={cpus} RealMemory={memory} State=UNKNOWN
-NodeName=g[1-2] NodeAddr={network}.[5-6] CPUs={cpus} RealMemory={memory} Gres=gpu:2 State=UNKNOWN
+NodeName=g[1-2] NodeAddr={network}.[5-6] CPUs={cpus} RealMemory={memory} Gres=gpu:h100:2 State=UNKNOWN
 PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={grace} State=UP
 PartitionName=urgent Nodes=n[1-4] Default=NO MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF State=UP
 PartitionName=gpu Nodes=g[1-2] Default=NO MaxTime=INFINITE State=UP
 """
 # Devices that every machine has stand for GPUs: SLURM only hands out their numbers.
 GRES_CONF = """\
-NodeName=g[1-2] Name=gpu File=/dev/zero
-NodeName=g[1-2] Name=gpu File=/dev/null
+NodeName=g[1-2] Name=gpu Type=h100 File=/dev/zero
+NodeName=g[1-2] Name=gpu Type=h100 File=/dev/null
 """
 NODES = {name: i for i, name in enumerate(("n1", "n2", "n3", "n4", "g1", "g2"), start=1)}
 
@@ -104,8 +104,10 @@ def why_not() -> str | None:
 class Cluster:
     """A running cluster; `environment` makes SLURM's commands speak to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, slot: int) -> None:
         self.folder = folder
+        self.slot = slot
+        self.bridge, self.network = f"mfs{slot}", f"10.77.{20 + slot}"
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -146,25 +148,25 @@ class Cluster:
 
     def kill(self, node: str) -> None:
         """Powers a node off: all its processes end at once, and nobody is told, since its link goes first."""
-        _ip("link", "del", _link(node))
+        _ip("link", "del", self.link(node))
         daemon = self._daemons.pop(node)
         for first in _children(daemon.pid):  # the node's process 1, which takes all others with it
             os.kill(first, signal.SIGKILL)
         daemon.wait(10)
-        _ip("netns", "del", _link(node))
+        _ip("netns", "del", self.link(node))
 
     def start(self, node: str) -> None:
         """Boots a node that was powered off; it is there when SLURM has seen it (wait_until_idle)."""
-        add_to_network(node)
+        self._connect(node)
         self._boot(node)
 
     def cut(self, node: str) -> None:
         """Takes a node's link down: its processes live on, and nobody reaches it. run_on still does."""
-        _ip("link", "set", _link(node), "down")
+        _ip("link", "set", self.link(node), "down")
 
     def heal(self, node: str) -> None:
         """Takes the link of a node that was cut off up again."""
-        _ip("link", "set", _link(node), "up")
+        _ip("link", "set", self.link(node), "up")
 
     def run_on(self, node: str, *command: str | Path, timeout: float = 30) -> str:
         """Runs a command inside a node, by its process 1 and not over its network; returns what it printed."""
@@ -211,6 +213,38 @@ class Cluster:
                 )
             time.sleep(0.1)
 
+    # its network
+
+    def link(self, node: str) -> str:
+        """The name of a node's network namespace, and of the end of its link that is on this host."""
+        return f"{self.bridge}{node}"
+
+    def _make_network(self) -> None:
+        """A bridge on this host, and for each node a network namespace with one end of a veth pair on it."""
+        _ip("link", "add", self.bridge, "type", "bridge")
+        _ip("addr", "add", f"{self.network}.254/24", "dev", self.bridge)
+        _ip("link", "set", self.bridge, "up")
+        for node in NODES:
+            self._connect(node)
+
+    def _connect(self, node: str) -> None:
+        link = self.link(node)
+        _ip("netns", "add", link)
+        _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", link)
+        _ip("link", "set", link, "master", self.bridge, "up")
+        _ip("-n", link, "link", "set", "lo", "up")
+        _ip("-n", link, "addr", "add", f"{self.network}.{NODES[node]}/24", "dev", "eth0")
+        _ip("-n", link, "link", "set", "eth0", "up")
+
+    def remove_network(self) -> None:
+        """Removes what _make_network made, or a part of it."""
+        # Links go first: a connection that was not closed keeps a namespace, and its link, for minutes.
+        for link in sorted(Path("/sys/class/net").glob(f"{self.bridge}*"), reverse=True):
+            subprocess.run(["ip", "link", "del", link.name], capture_output=True, timeout=30)
+        for line in _ip("netns", "list").splitlines():
+            if line.startswith(self.bridge):
+                _ip("netns", "del", line.split()[0])
+
     # all of it
 
     def up(self) -> None:
@@ -218,16 +252,23 @@ class Cluster:
         folder, host = self.folder, socket.gethostname().split(".")[0]
         for name in ("munge", "state", "spool", "log"):
             (folder / name).mkdir(parents=True)
-        hosts = {"127.0.0.1": "localhost", f"{NETWORK}.254": host}
-        hosts |= {f"{NETWORK}.{i}": name for name, i in NODES.items()}
+        hosts = {"127.0.0.1": "localhost", f"{self.network}.254": host}
+        hosts |= {f"{self.network}.{i}": name for name, i in NODES.items()}
         (folder / "hosts").write_text("".join(f"{address} {name}\n" for address, name in hosts.items()))
         (folder / "slurm.conf").write_text(
             SLURM_CONF.format(
-                folder=folder, host=host, network=NETWORK, cpus=CPUS, memory=MEMORY_MB, grace=GRACE
+                folder=folder,
+                host=host,
+                network=self.network,
+                port=17927 + 2 * self.slot,
+                node_port=17928 + 2 * self.slot,
+                cpus=CPUS,
+                memory=MEMORY_MB,
+                grace=GRACE,
             )
         )
         (folder / "gres.conf").write_text(GRES_CONF)
-        make_network()
+        self._make_network()
 
         munge = folder / "munge"
         key = munge / "key"
@@ -244,7 +285,7 @@ class Cluster:
     def _boot(self, node: str) -> None:
         space = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         shell = ["bash", "-c", NODE, "node", str(self.folder), node]
-        self._start(node, "nsenter", f"--net=/run/netns/{_link(node)}", *space, *shell)
+        self._start(node, "nsenter", f"--net=/run/netns/{self.link(node)}", *space, *shell)
 
     def _start(self, name: str, *command: str) -> None:
         with open(self.folder / "log" / f"{name}.console", "ab") as console:
@@ -270,55 +311,20 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        remove_network()
+        self.remove_network()
 
 
 @contextmanager
 def running_cluster(folder: Path) -> Iterator[Cluster]:
-    """A cluster, gone afterwards. Waits up to 5 minutes while another one is running."""
-    with open(LOCK, "w") as lock:
-        _acquire(lock.fileno(), 300)
-        remove_network()  # what a killed predecessor may have left
-        cluster = Cluster(folder)
+    """A cluster, gone afterwards. Waits up to 5 minutes while others have taken all slots."""
+    with _free_slot(300) as slot:
+        cluster = Cluster(folder, slot)
+        cluster.remove_network()  # what a killed predecessor may have left
         try:
             cluster.up()
             yield cluster
         finally:
             cluster.down()
-
-
-def make_network() -> None:
-    """A bridge on this host, and for each node a network namespace with one end of a veth pair on it."""
-    _ip("link", "add", BRIDGE, "type", "bridge")
-    _ip("addr", "add", f"{NETWORK}.254/24", "dev", BRIDGE)
-    _ip("link", "set", BRIDGE, "up")
-    for node in NODES:
-        add_to_network(node)
-
-
-def add_to_network(node: str) -> None:
-    """The node's namespace and its link to the bridge; both have the same name."""
-    link = _link(node)
-    _ip("netns", "add", link)
-    _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", link)
-    _ip("link", "set", link, "master", BRIDGE, "up")
-    _ip("-n", link, "link", "set", "lo", "up")
-    _ip("-n", link, "addr", "add", f"{NETWORK}.{NODES[node]}/24", "dev", "eth0")
-    _ip("-n", link, "link", "set", "eth0", "up")
-
-
-def remove_network() -> None:
-    """Removes what make_network made, or a part of it."""
-    # Links go first: a connection that was not closed keeps a namespace, and its link, for minutes.
-    for link in sorted(Path("/sys/class/net").glob(f"{BRIDGE}*"), reverse=True):
-        subprocess.run(["ip", "link", "del", link.name], capture_output=True, timeout=30)
-    for line in _ip("netns", "list").splitlines():
-        if line.startswith(BRIDGE):
-            _ip("netns", "del", line.split()[0])
-
-
-def _link(node: str) -> str:
-    return f"{BRIDGE}{NODES[node]}"
 
 
 def _children(process: int) -> list[int]:
@@ -334,14 +340,21 @@ def _ip(*arguments: str) -> str:
     return done.stdout
 
 
-def _acquire(lock: int, timeout: float) -> None:
+@contextmanager
+def _free_slot(timeout: float) -> Iterator[int]:
+    """The number of a slot that is nobody else's meanwhile."""
     deadline = time.monotonic() + timeout
     while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            assert time.monotonic() < deadline, f"another SLURM cluster holds {LOCK}"
-            time.sleep(0.5)
+        for slot in range(SLOTS):
+            with open(LOCKS / f"mf-slurm-cluster-{slot}", "w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                yield slot
+                return
+        assert time.monotonic() < deadline, f"{SLOTS} other SLURM clusters are running (locks in {LOCKS})"
+        time.sleep(0.5)
 
 
 def _die_with_parent() -> None:

@@ -19,7 +19,7 @@ from mf_train.config.loading import load_config
 from mf_train.errors import UserError
 from mf_train.launch.check import check
 from mf_train.launch.job import JobOptions
-from tests.launch.cluster import BRIDGE, NODES, Cluster
+from tests.launch.cluster import Cluster
 
 pytestmark = pytest.mark.slurm
 
@@ -121,9 +121,9 @@ def test_names_nodes_whose_gpus_torch_does_not_see(
 
 
 @contextmanager
-def slowed(node: str) -> Iterator[None]:
+def slowed(cluster: Cluster, node: str) -> Iterator[None]:
     """A node's link carries 100 Mbit/s in each direction, instead of what memory does."""
-    link = f"{BRIDGE}{NODES[node]}"
+    link = cluster.link(node)
     ends = [["tc", "qdisc"], ["tc", "-n", link, "qdisc"]]
     devices, limit = [link, "eth0"], "root tbf rate 100mbit burst 256kb latency 50ms".split()
     for end, device in zip(ends, devices, strict=True):
@@ -153,7 +153,7 @@ def test_names_the_node_with_a_slow_network_from_inside_a_job(
         f"#!/bin/bash\nexec {sys.executable} -c '{program}' configs/quickstart.yaml {overrides}\n"
     )
     output = tmp_path / "output"
-    with slowed("n2"):
+    with slowed(cluster, "n2"):
         number = cluster.submit(
             "--nodes=4",
             "--ntasks-per-node=1",

@@ -110,7 +110,7 @@ def wait_for_files(folder: Path, names: set[str], timeout: float = 60) -> None:
         ("srun", "--nodes=2 --ntasks-per-node=2", "n1 n1 n2 n2", 2),
         ("srun", "--ntasks=2", "n1 n1", 2),
         ("srun", "--nodes=2 --partition=gpu --gpus-per-node=2", "g1 g1 g2 g2", 2),
-        ("srun", "--nodes=2 --partition=gpu --gpus-per-node=1", "g1 g2", 4),
+        ("srun", "--nodes=2 --partition=gpu --gpus-per-node=h100:1", "g1 g2", 4),
         ("srun", "--partition=gpu", "g1 g1", 2),  # no number given: all of the node
         ("torchrun", "--nodes=2 --ntasks-per-node=2", "n1 n2", 2),
         ("torchrun", "--nodes=2 --partition=gpu --gpus-per-node=2", "g1 g2", 2),
@@ -150,7 +150,7 @@ def test_starts_one_process_per_task_or_gpu(
             assert rank["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, range(seen)))
 
 
-@pytest.mark.parametrize("starter", ["srun", "torchrun"])
+@pytest.mark.parametrize("starter", [pytest.param("srun", marks=pytest.mark.slow), "torchrun"])
 def test_saves_and_requeues_itself_on_notice(slurm_cluster: Cluster, tmp_path: Path, starter: str) -> None:
     python = stand_in(tmp_path, STOPPABLE)
     number = slurm_cluster.submit(
@@ -328,6 +328,7 @@ def test_says_how_to_use_it(slurm_cluster: Cluster, tmp_path: Path) -> None:
     assert "usage: sbatch" in output(tmp_path)
 
 
+@pytest.mark.slow
 def test_trains_on_two_nodes(slurm_cluster: Cluster, tmp_path: Path) -> None:
     """Four steps of the quickstart's model, its tables sharded over two nodes."""
     run = tmp_path / "run"

@@ -36,7 +36,7 @@ _NAMES_ANOTHER = re.compile(
     r"rank \d+ on \S+ (does not answer|has ended|has been )|no sign of life|no progress for "
 )
 _BROKEN_CONNECTION = re.compile(
-    r"torchrun's agent, at .* (has gone|does not answer)|Connection (closed|reset|refused)|Broken pipe|gloo/transport"
+    r"torchrun's agent, at \S+ (has gone|does not answer;)|Connection (closed|reset|refused)|Broken pipe|gloo/transport"
     r"|ncclRemoteError|remote process exited|Watchdog caught collective|DistNetworkError|recvValue failed"
     r"|Socket Timeout"
 )
@@ -249,6 +249,8 @@ def _how(log: _Log) -> str:
     if log.rank is None:
         return "failed"
     ending = log.ending
+    if ending is None and _weigh(log) is Weight.VERDICT:
+        return "was ended by its watch over the run"
     if ending is None:
         return "left no ending (killed, or its node has gone), and last wrote"
     if ending.by_agent:

@@ -200,18 +200,27 @@ def test_rank_killed(make_run: MakeRun, reference: Reference, drill: Drill, rank
 
 
 @slow
-def test_rank_stopped(make_run: MakeRun, reference: Reference, drill: Drill) -> None:
+@pytest.mark.parametrize(
+    ("rank", "starter", "named"),
+    [
+        (3, "torchrun", r"no progress for \d+ s: rank 3 on n2 .* step \d+"),
+        (0, "srun", r"rank 0, .* at n1:\d+ does not answer and no progress for \d+ s"),
+    ],
+    ids=["3-torchrun", "0-srun"],
+)
+def test_rank_stopped(
+    make_run: MakeRun, reference: Reference, drill: Drill, rank: int, starter: str, named: str
+) -> None:
     """SIGSTOP of a rank: named, and started again in place."""
-    rank, limit = 3, 20  # seconds
+    limit = 20  # seconds
     run = make_run(training={"collective_timeout_seconds": limit})
-    run.launch()
+    run.launch(f"--starter={starter}")
     run.wait_for_steps(6)
     event = time.monotonic()
     run.signal(run.rank(rank), "STOP")
     drill.recovered(run, event, 2 * limit + START_SECONDS)
     assert run.finish()["Restarts"] == "0", run.output()
-    named = re.search(rf"no progress for \d+ s: rank {rank} on n2 .* step \d+", run.output())
-    assert named, run.output()
+    assert re.search(f"{named}", run.output()), run.output()
     drill.lost(run, INTERVAL)
     run.check_end(reference())
 

@@ -260,3 +260,16 @@ def test_the_command(logs: Logs) -> None:
     done = run(str(logs.folder / "nowhere"))
     assert done.returncode == 2
     assert done.stderr == f"memoryformer: {logs.folder / 'nowhere'}: no such folder of logs\n"
+
+
+def test_a_first_rank_that_does_not_answer_is_named_by_another(tmp_path: Path) -> None:
+    """Under srun the store is rank 0's: where it is stopped, no verdict can be reached through it, and none ends in order."""
+    logs = Logs(tmp_path)
+    logs.rank(0, [], after=10)
+    said = LOST.replace("has gone", "does not answer and no progress for 60 s")
+    logs.rank(1, [said], after=70)
+    logs.rank(2, [said], after=70)
+    logs.rank(3, [], after=5)
+    lines = report(tmp_path)
+    assert lines[0].startswith("first error: rank 1 on n1 was ended by its watch over the run")
+    assert "rank 0, or torchrun's agent, at n1:10123 does not answer" in lines[1]

@@ -263,7 +263,7 @@ def test_the_command(logs: Logs) -> None:
 
 
 def test_a_first_rank_that_does_not_answer_is_named_by_another(tmp_path: Path) -> None:
-    """Under srun the store is rank 0's: where that is stopped, no verdict is reached through it, and no rank ends in order."""
+    """Under srun the store is rank 0's: where that is stopped no verdict is reached through it; each rank says it."""
     logs = Logs(tmp_path)
     logs.rank(0, [], after=10)
     said = LOST.replace("has gone", "does not answer and no progress for 60 s")

@@ -11,6 +11,7 @@ from mf_train.errors import UserError
 from mf_train.launch import slurm
 from mf_train.launch.logs import rank_log
 from mf_train.launch.progress import (
+    Progress,
     Start,
     duration,
     read_progress,
@@ -45,8 +46,9 @@ def status(folder: Path) -> Iterator[str]:
     for number in [*record.get("before", []), record["job"]]:
         for line in _job_lines(number):
             yield f"job         {line}"
-    yield f"step        {_step(folder)}"
-    yield f"checkpoint  {read_progress(folder).checkpoint}"
+    progress = read_progress(folder)
+    yield f"step        {_step(progress)}"
+    yield f"checkpoint  {progress.checkpoint}"
     starts = read_starts(folder)
     if len(starts) > _SHOWN_STARTS:
         yield f"starts      {len(starts)}, the last {_SHOWN_STARTS}:"
@@ -130,7 +132,8 @@ def _array_status(folder: Path, record: dict[str, Any]) -> Iterator[str]:
         starts = read_starts(Path(run))
         if not (its and its.active) and starts and starts[-1].next:
             state += f" ({starts[-1].next})"
-        yield f"task {task:<6} {state}: step {_step(Path(run))}, checkpoint {read_progress(Path(run)).checkpoint}"
+        progress = read_progress(Path(run))
+        yield f"task {task:<6} {state}: step {_step(progress)}, checkpoint {progress.checkpoint}"
 
 
 def _name(number: str, job: slurm.Job) -> str:
@@ -174,8 +177,7 @@ def _job_text(job: slurm.Job) -> str:
     return " ".join(words) + (f", requeued {restarts} time{'s' if restarts > 1 else ''}" if restarts else "")
 
 
-def _step(run: Path) -> str:
-    progress = read_progress(run)
+def _step(progress: Progress) -> str:
     if not progress.metrics:
         return f"none of {progress.steps}"
     step, loss = progress.metrics.get("step", 0), progress.metrics.get("loss", float("nan"))

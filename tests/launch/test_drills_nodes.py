@@ -49,7 +49,7 @@ def test_node_cut_off(
 
     A run of one node goes on training there as if nothing were, until it would save or is overtaken.
     """
-    steps = 120 if nodes == 1 else 24
+    steps = 200 if nodes == 1 else 24  # more than the old start does until the new one takes over
     run = make_run(steps=steps, training={"collective_timeout_seconds": LIMIT})
     run.launch(nodes=nodes)
     old = run.wait_for_steps(6)

@@ -319,7 +319,7 @@ def _build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--sequences", type=int, default=0, metavar="N", help="only the first N (default: all)")
     verb.add_argument("--batch-size", type=int, default=8, metavar="B")
 
-    add_launch(commands)
+    add_launch(commands, _add)
     return parser
 
 

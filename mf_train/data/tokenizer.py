@@ -43,7 +43,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = _find_model(path)
+        self.path = find_model(path)
         self.model_bytes = self.path.read_bytes()
         self.fingerprint = hashlib.blake2b(self.model_bytes, digest_size=8).hexdigest()
         self._processor = _load_processor(self.model_bytes, self.path)
@@ -303,7 +303,8 @@ def _write_model(output_dir: Path, proto: bytes, info: dict[str, Any]) -> Path:
     return output_dir / "tokenizer.model"
 
 
-def _find_model(path: str | Path) -> Path:
+def find_model(path: str | Path) -> Path:
+    """The sentencepiece model that `tokenizer.path` means: a file, or its folder's. Raises UserError."""
     if not str(path):
         raise UserError(
             "tokenizer.path is not set: name a sentencepiece model or the folder of 'tokenizer.model' (or, for token "

@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from mf_train.errors import UserError
 from mf_train.launch.job import JobOptions, check_options
 
 VERBS = ("status", "stop", "logs")
+AddCommand = Callable[..., argparse.ArgumentParser]  # of (commands, name, summary, example, run)
 
 
 def join_verb(arguments: Sequence[str]) -> list[str]:
@@ -20,9 +21,9 @@ def join_verb(arguments: Sequence[str]) -> list[str]:
     return list(arguments)
 
 
-def add_launch(commands: Any) -> None:
-    """Add the commands to the command line's parser."""
-    parser = _add(
+def add_launch(commands: Any, add: AddCommand) -> None:
+    """Add the commands to the command line's parser, each by `add`."""
+    parser = add(
         commands,
         "launch",
         "run on a SLURM cluster: check, snapshot, render a job script, submit",
@@ -40,7 +41,7 @@ def add_launch(commands: Any) -> None:
     _add_queue(parser)
     _add_behaviour(parser)
     _add_what(parser)
-    _add_verbs(commands)
+    _add_verbs(commands, add)
 
 
 def options_from(given: argparse.Namespace) -> JobOptions:
@@ -162,18 +163,16 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_verbs(commands: Any) -> None:
+def _add_verbs(commands: Any, add: AddCommand) -> None:
     example = "memoryformer launch status runs/base"
-    verb = _add(commands, "launch status", "show where a launched run or array stands", example, _status)
+    verb = add(commands, "launch status", "show where a launched run or array stands", example, _status)
     _add_run(verb)
 
     example = "memoryformer launch stop runs/base"
-    _add_run(_add(commands, "launch stop", "have a launched run or array save and end", example, _stop))
+    _add_run(add(commands, "launch stop", "have a launched run or array save and end", example, _stop))
 
     example = "memoryformer launch logs runs/base --rank 3 --follow"
-    verb = _add(
-        commands, "launch logs", "show a launched run's output, its first error first", example, _logs
-    )
+    verb = add(commands, "launch logs", "show a launched run's output, its first error first", example, _logs)
     _add_run(verb)
     verb.add_argument("--rank", type=int, metavar="N", help="one rank's own log (default: the job's output)")
     verb.add_argument("--start", type=int, metavar="K", help="of the job's K-th start (default: the newest)")
@@ -187,17 +186,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run_folder", type=Path, metavar="RUN", help="training.output_dir, or an array's folder"
     )
-
-
-def _add(commands: Any, name: str, summary: str, example: str, run: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"example: {example}",
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _range(text: str | None) -> tuple[int, int] | None:

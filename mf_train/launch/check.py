@@ -140,12 +140,7 @@ def _nodes(job: str) -> list[str]:
     found = slurm.find_jobs(job)
     if not found or not found[0].nodes:
         raise TrainingError(f"job {job} has no nodes (any more)")
-    listing = subprocess.run(
-        ["scontrol", "show", "hostnames", found[0].nodes], capture_output=True, text=True, timeout=60
-    )
-    if listing.returncode:
-        raise TrainingError(f"scontrol show hostnames {found[0].nodes}: {listing.stderr.strip()}")
-    return listing.stdout.split()
+    return slurm.host_names(found[0].nodes)
 
 
 def _step(job: str, nodes: Sequence[str], per_node: int) -> list[str]:

@@ -1,7 +1,6 @@
 """What the configuration reads, looked at where the job is submitted: a wrong path costs no time in the queue."""
 
 from functools import cache
-from pathlib import Path
 
 from mf_train.config import Config
 from mf_train.errors import UserError
@@ -44,13 +43,9 @@ def _check_data(config: Config) -> None:
 
 @cache  # the tasks of an array mostly read the same
 def _find_tokenizer(path: str) -> None:
-    found = Path(path).expanduser()
-    if found.is_dir():
-        found = found / "tokenizer.model"
-    if not found.is_file():
-        raise UserError(
-            f"tokenizer.path: {found} does not exist: train one with 'memoryformer tokenizer train --output DIR'"
-        )
+    from mf_train.data.tokenizer import find_model
+
+    find_model(path)
 
 
 @cache

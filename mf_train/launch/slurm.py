@@ -110,6 +110,14 @@ def find_jobs(number: int | str) -> list[Job]:
     return [_parse_job(line) for line in done.stdout.splitlines() if line.startswith("JobId=")]
 
 
+def host_names(nodes: str) -> list[str]:
+    """The nodes of a compressed list, in its order. Raises MissingError, TrainingError."""
+    done = _run("scontrol", "show", "hostnames", nodes)
+    if done.returncode:
+        raise TrainingError(f"scontrol show hostnames {nodes}: {_words(done.stderr)}")
+    return done.stdout.split()
+
+
 def cancel(number: str) -> None:
     """End a job that waits in the queue. Raises RefusedError."""
     _cancel(number)

@@ -140,7 +140,9 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
     stage, bfloat16 = config.parallel.zero_stage, config.training.precision == "bfloat16"
     training = config.training
     accumulates = training.global_batch_size // (data * training.micro_batch_size) > 1
-    bucket = float(BUCKET) if device == "cuda" else min(n, BUCKET)  # pages that nothing touches take no memory
+    bucket = (
+        float(BUCKET) if device == "cuda" else min(n, BUCKET)
+    )  # pages that nothing touches take no memory
     flat = min(n, BUCKET)
     largest = _largest_parameter(config.model) / config.parallel.tensor
     w = 2 if bfloat16 else 4

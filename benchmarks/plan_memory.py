@@ -1,8 +1,8 @@
 """One rank that measures its memory while it trains: what `memoryformer plan` predicts of a CPU rank.
 
-Run by torchrun: `python -m benchmarks.plan_memory CONFIG FOLDER [--trace]`. Writes FOLDER/RANK.json: resident bytes above
-those before the model was built, their peak in the first and in later steps, and the seconds of each step. With
-`--trace` also the peaks of torch's own allocations, which need no page.
+Run by torchrun: `python -m benchmarks.plan_memory CONFIG FOLDER [--trace]`. Writes FOLDER/RANK.json: resident bytes
+above those before the model was built, their peak in the first and in later steps, and the seconds of each step. With
+`--trace` it also prints resident bytes and their peak after each backward pass and each update.
 """
 
 import json

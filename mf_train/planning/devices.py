@@ -71,6 +71,8 @@ def _device(name: str, tree: dict[str, Any], origin: str) -> Device:
         raise UserError(f"--device {origin}: rates must be numbers above 0 (YAML wants 2.7e+12, not 2.7e12)")
     if tree["kind"] not in ("cpu", "cuda"):
         raise UserError(f"--device {origin}: kind is {tree['kind']!r}: choose cpu or cuda")
-    numbers = {key: tree[key] for key in _NUMBERS}
-    links = {key: Link(**tree[key]) for key in ("inside", "between")}
-    return Device(name=name, kind=tree["kind"], flops=tree["flops"], **numbers, **links)
+    numbers = {key: float(tree[key]) for key in _NUMBERS}
+    inside, between = Link(**tree["inside"]), Link(**tree["between"])
+    return Device(
+        name=name, kind=tree["kind"], flops=tree["flops"], inside=inside, between=between, **numbers
+    )

@@ -62,6 +62,8 @@ def estimate_step(config: Config, nodes: int, per_node: int, device: Device) -> 
     precision = config.training.precision
     parts = [_bound(work, device, precision, micro_batches) for work in _compute(config, device.kind)]
     parts.append(_bound(_optimizer(config, data), device, precision, 1))
+    often = micro_batches if config.parallel.zero_stage > 1 else 1
+    parts.append(_bound(_gradient_copies(config, data), device, precision, often))
     if tensor > 1:
         parts.append(_tensor_parallel(config, device, micro_batches))
     parts += _data_parallel(config, nodes, per_node, device, micro_batches)
@@ -119,11 +121,27 @@ def _compute(config: Config, kind: str) -> list[_Work]:
 
 
 def _optimizer(config: Config, data: int) -> _Work:
-    """AdamW reads and writes masters and moments and reads gradients; around it copies, norm and clipping."""
+    """AdamW reads masters, moments and gradients and writes all but the latter; norm, clipping, the new parameters."""
     n = count_parameters(config.model).total / config.parallel.tensor
     share = n / (data if config.parallel.zero_stage else 1)
     b = 2 if config.training.precision == "bfloat16" else 4
-    return _Work("update", copy=share * (28 + 12 + 4 + b) + 6 * b * n, launches=100)
+    return _Work("update", copy=share * (28 + 12 + 4 + b), launches=100)
+
+
+def _gradient_copies(config: Config, data: int) -> _Work:
+    """Passes over a micro-batch's gradients beside the collectives (the copies that `planning.memory` counts)."""
+    n = count_parameters(config.model).total / config.parallel.tensor
+    stage, bfloat16 = config.parallel.zero_stage, config.training.precision == "bfloat16"
+    b = 2 if bfloat16 else 4
+    if stage == 0:  # flattened, divided, copied back; in bfloat16 checked and turned to float32
+        passes = 6 * b * n + (8 * n if bfloat16 else 0)
+    elif (
+        stage == 1 and bfloat16
+    ):  # added to float32 sums, flattened, to bfloat16 and back, copied back, cleared
+        passes = (10 + 8 + 6 + 6 + 8 + 4 + 2) * n
+    else:  # into the bucket, divided, flattened or put in the ranks' order, then to the partition, twice
+        passes = 6 * b * n + (2 * b + 8) * n / data
+    return _Work("gradient copies", copy=passes, launches=100)
 
 
 def _tensor_parallel(config: Config, device: Device, micro_batches: int) -> Part:

@@ -26,6 +26,7 @@ LAYERS = {
     "data": {"config", "errors"},
     "checkpoint": {"parallel", "model", "config", "errors"},
     "training": {"checkpoint", "data", "parallel", "model", "kernels", "config", "errors"},
+    "planning": {"parallel", "model", "config", "errors"},
     "launch": {"training", "checkpoint", "data", "parallel", "model", "config", "errors"},
     "standalone": {"checkpoint", "data", "model", "kernels", "config", "errors"},
     "__main__": {"cli"},

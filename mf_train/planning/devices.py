@@ -1,0 +1,78 @@
+"""Devices and networks: a small table of rates (devices.yaml), which measured values override."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mf_train.errors import UserError
+
+_NUMBERS = ("memory", "copy", "gather", "launch")
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes a second of one rank, and seconds of one step of a ring."""
+
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of one device and of its network; units as in devices.yaml."""
+
+    name: str
+    kind: str  # cpu or cuda
+    memory: float
+    copy: float
+    gather: float
+    flops: dict[str, float]  # by precision
+    launch: float
+    inside: Link
+    between: Link
+
+
+def find_device(name: str) -> Device:
+    """The device of a name in devices.yaml, or of a YAML file of the same keys with `base: NAME` for those left out.
+
+    Raises UserError for a name or a file without a device, and for values that are no positive numbers.
+    """
+    known = yaml.safe_load(Path(__file__).with_name("devices.yaml").read_text(encoding="utf-8"))
+    if name in known:
+        return _device(name, known[name], name)
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(
+            f"--device {name}: choose one of {', '.join(known)}, or a YAML file with measured rates"
+        )
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--device {path}: cannot be read ({error})") from None
+    if not isinstance(given, dict) or given.get("base") not in known:
+        raise UserError(f"--device {path}: name the device it changes, base: {' | '.join(known)}")
+    base = dict(known[given.pop("base")])
+    for key, value in given.items():
+        if key not in base:
+            raise UserError(f"--device {path}: unknown key {key!r}; known: {', '.join(base)}")
+        nested = isinstance(base[key], dict)
+        if nested and (not isinstance(value, dict) or not set(value) <= set(base[key])):
+            raise UserError(f"--device {path}: {key} holds {', '.join(base[key])}")
+        base[key] = base[key] | value if nested else value
+    return _device(path.stem, base, str(path))
+
+
+def _device(name: str, tree: dict[str, Any], origin: str) -> Device:
+    values = [tree[key] for key in _NUMBERS]
+    values += [value for key in ("flops", "inside", "between") for value in tree[key].values()]
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in values):
+        raise UserError(f"--device {origin}: rates must be numbers above 0 (YAML wants 2.7e+12, not 2.7e12)")
+    if tree["kind"] not in ("cpu", "cuda"):
+        raise UserError(f"--device {origin}: kind is {tree['kind']!r}: choose cpu or cuda")
+    numbers = {key: float(tree[key]) for key in _NUMBERS}
+    inside, between = Link(**tree["inside"]), Link(**tree["between"])
+    return Device(
+        name=name, kind=tree["kind"], flops=tree["flops"], inside=inside, between=between, **numbers
+    )

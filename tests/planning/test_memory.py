@@ -1,0 +1,103 @@
+"""The memory model against what ranks really take (benchmarks.plan_memory)."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
+from mf_train.config.loading import config_to_tree
+from mf_train.planning.memory import BUCKET, estimate_memory
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TABLES = ModelConfig(hidden_size=256, num_layers=4, num_heads=4, bits=8, vocab_size=8192, sequence_length=128)
+ROWS = ModelConfig(hidden_size=128, num_layers=6, num_heads=4, bits=4, vocab_size=4096, sequence_length=512)
+DENSE = replace(ROWS, kind="dense", hidden_size=512, vocab_size=16384)
+
+
+def make(model: ModelConfig, batch: int, micro: int, tensor: int, stage: int, precision: str) -> Config:
+    training = TrainingConfig(
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        precision=precision,  # type: ignore[arg-type]
+        device="cpu",
+    )
+    return Config(model=model, training=training, parallel=ParallelConfig(tensor=tensor, zero_stage=stage))
+
+
+# processes and configurations: every stage, both precisions, tables or activations as the larger part
+CASES = {
+    "stage 0": (1, make(TABLES, 2, 2, 1, 0, "float32")),
+    "stage 1, 2 x data": (2, make(TABLES, 2, 1, 1, 1, "float32")),
+    "stage 3, 2 x data": (2, make(TABLES, 2, 1, 1, 3, "float32")),
+    "bfloat16, stage 1": (1, make(TABLES, 2, 2, 1, 1, "bfloat16")),
+    "bfloat16, stage 2": (1, make(TABLES, 2, 2, 1, 2, "bfloat16")),
+    "long rows": (1, make(ROWS, 8, 8, 1, 1, "float32")),
+    "long rows, 2 x tensor": (2, make(ROWS, 8, 8, 2, 1, "float32")),
+    "long rows, bfloat16": (1, make(ROWS, 8, 8, 1, 2, "bfloat16")),
+    "dense": (1, make(DENSE, 4, 2, 1, 1, "float32")),
+}
+
+
+def measured_peak(config: Config, processes: int, folder: Path) -> int:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config_to_tree(config)), encoding="utf-8")
+    # freed tensors go back to the system at once, so that resident memory is what is held
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    command += ["-m", "benchmarks.plan_memory", str(path), str(folder)]
+    done = subprocess.run(
+        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return max(max(json.loads((folder / f"{rank}.json").read_text())["peaks"]) for rank in range(processes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_within_a_tenth_of_a_real_rank(name: str, tmp_path: Path) -> None:
+    processes, config = CASES[name]
+    predicted = estimate_memory(config, processes, "cpu").peak
+    assert predicted == pytest.approx(measured_peak(config, processes, tmp_path), rel=0.1)
+
+
+def test_stages_share_what_they_say() -> None:
+    for stage, shared in ((0, ()), (1, ("optimizer",)), (3, ("optimizer", "parameters"))):
+        one, four = (
+            estimate_memory(make(TABLES, 4, 1, 1, stage, "float32"), ranks, "cpu") for ranks in (1, 4)
+        )
+        for name in ("parameters", "optimizer"):
+            assert getattr(one, name) == getattr(four, name) * (4 if name in shared else 1)
+
+
+def test_a_gpu_holds_whole_buckets() -> None:
+    config = make(TABLES, 2, 2, 1, 2, "float32")
+    difference = estimate_memory(config, 1, "cuda").buffers - estimate_memory(config, 1, "cpu").buffers
+    assert difference == pytest.approx(4 * BUCKET, rel=0.2)
+
+
+def test_tensor_parallelism_shares_all_but_codes() -> None:
+    one, two = (estimate_memory(make(ROWS, 8, 8, p, 0, "bfloat16"), p, "cuda") for p in (1, 2))
+    assert two.codes == one.codes
+    assert two.logits == one.logits / 2
+    assert two.parameters == one.parameters / 2
+
+
+def test_saving_beside_the_steps_takes_host_memory() -> None:
+    config = make(TABLES, 2, 1, 1, 1, "float32")
+    assert estimate_memory(config, 2).host == 0
+    config = replace(config, checkpoint=replace(config.checkpoint, interval=5))
+    assert estimate_memory(config, 2).host == pytest.approx(estimate_memory(config, 1).host / 2)

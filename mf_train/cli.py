@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.launch.arguments import add_launch, join_verb
+from mf_train.study.arguments import add_study
 
 FAILURE, MISTAKE = 1, 2
 _PEER_WAIT_SECONDS = 5.0
@@ -320,6 +321,7 @@ def _build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--batch-size", type=int, default=8, metavar="B")
 
     add_launch(commands)
+    add_study(commands)
     return parser
 
 

@@ -27,13 +27,23 @@ LAYERS = {
     "checkpoint": {"parallel", "model", "config", "errors"},
     "training": {"checkpoint", "data", "parallel", "model", "kernels", "config", "errors"},
     "launch": {"training", "checkpoint", "data", "parallel", "model", "config", "errors"},
+    "study": {"launch", "checkpoint", "parallel", "model", "config", "errors"},
     "standalone": {"checkpoint", "data", "model", "kernels", "config", "errors"},
     "__main__": {"cli"},
 }
 LAYERS["cli"] = set(LAYERS) - {"__main__"}
 
 # Dependencies that are heavy, change often or are hard to install: one file each, or one folder.
-ONE_FILE_EACH = ["deepspeed", "megatron", "sentencepiece", "datasets", "fsspec", "filelock"]
+ONE_FILE_EACH = [
+    "deepspeed",
+    "megatron",
+    "sentencepiece",
+    "datasets",
+    "fsspec",
+    "filelock",
+    "scipy",
+    "matplotlib",
+]
 ONE_FOLDER_EACH = {"pyarrow": "data", "transformers": "standalone", "triton": "kernels"}
 # Parts whose modules import nothing of other projects but these.
 THIRD_PARTY = {"errors": set(), "config": {"yaml"}, "kernels": {"torch", "triton"}, "model": {"torch"}}

@@ -29,18 +29,25 @@ def add_launch(commands: Any) -> None:
         "memoryformer launch configs/base.yaml training.steps=100000 --nodes 4 --gpus-per-node 8 --time 24:00:00",
         _launch,
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml; may have {task} in it"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
         help="settings that replace the file's; {task} stands for the number of an array's task",
     )
+    add_job_options(parser)
+    _add_what(parser)
+    _add_verbs(commands)
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `options_from` reads."""
     _add_size(parser)
     _add_queue(parser)
     _add_behaviour(parser)
-    _add_what(parser)
-    _add_verbs(commands)
 
 
 def options_from(given: argparse.Namespace) -> JobOptions:

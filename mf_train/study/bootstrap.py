@@ -11,7 +11,9 @@ from mf_train.study.fit import EXPONENT_BOUNDS, Array, Law, fit_law
 
 LEVEL = 0.9  # of the intervals
 SAMPLES = 200
-FEWEST_VALUES = 3  # different sizes and different numbers of tokens, below which an exponent is anybody's guess
+FEWEST_VALUES = (
+    3  # different sizes and different numbers of tokens, below which an exponent is anybody's guess
+)
 WIDEST = 0.5  # an exponent's interval may reach this share of the exponent to either side on average
 
 
@@ -53,14 +55,19 @@ class LawFit:
 def expand(points: Sequence[Point]) -> tuple[Array, Array]:
     """x [n, j] and losses [n], a row a run."""
     rows = [(point.x, loss) for point in points for loss in point.losses]
-    return np.array([x for x, _ in rows], dtype=np.float64), np.array([loss for _, loss in rows], dtype=np.float64)
+    return np.array([x for x, _ in rows], dtype=np.float64), np.array(
+        [loss for _, loss in rows], dtype=np.float64
+    )
 
 
 def resample(points: Sequence[Point], random: np.random.Generator) -> list[Point]:
     """As many cells, drawn with replacement, and in each as many seeds, drawn with replacement."""
     drawn = [points[index] for index in random.integers(len(points), size=len(points))]
     return [
-        Point(point.x, tuple(point.losses[i] for i in random.integers(len(point.losses), size=len(point.losses))))
+        Point(
+            point.x,
+            tuple(point.losses[i] for i in random.integers(len(point.losses), size=len(point.losses))),
+        )
         for point in drawn
     ]
 
@@ -124,7 +131,9 @@ def doubts(
                 f"the exponent of {name} is not identified: {values} different values, {FEWEST_VALUES} are needed"
             )
         elif not EXPONENT_BOUNDS[0] * 1.01 < one.value < EXPONENT_BOUNDS[1] * 0.99:
-            found.append(f"the exponent of {name} is not identified: {one.value:.3g} is the bound of the search")
+            found.append(
+                f"the exponent of {name} is not identified: {one.value:.3g} is the bound of the search"
+            )
         elif not one.high - one.low <= 2 * WIDEST * one.value:
             found.append(
                 f"the exponent of {name} is not identified: {LEVEL:.0%} of the bootstrap lie in "
@@ -133,7 +142,9 @@ def doubts(
             )
     lowest = min(min(point.losses) for point in points)
     if law.floor < 0.01 * lowest:
-        found.append(f"the floor {law.floor:.2g} is not identified: the data would be fitted as well without it")
+        found.append(
+            f"the floor {law.floor:.2g} is not identified: the data would be fitted as well without it"
+        )
     if drawn < samples / 2:
         found.append(f"only {drawn} of {samples} bootstrap samples had two values of each quantity")
     return found
@@ -153,7 +164,7 @@ def bootstrap_value(
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """A value that `compute` takes from points, with its interval; samples for which it raises ValueError are left out."""
+    """A value that `compute` takes from points, with its interval; samples where it raises ValueError are left out."""
     random = np.random.default_rng(seed)
     drawn = []
     for _ in range(samples):

@@ -68,7 +68,9 @@ def fit_law(x: Array, loss: Array, delta: float = HUBER_DELTA, near: Law | None 
     if near is not None:
         exponents = np.array(near.exponents)
         starts.append(_pack(near.floor, np.log(near.coefficients) - exponents * centre, exponents))
-    best = min((_polish(start, logs - centre, np.log(loss), delta) for start in starts), key=lambda found: found[0])
+    best = min(
+        (_polish(start, logs - centre, np.log(loss), delta) for start in starts), key=lambda found: found[0]
+    )
     floor, scale, exponents = _unpack(best[1], terms)
     law = Law(
         floor=float(np.exp(floor)),
@@ -82,7 +84,9 @@ def fit_law(x: Array, loss: Array, delta: float = HUBER_DELTA, near: Law | None 
 def fit_parabola(budget: float, x: Array, loss: Array) -> Parabola:
     """The parabola of loss over log x. Raises ValueError with fewer than three sizes, or where it has no minimum."""
     if len(np.unique(x)) < 3:
-        raise ValueError(f"budget {budget:.3g}: a parabola needs three sizes, and there are {len(np.unique(x))}")
+        raise ValueError(
+            f"budget {budget:.3g}: a parabola needs three sizes, and there are {len(np.unique(x))}"
+        )
     logs = np.log(x)
     middle = logs.mean()
     curvature, slope, constant = np.polyfit(logs - middle, loss, 2)
@@ -123,7 +127,11 @@ def _polish(start: Array, z: Array, log_loss: Array, delta: float) -> tuple[floa
     from scipy.optimize import minimize
 
     terms = z.shape[1]
-    bounds = [(_LOWEST_LOG_FLOOR, float(log_loss.min())), *[(-40.0, 40.0)] * terms, *[EXPONENT_BOUNDS] * terms]
+    bounds = [
+        (_LOWEST_LOG_FLOOR, float(log_loss.min())),
+        *[(-40.0, 40.0)] * terms,
+        *[EXPONENT_BOUNDS] * terms,
+    ]
     lowest, highest = np.array(bounds).T
     start = np.clip(start, lowest, highest)
     # Tolerances far below the defaults: stopping early is what Besiroglu et al. 2024 (arXiv 2404.10102) found wrong

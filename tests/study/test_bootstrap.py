@@ -11,7 +11,9 @@ from mf_train.study.fit import Law
 LAW = Law(1.69, (406.4, 410.7), (0.34, 0.28))
 
 
-def points(sizes: np.ndarray, tokens: np.ndarray, seeds: int = 3, noise: float = 2e-3, seed: int = 0) -> list[Point]:
+def points(
+    sizes: np.ndarray, tokens: np.ndarray, seeds: int = 3, noise: float = 2e-3, seed: int = 0
+) -> list[Point]:
     random = np.random.default_rng(seed)
     found = []
     for size in sizes:
@@ -45,10 +47,22 @@ def test_more_noise_gives_wider_intervals() -> None:
 @pytest.mark.parametrize(
     ("drawn", "words"),
     [
-        (points(np.geomspace(1e6, 1e9, 2), np.geomspace(1e7, 1e11, 5)), "exponent of parameters is not identified: 2"),
-        (points(np.geomspace(1e6, 1e9, 5), np.geomspace(1e7, 1e11, 2)), "exponent of tokens is not identified: 2"),
-        (points(np.geomspace(1e8, 1.1e8, 3), np.geomspace(1e7, 1e11, 4), noise=0.02), "exponent of parameters is not"),
-        (points(np.geomspace(1e6, 1e9, 5), np.geomspace(1e7, 1e11, 1)), "exponent of tokens is not identified: 1"),
+        (
+            points(np.geomspace(1e6, 1e9, 2), np.geomspace(1e7, 1e11, 5)),
+            "exponent of parameters is not identified: 2",
+        ),
+        (
+            points(np.geomspace(1e6, 1e9, 5), np.geomspace(1e7, 1e11, 2)),
+            "exponent of tokens is not identified: 2",
+        ),
+        (
+            points(np.geomspace(1e8, 1.1e8, 3), np.geomspace(1e7, 1e11, 4), noise=0.02),
+            "exponent of parameters is not",
+        ),
+        (
+            points(np.geomspace(1e6, 1e9, 5), np.geomspace(1e7, 1e11, 1)),
+            "exponent of tokens is not identified: 1",
+        ),
     ],
     ids=["two sizes", "two token counts", "a narrow range", "one token count"],
 )

@@ -120,5 +120,7 @@ def test_isoflop_minima_follow_the_law_s_exponent() -> None:
     for budget in budgets:
         middle = factor * (budget / 6) ** (b / (a + b))
         sizes = middle * np.geomspace(0.4, 2.5, 7)
-        best.append(fit_parabola(budget, sizes, law.predict(np.column_stack([sizes, budget / 6 / sizes]))).best)
+        best.append(
+            fit_parabola(budget, sizes, law.predict(np.column_stack([sizes, budget / 6 / sizes]))).best
+        )
     assert fit_power(budgets, best)[1] == pytest.approx(b / (a + b), abs=0.005)

@@ -66,7 +66,8 @@ def measure(rows: Sequence[dict[str, str]], x: str, size: str, by: str) -> list[
     """Done cells, with the seeds of one configuration together. Raises UserError."""
     if not rows:
         raise UserError("the table of results has no cells")
-    for name in (x, size, by):
+    keys = by.split(",")
+    for name in (x, size, *keys):
         if name not in rows[0]:
             raise UserError(f"the table of results has no column {name}: see its first line for those it has")
     groups: defaultdict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
@@ -74,14 +75,14 @@ def measure(rows: Sequence[dict[str, str]], x: str, size: str, by: str) -> list[
         if row["state"] == "done" and row[LOSS]:
             # the axes say what differs; a seed is no configuration of its own
             others = [row[name] for name in row if name.startswith("axis.") and name != SEED_AXIS]
-            groups[row[by], row[x], row[size], row["tokens"], *others].append(row)
+            groups[" ".join(row[key] for key in keys), row[x], row[size], row["tokens"], *others].append(row)
     found = []
-    for group in groups.values():
+    for (series, *_), group in groups.items():
         first = group[0]
         axes = {name[5:]: first[name] for name in first if name.startswith("axis.") and name != SEED_AXIS}
         found.append(
             Measured(
-                series=first[by],
+                series=series,
                 axes=axes,
                 size=float(first[size]),
                 tokens=float(first["tokens"]),
@@ -130,10 +131,11 @@ def _series(name: str, measured: Sequence[Measured], x: str, size: str, samples:
 
 
 def frontier(measured: Sequence[Measured]) -> list[Measured]:
-    """Cells that no cell of the same or a smaller x beats, by x."""
+    """The best cell of each budget, where no smaller budget has a better one; smallest x first."""
     found: list[Measured] = []
-    for one in sorted(measured, key=lambda one: (one.x, one.mean)):
-        if not found or (one.mean < found[-1].mean):
+    for group in _same_budget(measured):
+        one = min(group, key=lambda one: one.mean)
+        if not found or one.mean < found[-1].mean:
             found.append(one)
     return found
 
@@ -150,13 +152,18 @@ def _best(measured: Sequence[Measured]) -> list[Measured]:
 
 def budgets(measured: Sequence[Measured]) -> list[list[Measured]]:
     """Cells of about one x, where there are three sizes of them; smallest x first."""
+    return [group for group in _same_budget(measured) if len({one.size for one in group}) >= 3]
+
+
+def _same_budget(measured: Sequence[Measured]) -> list[list[Measured]]:
+    """Whole steps and seeds leave runs of one budget with slightly different costs."""
     groups: list[list[Measured]] = []
     for one in sorted(measured, key=lambda one: one.x):
         if groups and one.x <= groups[-1][0].x * _SAME_BUDGET:
             groups[-1].append(one)
         else:
             groups.append([one])
-    return [group for group in groups if len({one.size for one in group}) >= 3]
+    return groups
 
 
 def _isoflop(best: Sequence[Measured], samples: int) -> IsoFlop | None:

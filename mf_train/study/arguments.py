@@ -36,7 +36,12 @@ def add_study(commands: Any) -> None:
     fit = _add(verbs, "fit", "fit scaling laws, draw plots, write report.html", " --x bytes_moved", _fit)
     fit.add_argument("--x", choices=_X, default="flops", help="what loss is drawn and fitted over (flops)")
     fit.add_argument("--size", choices=_X[2:5], default="parameters", help="N of L(N, D) (parameters)")
-    fit.add_argument("--by", default="model.kind", metavar="KEY", help="a fit for each value (model.kind)")
+    fit.add_argument(
+        "--by",
+        default="model.kind",
+        metavar="KEYS",
+        help="a fit for each value of these columns (model.kind)",
+    )
     fit.add_argument("--samples", type=int, default=200, metavar="N", help="of the bootstrap (200)")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from mf_train.study.analysis import Measured, Series, frontier
 
 _DPI = 110
+_MOST_NAMES = 8  # of sizes in a legend
 _NAMES = {"flops": "training FLOPs", "bytes_moved": "bytes of parameters moved"}
 
 
@@ -41,14 +42,18 @@ def _frontiers(series: Sequence[Series], x: str) -> bytes:
 
 
 def _surfaces(series: Sequence[Series], size: str) -> bytes:
+    from matplotlib import colormaps
+
     fitted = [one for one in series if one.surface]
     figure, several = _figure(len(fitted))
     for axes, one in zip(several, fitted, strict=True):
         assert one.surface is not None
-        for index, value in enumerate(sorted({m.size for m in one.measured})):
+        sizes = sorted({m.size for m in one.measured})
+        for index, value in enumerate(sizes):
             here = [m for m in one.measured if m.size == value]
-            colour = f"C{index % 10}"
-            _points(axes, [m.tokens for m in here], here, colour, f"{value:.3g}")
+            colour = colormaps["viridis"](0.9 * index / max(1, len(sizes) - 1))
+            named = index % -(-len(sizes) // _MOST_NAMES) == 0 or index == len(sizes) - 1
+            _points(axes, [m.tokens for m in here], here, colour, f"{value:.3g}" if named else "")
             tokens = np.geomspace(min(m.tokens for m in here) / 1.3, max(m.tokens for m in here) * 1.3, 50)
             points = np.column_stack([np.full(50, value), tokens])
             axes.plot(tokens, one.surface.law.predict(points), color=colour, linestyle="--", linewidth=1)
@@ -98,7 +103,7 @@ def _axis(measured: Sequence[Measured], axis: str) -> bytes:
     return _png(figure)
 
 
-def _points(axes: Any, x: Sequence[float], measured: Sequence[Measured], colour: str, label: str) -> None:
+def _points(axes: Any, x: Sequence[float], measured: Sequence[Measured], colour: Any, label: str) -> None:
     means = np.array([one.mean for one in measured])
     low = means - [min(one.losses) for one in measured]
     high = [max(one.losses) for one in measured] - means

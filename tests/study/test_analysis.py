@@ -75,6 +75,12 @@ def test_the_best_learning_rate_counts() -> None:
     assert found.tuned_away == 24 and all(one.axes["learning_rate"] == "0.001" for one in found.measured)
 
 
+def test_series_by_several_columns() -> None:
+    rows = [row(kind, 1e6, 1e9, 0, 3.0, **{"model.bits": bits}) for kind in LAWS for bits in ("4", "8")]
+    found = measure(rows, "flops", "parameters", "model.kind,model.bits")
+    assert [one.series for one in found] == ["memoryformer 4", "memoryformer 8", "dense 4", "dense 8"]
+
+
 def test_cells_that_are_not_done_do_not_count() -> None:
     rows = table(("dense",))
     rows[0]["state"] = "failed"
@@ -86,7 +92,7 @@ def test_the_frontier_falls() -> None:
     measured = measure(table(("dense",)), "flops", "parameters", "model.kind")
     edge = frontier(measured)
     assert [one.mean for one in edge] == sorted((one.mean for one in edge), reverse=True)
-    assert len(edge) >= 4 and len(budgets(measured)) == 4
+    assert len(edge) == 4 and len(budgets(measured)) == 4
 
 
 def test_too_little_is_said_and_the_rest_is_fitted() -> None:
@@ -117,7 +123,7 @@ def test_the_report_holds_everything(tmp_path: Path) -> None:
     assert any("best size grows" in line for line in lines)
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "loss is &lt;nan&gt;" in page
-    assert not re.search(r"(src|href)=(?!\"data:)|url\\(|@import", page), "nothing is fetched from elsewhere"
+    assert not re.search(r"(src|href)=(?!\"data:)|url[(]|@import", page), "nothing is fetched from elsewhere"
     pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert pictures == ["isoflop.png", "loss-over-flops.png", "loss-surface.png"]
     assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)

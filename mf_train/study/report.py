@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mf_train.checkpoint.files import write_whole
 from mf_train.study.analysis import Series, analyse, measure
@@ -32,11 +34,20 @@ def fit_study(folder: Path, x: str, size: str, by: str, samples: int) -> Iterato
     for name, data in pictures.items():
         write_whole(folder / PLOTS / f"{name}.png", data, "partial")
     fits = {"x": x, "size": size, "by": by, "level": LEVEL, "series": [asdict(one) for one in series]}
-    write_whole(folder / FITS, (json.dumps(fits, indent=1) + "\n").encode(), "partial")
+    write_whole(folder / FITS, (json.dumps(_plain(fits), indent=1) + "\n").encode(), "partial")
     page = render(folder.name, rows, lines, pictures)
     write_whole(folder / REPORT, page.encode(), "partial")
     yield from lines
     yield f"{folder / REPORT}: {len(pictures)} plots"
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, which has no NaN: the bounds of an interval that could not be drawn are null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def series_lines(series: Series) -> Iterator[str]:

@@ -28,7 +28,9 @@ def study_file(folder: Path, axes: dict[str, Any], **other: Any) -> Path:
         base_config(folder)
     path = folder / "study.yaml"
     path.write_text(
-        yaml.safe_dump({"base": str(base), "output_dir": str(folder / "out"), "axes": axes} | other)
+        yaml.safe_dump(
+            {"base": str(base), "output_dir": str(folder / "out"), "axes": axes} | other, sort_keys=False
+        )
     )
     return path
 

@@ -10,9 +10,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mf_train.commands import add_command
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.launch.arguments import add_launch, join_verb
 from mf_train.planning.arguments import add_plan
+from mf_train.study.arguments import add_study
 
 FAILURE, MISTAKE = 1, 2
 _PEER_WAIT_SECONDS = 5.0
@@ -191,7 +193,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="command", required=True)
 
-    train = _add(
+    train = add_command(
         commands,
         "train",
         "pretrain a model",
@@ -206,7 +208,7 @@ def _build_parser() -> argparse.ArgumentParser:
     example = (
         "memoryformer tokenizer train --input 'corpus/*.jsonl.gz' --vocab-size 32000 --output tokenizer-32k"
     )
-    verb = _add(tokenizer, "train", "train a sentencepiece model", example, _tokenizer_train)
+    verb = add_command(tokenizer, "train", "train a sentencepiece model", example, _tokenizer_train)
     verb.add_argument(
         "--input",
         required=True,
@@ -221,7 +223,7 @@ def _build_parser() -> argparse.ArgumentParser:
         metavar="verb", required=True
     )
     example = "memoryformer data inspect configs/quickstart.yaml --step 3"
-    verb = _add(
+    verb = add_command(
         data, "inspect", "show sources, counts and a step's batch with its digest", example, _data_inspect
     )
     _add_config(verb)
@@ -233,7 +235,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
 
     example = "memoryformer data tokenize configs/quickstart.yaml --output tokens"
-    verb = _add(
+    verb = add_command(
         data, "tokenize", "write text sources as token shards (Megatron's .bin/.idx)", example, _data_tokenize
     )
     _add_config(verb)
@@ -248,19 +250,21 @@ def _build_parser() -> argparse.ArgumentParser:
         metavar="verb", required=True
     )
     example = "memoryformer checkpoint verify runs/quickstart"
-    verb = _add(
+    verb = add_command(
         checkpoint, "verify", "read checkpoints and compare every checksum", example, _checkpoint_verify
     )
     verb.add_argument(
         "path", type=Path, metavar="PATH", help="a checkpoint, or a run's folder for all of its"
     )
     example = "memoryformer checkpoint list runs/quickstart"
-    verb = _add(checkpoint, "list", "show a run's checkpoints: step, size, date", example, _checkpoint_list)
+    verb = add_command(
+        checkpoint, "list", "show a run's checkpoints: step, size, date", example, _checkpoint_list
+    )
     verb.add_argument("run_folder", type=Path, metavar="RUN")
 
     example = "memoryformer convert runs/quickstart/checkpoints/latest quickstart-model --dtype bfloat16"
     summary = "turn a checkpoint into a standalone model, prove it again, or turn a model into a checkpoint"
-    verb = _add(commands, "convert", summary, example, _convert)
+    verb = add_command(commands, "convert", summary, example, _convert)
     verb.add_argument(
         "source",
         type=Path,
@@ -295,7 +299,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
 
     example = "memoryformer generate quickstart-model 'The state of the Union'"
-    verb = _add(commands, "generate", "continue a text with a standalone model", example, _generate)
+    verb = add_command(commands, "generate", "continue a text with a standalone model", example, _generate)
     verb.add_argument("model", type=Path)
     verb.add_argument("prompt")
     verb.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
@@ -305,7 +309,7 @@ def _build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0)
 
     example = "memoryformer evaluate quickstart-model --data 'configs/quickstart-text/validation/*'"
-    verb = _add(
+    verb = add_command(
         commands, "evaluate", "loss, perplexity and bits per byte of a standalone model", example, _evaluate
     )
     verb.add_argument("model", type=Path)
@@ -320,19 +324,9 @@ def _build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--sequences", type=int, default=0, metavar="N", help="only the first N (default: all)")
     verb.add_argument("--batch-size", type=int, default=8, metavar="B")
 
-    add_launch(commands, _add)
-    add_plan(commands, _add)
-    return parser
-
-
-def _add(commands, name, summary, example, run) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"example: {example}",
-    )
-    parser.set_defaults(run=run)
+    add_launch(commands)
+    add_plan(commands)
+    add_study(commands)
     return parser
 
 

@@ -17,7 +17,8 @@ from mf_train.parallel.degrees import check_degrees
 from mf_train.training.schedule import learning_rate
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-FILES = sorted(FOLDER.glob("**/*.yaml"))
+STUDIES = sorted(FOLDER.glob("studies/*.yaml"))
+FILES = sorted(set(FOLDER.glob("**/*.yaml")) - set(STUDIES))
 # SPEC.md section 2: blocks, hidden size, heads, tables; table parameters in billions; Pythia's peak learning rate.
 PAPER = {
     "tiny": (6, 512, 8, 64, 0.415, 1e-3),
@@ -103,3 +104,13 @@ def test_a_micro_batch_and_the_optimizer_fit_a_gpu(name: str) -> None:
         tokens = config.training.micro_batch_size * model.sequence_length
         logits = 14 * tokens * model.vocab_size / tensor
         assert states + logits < 60e9
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_every_study_can_be_planned(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER.parent)
+    from mf_train.study.cells import make_grid
+    from mf_train.study.study import load_study
+
+    grid = make_grid(load_study(path))
+    assert grid.cells and not [one for one in grid.left_out if "the same run" not in one.reason]

@@ -26,15 +26,47 @@ LAYERS = {
     "data": {"config", "errors"},
     "checkpoint": {"parallel", "model", "config", "errors"},
     "training": {"checkpoint", "data", "parallel", "model", "kernels", "config", "errors"},
-    "planning": {"parallel", "model", "config", "errors"},
-    "launch": {"training", "checkpoint", "data", "parallel", "model", "config", "errors"},
+    "planning": {"parallel", "model", "config", "commands", "errors"},
+    "launch": {
+        "training",
+        "checkpoint",
+        "data",
+        "parallel",
+        "planning",
+        "model",
+        "config",
+        "commands",
+        "errors",
+    },
+    "study": {
+        "launch",
+        "planning",
+        "checkpoint",
+        "parallel",
+        "model",
+        "config",
+        "commands",
+        "drawing",
+        "errors",
+    },
     "standalone": {"checkpoint", "data", "model", "kernels", "config", "errors"},
+    "commands": set(),
+    "drawing": set(),
     "__main__": {"cli"},
 }
 LAYERS["cli"] = set(LAYERS) - {"__main__"}
 
 # Dependencies that are heavy, change often or are hard to install: one file each, or one folder.
-ONE_FILE_EACH = ["deepspeed", "megatron", "sentencepiece", "datasets", "fsspec", "filelock"]
+ONE_FILE_EACH = [
+    "deepspeed",
+    "megatron",
+    "sentencepiece",
+    "datasets",
+    "fsspec",
+    "filelock",
+    "scipy",
+    "matplotlib",
+]
 ONE_FOLDER_EACH = {"pyarrow": "data", "transformers": "standalone", "triton": "kernels"}
 # Parts whose modules import nothing of other projects but these.
 THIRD_PARTY = {"errors": set(), "config": {"yaml"}, "kernels": {"torch", "triton"}, "model": {"torch"}}

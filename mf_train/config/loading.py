@@ -21,6 +21,15 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
     Raises UserError naming the file and the key.
     """
+    tree = read_tree(path)
+    tree.pop("versions", None)  # a run's own config.yaml records package versions; they are not settings
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, " with ".join([str(path), *overrides]))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; {} for an empty file. Raises UserError naming the file."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -37,10 +46,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as 'model:' at the top level")
-    tree.pop("versions", None)  # a run's own config.yaml records package versions; they are not settings
-    for override in overrides:
-        apply_override(tree, override)
-    return parse_config(tree, " with ".join([str(path), *overrides]))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> Config:
@@ -53,6 +59,25 @@ def parse_config(tree: dict[str, Any], origin: str) -> Config:
 def config_to_tree(config: Config) -> dict[str, Any]:
     """Plain dicts, lists and scalars of a Config: what config.yaml and checkpoints hold."""
     return _plain(dataclasses.asdict(config))
+
+
+def convert_value(key: str, value: Any, origin: str) -> Any:
+    """`value` as the type of a dotted key such as optimizer.learning_rate; whether it fits the others is not asked.
+
+    Raises UserError for a key that no section has, and a value of another type.
+    """
+    annotation: Any = Config
+    known: dict[str, Any] = {}
+    for part in key.split("."):
+        known = typing.get_type_hints(annotation) if dataclasses.is_dataclass(annotation) else {}
+        if part not in known:
+            near = difflib.get_close_matches(part, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "name it as section.key"
+            raise UserError(f"{origin}: unknown key {key!r}: {hint}")
+        annotation = known[part]
+    if dataclasses.is_dataclass(annotation):
+        raise UserError(f"{origin}: {key} is a section: name one of its keys")
+    return _convert(annotation, value, key, origin)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

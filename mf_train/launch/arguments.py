@@ -3,15 +3,15 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mf_train.commands import add_command
 from mf_train.errors import UserError
 from mf_train.launch.job import JobOptions, check_options
 
 VERBS = ("status", "stop", "logs")
-AddCommand = Callable[..., argparse.ArgumentParser]  # of (commands, name, summary, example, run)
 
 
 def join_verb(arguments: Sequence[str]) -> list[str]:
@@ -21,27 +21,34 @@ def join_verb(arguments: Sequence[str]) -> list[str]:
     return list(arguments)
 
 
-def add_launch(commands: Any, add: AddCommand) -> None:
-    """Add the commands to the command line's parser, each by `add`."""
-    parser = add(
+def add_launch(commands: Any) -> None:
+    """Add the commands to the command line's parser."""
+    parser = add_command(
         commands,
         "launch",
         "run on a SLURM cluster: check, snapshot, render a job script, submit",
         "memoryformer launch configs/base.yaml training.steps=100000 --nodes 4 --gpus-per-node 8 --time 24:00:00",
         _launch,
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml; may have {task} in it"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
         help="settings that replace the file's; {task} stands for the number of an array's task",
     )
+    add_job_options(parser)
+    _add_what(parser)
+    _add_verbs(commands)
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `options_from` reads."""
     _add_size(parser)
     _add_queue(parser)
     _add_behaviour(parser)
-    _add_what(parser)
-    _add_verbs(commands, add)
 
 
 def options_from(given: argparse.Namespace) -> JobOptions:
@@ -163,16 +170,22 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_verbs(commands: Any, add: AddCommand) -> None:
+def _add_verbs(commands: Any) -> None:
     example = "memoryformer launch status runs/base"
-    verb = add(commands, "launch status", "show where a launched run or array stands", example, _status)
+    verb = add_command(
+        commands, "launch status", "show where a launched run or array stands", example, _status
+    )
     _add_run(verb)
 
     example = "memoryformer launch stop runs/base"
-    _add_run(add(commands, "launch stop", "have a launched run or array save and end", example, _stop))
+    _add_run(
+        add_command(commands, "launch stop", "have a launched run or array save and end", example, _stop)
+    )
 
     example = "memoryformer launch logs runs/base --rank 3 --follow"
-    verb = add(commands, "launch logs", "show a launched run's output, its first error first", example, _logs)
+    verb = add_command(
+        commands, "launch logs", "show a launched run's output, its first error first", example, _logs
+    )
     _add_run(verb)
     verb.add_argument("--rank", type=int, metavar="N", help="one rank's own log (default: the job's output)")
     verb.add_argument("--start", type=int, metavar="K", help="of the job's K-th start (default: the newest)")

@@ -120,7 +120,7 @@ def _load_runs(config_path: str, overrides: Sequence[str], options: JobOptions) 
             word if task is None or word.startswith("training.output_dir=") else word.replace(TASK, str(task))
             for word in overrides
         ]
-        config = load_config(config_path, words)
+        config = load_config(config_path if task is None else config_path.replace(TASK, str(task)), words)
         pattern = os.path.abspath(config.training.output_dir)
         if (TASK in pattern) != (task is not None):
             raise UserError(

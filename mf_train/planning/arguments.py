@@ -2,15 +2,14 @@
 
 import argparse
 import json
-from collections.abc import Callable
 from typing import Any
 
-AddCommand = Callable[..., argparse.ArgumentParser]  # of (commands, name, summary, example, run)
+from mf_train.commands import add_command
 
 
-def add_plan(commands: Any, add: AddCommand) -> None:
-    """Add the command to the command line's parser, by `add`."""
-    parser = add(
+def add_plan(commands: Any) -> None:
+    """Add the command to the command line's parser."""
+    parser = add_command(
         commands,
         "plan",
         "memory, step time and cost of a run, from its configuration alone",

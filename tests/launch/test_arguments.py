@@ -16,7 +16,7 @@ from mf_train.launch.job import JobOptions
 
 def parse(*words: str) -> JobOptions:
     parser = argparse.ArgumentParser()
-    add_launch(parser.add_subparsers(), lambda commands, name, *_: commands.add_parser(name))
+    add_launch(parser.add_subparsers())
     return options_from(parser.parse_args(["launch", "config.yaml", *words]))
 
 

@@ -1,0 +1,221 @@
+"""From the table of results to fits: cells with their seeds, the best of what was tuned, laws and IsoFLOP minima."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mf_train.errors import UserError
+from mf_train.study.bootstrap import (
+    SAMPLES,
+    Interval,
+    LawFit,
+    Point,
+    bootstrap_value,
+    expand,
+    fit_with_intervals,
+)
+from mf_train.study.fit import Parabola, fit_parabola, fit_power
+
+SEED_AXIS = "axis.seed"
+LOSS = "final_validation_loss"
+_SAME_BUDGET = 1.1  # runs whose costs differ by less than this factor are of one budget
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One configuration with the losses of its seeds."""
+
+    series: str
+    axes: dict[str, str]  # without the seed
+    size: float
+    tokens: float
+    x: float
+    losses: tuple[float, ...]
+    cells: tuple[str, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+
+@dataclass(frozen=True)
+class IsoFlop:
+    """Parabolas of the budgets, and how their best sizes grow with the budget."""
+
+    parabolas: tuple[Parabola, ...]
+    exponent: Interval | None  # p of best size ~ budget ** p
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Series:
+    """All fits of one series, such as of one model kind."""
+
+    name: str
+    measured: tuple[Measured, ...]  # best of what was tuned at each size and length
+    tuned_away: int  # configurations that another one of the same size and length beat
+    surface: LawFit | None  # L(N, D)
+    curve: LawFit | None  # of the cells that no cheaper cell beats
+    isoflop: IsoFlop | None
+    warnings: tuple[str, ...]  # why a fit is missing
+
+
+def measure(rows: Sequence[dict[str, str]], x: str, size: str, by: str) -> list[Measured]:
+    """Done cells, with the seeds of one configuration together. Raises UserError."""
+    if not rows:
+        raise UserError("the table of results has no cells")
+    keys = by.split(",")
+    for name in (x, size, *keys):
+        if name not in rows[0]:
+            raise UserError(f"the table of results has no column {name}: see its first line for those it has")
+    groups: defaultdict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        if row["state"] == "done" and row[LOSS]:
+            # the axes say what differs; a seed is no configuration of its own
+            others = [row[name] for name in row if name.startswith("axis.") and name != SEED_AXIS]
+            groups[" ".join(row[key] for key in keys), row[x], row[size], row["tokens"], *others].append(row)
+    found = []
+    for (series, *_), group in groups.items():
+        first = group[0]
+        axes = {name[5:]: first[name] for name in first if name.startswith("axis.") and name != SEED_AXIS}
+        found.append(
+            Measured(
+                series=series,
+                axes=axes,
+                size=float(first[size]),
+                tokens=float(first["tokens"]),
+                x=float(first[x]),
+                losses=tuple(float(row[LOSS]) for row in group),
+                cells=tuple(row["cell"] for row in group),
+            )
+        )
+    return found
+
+
+def analyse(
+    rows: Sequence[dict[str, str]], x: str, size: str, by: str = "model.kind", samples: int = SAMPLES
+) -> list[Series]:
+    """Fits of each series. Raises UserError where no cell is done."""
+    measured = measure(rows, x, size, by)
+    if not measured:
+        raise UserError(
+            f"no cell is done with a {LOSS}: set training.validation_interval, run the study, and collect"
+        )
+    names = dict.fromkeys(one.series for one in measured)
+    return [
+        _series(name, [one for one in measured if one.series == name], x, size, samples) for name in names
+    ]
+
+
+def _series(name: str, measured: Sequence[Measured], x: str, size: str, samples: int) -> Series:
+    best = _best(measured)
+    warnings: list[str] = []
+    surface = curve = isoflop = None
+    try:
+        points = [Point((one.size, one.tokens), one.losses) for one in best]
+        surface = fit_with_intervals(points, (size, "tokens"), samples)
+    except ValueError as error:
+        warnings.append(f"no L(N, D): {error}")
+    try:
+        points = [Point((one.x,), one.losses) for one in frontier(best)]
+        curve = fit_with_intervals(points, (x,), samples)
+    except ValueError as error:
+        warnings.append(f"no loss over {x}: {error} (only cells that no cheaper cell beats count)")
+    if x in ("flops", "bytes_moved"):
+        isoflop = _isoflop(best, samples)
+        if isoflop is None:
+            warnings.append(f"no parabolas: no budget of {x} has three sizes")
+    return Series(name, tuple(best), len(measured) - len(best), surface, curve, isoflop, tuple(warnings))
+
+
+def frontier(measured: Sequence[Measured]) -> list[Measured]:
+    """The best cell of each budget, where no smaller budget has a better one; smallest x first."""
+    found: list[Measured] = []
+    for group in _same_budget(measured):
+        one = min(group, key=lambda one: one.mean)
+        if not found or one.mean < found[-1].mean:
+            found.append(one)
+    return found
+
+
+def _best(measured: Sequence[Measured]) -> list[Measured]:
+    """At each size and number of tokens the configuration with the lowest mean loss: the others were tuning."""
+    found: dict[tuple[float, float], Measured] = {}
+    for one in measured:
+        place = one.size, one.tokens
+        if place not in found or one.mean < found[place].mean:
+            found[place] = one
+    return list(found.values())
+
+
+def budgets(measured: Sequence[Measured]) -> list[list[Measured]]:
+    """Cells of about one x, where there are three sizes of them; smallest x first."""
+    return [group for group in _same_budget(measured) if len({one.size for one in group}) >= 3]
+
+
+def _same_budget(measured: Sequence[Measured]) -> list[list[Measured]]:
+    """Whole steps and seeds leave runs of one budget with slightly different costs."""
+    groups: list[list[Measured]] = []
+    for one in sorted(measured, key=lambda one: one.x):
+        if groups and one.x <= groups[-1][0].x * _SAME_BUDGET:
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    return groups
+
+
+def _isoflop(best: Sequence[Measured], samples: int) -> IsoFlop | None:
+    groups = budgets(best)
+    if not groups:
+        return None
+    parabolas: list[Parabola] = []
+    warnings: list[str] = []
+    for group in groups:
+        try:
+            parabolas.append(_parabola([Point((one.size, one.x), one.losses) for one in group]))
+        except ValueError as error:
+            warnings.append(str(error))
+    for one in parabolas:
+        if not one.inside:
+            warnings.append(
+                f"budget {one.budget:.3g}: the best size {one.best:.3g} lies outside the sizes that were run"
+            )
+    exponent = None
+    if sum(one.inside for one in parabolas) >= 2:
+        points = [
+            Point((one.size, one.x, index), one.losses) for index, group in enumerate(groups) for one in group
+        ]
+        exponent = bootstrap_value(points, _best_size_exponent, samples)
+        width = exponent.high - exponent.low
+        if not width <= abs(exponent.value):
+            warnings.append(
+                f"the exponent {exponent} of the best size is not identified: its interval is wider than it"
+            )
+    else:
+        warnings.append(
+            "fewer than two budgets have their minimum inside: how the best size grows is not known"
+        )
+    return IsoFlop(tuple(parabolas), exponent, tuple(warnings))
+
+
+def _best_size_exponent(points: Sequence[Point]) -> float:
+    """Raises ValueError where fewer than two budgets have a minimum inside their sizes."""
+    groups: defaultdict[float, list[Point]] = defaultdict(list)
+    for point in points:
+        groups[point.x[2]].append(point)
+    found = []
+    for group in groups.values():
+        try:
+            one = _parabola(group)
+        except ValueError:
+            continue
+        if one.inside:
+            found.append(one)
+    return fit_power([one.budget for one in found], [one.best for one in found])[1]
+
+
+def _parabola(points: Sequence[Point]) -> Parabola:
+    x, loss = expand(points)
+    return fit_parabola(float(x[:, 1].mean()), x[:, 0], loss)

@@ -1,0 +1,109 @@
+"""The arguments of `memoryformer study` and its verbs, and what they call."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mf_train.commands import add_command
+from mf_train.errors import UserError
+from mf_train.launch.arguments import add_job_options, options_from
+
+Run = Callable[[argparse.Namespace], int]
+_X = ("flops", "bytes_moved", "parameters", "table_parameters", "block_parameters", "tokens")
+
+
+def add_study(commands: Any) -> None:
+    """Add the command to the command line's parser."""
+    study = commands.add_parser("study", help="a grid of runs, its results, fits and plots")
+    verbs = study.add_subparsers(metavar="verb", required=True)
+
+    def add_verb(name: str, summary: str, options: str, run: Run) -> argparse.ArgumentParser:
+        example = f"memoryformer study {name} configs/studies/sizes-small.yaml{options}"
+        parser = add_command(verbs, name, summary, example, run)
+        parser.add_argument("study", type=Path, metavar="STUDY", help="a study's YAML file")
+        return parser
+
+    add_verb("plan", "show the cells, what they cost, and what does not fit", "", _plan)
+
+    run = add_verb("run", "run the cells that are not done, here or as a SLURM array", " --at-once 2", _run)
+    run.add_argument("--at-once", type=int, metavar="N", help="cells at a time (default: 1; SLURM: all)")
+    run.add_argument("--retry-failed", action="store_true", help="run cells again that failed")
+    run.add_argument("--slurm", action="store_true", help="submit an array, with the options of launch below")
+    run.add_argument("--dry-run", action="store_true", help="with --slurm: write the script, submit nothing")
+    run.add_argument("--parsable", action="store_true", help="with --slurm: print the job's number alone")
+    add_job_options(run)
+
+    add_verb("collect", "write one table of all cells, results.csv", "", _collect)
+
+    fit = add_verb("fit", "fit scaling laws, draw plots, write report.html", " --x bytes_moved", _fit)
+    fit.add_argument("--x", choices=_X, default="flops", help="what loss is drawn and fitted over (flops)")
+    fit.add_argument("--size", choices=_X[2:5], default="parameters", help="N of L(N, D) (parameters)")
+    fit.add_argument(
+        "--by",
+        default="model.kind",
+        metavar="KEYS",
+        help="a fit for each value of these columns (model.kind)",
+    )
+    fit.add_argument("--samples", type=int, default=200, metavar="N", help="of the bootstrap (200)")
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from mf_train.study.cells import make_grid
+    from mf_train.study.plan import plan_lines
+    from mf_train.study.study import load_study
+
+    study = load_study(given.study)
+    for line in plan_lines(study, make_grid(study)):
+        print(line)
+    return 0
+
+
+def _run(given: argparse.Namespace) -> int:
+    from mf_train.study.cells import make_grid
+    from mf_train.study.run import run_here, submit_array
+    from mf_train.study.study import load_study
+
+    if given.at_once is not None and given.at_once < 1:
+        raise UserError(f"--at-once {given.at_once}: it must be at least 1")
+    study = load_study(given.study)
+    grid = make_grid(study)
+    if given.slurm:
+        return submit_array(
+            study,
+            grid,
+            options_from(given),
+            given.at_once,
+            given.retry_failed,
+            dry_run=given.dry_run,
+            parsable=given.parsable,
+            command=["memoryformer", *sys.argv[1:]],
+        )
+    if given.dry_run or given.parsable or given.tasks_per_node or given.gpus_per_node:
+        raise UserError("options of a job need --slurm; without it the cells run here")
+    return run_here(study, grid, given.at_once or 1, given.retry_failed)
+
+
+def _collect(given: argparse.Namespace) -> int:
+    from mf_train.study.cells import make_grid
+    from mf_train.study.collect import collect, write_results
+    from mf_train.study.plan import count_states
+    from mf_train.study.study import load_study
+
+    study = load_study(given.study)
+    rows = collect(study, make_grid(study))
+    print(f"{write_results(study, rows)}: {count_states(rows)}")
+    return 0
+
+
+def _fit(given: argparse.Namespace) -> int:
+    from mf_train.study.report import fit_study
+    from mf_train.study.study import load_study
+
+    study = load_study(given.study)
+    for line in fit_study(study.folder, given.x, given.size, given.by, given.samples):
+        print(line)
+    return 0

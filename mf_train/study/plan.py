@@ -1,0 +1,67 @@
+"""What `study plan` prints: a line for each cell with its predicted cost, and what is left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mf_train.launch.job import process_bytes
+from mf_train.launch.progress import duration
+from mf_train.study.cells import Cell, Grid
+from mf_train.study.state import cell_state
+from mf_train.study.study import Study
+
+
+def plan_lines(study: Study, grid: Grid) -> Iterator[str]:
+    """A table of the cells, the sums, and the places of the grid that are not run."""
+    names = [axis.name for axis in study.axes]
+    head = [
+        "cell",
+        *names,
+        "steps",
+        "parameters",
+        "tables",
+        "tokens",
+        "FLOPs",
+        "bytes moved",
+        "GB",
+        "time",
+        "state",
+    ]
+    rows = [head, *(_row(study, cell, names) for cell in grid.cells)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    for row in rows:
+        yield "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
+    flops = sum(cell.cost.flops for cell in grid.cells)
+    seconds = [cell.seconds for cell in grid.cells if cell.seconds is not None]
+    time = f", {duration(sum(seconds))} one after another" if seconds else ""
+    yield f"{len(grid.cells)} cells of {study.processes} processes: {flops:.3g} FLOPs{time}"
+    yield "GB: weights, gradients and moments of a process; activations come on top"
+    if grid.left_out:
+        yield f"left out: {len(grid.left_out)}"
+    for one in grid.left_out:
+        yield "  " + " ".join(f"{name}={label}" for name, label in one.values.items()) + f": {one.reason}"
+
+
+def count_states(rows: Sequence[dict[str, Any]]) -> str:
+    """Such as `12 cells: 10 done, 2 failed`."""
+    counts = Counter(row["state"] for row in rows)
+    return f"{len(rows)} cells: " + ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _row(study: Study, cell: Cell, names: Sequence[str]) -> list[str]:
+    cost = cell.cost
+    return [
+        str(cell.number),
+        *(cell.values[name] for name in names),
+        str(cell.config.training.steps),
+        f"{cost.parameters:,}",
+        f"{cost.table_parameters:,}",
+        f"{cost.tokens:,}",
+        f"{cost.flops:.3g}",
+        f"{cost.bytes_moved:.3g}",
+        f"{process_bytes(cell.config, study.processes) / 2**30:.3g}",
+        duration(cell.seconds) if cell.seconds is not None else "-",
+        cell_state(cell).name,
+    ]

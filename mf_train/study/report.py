@@ -1,0 +1,133 @@
+"""`study fit`: the fits as lines and as JSON, the plots as PNG, and one HTML file that holds all of it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mf_train.checkpoint.files import write_whole
+from mf_train.study.analysis import Series, analyse, measure
+from mf_train.study.bootstrap import LEVEL, LawFit
+from mf_train.study.collect import RESULTS, read_results
+
+REPORT, FITS, PLOTS = "report.html", "fits.json", "plots"
+
+
+def fit_study(folder: Path, x: str, size: str, by: str, samples: int) -> Iterator[str]:
+    """Fit what results.csv holds, write fits.json, plots/*.png and report.html beside it, and say what was found.
+
+    Raises UserError where there is nothing to fit, and OSError.
+    """
+    from mf_train.study.plots import draw_all
+
+    rows = read_results(folder / RESULTS)
+    series = analyse(rows, x, size, by, samples)
+    lines = [line for one in series for line in series_lines(one)]
+    pictures = draw_all(series, measure(rows, x, size, by), x, size)
+    (folder / PLOTS).mkdir(exist_ok=True)
+    for name, data in pictures.items():
+        write_whole(folder / PLOTS / f"{name}.png", data, "partial")
+    fits = {"x": x, "size": size, "by": by, "level": LEVEL, "series": [asdict(one) for one in series]}
+    write_whole(folder / FITS, (json.dumps(_plain(fits), indent=1) + "\n").encode(), "partial")
+    page = render(folder.name, rows, lines, pictures)
+    write_whole(folder / REPORT, page.encode(), "partial")
+    yield from lines
+    yield f"{folder / REPORT}: {len(pictures)} plots"
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, which has no NaN: the bounds of an interval that could not be drawn are null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def series_lines(series: Series) -> Iterator[str]:
+    """What was fitted for a series, and each doubt."""
+    seeds = sum(len(one.losses) for one in series.measured)
+    yield f"{series.name}: {len(series.measured)} cells, {seeds} runs" + (
+        f"; {series.tuned_away} more configurations of the same size and tokens had a higher loss"
+        if series.tuned_away
+        else ""
+    )
+    if series.surface:
+        yield from _law_lines("L(N, D)", series.surface)
+    if series.curve:
+        yield from _law_lines("frontier", series.curve)
+    if series.isoflop:
+        for one in series.isoflop.parabolas:
+            mark = "" if one.inside else " (outside the sizes that were run)"
+            yield f"  budget {one.budget:.3g}: best size {one.best:.3g}, loss {one.lowest:.4f}{mark}"
+        if series.isoflop.exponent:
+            yield f"  best size grows as budget ** {series.isoflop.exponent}"
+        for warning in series.isoflop.warnings:
+            yield f"  warning: {warning}"
+    for warning in series.warnings:
+        yield f"  warning: {warning}"
+
+
+def _law_lines(name: str, fit: LawFit) -> Iterator[str]:
+    yield f"  {name}: floor {fit.floor}, mean error {fit.law.error:.2%}, {fit.points} cells, {fit.runs} runs"
+    for quantity, exponent, coefficient in zip(fit.names, fit.exponents, fit.coefficients, strict=True):
+        yield f"    {quantity}: exponent {exponent}, coefficient {coefficient}"
+    for warning in fit.warnings:
+        yield f"    warning: {warning}"
+
+
+_STYLE = """
+body { font: 15px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; font-size: 13px; } td, th { padding: .15rem .6rem; border-bottom: 1px solid #ddd; }
+td { text-align: right; } pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; } img { max-width: 100%; }
+.scroll { overflow-x: auto; } .failed { background: #fdd; } .missing, .unfinished { color: #888; }
+"""
+_SHOWN = ("final_validation_loss", "best_validation_loss", "tokens", "flops", "bytes_moved", "parameters",
+          "table_parameters", "seconds", "reason")  # fmt: skip
+
+
+def render(
+    name: str, rows: Sequence[dict[str, str]], lines: Sequence[str], pictures: dict[str, bytes]
+) -> str:
+    """The report: nothing in it is fetched from elsewhere."""
+    columns = ["cell", "state", *(key for key in rows[0] if key.startswith("axis.")), *_SHOWN]
+    head = "".join(
+        f"<th>{html.escape(column.removeprefix('axis.').replace('_', ' '))}</th>" for column in columns
+    )
+    body = "".join(
+        f'<tr class="{html.escape(row["state"])}">'
+        + "".join(f"<td>{html.escape(_short(row[column]))}</td>" for column in columns)
+        + "</tr>\n"
+        for row in rows
+    )
+    images = "".join(
+        f"<h2>{html.escape(title.replace('-', ' ').replace('_', ' '))}</h2>\n"
+        f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">\n'
+        for title, data in pictures.items()
+    )
+    note = (
+        f"Brackets: {LEVEL:.0%} of a bootstrap over cells, and over the seeds of each. Losses are of the validation "
+        "text after the last step, in nats a token. FLOPs: 6 for each multiply-add of a forward pass. Bytes: of "
+        "parameters and gradients; activations are left out unless the runs measured them."
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>'
+        f"<style>{_STYLE}</style></head><body>\n<h1>{html.escape(name)}</h1>\n"
+        f"<h2>fits</h2>\n<pre>{html.escape(chr(10).join(lines))}</pre>\n<p>{note}</p>\n{images}"
+        f'<h2>cells</h2>\n<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>\n</body></html>\n'
+    )
+
+
+def _short(text: str) -> str:
+    """A number with five digits."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return text if text.isdigit() and len(text) < 7 else f"{number:.5g}"

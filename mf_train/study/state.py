@@ -1,0 +1,87 @@
+"""Where a cell's run stands, from the files in its folder alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mf_train.checkpoint.files import write_whole
+from mf_train.errors import UserError
+from mf_train.launch.progress import last_record, read_starts
+from mf_train.study.cells import Cell
+
+OUTCOME, LOG = "outcome.json", "output.log"  # in the run's folder, of a cell that ran here
+STOPPED = 75
+DONE, FAILED, UNFINISHED, MISSING = "done", "failed", "unfinished", "missing"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell's process ended here."""
+
+    status: int  # 128 + n for signal n
+    reason: str  # its last line
+    seconds: float
+
+
+@dataclass(frozen=True)
+class State:
+    """done: all steps are recorded; failed: it ended with an error; unfinished: it has begun; missing: it has not."""
+
+    name: str
+    step: int
+    reason: str = ""
+
+
+def cell_state(cell: Cell) -> State:
+    """Where a cell stands."""
+    folder, steps = cell.folder, cell.config.training.steps
+    step = int(last_record(folder / "metrics.jsonl").get("step", 0))
+    if step >= steps:
+        return State(DONE, step)
+    if failure := _failure(folder):
+        return State(FAILED, step, failure)
+    if step or (folder / OUTCOME).exists() or read_starts(folder):
+        return State(UNFINISHED, step)
+    return State(MISSING, 0)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl; a last line that is not whole is passed over."""
+    try:
+        text = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            found.append(record)
+    return found
+
+
+def write_outcome(folder: Path, outcome: Outcome) -> None:
+    """Record how a cell's process ended. Raises OSError."""
+    write_whole(folder / OUTCOME, (json.dumps(asdict(outcome)) + "\n").encode(), "partial")
+
+
+def _failure(folder: Path) -> str:
+    """Why the newest start of a cell failed, here or under SLURM; '' if it did not."""
+    if starts := read_starts(folder):
+        last = starts[-1]
+        if last.next == "ends":  # otherwise the job goes on, or was stopped
+            return f"job {last.job} ended with {last.status}: see memoryformer launch logs {folder}"
+        return ""
+    path = folder / OUTCOME
+    try:
+        outcome = Outcome(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return ""
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: is damaged; delete it, and the cell runs again") from None
+    return "" if outcome.status in (0, STOPPED) else outcome.reason

@@ -1,0 +1,249 @@
+"""A study as its YAML describes it: base configuration, axes, budget; every mistake is named."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mf_train.config.loading import convert_value, read_tree
+from mf_train.errors import UserError
+
+LENGTHS = ("tokens", "tokens_per_parameter", "flops")  # axes that set training.steps
+# Short names of axes, and the keys that each sets.
+AXES: dict[str, tuple[str, ...]] = {
+    "kind": ("model.kind",),
+    "bits": ("model.bits",),
+    "expand_bits": ("model.expand_bits",),
+    "learning_rate": ("optimizer.learning_rate",),
+    "seed": ("training.seed", "data.seed"),
+}
+_LADDER = ("model.num_layers", "model.hidden_size", "model.num_heads")
+_NOT_YOURS = {
+    "training.output_dir": "each cell has a folder in the study's output_dir",
+    "checkpoint.resume": "a cell that was stopped goes on by itself",
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of an axis: the keys that it sets, or the length of the run, or why it cannot be."""
+
+    label: str
+    settings: tuple[tuple[str, Any], ...] = ()
+    length: float | None = None  # tokens, tokens per parameter, or FLOPs, as the axis is called
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the grid."""
+
+    name: str
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the study may cost; None: no limit. Cells are taken cheapest first until it is used up."""
+
+    flops: float | None = None  # training FLOPs of all cells
+    hours: float | None = None  # of all cells one after another; needs flops_per_second
+    flops_per_second: float | None = None  # that a cell's processes reach together, as measured
+    memory_gb: float | None = None  # of one process: weights, gradients and AdamW's moments, GiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A grid of runs."""
+
+    path: Path
+    base: str
+    output_dir: str
+    axes: tuple[Axis, ...]
+    settings: tuple[tuple[str, Any], ...] = ()  # of all cells
+    processes: int = 1  # of each cell
+    budget: Budget = field(default_factory=Budget)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir)
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and check a study's file. Paths in it are relative to the working directory. Raises UserError."""
+    path = Path(path)
+    tree = read_tree(path)
+    known = ("base", "output_dir", "processes", "settings", "axes", "budget")
+    _check_keys(tree, known, str(path), "")
+    for key in ("base", "output_dir"):
+        if not isinstance(tree.get(key), str) or not tree[key]:
+            raise UserError(f"{path}: {key} is {tree.get(key)!r}: give {_MEANING[key]}")
+    if "{" in tree["output_dir"]:
+        raise UserError(f"{path}: output_dir is {tree['output_dir']}: it must have no braces")
+    processes = tree.get("processes", 1)
+    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
+        raise UserError(f"{path}: processes is {processes!r}: expected a whole number above 0")
+    settings = _settings(tree.get("settings") or {}, f"{path}: settings")
+    axes = _axes(tree.get("axes"), str(path))
+    _check_once(axes, settings, str(path))
+    return Study(
+        path=path,
+        base=tree["base"],
+        output_dir=tree["output_dir"],
+        axes=axes,
+        settings=settings,
+        processes=processes,
+        budget=_budget(tree.get("budget") or {}, str(path)),
+    )
+
+
+_MEANING = {
+    "base": "the configuration that the cells change, such as configs/quickstart.yaml",
+    "output_dir": "the folder for the cells' runs and the results, such as runs/studies/sizes",
+}
+
+
+def _axes(tree: Any, origin: str) -> tuple[Axis, ...]:
+    if not isinstance(tree, dict) or not tree:
+        raise UserError(f"{origin}: axes is {tree!r}: expected names and lists of values")
+    axes = tuple(_axis(str(name), values, origin) for name, values in tree.items())
+    lengths = [axis.name for axis in axes if axis.name in LENGTHS]
+    if len(lengths) > 1:
+        raise UserError(f"{origin}: axes {' and '.join(lengths)} both set training.steps: keep one of them")
+    return axes
+
+
+def _axis(name: str, tree: Any, origin: str) -> Axis:
+    where = f"{origin}: axes.{name}"
+    if name == "size":
+        return Axis(name, _ladder(tree, where))
+    if not isinstance(tree, list) or not tree:
+        raise UserError(f"{where} is {tree!r}: expected a list of values")
+    if name in LENGTHS:
+        values = [Value(_label(number), length=_positive(number, where)) for number in tree]
+    elif name == "variant":
+        values = [_variant(item, f"{where}[{index}]") for index, item in enumerate(tree)]
+    elif name in AXES or "." in name:
+        keys = AXES.get(name, (name,))
+        values = [
+            Value(_label(item), tuple((key, _checked(key, item, where)) for key in keys)) for item in tree
+        ]
+    else:
+        names = ["size", "variant", *LENGTHS, *AXES]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(names)}, or a dotted key"
+        raise UserError(f"{origin}: unknown axis {name!r}: {hint}")
+    labels = [value.label for value in values]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise UserError(f"{where}: {twice[0]} stands twice")
+    return Axis(name, tuple(values))
+
+
+def _ladder(tree: Any, where: str) -> tuple[Value, ...]:
+    """Sizes by one dial, the depth d: d layers, d * width features, heads of head_size features."""
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{where} is {tree!r}: expected depths, width (features a layer of depth) and head_size"
+        )
+    _check_keys(tree, ("depths", "width", "head_size"), where, "")
+    numbers = {}
+    for key in ("width", "head_size"):
+        numbers[key] = tree.get(key)
+        if not _is_count(numbers[key]):
+            raise UserError(f"{where}.{key} is {numbers[key]!r}: expected a whole number above 0")
+    depths = tree.get("depths")
+    if not isinstance(depths, list) or not depths or not all(map(_is_count, depths)):
+        raise UserError(f"{where}.depths is {depths!r}: expected a list of whole numbers above 0")
+    if len(set(depths)) < len(depths):
+        raise UserError(f"{where}.depths is {depths}: a depth stands twice")
+    values = []
+    for depth in depths:
+        hidden = depth * numbers["width"]
+        heads, rest = divmod(hidden, numbers["head_size"])
+        problem = (
+            f"size.head_size {numbers['head_size']} does not divide depth {depth} * width {numbers['width']}"
+        )
+        settings = tuple(zip(_LADDER, (depth, hidden, heads), strict=True))
+        values.append(Value(str(depth), settings, problem=problem if rest else ""))
+    return tuple(values)
+
+
+def _variant(tree: Any, where: str) -> Value:
+    """Several keys that change together: {name: ..., section.key: value, ...}."""
+    if not isinstance(tree, dict) or set(tree) <= {"name"}:
+        raise UserError(f"{where} is {tree!r}: expected dotted keys with values, and perhaps a name")
+    settings = _settings({key: value for key, value in tree.items() if key != "name"}, where)
+    return Value(
+        str(tree.get("name") or " ".join(f"{key}={_label(value)}" for key, value in settings)), settings
+    )
+
+
+def _settings(tree: Any, where: str) -> tuple[tuple[str, Any], ...]:
+    if not isinstance(tree, dict):
+        raise UserError(f"{where} is {tree!r}: expected dotted keys with values")
+    return tuple((str(key), _checked(str(key), value, where)) for key, value in tree.items())
+
+
+def _checked(key: str, value: Any, where: str) -> Any:
+    if key in _NOT_YOURS:
+        raise UserError(f"{where}: {key} is not for a study to set: {_NOT_YOURS[key]}")
+    convert_value(key, value, where)
+    return value
+
+
+def _check_once(axes: Sequence[Axis], settings: Sequence[tuple[str, Any]], origin: str) -> None:
+    """Raises UserError where two places set one key: the later would win without a word."""
+    owners = {key: "settings" for key, _ in settings}
+    for axis in axes:
+        keys = {key for value in axis.values for key, _ in value.settings}
+        if axis.name in LENGTHS:
+            keys.add("training.steps")
+        for key in sorted(keys):
+            if key in owners:
+                raise UserError(
+                    f"{origin}: {key} is set by {owners[key]} and by axes.{axis.name}: keep one of them"
+                )
+            owners[key] = f"axes.{axis.name}"
+
+
+def _budget(tree: Any, origin: str) -> Budget:
+    names = [one.name for one in fields(Budget)]
+    if not isinstance(tree, dict):
+        raise UserError(f"{origin}: budget is {tree!r}: expected some of {', '.join(names)}")
+    _check_keys(tree, names, origin, "budget.")
+    budget = Budget(**{key: _positive(value, f"{origin}: budget.{key}") for key, value in tree.items()})
+    if budget.hours and not budget.flops_per_second:
+        raise UserError(
+            f"{origin}: budget.hours needs budget.flops_per_second, what a cell reaches on your machine"
+        )
+    return budget
+
+
+def _check_keys(tree: dict[Any, Any], known: Sequence[str], origin: str, prefix: str) -> None:
+    for key in tree:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise UserError(f"{origin}: unknown key {prefix}{key}: {hint}")
+
+
+def _positive(value: Any, where: str) -> float:
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)  # YAML 1.1 reads 1e9 as text
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"{where} is {value!r}: expected a number above 0")
+    return number
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _label(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,131 @@
+"""From synthetic tables of results to fits, plots and the report."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mf_train.errors import UserError
+from mf_train.study.analysis import analyse, budgets, frontier, measure
+from mf_train.study.collect import COLUMNS
+from mf_train.study.fit import Law
+from mf_train.study.report import fit_study
+
+LAWS = {
+    "memoryformer": Law(1.7, (400.0, 410.0), (0.34, 0.28)),
+    "dense": Law(1.6, (300.0, 500.0), (0.30, 0.30)),
+}
+
+
+def row(kind: str, size: float, tokens: float, seed: int, loss: float, **other: str) -> dict[str, str]:
+    flops = 6 * size * tokens
+    return dict.fromkeys(COLUMNS, "") | {
+        "cell": f"{kind}{size:.0f}-{tokens:.0f}-{seed}",
+        "state": "done",
+        "final_validation_loss": str(loss),
+        "tokens": str(tokens),
+        "flops": str(flops),
+        "parameters": str(size),
+        "model.kind": kind,
+        "axis.seed": str(seed),
+        "axis.learning_rate": "0.001",
+        **other,
+    }
+
+
+def table(kinds: tuple[str, ...] = ("memoryformer", "dense"), noise: float = 1e-3) -> list[dict[str, str]]:
+    """IsoFLOP budgets of six sizes, two seeds."""
+    random = np.random.default_rng(0)
+    rows = []
+    for kind in kinds:
+        law = LAWS[kind]
+        a, b = law.exponents
+        factor = (a * law.coefficients[0] / (b * law.coefficients[1])) ** (1 / (a + b))
+        for budget in (1e17, 1e18, 1e19, 1e20):
+            for size in factor * (budget / 6) ** (b / (a + b)) * np.geomspace(0.25, 4, 6):
+                tokens = budget / 6 / size
+                for seed in (0, 1):
+                    loss = law.predict(np.array([[size, tokens]]))[0] * np.exp(random.normal(0, noise))
+                    rows.append(row(kind, size, tokens, seed, loss))
+    return rows
+
+
+def test_each_kind_s_constants_are_found() -> None:
+    found = analyse(table(), "flops", "parameters", samples=20)
+    assert [one.name for one in found] == ["memoryformer", "dense"]
+    for one in found:
+        law = LAWS[one.name]
+        assert one.surface is not None and one.surface.law.exponents == pytest.approx(law.exponents, abs=0.03)
+        assert one.surface.warnings == () and (one.surface.points, one.surface.runs) == (24, 48)
+        a, b = law.exponents
+        assert one.isoflop is not None and one.isoflop.exponent is not None
+        assert len(one.isoflop.parabolas) == 4 and one.isoflop.warnings == ()
+        assert one.isoflop.exponent.value == pytest.approx(b / (a + b), abs=0.02)
+        assert one.isoflop.exponent.low < one.isoflop.exponent.high
+
+
+def test_the_best_learning_rate_counts() -> None:
+    rows = table(("dense",))
+    worse = [one | {"axis.learning_rate": "0.1", "final_validation_loss": "9"} for one in rows]
+    found = analyse(rows + worse, "flops", "parameters", samples=5)[0]
+    assert found.tuned_away == 24 and all(one.axes["learning_rate"] == "0.001" for one in found.measured)
+
+
+def test_series_by_several_columns() -> None:
+    rows = [row(kind, 1e6, 1e9, 0, 3.0, **{"model.bits": bits}) for kind in LAWS for bits in ("4", "8")]
+    found = measure(rows, "flops", "parameters", "model.kind,model.bits")
+    assert [one.series for one in found] == ["memoryformer 4", "memoryformer 8", "dense 4", "dense 8"]
+
+
+def test_cells_that_are_not_done_do_not_count() -> None:
+    rows = table(("dense",))
+    rows[0]["state"] = "failed"
+    rows[1]["final_validation_loss"] = ""
+    assert sum(len(one.losses) for one in measure(rows, "flops", "parameters", "model.kind")) == 46
+
+
+def test_the_frontier_falls() -> None:
+    measured = measure(table(("dense",)), "flops", "parameters", "model.kind")
+    edge = frontier(measured)
+    assert [one.mean for one in edge] == sorted((one.mean for one in edge), reverse=True)
+    assert len(edge) == 4 and len(budgets(measured)) == 4
+
+
+def test_too_little_is_said_and_the_rest_is_fitted() -> None:
+    rows = [row("dense", 1e6 * 4**i, 1e9, 0, 3 - 0.2 * i) for i in range(4)]
+    found = analyse(rows, "flops", "parameters", samples=5)[0]
+    assert found.surface is None and any("4 cells cannot fix 5" in one for one in found.warnings)
+    assert found.curve is not None and found.isoflop is None
+
+
+def test_nothing_done_is_a_mistake() -> None:
+    rows = [one | {"state": "failed"} for one in table(("dense",))]
+    with pytest.raises(UserError, match="no cell is done"):
+        analyse(rows, "flops", "parameters")
+    with pytest.raises(UserError, match="no column size"):
+        analyse(rows, "flops", "size")
+
+
+def test_the_report_holds_everything(tmp_path: Path) -> None:
+    import csv
+
+    rows = table()
+    rows.append(rows[0] | {"state": "failed", "reason": "loss is <nan>", "final_validation_loss": ""})
+    with (tmp_path / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = list(fit_study(tmp_path, "flops", "parameters", "model.kind", samples=5))
+    assert any("best size grows" in line for line in lines)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "loss is &lt;nan&gt;" in page
+    assert not re.search(r"(src|href)=(?!\"data:)|url[(]|@import", page), "nothing is fetched from elsewhere"
+    pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert pictures == ["isoflop.png", "loss-over-flops.png", "loss-surface.png"]
+    assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    fits = json.loads((tmp_path / "fits.json").read_text())
+    assert fits["series"][0]["surface"]["law"]["floor"] == pytest.approx(1.7, rel=0.1)

@@ -1,0 +1,95 @@
+"""Intervals hold the constants of synthetic data, and doubts are told where the data cannot identify them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mf_train.study.bootstrap import Point, bootstrap_value, expand, fit_with_intervals, resample
+from mf_train.study.fit import Law
+
+LAW = Law(1.69, (406.4, 410.7), (0.34, 0.28))
+
+
+def points(
+    sizes: np.ndarray, tokens: np.ndarray, seeds: int = 3, noise: float = 2e-3, seed: int = 0
+) -> list[Point]:
+    random = np.random.default_rng(seed)
+    found = []
+    for size in sizes:
+        for count in tokens:
+            loss = LAW.predict(np.array([[size, count]]))[0] * np.exp(random.normal(0, noise, seeds))
+            found.append(Point((float(size), float(count)), tuple(loss)))
+    return found
+
+
+WIDE = points(np.geomspace(1e6, 1e9, 5), np.geomspace(1e7, 1e11, 5))
+
+
+def test_intervals_hold_the_constants() -> None:
+    fit = fit_with_intervals(WIDE, ("parameters", "tokens"), samples=60)
+    for one, true in zip([fit.floor, *fit.exponents], [LAW.floor, *LAW.exponents], strict=True):
+        slack = 0.5 * (one.high - one.low)
+        assert one.low <= one.value <= one.high
+        assert one.low - slack <= true <= one.high + slack
+    assert fit.warnings == () and (fit.points, fit.runs, fit.samples) == (25, 75, 60)
+
+
+def test_more_noise_gives_wider_intervals() -> None:
+    def width(noise: float) -> float:
+        drawn = points(np.geomspace(1e6, 1e9, 4), np.geomspace(1e7, 1e11, 4), noise=noise)
+        one = fit_with_intervals(drawn, ("parameters", "tokens"), samples=40).exponents[0]
+        return one.high - one.low
+
+    assert width(5e-3) > 2 * width(5e-4)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "words"),
+    [
+        (
+            points(np.geomspace(1e6, 1e9, 2), np.geomspace(1e7, 1e11, 5)),
+            "exponent of parameters is not identified: 2",
+        ),
+        (
+            points(np.geomspace(1e6, 1e9, 5), np.geomspace(1e7, 1e11, 2)),
+            "exponent of tokens is not identified: 2",
+        ),
+        (
+            points(np.geomspace(1e8, 1.1e8, 3), np.geomspace(1e7, 1e11, 4), noise=0.02),
+            "exponent of parameters is not",
+        ),
+        (
+            points(np.geomspace(1e6, 1e9, 5), np.geomspace(1e7, 1e11, 1)),
+            "exponent of tokens is not identified: 1",
+        ),
+    ],
+    ids=["two sizes", "two token counts", "a narrow range", "one token count"],
+)
+def test_data_that_cannot_identify_are_doubted(drawn: list[Point], words: str) -> None:
+    fit = fit_with_intervals(drawn, ("parameters", "tokens"), samples=30)
+    assert any(words in warning for warning in fit.warnings), fit.warnings
+
+
+def test_too_few_cells_are_refused_whatever_their_seeds() -> None:
+    with pytest.raises(ValueError, match="4 cells cannot fix 5"):
+        fit_with_intervals(points(np.geomspace(1e6, 1e9, 2), np.geomspace(1e7, 1e9, 2), seeds=9), ("N", "D"))
+
+
+def test_a_sample_draws_cells_and_seeds_with_replacement() -> None:
+    drawn = resample(WIDE, np.random.default_rng(0))
+    assert len(drawn) == len(WIDE) and len({point.x for point in drawn}) < len(WIDE)
+    seeds = {point.x: set(point.losses) for point in WIDE}
+    assert all(set(point.losses) <= seeds[point.x] and len(point.losses) == 3 for point in drawn)
+    assert any(len(set(point.losses)) < 3 for point in drawn)
+    assert expand(drawn)[0].shape == (75, 2)
+
+
+def test_the_interval_of_a_value_leaves_out_samples_that_have_none() -> None:
+    def mean(drawn: list[Point]) -> float:
+        if drawn[0].x != drawn[1].x and len(drawn) < 3:
+            raise ValueError
+        return float(expand(drawn)[1].mean())
+
+    one = bootstrap_value(WIDE, mean, samples=50)
+    assert one.low < one.value < one.high

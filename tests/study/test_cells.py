@@ -1,0 +1,133 @@
+"""The grid: resolved configurations, lengths, what is left out, numbers that stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mf_train.config.loading import config_to_tree
+from mf_train.errors import UserError
+from mf_train.study.cells import CELLS, Grid, dump_tree, make_grid
+from mf_train.study.cost import token_flops
+from mf_train.study.study import load_study
+from tests.study.studies import study_file
+
+
+def grid(folder: Path, axes: dict[str, Any], **other: Any) -> Grid:
+    return make_grid(load_study(study_file(folder, axes, **other)))
+
+
+def record(folder: Path, made: Grid) -> None:
+    """What `study run` leaves of the cells that it starts."""
+    (folder / "out" / CELLS).mkdir(parents=True, exist_ok=True)
+    for cell in made.cells:
+        (folder / "out" / CELLS / f"{cell.number}.yaml").write_text(dump_tree(config_to_tree(cell.config)))
+
+
+def test_cells_are_numbered_and_resolved(tmp_path: Path) -> None:
+    made = grid(tmp_path, {"bits": [2, 4], "seed": [0, 1]}, settings={"optimizer.weight_decay": 0.0})
+    assert [cell.number for cell in made.cells] == [0, 1, 2, 3] and not made.left_out
+    last = made.cells[3]
+    assert last.values == {"bits": "4", "seed": "1"}
+    assert (last.config.model.bits, last.config.training.seed, last.config.data.seed) == (4, 1, 1)
+    assert last.config.optimizer.weight_decay == 0.0 and last.config.training.steps == 4
+    assert last.config.training.output_dir == str(tmp_path / "out" / "cell-3")
+
+
+def test_lengths_become_steps(tmp_path: Path) -> None:
+    made = grid(tmp_path, {"tokens": [1000, 5000, 100]})
+    assert [cell.config.training.steps for cell in made.cells] == [4, 20]  # 8 sequences of 32 tokens a step
+    assert made.cells[1].cost.tokens == 20 * 256
+    assert "less than one step of 256 tokens" in made.left_out[0].reason
+
+
+def test_flops_are_shared_by_sizes(tmp_path: Path) -> None:
+    made = grid(tmp_path, {"size": {"depths": [1, 2, 4], "width": 16, "head_size": 8}, "flops": [3e10]})
+    steps = [cell.config.training.steps for cell in made.cells]
+    assert steps == sorted(steps, reverse=True) and len(set(steps)) == 3
+    assert all(cell.cost.flops == pytest.approx(3e10, rel=0.5 / min(steps)) for cell in made.cells)
+
+
+def test_tokens_per_parameter(tmp_path: Path) -> None:
+    made = grid(tmp_path, {"tokens_per_parameter": [2]})
+    cell = made.cells[0]
+    assert cell.cost.tokens == pytest.approx(2 * cell.cost.parameters, abs=128)
+
+
+def test_what_does_not_divide_is_listed(tmp_path: Path) -> None:
+    made = grid(tmp_path, {"bits": [4, 5], "seed": [0, 1]})
+    assert len(made.cells) == 2
+    assert [one.values for one in made.left_out] == [{"bits": "5", "seed": "0"}, {"bits": "5", "seed": "1"}]
+    assert made.left_out[0].reason.startswith("model.bits 5 does not divide model.hidden_size 32")
+
+
+def test_processes_must_divide_the_batch(tmp_path: Path) -> None:
+    made = grid(tmp_path, {"training.global_batch_size": [8, 12]}, processes=4)
+    assert len(made.cells) == 1 and "training.global_batch_size 12" in made.left_out[0].reason
+
+
+def test_warm_up_longer_than_the_run_is_listed(tmp_path: Path) -> None:
+    made = grid(tmp_path, {"training.steps": [2, 3]})
+    assert len(made.cells) == 1 and "schedule.warmup_steps 2" in made.left_out[0].reason
+
+
+def test_the_dense_peer_ignores_the_table_s_axes(tmp_path: Path) -> None:
+    made = grid(tmp_path, {"kind": ["dense", "memoryformer"], "bits": [2, 4]})
+    assert [cell.values["kind"] for cell in made.cells] == ["dense", "memoryformer", "memoryformer"]
+    assert made.left_out[0].reason == "the same run as cell 0"
+
+
+def test_memory_that_does_not_fit_is_listed(tmp_path: Path) -> None:
+    sizes = {"depths": [1, 64], "width": 16, "head_size": 16}
+    made = grid(tmp_path, {"size": sizes}, budget={"memory_gb": 0.1})
+    assert len(made.cells) == 1 and "does not fit" in made.left_out[0].reason
+
+
+def test_the_budget_takes_the_cheapest_first(tmp_path: Path) -> None:
+    axes = {"training.steps": [40, 10, 20]}
+    free = grid(tmp_path, axes)
+    cost = {cell.config.training.steps: cell.cost.flops for cell in free.cells}
+    made = grid(tmp_path, axes, budget={"flops": cost[10] + cost[20] + 1})
+    assert [cell.config.training.steps for cell in made.cells] == [10, 20]
+    assert [cell.number for cell in made.cells] == [1, 2], "the budget does not change a cell's number"
+    assert "over the budget" in made.left_out[0].reason
+    hours = {"hours": (cost[10] + 1) / 3600 / 1e6, "flops_per_second": 1e6}
+    made = grid(tmp_path, axes, budget=hours)
+    assert [cell.config.training.steps for cell in made.cells] == [10]
+    assert made.cells[0].seconds == pytest.approx(cost[10] / 1e6)
+
+
+def test_numbers_stay_when_axes_grow(tmp_path: Path) -> None:
+    record(tmp_path, grid(tmp_path, {"bits": [4], "seed": [0, 1]}))
+    made = grid(tmp_path, {"bits": [2, 4], "seed": [0, 1, 2]})
+    numbers = {tuple(cell.values.values()): cell.number for cell in made.cells}
+    assert numbers["4", "0"] == 0 and numbers["4", "1"] == 1
+    assert sorted(numbers.values()) == list(range(6))
+    record(tmp_path, made)
+    again = grid(tmp_path, {"seed": [0, 1, 2], "bits": [4, 2]})
+    assert {(c.values["bits"], c.values["seed"]): c.number for c in again.cells} == numbers
+
+
+def test_a_changed_setting_is_another_cell(tmp_path: Path) -> None:
+    record(tmp_path, grid(tmp_path, {"seed": [0]}))
+    assert grid(tmp_path, {"seed": [0]}, settings={"optimizer.learning_rate": 1e-4}).cells[0].number == 1
+
+
+def test_a_wrong_base_is_a_mistake(tmp_path: Path) -> None:
+    path = study_file(tmp_path, {"seed": [0]})
+    (tmp_path / "base.yaml").write_text("model: {bits: 5}\n")
+    with pytest.raises(UserError, match=r"base.yaml: model.bits 5"):
+        make_grid(load_study(path))
+    with pytest.raises(UserError, match="no such configuration file"):
+        make_grid(load_study(study_file(tmp_path, {"seed": [0]}, base=str(tmp_path / "none.yaml"))))
+
+
+def test_flops_of_the_paper_s_tiny_model(tmp_path: Path) -> None:
+    """Table 1 has 4.7e9 multiply-adds for a block of 2048 tokens."""
+    from mf_train.config.loading import load_config
+
+    config = load_config("configs/tiny.yaml")
+    blocks = token_flops(config) / 6 - config.model.hidden_size * config.model.vocab_size
+    assert blocks * 2048 / 6 == pytest.approx(4.7e9, rel=0.01)

@@ -65,16 +65,17 @@ def test_notice(make_run: MakeRun, reference: Reference, drill: Drill, slurm_clu
 @slow
 @pytest.mark.parametrize("limit", ["notice", "too short a notice"])
 def test_time_limit(make_run: MakeRun, reference: Reference, drill: Drill, limit: str) -> None:
-    """SLURM's own time limit."""
-    run = make_run(steps=100)
-    run.launch(*(["--time=2", "--notice=60"] if limit == "notice" else ["--time=1", "--notice=5"]))
-    job = run.finish(600)
+    """SLURM's own time limit: the notice comes after 45 s, and a quick machine takes steps of a third of a second."""
+    steps = 200 if limit == "notice" else 100
+    run = make_run(steps=steps)
+    run.launch(*(["--time=2", "--notice=75"] if limit == "notice" else ["--time=1", "--notice=5"]))
+    job = run.finish(900)
     restarts = int(job["Restarts"])
     assert restarts >= 1
     warned = "is too short" in run.rank_log(run.starts()[0])
     assert warned == (limit != "notice"), run.output()
     drill.lost(run, 0, restarts)
-    run.check_end(reference(steps=100))
+    run.check_end(reference(steps=steps))
 
 
 @slow

@@ -17,9 +17,9 @@ def micro_batches(config: Config, data: int) -> int:
 def data_parallel_bytes(config: Config, data: int) -> dict[str, float]:
     """By purpose, of one rank in one step. Gradients and parameters travel in the parameters' dtype.
 
-    Stages 0 and 1 average gradients once a step, stages 2 and 3 for each micro-batch; stages 0 to 2 by all-reduce,
-    stage 3 by reduce-scatter. Stage 1 and 2 gather parameters after the update, stage 3 before each forward and backward pass.
-    (deepspeed 0.19.8; tests/planning/test_traffic.py counts its collectives.)
+    Stages 0 and 1 average gradients once a step, stages 2 and 3 for each micro-batch; 0 to 2 by all-reduce,
+    stage 3 by reduce-scatter. Stages 1 and 2 gather parameters after the update, stage 3 before each
+    forward and backward pass. (deepspeed 0.19.8; tests/planning/test_traffic.py counts its collectives.)
     """
     if data == 1:
         return {}

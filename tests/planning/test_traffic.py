@@ -89,11 +89,12 @@ def train_step(engine: Engine) -> None:
     engine.update(1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_data_parallel_bytes_are_those_sent() -> None:
     from tests.distributed import run_distributed
 
-    counted = run_distributed(count_steps, RANKS)
+    counted = run_distributed(count_steps, RANKS, timeout=400)
     for stage, precision in CASES:
         computed = sum(data_parallel_bytes(make(1, stage, precision), RANKS).values())
         for rank in range(RANKS):

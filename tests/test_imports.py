@@ -26,7 +26,7 @@ LAYERS = {
     "data": {"config", "errors"},
     "checkpoint": {"parallel", "model", "config", "errors"},
     "training": {"planning", "checkpoint", "data", "parallel", "model", "kernels", "config", "errors"},
-    "planning": {"parallel", "model", "config", "commands", "errors"},
+    "planning": {"checkpoint", "drawing", "parallel", "model", "config", "commands", "errors"},
     "launch": {
         "training",
         "checkpoint",

@@ -25,8 +25,8 @@ LAYERS = {
     "parallel": {"model", "config", "errors"},
     "data": {"config", "errors"},
     "checkpoint": {"parallel", "model", "config", "errors"},
-    "training": {"checkpoint", "data", "parallel", "model", "kernels", "config", "errors"},
-    "planning": {"parallel", "model", "config", "commands", "errors"},
+    "training": {"planning", "checkpoint", "data", "parallel", "model", "kernels", "config", "errors"},
+    "planning": {"checkpoint", "drawing", "parallel", "model", "config", "commands", "errors"},
     "launch": {
         "training",
         "checkpoint",

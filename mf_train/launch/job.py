@@ -215,29 +215,6 @@ def checkpoint_bytes(config: Config) -> int:
     return MASTER_BYTES * _parameters(config)
 
 
-def process_bytes(config: Config, processes: int) -> float:
-    """A lower bound of a process's memory: its share of weights, gradients and AdamW's state under ZeRO.
-
-    Counted as in Rajbhandari et al. 2020 (arXiv 1910.02054), section 3; without activations, logits and buffers.
-    """
-    tensor, stage = config.parallel.tensor, config.parallel.zero_stage
-    data = processes // tensor
-    if config.training.precision == "bfloat16":
-        weights, gradients, state = (
-            2,
-            4 if stage else 2,
-            MASTER_BYTES,
-        )  # float32 sums of gradients from stage 1 on
-    else:
-        weights, gradients, state = 4, 4, 8
-    bytes_a_parameter = (
-        weights / (data if stage >= 3 else 1)
-        + gradients / (data if stage >= 2 else 1)
-        + state / (data if stage >= 1 else 1)
-    )
-    return bytes_a_parameter * _parameters(config) / tensor
-
-
 def _usable(config: Config, options: JobOptions, node_memory: float | None) -> list[int]:
     """Raises UserError where no number of nodes is; the reason is that of the largest."""
     from mf_train.parallel.degrees import check_degrees
@@ -261,21 +238,26 @@ def _usable(config: Config, options: JobOptions, node_memory: float | None) -> l
 
 
 def _check_memory(config: Config, options: JobOptions, processes: int, node_memory: float | None) -> None:
+    from mf_train.planning.memory import estimate_memory
+
     if options.gpus_per_node is not None:
-        there, place = options.gpu_memory * 2**30, f"a GPU has {options.gpu_memory:g} GB (--gpu-memory)"
+        kind, there = "cuda", options.gpu_memory * 2**30
+        place, device = f"a GPU has {options.gpu_memory:g} GB (--gpu-memory)", "h100"
     elif node_memory is not None:
-        there = node_memory / options.per_node
-        place = f"a node of the partition has {_gb(node_memory)} for {options.per_node}"
+        kind, there = "cpu", node_memory / options.per_node
+        place, device = f"a node of the partition has {_gb(node_memory)} for {options.per_node}", "cpu"
     else:
         return
-    needed = process_bytes(config, processes)
-    if needed > there:
-        tensor = config.parallel.tensor
+    memory = estimate_memory(config, processes, kind)
+    if memory.peak > there:
+        parallel, held = config.parallel, memory.parameters + memory.optimizer + memory.gradients
         raise UserError(
-            f"does not fit: {_parameters(config) / 1e9:.3g} billion parameters need at least {_gb(needed)} a process "
-            f"for weights, gradients and AdamW's moments (parallel.tensor {tensor}, parallel.zero_stage "
-            f"{config.parallel.zero_stage}, data-parallel degree {processes // tensor}), and {place}: raise "
-            "parallel.tensor or parallel.zero_stage, or take more nodes"
+            f"does not fit: {_parameters(config) / 1e9:.3g} billion parameters need {_gb(memory.peak)} a process, "
+            f"{_gb(held)} of it for weights, gradients and AdamW's moments (parallel.tensor {parallel.tensor}, "
+            f"parallel.zero_stage {parallel.zero_stage}, data-parallel degree {processes // parallel.tensor}, "
+            f"training.micro_batch_size {config.training.micro_batch_size}), and {place}: "
+            f"'memoryformer plan CONFIG --nodes {processes // options.per_node} --gpus-per-node {options.per_node} "
+            f"--device {device}' shows what fits"
         )
 
 

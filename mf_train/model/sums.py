@@ -6,10 +6,13 @@ one partial result and the ranks' results are the tree's next level: the bits ar
 that divides the number of chunks.
 """
 
-import math
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # degrees are checked without torch
+    from torch import Tensor
 
 MAX_CHUNKS = 8
 
@@ -52,7 +55,7 @@ def chunk_moments(x: Tensor, chunk: int, *, centred: bool) -> tuple[Tensor, Tens
     chunks = x.unflatten(-1, (-1, chunk))
     if not centred:
         squares = pairwise_sum(chunks.square().sum(-1))
-        return torch.zeros_like(squares), squares
+        return squares.new_zeros(squares.shape), squares
     means = chunks.sum(-1) / chunk
     squares = (chunks - means.unsqueeze(-1)).square().sum(-1)
     return pairwise_moments(means, squares, chunk)

@@ -9,6 +9,7 @@ import yaml
 from mf_train.errors import UserError
 
 _NUMBERS = ("memory", "copy", "gather", "launch")
+_TABLES = ("flops", "inside", "between", "peak")
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,14 @@ class Link:
 
     bandwidth: float
     latency: float
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A data sheet's rates: FLOP a second by precision, bytes of memory a second."""
+
+    flops: dict[str, float]
+    memory: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,9 @@ class Device:
     launch: float
     inside: Link
     between: Link
+    measured: tuple[
+        str, ...
+    ]  # keys that were measured on such a device; the others are data sheets' or assumed
 
 
 def find_device(name: str) -> Device:
@@ -39,7 +51,7 @@ def find_device(name: str) -> Device:
 
     Raises UserError for a name or a file without a device, and for values that are no positive numbers.
     """
-    known = yaml.safe_load(Path(__file__).with_name("devices.yaml").read_text(encoding="utf-8"))
+    known = _known()
     if name in known:
         return _device(name, known[name], name)
     path = Path(name)
@@ -49,7 +61,7 @@ def find_device(name: str) -> Device:
         )
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--device {path}: cannot be read ({error})") from None
     if not isinstance(given, dict) or given.get("base") not in known:
         raise UserError(f"--device {path}: name the device it changes, base: {' | '.join(known)}")
@@ -61,18 +73,42 @@ def find_device(name: str) -> Device:
         if nested and (not isinstance(value, dict) or not set(value) <= set(base[key])):
             raise UserError(f"--device {path}: {key} holds {', '.join(base[key])}")
         base[key] = base[key] | value if nested else value
+    # what the file gives is taken as measured
+    rates = {key for key in given if key not in ("kind", "memory", "names", "peak", "measured")}
+    base["measured"] = sorted({*base["measured"], *rates})
     return _device(path.stem, base, str(path))
+
+
+def find_peak(name: str) -> Peak | None:
+    """Peak rates of the device that torch.cuda.get_device_name calls `name`; None where devices.yaml has no such."""
+    for tree in _known().values():
+        if name in tree["names"]:
+            peak = dict(tree["peak"])
+            return Peak(memory=peak.pop("memory"), flops=peak)
+    return None
+
+
+def _known() -> dict[str, Any]:
+    known: dict[str, Any] = yaml.safe_load(
+        Path(__file__).with_name("devices.yaml").read_text(encoding="utf-8")
+    )
+    return known
 
 
 def _device(name: str, tree: dict[str, Any], origin: str) -> Device:
     values = [tree[key] for key in _NUMBERS]
-    values += [value for key in ("flops", "inside", "between") for value in tree[key].values()]
+    values += [value for key in _TABLES for value in tree[key].values()]
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in values):
         raise UserError(f"--device {origin}: rates must be numbers above 0 (YAML wants 2.7e+12, not 2.7e12)")
     if tree["kind"] not in ("cpu", "cuda"):
         raise UserError(f"--device {origin}: kind is {tree['kind']!r}: choose cpu or cuda")
     numbers = {key: float(tree[key]) for key in _NUMBERS}
-    inside, between = Link(**tree["inside"]), Link(**tree["between"])
     return Device(
-        name=name, kind=tree["kind"], flops=tree["flops"], inside=inside, between=between, **numbers
+        name=name,
+        kind=tree["kind"],
+        flops=tree["flops"],
+        inside=Link(**tree["inside"]),
+        between=Link(**tree["between"]),
+        measured=tuple(tree["measured"]),
+        **numbers,
     )

@@ -98,6 +98,12 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Mem
     )
 
 
+def peak_bytes(config: Config, processes: int, device: str | None = None) -> float:
+    """Peak memory of a rank. `device` None: as `training.device`, where auto counts as a CPU, which takes less."""
+    kind = device or ("cuda" if config.training.device == "cuda" else "cpu")
+    return estimate_memory(config, processes, kind).peak
+
+
 def code_bytes(model: ModelConfig, width: int) -> int:
     """Codes and weights that one block keeps, bytes a token: those of all K tables on every rank."""
     if model.kind == "dense":

@@ -1,19 +1,18 @@
-"""The layouts (P, stage, micro batch) that a configuration can train in on so many devices: memory, time, cost."""
+"""The layouts (P, stage, micro batch) of a configuration on so many devices: memory, time, cost, launch line."""
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mf_train.config import Config
 from mf_train.errors import UserError
-from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import check_degrees
 from mf_train.planning.devices import Device
 from mf_train.planning.memory import Memory, estimate_memory
 from mf_train.planning.time import StepTime, estimate_step
 
 USABLE = 0.92  # of a device's memory: what fragmentation of the allocator and other processes leave
-_SCALES = (8, 64, 512, 4096)
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,12 @@ class Layout:
     def data(self) -> int:
         """R."""
         return self.nodes * self.per_node // self.config.parallel.tensor
+
+    @property
+    def name(self) -> str:
+        parallel = self.config.parallel
+        micro = self.config.training.micro_batch_size
+        return f"P {parallel.tensor} x R {self.data}, ZeRO {parallel.zero_stage}, micro-batches of {micro}"
 
     @property
     def days(self) -> float:
@@ -110,84 +115,18 @@ def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Itera
                     continue
 
 
-def scaling(config: Config, per_node: int, device: Device) -> dict[str, list[dict[str, float]]]:
-    """Steps at 8 to 4096 devices. strong: the same global batch, as far as it divides; weak: the same for each rank
-    of the data-parallel group, a batch of its own size. Modelled as `planning.time` says, not measured.
-    """
-    curves: dict[str, list[dict[str, float]]] = {"strong": [], "weak": []}
-    smallest: int | None = None
-    for devices in _SCALES:
-        if devices % per_node:
-            continue
-        nodes, data = devices // per_node, devices // config.parallel.tensor
-        training = config.training
-        smallest = smallest or data
-        share = max(1, training.global_batch_size // data)
-        strong = replace(training, micro_batch_size=_divisor(share, training.micro_batch_size))
-        own = max(1, training.global_batch_size // smallest)
-        weak = replace(
-            training,
-            global_batch_size=own * data,
-            micro_batch_size=_divisor(own, training.micro_batch_size),
-        )
-        for name, changed in (("strong", strong), ("weak", weak)):
-            if changed.global_batch_size % data:
-                continue  # fewer sequences than ranks, or a rest
-            step = estimate_step(replace(config, training=changed), nodes, per_node, device)
-            curves[name].append(
-                {
-                    "devices": devices,
-                    "global_batch_size": changed.global_batch_size,
-                    "step_seconds": step.seconds,
-                    "tokens_per_second": step.tokens_per_second,
-                    "tokens_per_second_per_device": step.tokens_per_second / devices,
-                }
-            )
-    return curves
-
-
-def _divisor(number: int, most: int) -> int:
-    return next(size for size in range(min(number, most), 0, -1) if number % size == 0)
-
-
-def summary(
-    config: Config, device: Device, asked: Layout | None, layouts: list[Layout], shown: int
-) -> list[str]:
-    """Lines of text: the model, the configuration's own layout, the best ones."""
-    counts = count_parameters(config.model)
-    tokens = config.training.steps * config.training.global_batch_size * config.model.sequence_length
-    lines = [
-        f"{counts.total:,} parameters, {counts.tables:,} of them in tables; {tokens / 1e9:.3g} billion tokens; "
-        f"{device.name}, {device.memory / 1e9:.0f} GB; modelled, not measured"
-    ]
-    if asked is not None:
-        lines += ["", "as configured:", *_describe(asked)]
-    head = f"{'P':>2} {'R':>5} {'ZeRO':>4} {'micro':>5} {'GB':>7} {'fits':>4} {'s/step':>9} {'tokens/s':>12} "
-    lines += ["", head + f"{'days':>8} {'device-h':>10}"]
-    for layout in layouts[:shown]:
-        parallel = layout.config.parallel
-        lines.append(
-            f"{parallel.tensor:>2} {layout.data:>5} {parallel.zero_stage:>4} "
-            f"{layout.config.training.micro_batch_size:>5} {layout.memory.peak / 1e9:>7.2f} "
-            f"{'yes' if layout.fits else 'no':>4} {layout.time.seconds:>9.3f} {layout.time.tokens_per_second:>12,.0f} "
-            f"{layout.days:>8.2f} {layout.device_hours:>10,.0f}"
-        )
-    if layouts and not layouts[0].fits:
-        lines.append(f"nothing fits in {USABLE:.0%} of the memory: take more devices, or shorter rows")
-    return lines
-
-
-def _describe(layout: Layout) -> list[str]:
-    memory = layout.memory
-    names = ("parameters", "optimizer", "gradients", "activations", "codes", "logits", "buffers", "process")
-    held = ", ".join(f"{name} {getattr(memory, name) / 1e9:.2f}" for name in names)
-    peak = max(memory.peaks, key=lambda name: memory.peaks[name])
-    lines = [
-        f"  GB a rank: {held} (codes are among the activations)",
-        f"  peak {memory.peak / 1e9:.2f} GB at the {peak}, {'fits' if layout.fits else 'DOES NOT FIT'}; "
-        f"host memory for saving beside the steps: {memory.host / 1e9:.2f} GB",
-    ]
-    for part in sorted(layout.time.parts, key=lambda part: -part.seconds):
-        share = part.seconds / layout.time.seconds
-        lines.append(f"  {part.name:<18} {part.seconds:>9.4f} s  {share:>4.0%}  bound: {part.bound}")
-    return lines
+def launch_line(path: str, overrides: Sequence[str], config: Config, layout: Layout, device: Device) -> str:
+    """The command that submits the layout: `config` is what the file and the overrides say."""
+    wanted = {
+        "parallel.tensor": (config.parallel.tensor, layout.config.parallel.tensor),
+        "parallel.zero_stage": (config.parallel.zero_stage, layout.config.parallel.zero_stage),
+        "training.micro_batch_size": (
+            config.training.micro_batch_size,
+            layout.config.training.micro_batch_size,
+        ),
+    }
+    changed = {key: new for key, (old, new) in wanted.items() if old != new}
+    kept = [override for override in overrides if override.partition("=")[0] not in changed]
+    per_node = "--tasks-per-node" if device.kind == "cpu" else "--gpus-per-node"
+    command = ["memoryformer", "launch", path, *kept, *(f"{key}={value}" for key, value in changed.items())]
+    return shlex.join([*command, "--nodes", str(layout.nodes), per_node, str(layout.per_node)])

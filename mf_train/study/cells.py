@@ -15,9 +15,10 @@ import yaml
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree, load_config, parse_config, read_tree
 from mf_train.errors import UserError
-from mf_train.launch.job import process_bytes
 from mf_train.parallel.degrees import check_degrees
-from mf_train.study.cost import Cost, run_cost, step_tokens, token_flops
+from mf_train.planning.memory import peak_bytes
+from mf_train.planning.work import model_flops, step_tokens
+from mf_train.study.cost import Cost, run_cost
 from mf_train.study.study import LENGTHS, Study, Value
 
 _PLACE = "this place of the grid"
@@ -123,11 +124,10 @@ def _resolve(study: Study, base: dict[str, Any], values: Sequence[Value]) -> Con
         )
     check_degrees(config, study.processes)
     if limit := study.budget.memory_gb:
-        needed = process_bytes(config, study.processes) / 2**30
+        needed = peak_bytes(config, study.processes) / 2**30
         if needed > limit:
             raise UserError(
-                f"does not fit: weights, gradients and moments need at least {needed:.3g} GB a process, and "
-                f"budget.memory_gb is {limit:g}"
+                f"does not fit: a process needs {needed:.3g} GB, and budget.memory_gb is {limit:g}"
             )
     return config
 
@@ -135,7 +135,7 @@ def _resolve(study: Study, base: dict[str, Any], values: Sequence[Value]) -> Con
 def _with_length(config: Config, axis: str, length: float) -> Config:
     """The configuration with as many whole steps as come nearest to the length."""
     if axis == "flops":
-        tokens = length / token_flops(config)
+        tokens = length / model_flops(config.model)
     else:
         tokens = length * (run_cost(config).parameters if axis == "tokens_per_parameter" else 1)
     steps = round(tokens / step_tokens(config))

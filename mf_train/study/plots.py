@@ -11,7 +11,7 @@ from mf_train.drawing import make_figure, make_png, shade
 from mf_train.study.analysis import Measured, Series, frontier
 
 _MOST_NAMES = 8  # of sizes in a legend
-_NAMES = {"flops": "training FLOPs", "bytes_moved": "bytes of parameters moved"}
+_NAMES = {"flops": "training FLOPs", "bytes_moved": "bytes moved"}
 
 
 def draw_all(series: Sequence[Series], measured: Sequence[Measured], x: str, size: str) -> dict[str, bytes]:

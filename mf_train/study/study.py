@@ -53,7 +53,7 @@ class Budget:
     flops: float | None = None  # training FLOPs of all cells
     hours: float | None = None  # of all cells one after another; needs flops_per_second
     flops_per_second: float | None = None  # that a cell's processes reach together, as measured
-    memory_gb: float | None = None  # of one process: weights, gradients and AdamW's moments, GiB
+    memory_gb: float | None = None  # GiB of one process (`planning.memory`)
 
 
 @dataclass(frozen=True, kw_only=True)

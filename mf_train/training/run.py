@@ -33,6 +33,8 @@ from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import Process
 from mf_train.parallel.tensor import shard_model
 from mf_train.parallel.watch import Watch
+from mf_train.planning.devices import find_peak
+from mf_train.planning.efficiency import step_efficiency
 from mf_train.training.deadline import find_deadline
 from mf_train.training.device import find_device, keep_freed_memory
 from mf_train.training.folder import check_same_run, record_config, resolved_yaml
@@ -155,6 +157,7 @@ class _Run:
         self.exchange = Exchange(groups.tensor) if self.degrees.tensor > 1 else None
         end_of_text = inputs.tokenizer.end_of_text_id if config.data.document_attention else None
         self.engine = Engine(self._build_model(), config, groups, device, end_of_text)
+        self.peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.telemetry = TableTelemetry(self.engine.model, groups.data)
         saver = Saver(self.engine, fence, config.checkpoint)
         if config.checkpoint.interval and config.checkpoint.asynchronous:
@@ -329,6 +332,7 @@ class _Run:
         tokens = self.config.training.global_batch_size * self.config.model.sequence_length
         metrics["step_seconds"] = seconds
         metrics["tokens_per_second"] = tokens / seconds
+        metrics |= step_efficiency(self.config, self.degrees.world_size, self.peak, seconds)
         if self.device.type == "cuda":
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         else:

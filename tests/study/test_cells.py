@@ -9,8 +9,8 @@ import pytest
 
 from mf_train.config.loading import config_to_tree
 from mf_train.errors import UserError
+from mf_train.planning.work import model_flops
 from mf_train.study.cells import CELLS, Grid, dump_tree, make_grid
-from mf_train.study.cost import token_flops
 from mf_train.study.study import load_study
 from tests.study.studies import study_file
 
@@ -129,5 +129,5 @@ def test_flops_of_the_paper_s_tiny_model(tmp_path: Path) -> None:
     from mf_train.config.loading import load_config
 
     config = load_config("configs/tiny.yaml")
-    blocks = token_flops(config) / 6 - config.model.hidden_size * config.model.vocab_size
+    blocks = model_flops(config.model) / 6 - config.model.hidden_size * config.model.vocab_size
     assert blocks * 2048 / 6 == pytest.approx(4.7e9, rel=0.01)

@@ -66,10 +66,20 @@ def test_metrics_hold_what_the_interface_promises(reference: Path) -> None:
         "batch_digest",
         "tensor_parallel_bytes_per_token",
         "peak_memory_bytes",
+        "paper_flops",
+        "model_flops",
+        "bytes_moved",
+        "flops_share",
+        "bandwidth_share",
+        "data_parallel_bytes_per_token",
     }
     for entry in metrics:
         assert keys <= set(entry)
         assert entry["tokens"] == entry["step"] * 8 * 32
+        # 256 tokens of 2 blocks: 2 S D for attention, 6 K D for memory layers; D 32, K 8, S 32; and the LM head
+        assert entry["paper_flops"] == 256 * 2 * (2 * 32 * 32 + 6 * 8 * 32)
+        assert entry["model_flops"] == 6 * (entry["paper_flops"] + 256 * 32 * 4096)
+        assert entry["flops_share"] is None and entry["bandwidth_share"] is None  # a CPU
         assert len(entry["batch_digest"]) == 16 and int(entry["batch_digest"], 16) >= 0
         assert ("validation_loss" in entry) == (entry["step"] in (MIDDLE, STEPS))
         assert ("tables" in entry) == (entry["step"] % 4 == 0)

@@ -1,0 +1,54 @@
+"""What a run measured, beside what the planner says of it."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mf_train.config import Config
+from mf_train.errors import UserError
+from mf_train.planning.work import step_tokens
+
+_WARM_UP = 3  # steps of a start that are left out where there are more
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one run: the median step and the peak of rank 0."""
+
+    steps: int
+    step_seconds: float
+    peak_bytes: float | None
+
+    def to_tree(self) -> dict[str, Any]:
+        return {"steps": self.steps, "step_seconds": self.step_seconds, "peak_bytes": self.peak_bytes}
+
+
+def read_measured(run: Path, config: Config) -> Measured:
+    """From the run folder's metrics.jsonl. Raises UserError where there is none, or its steps have another size."""
+    path = run / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"--measured {run}: {path} cannot be read ({error.strerror}): give a run's folder"
+        ) from None
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            records.append((float(record["step_seconds"]), record["tokens"] / record["step"], record))
+        except (ValueError, KeyError, TypeError, ZeroDivisionError):
+            continue  # an unfinished last line
+    if not records:
+        raise UserError(f"--measured {run}: {path} has no step yet")
+    tokens = step_tokens(config)
+    if records[-1][1] != tokens:
+        raise UserError(
+            f"--measured {run}: its steps have {records[-1][1]:,.0f} tokens and the configuration's {tokens:,}: give "
+            "the configuration that it ran"
+        )
+    counted = records[_WARM_UP:] or records
+    peaks = [record["peak_memory_bytes"] for _, _, record in records if "peak_memory_bytes" in record]
+    return Measured(len(counted), statistics.median(one[0] for one in counted), max(peaks, default=None))

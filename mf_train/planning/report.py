@@ -1,0 +1,155 @@
+"""A plan as lines of text: what the run is, what it needs and costs, how to launch it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from mf_train.config import Config
+from mf_train.model.counts import count_parameters
+from mf_train.planning.devices import Device
+from mf_train.planning.measured import Measured
+from mf_train.planning.plan import USABLE, Layout
+from mf_train.planning.scaling import MODELLED, NOT_MODELLED
+from mf_train.planning.time import estimate_step
+from mf_train.planning.work import model_flops, step_bytes, step_tokens
+
+CHECKPOINT_BYTES = 12  # a parameter's float32 master and both moments
+_HELD = ("parameters", "optimizer", "gradients", "activations", "codes", "logits", "buffers", "process")
+
+
+def head_lines(config: Config, device: Device) -> Iterator[str]:
+    """The model, the budget, the checkpoint, and where the rates come from."""
+    counts, tokens = count_parameters(config.model), step_tokens(config)
+    budget = config.training.steps * tokens
+    yield f"model     {config.model.kind}: {counts.total:,} parameters, {counts.tables:,} of them in tables"
+    yield f"budget    {config.training.steps:,} steps x {tokens:,} tokens = {budget / 1e9:.4g} billion tokens"
+    yield (
+        f"work      {budget * model_flops(config.model):.3g} model FLOPs and "
+        f"{config.training.steps * step_bytes(config):.3g} bytes moved in all (docs/planning.md says what is counted)"
+    )
+    each, keep = CHECKPOINT_BYTES * counts.total, config.checkpoint.keep
+    kept = f"{keep} kept and one being written: {(keep + 1) * each / 1e9:,.4g} GB" if keep else "all kept"
+    yield f"disk      {each / 1e9:,.4g} GB a checkpoint; {kept}"
+    yield f"device    {device.name}, {device.memory / 1e9:.0f} GB; {rates_text(device)}"
+
+
+def model_tree(config: Config) -> dict[str, Any]:
+    """The model's size and the budget, for JSON."""
+    counts, tokens = count_parameters(config.model), step_tokens(config)
+    return {
+        "parameters": counts.total,
+        "table_parameters": counts.tables,
+        "steps": config.training.steps,
+        "tokens": config.training.steps * tokens,
+        "model_flops": config.training.steps * tokens * model_flops(config.model),
+        "bytes_moved": config.training.steps * step_bytes(config),
+        "checkpoint_bytes": CHECKPOINT_BYTES * counts.total,
+    }
+
+
+def rates_text(device: Device) -> str:
+    """Which rates are measured."""
+    rates = ("copy", "gather", "flops", "launch", "inside", "between")
+    assumed = [name for name in rates if name not in device.measured]
+    if not assumed:
+        return "all rates measured"
+    if len(assumed) == len(rates):
+        return "rates are data-sheet or assumed, not measured: --device FILE.yaml replaces them"
+    return f"measured rates, but {', '.join(assumed)} data-sheet or assumed"
+
+
+def layout_lines(
+    layout: Layout, device: Device, price: float | None, measured: Measured | None
+) -> Iterator[str]:
+    """One layout: time and cost, memory, each part with its bound, what the gather rate changes."""
+    memory, time = layout.memory, layout.time
+    yield f"  time    {cost_text(layout, time.seconds, price)}"
+    if measured is not None:
+        ratio = time.seconds / measured.step_seconds
+        yield (
+            f"  MEASURED {cost_text(layout, measured.step_seconds, price)} (median of {measured.steps} steps); "
+            f"predicted / measured {ratio:.2f}"
+        )
+        if measured.peak_bytes:
+            ratio = memory.peak / measured.peak_bytes
+            yield f"  MEASURED peak {measured.peak_bytes / 1e9:.2f} GB of rank 0; predicted / measured {ratio:.2f}"
+    peak = max(memory.peaks, key=lambda name: memory.peaks[name])
+    yield (
+        f"  memory  peak {memory.peak / 1e9:.2f} GB a rank, at the {peak}: "
+        f"{'fits' if layout.fits else f'DOES NOT FIT in {USABLE:.0%} of {device.memory / 1e9:.0f} GB'}"
+    )
+    held = ", ".join(f"{name} {getattr(memory, name) / 1e9:.2f}" for name in _HELD)
+    yield f"          GB: {held} (codes are among the activations)"
+    if memory.host:
+        total = memory.host * layout.per_node / 1e9
+        yield f"  host    {memory.host / 1e9:.2f} GB a rank, {total:.3g} GB a node, to save beside the steps"
+    for part in sorted(time.parts, key=lambda part: -part.seconds):
+        share = part.seconds / time.seconds
+        yield f"    {part.name:<18} {part.seconds:>9.4f} s  {share:>4.0%}  bound: {part.bound}"
+    if layout.config.model.kind == "memoryformer":
+        slow, quick = sensitivity(layout, device)
+        source = "measured" if "gather" in device.measured else "a guess"
+        yield (
+            f"  the gather rate ({device.gather:.2g} bytes/s, {source}) decides: at half of it a step takes "
+            f"{slow:.3g} s, at twice {quick:.3g} s"
+        )
+
+
+def sensitivity(layout: Layout, device: Device) -> tuple[float, float]:
+    """Seconds of a step at half and at twice the gather rate."""
+    slow, quick = (
+        estimate_step(
+            layout.config, layout.nodes, layout.per_node, replace(device, gather=factor * device.gather)
+        ).seconds
+        for factor in (0.5, 2.0)
+    )
+    return slow, quick
+
+
+def cost_text(layout: Layout, seconds: float, price: float | None) -> str:
+    """Speed, days, device-hours and money at so many seconds a step."""
+    devices = layout.nodes * layout.per_node
+    hours = seconds * layout.config.training.steps / 3600
+    speed = layout.time.tokens / seconds
+    money = "" if price is None else f", cost {hours * devices * price:,.0f}"
+    return (
+        f"{seconds:.3f} s a step, {speed:,.0f} tokens/s ({speed / devices:,.0f} a device), {hours / 24:.2f} days, "
+        f"{hours * devices:,.0f} device-hours{money}"
+    )
+
+
+def table_lines(layouts: list[Layout], shown: int, price: float | None) -> Iterator[str]:
+    """A line for each layout."""
+    head = f"{'P':>2} {'R':>5} {'ZeRO':>4} {'micro':>5} {'GB':>7} {'fits':>4} {'s/step':>9} {'tokens/s':>12} "
+    yield head + f"{'days':>8} {'device-h':>10}" + ("" if price is None else f" {'cost':>10}")
+    for layout in layouts[:shown]:
+        parallel = layout.config.parallel
+        yield (
+            f"{parallel.tensor:>2} {layout.data:>5} {parallel.zero_stage:>4} "
+            f"{layout.config.training.micro_batch_size:>5} {layout.memory.peak / 1e9:>7.2f} "
+            f"{'yes' if layout.fits else 'no':>4} {layout.time.seconds:>9.3f} {layout.time.tokens_per_second:>12,.0f} "
+            f"{layout.days:>8.2f} {layout.device_hours:>10,.0f}"
+            + ("" if price is None else f" {layout.device_hours * price:>10,.0f}")
+        )
+    if not layouts[0].fits:
+        yield f"nothing fits in {USABLE:.0%} of the memory: take more devices, or a smaller model or sequence"
+
+
+def scaling_lines(curves: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """A line for each point of the curves, and what they leave out."""
+    for name, points in curves.items():
+        first = next((one for one in points if "refused" not in one), None)
+        for point in points:
+            start = f"  {name:<6} {point['devices']:>5} devices, {point['global_batch_size']:>9,} sequences: "
+            if "refused" in point:
+                yield start + point["refused"]
+                continue
+            assert first is not None
+            per_device = point["tokens_per_second_per_device"]
+            share = per_device / first["tokens_per_second_per_device"]
+            yield (
+                f"{start}{point['step_seconds']:.3f} s, {point['tokens_per_second']:,.0f} tokens/s, "
+                f"{share:.0%} of the first's speed a device{'' if point['fits'] else '; DOES NOT FIT'}"
+            )
+    yield f"  {MODELLED}"
+    yield f"  {NOT_MODELLED}"

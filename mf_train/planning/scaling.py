@@ -1,0 +1,116 @@
+"""Weak and strong scaling at 8 to 4096 devices, as `planning.time` models it; nothing is measured."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from mf_train.config import Config
+from mf_train.errors import UserError
+from mf_train.planning.devices import Device
+from mf_train.planning.plan import make_layout
+
+SCALES = (8, 64, 512, 4096)
+MODELLED = (
+    "modelled: bytes and FLOPs of each kernel at the device's rates, a launch for each operation, ring collectives "
+    "with a latency for each step, more micro-batches or smaller ones as the batch is shared out; parts follow one another"
+)
+NOT_MODELLED = (
+    "not modelled: reading data, saving, validation, stragglers, failures and restarts, a network that is shared or "
+    "congested, rates that change with sizes, overlap of communication and computation"
+)
+
+
+def scaling(config: Config, nodes: int, per_node: int, device: Device) -> dict[str, list[dict[str, Any]]]:
+    """A point for each of SCALES and each curve. strong: the same global batch; weak: the same batch for each rank of
+    the data-parallel group as on `nodes` nodes. P and stage are the configuration's.
+
+    The micro-batch is the largest up to the configuration's that divides, and data.logical_streams is raised to a
+    multiple of the data-parallel degree where a new run would have to. Every point has passed `check_degrees`; one that cannot
+    says so under `refused`.
+    """
+    tensor = config.parallel.tensor
+    own = max(1, config.training.global_batch_size * tensor // (nodes * per_node))
+    curves: dict[str, list[dict[str, Any]]] = {"strong": [], "weak": []}
+    for devices in SCALES:
+        data = devices // tensor
+        for name, batch in (("strong", config.training.global_batch_size), ("weak", own * data)):
+            curves[name].append(_point(config, devices, per_node, batch, device))
+    return curves
+
+
+def _point(config: Config, devices: int, per_node: int, batch: int, device: Device) -> dict[str, Any]:
+    found: dict[str, Any] = {"devices": devices, "global_batch_size": batch}
+    if devices % per_node:
+        return found | {"refused": f"{devices} devices are no whole number of nodes of {per_node}"}
+    if devices % config.parallel.tensor:
+        return found | {
+            "refused": f"parallel.tensor {config.parallel.tensor} does not divide {devices} devices"
+        }
+    data = devices // config.parallel.tensor
+    micro = _divisor(max(1, batch // data), config.training.micro_batch_size)
+    streams = math.lcm(config.data.logical_streams, data)
+    here = replace(
+        config,
+        training=replace(config.training, global_batch_size=batch, micro_batch_size=micro),
+        data=replace(config.data, logical_streams=streams),
+    )
+    try:
+        layout = make_layout(here, devices // per_node, per_node, device)
+    except UserError as error:
+        return found | {"refused": str(error)}
+    return found | {
+        "micro_batch_size": micro,
+        "logical_streams": streams,
+        "fits": layout.fits,
+        "step_seconds": layout.time.seconds,
+        "tokens_per_second": layout.time.tokens_per_second,
+        "tokens_per_second_per_device": layout.time.tokens_per_second / devices,
+    }
+
+
+def _divisor(number: int, most: int) -> int:
+    return next(size for size in range(min(number, most), 0, -1) if number % size == 0)
+
+
+def draw_scaling(config: Config, title: str, curves: dict[str, list[dict[str, Any]]]) -> bytes:
+    """Tokens a second over devices, as PNG: both curves, each with the line of a perfect one."""
+    from mf_train.drawing import make_figure, make_png
+
+    figure, several = make_figure(2, (5.4, 4.4))
+    batch = config.training.global_batch_size
+    names = {
+        "strong": f"strong scaling: {batch:,} sequences a step, whatever the devices",
+        "weak": "weak scaling: the same sequences a step for each rank",
+    }
+    for axes, (kind, points) in zip(several, curves.items(), strict=True):
+        points = [point for point in points if "refused" not in point]
+        axes.set_title(names[kind], fontsize=9)
+        axes.set_xlabel("devices")
+        axes.set_ylabel("tokens a second, modelled")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.grid(True, alpha=0.3)
+        axes.set_xticks(SCALES, [f"{devices:,}" for devices in SCALES])
+        if not points:
+            axes.text(0.5, 0.5, "no size divides", transform=axes.transAxes, ha="center")
+            continue
+        devices = [point["devices"] for point in points]
+        speeds = [point["tokens_per_second"] for point in points]
+        perfect = [speeds[0] * count / devices[0] for count in devices]
+        axes.plot(devices, perfect, linestyle="--", color="grey", linewidth=1, label="perfect")
+        axes.plot(devices, speeds, color="C0", marker="o", label="modelled (hollow: does not fit in memory)")
+        hollow = [(p["devices"], p["tokens_per_second"]) for p in points if not p["fits"]]
+        axes.plot(*zip(*hollow, strict=True) if hollow else ([], []), "o", color="C0", mfc="white", zorder=3)
+        for point, ideal in zip(points, perfect, strict=True):
+            text = f"{point['tokens_per_second'] / ideal:.0%}\n{point['global_batch_size']:,} seq."
+            axes.annotate(
+                text,
+                (point["devices"], point["tokens_per_second"]),
+                xytext=(4, -22),
+                textcoords="offset points",
+                fontsize=7,
+            )
+        axes.legend(fontsize=7, loc="upper left")
+    below = "nothing overlaps; ring collectives; no stragglers, congestion, data or checkpoints: no point is measured"
+    figure.suptitle(f"{title}\n{below}", fontsize=9)
+    return make_png(figure)

@@ -25,7 +25,8 @@ LAYERS = {
     "parallel": {"model", "config", "errors"},
     "data": {"config", "errors"},
     "checkpoint": {"parallel", "model", "config", "errors"},
-    "training": {"checkpoint", "data", "parallel", "model", "kernels", "config", "errors"},
+    "tables": {"model", "kernels", "config"},
+    "training": {"tables", "checkpoint", "data", "parallel", "model", "kernels", "config", "errors"},
     "planning": {"parallel", "model", "config", "commands", "errors"},
     "launch": {
         "training",

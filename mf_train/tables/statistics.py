@@ -45,6 +45,15 @@ class HashStatistics:
     def bits(self) -> int:
         return self.numbers.shape[1] - BITS
 
+    def columns(self) -> dict[str, Tensor]:
+        """[K] by name: the numbers of each table but its bits'."""
+        return {
+            "rows_read": self.numbers[:, ROWS_READ],
+            "entropy": self.numbers[:, ENTROPY],
+            "gini": self.numbers[:, GINI],
+            "largest_share": self.numbers[:, LARGEST],
+        }
+
     def summary(self) -> dict[str, Any]:
         """Over the tables: the mean but for `largest_share`, the largest.
 

@@ -52,7 +52,7 @@ def count_codes(codes: Tensor, counts: Tensor, *, backend: str = "auto") -> None
 def _count(codes_nk: Tensor, counts: Tensor) -> None:
     """By torch operations. torch.bincount would wait for the device to learn the largest code."""
     num_tables, rows = counts.shape
-    if codes_nk.is_cpu and not (codes_nk.min() >= 0 and codes_nk.max() < rows):
+    if codes_nk.is_cpu and not (int(codes_nk.min()) >= 0 and int(codes_nk.max()) < rows):
         raise ValueError(f"codes must be in [0, {rows}), got codes from {codes_nk.min()} to {codes_nk.max()}")
     first_row = torch.arange(0, num_tables * rows, rows, device=counts.device)
     row_nk = codes_nk.long() + first_row

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mf_train.commands import add_command
 from mf_train.errors import PeerError, TrainingError, UserError
+from mf_train.inspection.arguments import add_inspect
 from mf_train.launch.arguments import add_launch, join_verb
 from mf_train.planning.arguments import add_plan
 from mf_train.study.arguments import add_study
@@ -324,6 +325,7 @@ def _build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--sequences", type=int, default=0, metavar="N", help="only the first N (default: all)")
     verb.add_argument("--batch-size", type=int, default=8, metavar="B")
 
+    add_inspect(commands)
     add_launch(commands)
     add_plan(commands)
     add_study(commands)

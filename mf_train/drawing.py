@@ -6,12 +6,14 @@ from typing import Any
 _DPI = 110
 
 
-def make_figure(columns: int = 1, size: tuple[float, float] = (6.4, 4.2)) -> tuple[Any, list[Any]]:
-    """A figure and its axes side by side, each of `size` inches."""
+def make_figure(
+    columns: int = 1, size: tuple[float, float] = (6.4, 4.2), rows: int = 1
+) -> tuple[Any, list[Any]]:
+    """A figure and its axes side by side, row after row, each of `size` inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def shade(share: float) -> Any:

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mf_train.checkpoint.layout import PROBE
+from mf_train.checkpoint.read import CheckpointReader
+from mf_train.checkpoint.tensor_reader import TensorFile
 from mf_train.config import ModelConfig
 
 PROBE_TOKENS, MIN_PROBE_TOKENS = 128, 16
@@ -36,7 +39,20 @@ def probe_tensors(
 ) -> dict[str, Tensor]:
     """The file's contents: tokens [n], logits [n, V] of any float dtype and device, codes [n, K] of each hash."""
     return {
-        "tokens": tokens.cpu(),
         "logits": logits.float().cpu(),
         "validation": torch.tensor([validation], dtype=torch.uint8),
-    } | {f"{CODES}{name}": value.cpu() for name, value in codes.items()}
+    } | code_tensors(tokens, codes)
+
+
+def code_tensors(tokens: Tensor, codes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of the file's contents that `read_codes` gives back."""
+    return {"tokens": tokens.cpu()} | {f"{CODES}{name}": value.cpu() for name, value in codes.items()}
+
+
+def read_codes(reader: CheckpointReader) -> dict[str, Tensor]:
+    """Tokens and codes of a checkpoint's probe, by their names in the file; {} where it has none. Raises UserError."""
+    if PROBE not in reader.manifest.files:
+        return {}
+    with TensorFile(reader.checkpoint / PROBE, "use another checkpoint") as file:
+        names = [name for name in file.tensors if name == "tokens" or name.startswith(CODES)]
+        return {name: file.read(name) for name in names}

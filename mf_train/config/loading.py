@@ -145,6 +145,10 @@ def check_config(config: Config, origin: str) -> None:
         refuse(f"optimizer.betas is {list(config.optimizer.betas)}: each must be in [0, 1)")
     if not 0 <= config.schedule.minimum_fraction <= 1:
         refuse(f"schedule.minimum_fraction is {config.schedule.minimum_fraction}: it must be in [0, 1]")
+    for name in ("rows_read", "entropy", "largest_share"):
+        value = getattr(config.logging, f"alarm_{name}")
+        if not 0 <= value <= 1:
+            refuse(f"logging.alarm_{name} is {value}: it must be in [0, 1]")
     for name in ("train", "validation"):
         for index, source in enumerate(getattr(config.data, name)):
             key = f"data.{name}[{index}]"

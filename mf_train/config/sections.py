@@ -113,7 +113,12 @@ class LoggingConfig:
 
     interval: int = 10  # steps between printed lines when the output is not a terminal
     tensorboard: bool = True
-    telemetry_interval: int = 0  # steps between reports on the tables (rows read, entropy); 0: none
+    telemetry_interval: int = 0  # steps between reports on the tables (rows read, entropy, ...); 0: none
+    # A table is alarming (docs/telemetry.md) below these shares of what a code that reads all rows alike shows, and
+    # above this share of the way from that code's hottest row to one row alone. 0, 0 and 1: never.
+    alarm_rows_read: float = 0.05
+    alarm_entropy: float = 0.05
+    alarm_largest_share: float = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)

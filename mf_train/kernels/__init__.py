@@ -14,8 +14,18 @@ from torch import Tensor
 
 from . import ops, reference
 from .backends import BACKENDS, describe, fast_loss, fast_norm, find_backend
+from .counting import count_codes
 
-__all__ = ["describe", "fast_loss", "fast_norm", "hash_codes", "lookup", "lookup_all", "lookup_int8"]
+__all__ = [
+    "count_codes",
+    "describe",
+    "fast_loss",
+    "fast_norm",
+    "hash_codes",
+    "lookup",
+    "lookup_all",
+    "lookup_int8",
+]
 
 SCORES = ("probability", "scaled_probability")
 MAX_BITS = 16

@@ -52,6 +52,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "mf_lookup": (_int32, [*_READS, *_SETS, _pointers, _int32]),
     "mf_lookup_backward": (_int32, [_pointers, *_READS, *_SETS, _pointer, _pointers, _int32]),
     "mf_lookup_int8": (_int32, [*_READS, _pointer, _int64, _pointer, _pointer, _int32]),
+    "mf_count": (_int32, [_pointer, _int32, *[_int64] * 4, _pointer, _int32]),
     "mf_norm_moments": (None, [_pointer, _int32, *[_int64] * 3, _int32, _pointer, _int32]),
     "mf_norm_normalise": (
         None,
@@ -249,6 +250,19 @@ def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) 
     )
     _check(status, codes, tables)
     return y
+
+
+def count_codes(codes_nk: Tensor, counts: Tensor) -> None:
+    """Add codes [N, K], whose last dimension lies in one piece, to counts int64 [K, rows], contiguous.
+
+    Raises:
+        ValueError: a code outside [0, rows); the counts are then of no use any more.
+    """
+    status = _function("mf_count")(
+        *(codes_nk.data_ptr(), _CODES[codes_nk.dtype], len(codes_nk), codes_nk.stride(0)),
+        *(*counts.shape, counts.data_ptr(), torch.get_num_threads()),
+    )
+    _check(status, codes_nk, counts)
 
 
 def _reads(codes: Tensor, weights: Tensor, tables: Tensor) -> tuple[int, ...]:

@@ -38,3 +38,9 @@ def lookup(codes: Tensor, weights: Tensor, tables: Tensor, bias: Tensor | None =
     if bias is not None:
         y = y + bias.double()
     return y.to(tables.dtype)
+
+
+def count_codes(codes: Tensor, counts: Tensor) -> None:
+    """Add to counts [K, rows] how often each table's codes [..., K] name each row."""
+    for k, codes_n in enumerate(codes.reshape(-1, codes.shape[-1]).long().unbind(-1)):
+        counts[k] += torch.bincount(codes_n, minlength=counts.shape[1])

@@ -38,7 +38,8 @@ class MetricsWriter:
                 self.tensorboard.add_scalar(key, value, metrics["step"])
         for name, report in metrics.get("tables", {}).items():
             for key, value in report.items():
-                self.tensorboard.add_scalar(f"tables/{key}/{name}", value, metrics["step"])
+                if isinstance(value, int | float):
+                    self.tensorboard.add_scalar(f"tables/{key}/{name}", value, metrics["step"])
 
     def close(self) -> None:
         with suppress(OSError):  # `write` has told of it

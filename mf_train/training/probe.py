@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mf_train.checkpoint.probe import probe_length, probe_tensors, random_tokens
+from mf_train.checkpoint.probe import code_tensors, probe_length, probe_tensors, random_tokens
 from mf_train.data.validation import ValidationBlocks
 from mf_train.model.memory import record_codes
 from mf_train.parallel.engine import Engine
@@ -17,18 +17,26 @@ def run_probe(
 
     Collective over all ranks, which all get the same.
     """
+    tokens, logits, codes = _pass(engine, validation)
+    if exchange is not None:
+        logits = exchange.all_gather(logits).movedim(0, -2).flatten(-2)
+    return probe_tensors(tokens, logits[0], codes, validation=validation is not None)
+
+
+def probe_codes(engine: Engine, validation: ValidationBlocks | None) -> dict[str, Tensor]:
+    """The tokens and codes of `run_probe` without the logits. Collective over all ranks, which all get the same."""
+    tokens, _, codes = _pass(engine, validation)
+    return code_tensors(tokens, codes)
+
+
+@torch.no_grad()
+def _pass(engine: Engine, validation: ValidationBlocks | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Tokens [n], this rank's logits [1, n, V/P], and codes [n, K] of each hash."""
     config = engine.model.config
     if validation is None:
         tokens = random_tokens(config)
     else:
         tokens = torch.from_numpy(validation.tokens_t[: probe_length(config)]).long()
-    with torch.no_grad(), record_codes(engine.model) as codes:
+    with record_codes(engine.model) as codes:
         logits = engine.forward(tokens.unsqueeze(0).to(engine.device))
-    if exchange is not None:
-        logits = exchange.all_gather(logits).movedim(0, -2).flatten(-2)
-    return probe_tensors(
-        tokens,
-        logits[0],
-        {name: value[0] for name, value in codes.items()},
-        validation=validation is not None,
-    )
+    return tokens, logits, {name: value[0] for name, value in codes.items()}

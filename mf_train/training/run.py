@@ -35,6 +35,7 @@ from mf_train.parallel.tensor import shard_model
 from mf_train.parallel.watch import Watch
 from mf_train.planning.devices import find_peak
 from mf_train.planning.efficiency import step_efficiency
+from mf_train.tables.alarms import alarm_lines
 from mf_train.training.deadline import find_deadline
 from mf_train.training.device import find_device, keep_freed_memory
 from mf_train.training.folder import check_same_run, record_config, resolved_yaml
@@ -158,13 +159,14 @@ class _Run:
         end_of_text = inputs.tokenizer.end_of_text_id if config.data.document_attention else None
         self.engine = Engine(self._build_model(), config, groups, device, end_of_text)
         self.peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.telemetry = TableTelemetry(self.engine.model, groups.data)
+        self.telemetry = TableTelemetry(self.engine, self.exchange, validation, config.logging)
         saver = Saver(self.engine, fence, config.checkpoint)
         if config.checkpoint.interval and config.checkpoint.asynchronous:
             saver.prepare_buffers()
         if checkpoint is not None:
             watch.at(f"restoring {checkpoint.checkpoint.name}")
             load_checkpoint(self.engine, checkpoint, watch.beat)
+            together(partial(self.telemetry.resume, checkpoint), device)
         self.step: int = state.get("step", 0)
         self.tokens: int = state.get("tokens", 0)
         self.progress: dict[str, Any] = state.get("metrics", {})
@@ -283,14 +285,12 @@ class _Run:
     def _train_step(self, batch: torch.Tensor, digest: str) -> dict[str, Any]:
         config, step = self.config, self.step + 1
         sent = self.exchange.bytes_sent if self.exchange else 0
-        telemetry = self._due(config.logging.telemetry_interval, False, step)
-        if telemetry:
-            self.telemetry.start()
         micro_batches = batch.split(config.training.micro_batch_size)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, rows in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
-            loss += self.engine.backward(rows[:, :-1], rows[:, 1:], last=is_last) / len(micro_batches)
+            with self.telemetry.counting():
+                loss += self.engine.backward(rows[:, :-1], rows[:, 1:], last=is_last) / len(micro_batches)
             self.watch.beat()
         dist.all_reduce(loss, group=self.groups.data)
         mean = loss.item() / self.degrees.data
@@ -312,9 +312,7 @@ class _Run:
             if self.exchange
             else 0,
         }
-        if telemetry:
-            metrics["tables"] = self.telemetry.finish()
-        return metrics
+        return metrics | self.telemetry.report(step)
 
     def _check_finite(self, name: str, value: float, step: int, digest: str) -> None:
         """All ranks have the same value, so all raise, and rank 0 says why."""
@@ -338,8 +336,8 @@ class _Run:
         else:
             metrics["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def _due(self, interval: int, last: bool, step: int | None = None) -> bool:
-        return interval > 0 and ((step or self.step) % interval == 0 or last)
+    def _due(self, interval: int, last: bool) -> bool:
+        return interval > 0 and (self.step % interval == 0 or last)
 
     # set-up, saving, showing
 
@@ -395,6 +393,7 @@ class _Run:
                 positions, self.batches.positions(before_last=before_last), group=self.groups.data
             )
         probe = run_probe(self.engine, self.exchange, self.validation)
+        self.telemetry.note_checkpoint(self.step, probe)
         if self.degrees.rank != 0 or self.inputs.stream is None:
             return None
         identity = self.inputs.stream.identity()
@@ -425,6 +424,8 @@ class _Run:
         except TrainingError as error:
             self.unwritten = error  # the other ranks learn of it when they save or agree on the next batch
         self.line.show(metrics)
+        for warning in alarm_lines(self.step, metrics.get("alarms", ())):
+            self.line.say(warning)
         if "validation_loss" in metrics:
             self.line.say(f"step {self.step}: validation loss {metrics['validation_loss']:.4f}")
 

@@ -1,0 +1,45 @@
+"""The paper's Figure 4: how often each bucket is read, for the tables of some layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mf_train.drawing import make_figure, make_png
+from mf_train.inspection.terminal import median_table
+from mf_train.tables.alarms import describe_hash
+
+if TYPE_CHECKING:
+    from mf_train.inspection.inspect import Reads
+
+_LAYERS, _HASHES = 3, 3  # layers that are drawn: the first, the middle one, the last
+
+
+def draw_reads(reads: Reads) -> bytes:
+    """PNG: a row a layer and a column a hash. Bars: reads of each bucket of the table with the median Gini coefficient,
+    over the mean; line: all tables' buckets from the most read one on, their median.
+    """
+    layers = len(reads.hashes) // _HASHES
+    shown = sorted({0, layers // 2, layers - 1})
+    figure, axes = make_figure(_HASHES, (3.6, 2.3), len(shown))
+    for place, panel in enumerate(axes):
+        one = reads.hashes[shown[place // _HASHES] * _HASHES + place % _HASHES]
+        counts = reads.counts[one.name].double()
+        relative = counts / counts.mean(-1, keepdim=True).clamp(min=1e-9)
+        bars = relative[median_table(one)]
+        ranked = relative.sort(-1, descending=True).values.median(0).values
+        panel.fill_between(range(len(bars)), bars.tolist(), step="mid", color="C0", linewidth=0)
+        panel.plot(ranked.tolist(), color="C1", linewidth=1.2)
+        panel.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        numbers = one.summary()
+        panel.set_title(
+            f"{describe_hash(one.name)}: entropy {numbers['entropy']:.2f}, Gini {numbers['gini']:.2f}",
+            fontsize=9,
+        )
+        panel.set_xlim(0, len(bars) - 1)
+        panel.set_ylim(0, max(3.0, min(8.0, 1.1 * bars.max().item())))
+        panel.tick_params(labelsize=8)
+        if place % _HASHES == 0:
+            panel.set_ylabel("reads / mean", fontsize=9)
+        if place >= len(axes) - _HASHES:
+            panel.set_xlabel("bucket (line: by rank)", fontsize=9)
+    return make_png(figure)

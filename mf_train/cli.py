@@ -329,7 +329,9 @@ def _build_parser() -> argparse.ArgumentParser:
     what = verb.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", action="append", metavar="GLOB", help=_FILES)
     what.add_argument(
-        "--tasks", metavar="NAME,...", help="tasks of lm-evaluation-harness, such as mf_last_word (docs/evaluation.md)"
+        "--tasks",
+        metavar="NAME,...",
+        help="tasks of lm-evaluation-harness, such as mf_last_word (docs/evaluation.md)",
     )
     verb.add_argument("--sequence-length", type=int, default=None, metavar="S", help="default: the model's")
     verb.add_argument("--sequences", type=int, default=0, metavar="N", help="only the first N (default: all)")

@@ -62,7 +62,9 @@ def shuffled_sentences() -> Iterator[Item]:
             words = sentence.split()
             if not (8 <= len(before.split()) <= 40 and 14 <= len(words) <= 28):
                 continue
-            draws = [int(digit, 16) for digit in re.findall(".{8}", hashlib.sha256(sentence.encode()).hexdigest())]
+            draws = [
+                int(digit, 16) for digit in re.findall(".{8}", hashlib.sha256(sentence.encode()).hexdigest())
+            ]
             first, *inner, last = words
             left = 2 + draws[0] % (len(inner) - 5)  # every span has two words or more
             right = left + 2 + draws[1] % (len(inner) - 3 - left)

@@ -64,7 +64,10 @@ def evaluate_tasks(
     }
     if output is not None:
         write_whole(output, (json.dumps(record, indent=1) + "\n").encode(), secrets.token_hex(4))
-    for name, metrics in [*record["groups"].items(), *((n, t["metrics"]) for n, t in record["tasks"].items())]:
+    for name, metrics in [
+        *record["groups"].items(),
+        *((n, t["metrics"]) for n, t in record["tasks"].items()),
+    ]:
         for metric, (value, error) in metrics.items():
             yield f"{name:24} {metric:16} {value:12.4f}" + ("" if error is None else f" +- {error:.4f}")
     for name, tree in record["tasks"].items():
@@ -84,7 +87,9 @@ def _run(
         raise UserError(
             f"--tasks needs lm-evaluation-harness ({error}): pip install 'mf-train[evaluation]'"
         ) from None
-    own = None if include_path is None else TaskManager(include_path=str(include_path), include_defaults=False)
+    own = (
+        None if include_path is None else TaskManager(include_path=str(include_path), include_defaults=False)
+    )
     if own is not None and set(tasks) <= set(own.all_tasks):
         manager = own  # to read lm-eval's ten thousand task files takes longer than a small task
     else:
@@ -93,7 +98,9 @@ def _run(
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, 1)
             hint = f"did you mean {near[0]}?" if near else "'lm_eval ls tasks' lists them"
-            raise UserError(f"--tasks {task}: no such task; {hint} --include-path names a folder of task files")
+            raise UserError(
+                f"--tasks {task}: no such task; {hint} --include-path names a folder of task files"
+            )
     with contextlib.redirect_stdout(sys.stderr):
         results: dict[str, Any] | None = lm_eval.simple_evaluate(
             model="hf",

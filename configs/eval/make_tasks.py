@@ -68,8 +68,8 @@ def shuffled_sentences() -> Iterator[Item]:
             first, *inner, last = words
             left = 2 + draws[0] % (len(inner) - 5)  # every span has two words or more
             right = left + 2 + draws[1] % (len(inner) - 3 - left)
-            spans = (inner[:left], inner[left:right], inner[right:])
-            orders = [" ".join([first, *sum(order, []), last]) for order in itertools.permutations(spans)]
+            spans = [" ".join(words) for words in (inner[:left], inner[left:right], inner[right:])]
+            orders = [" ".join([first, *order, last]) for order in itertools.permutations(spans)]
             if len(set(orders)) < len(orders):
                 continue
             answer = draws[2] % len(orders)

@@ -49,7 +49,7 @@ def evaluate_tasks(
         raise UserError(f"--output {output}: {output.parent} is no folder")
     read_config(model)
     results = _run(model, tasks, include_path, batch_size, limit)
-    record = {
+    record: dict[str, Any] = {
         "model": _model_tree(model),
         "versions": {name: version(name) for name in SOFTWARE},
         "settings": {

@@ -117,7 +117,7 @@ def test_what_cannot_be_evaluated_is_said(model: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             list(evaluate_tasks(model, tasks, include, batch_size, limit, output))
-    with pytest.raises(UserError, match="has no config.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         list(evaluate_tasks(tmp_path, ["mf_last_word"], FOLDER))
 
 

@@ -178,10 +178,24 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from mf_train.standalone.evaluate import evaluate
+    from mf_train.standalone.harness import evaluate_tasks
 
-    for line in evaluate(
-        options.model, options.data, options.sequence_length, options.sequences, options.batch_size
-    ):
+    if options.tasks:
+        _refuse_with(options, "--tasks", sequence_length=None, sequences=0)
+        lines = evaluate_tasks(
+            options.model,
+            options.tasks.split(","),
+            options.include_path,
+            options.batch_size,
+            options.limit,
+            options.output,
+        )
+    else:
+        _refuse_with(options, "--data", include_path=None, limit=None, output=None)
+        lines = evaluate(
+            options.model, options.data, options.sequence_length, options.sequences, options.batch_size
+        )
+    for line in lines:
         print(line)
     return 0
 
@@ -310,20 +324,26 @@ def _build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0)
 
     example = "memoryformer evaluate quickstart-model --data 'configs/quickstart-text/validation/*'"
-    verb = add_command(
-        commands, "evaluate", "loss, perplexity and bits per byte of a standalone model", example, _evaluate
-    )
+    summary = "loss, perplexity and bits per byte of a standalone model, or its scores in lm-eval's tasks"
+    verb = add_command(commands, "evaluate", summary, example, _evaluate)
     verb.add_argument("model", type=Path)
-    verb.add_argument(
-        "--data",
-        required=True,
-        action="append",
-        metavar="GLOB",
-        help="text, JSONL or Parquet files; may be repeated",
+    what = verb.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", action="append", metavar="GLOB", help=_FILES)
+    what.add_argument(
+        "--tasks",
+        metavar="NAME,...",
+        help="tasks of lm-evaluation-harness, such as mf_last_word (docs/evaluation.md)",
     )
     verb.add_argument("--sequence-length", type=int, default=None, metavar="S", help="default: the model's")
     verb.add_argument("--sequences", type=int, default=0, metavar="N", help="only the first N (default: all)")
     verb.add_argument("--batch-size", type=int, default=8, metavar="B")
+    verb.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="of --tasks: task files, such as configs/eval"
+    )
+    verb.add_argument("--limit", type=int, metavar="N", help="of --tasks: only the first N items of each")
+    verb.add_argument(
+        "--output", type=Path, metavar="FILE", help="of --tasks: JSON with scores, versions and hashes"
+    )
 
     add_inspect(commands)
     add_launch(commands)

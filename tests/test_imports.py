@@ -78,6 +78,7 @@ ONE_FILE_EACH = [
     "filelock",
     "scipy",
     "matplotlib",
+    "lm_eval",
 ]
 ONE_FOLDER_EACH = {"pyarrow": "data", "transformers": "standalone", "triton": "kernels"}
 # Parts whose modules import nothing of other projects but these.

@@ -119,7 +119,7 @@ def test_the_report_holds_everything(tmp_path: Path) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    lines = list(fit_study(tmp_path, "flops", "parameters", "model.kind", samples=5))
+    lines = list(fit_study(tmp_path, {}, "flops", "parameters", "model.kind", samples=5))
     assert any("best size grows" in line for line in lines)
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "loss is &lt;nan&gt;" in page

@@ -23,7 +23,7 @@ REPORT, FITS, PLOTS = "report.html", "fits.json", "plots"
 def fit_study(
     folder: Path, order: Mapping[str, Sequence[str]], x: str, size: str, by: str, samples: int
 ) -> Iterator[str]:
-    """Fit what results.csv holds, write fits.json, summary.md, plots/*.png and report.html beside it; yield the findings.
+    """Fit what results.csv holds; write fits.json, summary.md, plots and report.html beside it; yield what was found.
 
     `order`: the values of each axis as the study lists them. What cannot be fitted is said. Raises UserError, OSError.
     """

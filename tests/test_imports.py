@@ -26,7 +26,17 @@ LAYERS = {
     "data": {"config", "errors"},
     "checkpoint": {"parallel", "model", "config", "errors"},
     "tables": {"model", "kernels", "config"},
-    "training": {"tables", "planning", "checkpoint", "data", "parallel", "model", "kernels", "config", "errors"},
+    "training": {
+        "tables",
+        "planning",
+        "checkpoint",
+        "data",
+        "parallel",
+        "model",
+        "kernels",
+        "config",
+        "errors",
+    },
     "planning": {"checkpoint", "drawing", "parallel", "model", "config", "commands", "errors"},
     "launch": {
         "training",

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mf_train.launch.progress import duration
-from mf_train.planning.memory import peak_bytes
 from mf_train.study.cells import Cell, Grid
 from mf_train.study.state import cell_state
 from mf_train.study.study import Study
@@ -37,7 +36,12 @@ def plan_lines(study: Study, grid: Grid) -> Iterator[str]:
     seconds = [cell.seconds for cell in grid.cells if cell.seconds is not None]
     time = f", {duration(sum(seconds))} one after another" if seconds else ""
     yield f"{len(grid.cells)} cells of {study.processes} processes: {flops:.3g} FLOPs{time}"
-    yield "GB: peak memory of a process, as `memoryformer plan` predicts it"
+    device = f" on {study.budget.device.name}" if study.budget.device else ""
+    yield f"GB: peak of a process{device}, as `memoryformer plan` models it; time: of the steps alone"
+    if not grid.cells:
+        yield "no cell is left to run"
+    if grid.earlier:
+        yield f"{grid.earlier} more cells in {study.folder}, of other settings or axes, are not of this grid"
     if grid.left_out:
         yield f"left out: {len(grid.left_out)}"
     for one in grid.left_out:
@@ -61,7 +65,7 @@ def _row(study: Study, cell: Cell, names: Sequence[str]) -> list[str]:
         f"{cost.tokens:,}",
         f"{cost.flops:.3g}",
         f"{cost.bytes_moved:.3g}",
-        f"{peak_bytes(cell.config, study.processes) / 2**30:.3g}",
+        f"{cell.memory / 1e9:.3g}",
         duration(cell.seconds) if cell.seconds is not None else "-",
         cell_state(cell).name,
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,10 @@ class Measured:
     tokens: float
     x: float
     losses: tuple[float, ...]
+    seeds: tuple[str, ...]  # of each loss
     cells: tuple[str, ...]
+    parameters: float
+    flops: float
 
     @property
     def mean(self) -> float:
@@ -72,10 +76,10 @@ def measure(rows: Sequence[dict[str, str]], x: str, size: str, by: str) -> list[
             raise UserError(f"the table of results has no column {name}: see its first line for those it has")
     groups: defaultdict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
-        if row["state"] == "done" and row[LOSS]:
+        if row["state"] == "done" and row[LOSS] and math.isfinite(float(row[LOSS])):
             # the axes say what differs; a seed is no configuration of its own
             others = [row[name] for name in row if name.startswith("axis.") and name != SEED_AXIS]
-            groups[" ".join(row[key] for key in keys), row[x], row[size], row["tokens"], *others].append(row)
+            groups[" ".join(row[key] for key in keys), row[size], row["tokens"], *others].append(row)
     found = []
     for (series, *_), group in groups.items():
         first = group[0]
@@ -86,9 +90,12 @@ def measure(rows: Sequence[dict[str, str]], x: str, size: str, by: str) -> list[
                 axes=axes,
                 size=float(first[size]),
                 tokens=float(first["tokens"]),
-                x=float(first[x]),
+                x=sum(float(row[x]) for row in group) / len(group),  # of seeds, where runs measured it
                 losses=tuple(float(row[LOSS]) for row in group),
+                seeds=tuple(row.get(SEED_AXIS, "") for row in group),
                 cells=tuple(row["cell"] for row in group),
+                parameters=float(first["parameters"]),
+                flops=float(first["flops"]),
             )
         )
     return found
@@ -97,12 +104,8 @@ def measure(rows: Sequence[dict[str, str]], x: str, size: str, by: str) -> list[
 def analyse(
     rows: Sequence[dict[str, str]], x: str, size: str, by: str = "model.kind", samples: int = SAMPLES
 ) -> list[Series]:
-    """Fits of each series. Raises UserError where no cell is done."""
+    """Fits of each series; none where no cell is done. Raises UserError."""
     measured = measure(rows, x, size, by)
-    if not measured:
-        raise UserError(
-            f"no cell is done with a {LOSS}: set training.validation_interval, run the study, and collect"
-        )
     names = dict.fromkeys(one.series for one in measured)
     return [
         _series(name, [one for one in measured if one.series == name], x, size, samples) for name in names
@@ -113,6 +116,9 @@ def _series(name: str, measured: Sequence[Measured], x: str, size: str, samples:
     best = _best(measured)
     warnings: list[str] = []
     surface = curve = isoflop = None
+    if len({(one.size, one.tokens) for one in best}) == 1:
+        reason = "nothing to fit: all cells have one size and one number of tokens"
+        return Series(name, tuple(best), len(measured) - len(best), None, None, None, (reason,))
     try:
         points = [Point((one.size, one.tokens), one.losses) for one in best]
         surface = fit_with_intervals(points, (size, "tokens"), samples)

@@ -35,20 +35,30 @@ def add_study(commands: Any) -> None:
     run.add_argument("--slurm", action="store_true", help="submit an array, with the options of launch below")
     run.add_argument("--dry-run", action="store_true", help="with --slurm: write the script, submit nothing")
     run.add_argument("--parsable", action="store_true", help="with --slurm: print the job's number alone")
+    run.add_argument("--no-report", action="store_true", help="run the cells alone: no table, no report.html")
+    _add_fit_options(run)
     add_job_options(run)
 
     add_verb("collect", "write one table of all cells, results.csv", "", _collect)
 
-    fit = add_verb("fit", "fit scaling laws, draw plots, write report.html", " --x bytes_moved", _fit)
-    fit.add_argument("--x", choices=_X, default="flops", help="what loss is drawn and fitted over (flops)")
-    fit.add_argument("--size", choices=_X[2:5], default="parameters", help="N of L(N, D) (parameters)")
-    fit.add_argument(
+    fit = add_verb("fit", "fit and draw what results.csv holds: report.html", " --x bytes_moved", _fit)
+    _add_fit_options(fit)
+
+    report = add_verb("report", "collect and fit in one: from the cells' runs to report.html", "", _report)
+    _add_fit_options(report)
+
+
+def _add_fit_options(parser: argparse.ArgumentParser) -> None:
+    fits = parser.add_argument_group("tables, plots and fits")
+    fits.add_argument("--x", choices=_X, default="flops", help="what loss is drawn and fitted over (flops)")
+    fits.add_argument("--size", choices=_X[2:5], default="parameters", help="N of L(N, D) (parameters)")
+    fits.add_argument(
         "--by",
         default="model.kind",
         metavar="KEYS",
         help="a fit for each value of these columns (model.kind)",
     )
-    fit.add_argument("--samples", type=int, default=200, metavar="N", help="of the bootstrap (200)")
+    fits.add_argument("--samples", type=int, default=200, metavar="N", help="of the bootstrap (200)")
 
 
 def _plan(given: argparse.Namespace) -> int:
@@ -65,6 +75,7 @@ def _plan(given: argparse.Namespace) -> int:
 def _run(given: argparse.Namespace) -> int:
     from mf_train.study.cells import make_grid
     from mf_train.study.run import run_here, submit_array
+    from mf_train.study.state import STOPPED
     from mf_train.study.study import load_study
 
     if given.at_once is not None and given.at_once < 1:
@@ -84,7 +95,10 @@ def _run(given: argparse.Namespace) -> int:
         )
     if given.dry_run or given.parsable or given.tasks_per_node or given.gpus_per_node:
         raise UserError("options of a job need --slurm; without it the cells run here")
-    return run_here(study, grid, given.at_once or 1, given.retry_failed)
+    status = run_here(study, grid, given.at_once or 1, given.retry_failed)
+    if status != STOPPED and not given.no_report:
+        _report(given)
+    return status
 
 
 def _collect(given: argparse.Namespace) -> int:
@@ -103,7 +117,14 @@ def _fit(given: argparse.Namespace) -> int:
     from mf_train.study.report import fit_study
     from mf_train.study.study import load_study
 
+    if given.samples < 1:
+        raise UserError(f"--samples {given.samples}: it must be at least 1")
     study = load_study(given.study)
-    for line in fit_study(study.folder, given.x, given.size, given.by, given.samples):
+    order = {axis.name: [value.label for value in axis.values] for axis in study.axes}
+    for line in fit_study(study.folder, order, given.x, given.size, given.by, given.samples):
         print(line)
     return 0
+
+
+def _report(given: argparse.Namespace) -> int:
+    return _collect(given) or _fit(given)

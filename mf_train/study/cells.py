@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,10 @@ import yaml
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree, load_config, parse_config, read_tree
 from mf_train.errors import UserError
-from mf_train.launch.job import process_bytes
 from mf_train.parallel.degrees import check_degrees
+from mf_train.planning.memory import estimate_memory
+from mf_train.planning.plan import USABLE
+from mf_train.planning.time import estimate_step
 from mf_train.study.cost import Cost, run_cost, step_tokens, token_flops
 from mf_train.study.study import LENGTHS, Study, Value
 
@@ -34,7 +37,8 @@ class Cell:
     values: dict[str, str]  # the axes' labels
     config: Config
     cost: Cost
-    seconds: float | None  # predicted, where the budget names a speed
+    memory: float  # predicted peak of one process, bytes
+    seconds: float | None  # predicted for all steps, where the budget names a device
 
     @property
     def folder(self) -> Path:
@@ -51,7 +55,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Grid:
-    """All places of a study's grid: what is run, and what is not."""
+    """All places of a study's grid, its last axis changing first: what is run, and what is not."""
 
     cells: tuple[Cell, ...]
     left_out: tuple[LeftOut, ...]
@@ -88,13 +92,16 @@ def make_grid(study: Study) -> Grid:
             continue
         number = numbers[identity] if identity in numbers else next(free)
         training = replace(config.training, output_dir=str(cell_folder(study, number)))
-        cost = run_cost(config)
-        speed = study.budget.flops_per_second
         cells[identity] = Cell(
-            number, labels, replace(config, training=training), cost, cost.flops / speed if speed else None
+            number=number,
+            values=labels,
+            config=replace(config, training=training),
+            cost=run_cost(config),
+            memory=_peak_bytes(study, config),
+            seconds=_predict_seconds(study, config),
         )
     kept, over = _within_budget(study, list(cells.values()))
-    return Grid(tuple(sorted(kept, key=lambda cell: cell.number)), (*left_out, *over))
+    return Grid(tuple(kept), (*left_out, *over))
 
 
 def dump_tree(tree: dict[str, Any]) -> str:
@@ -122,14 +129,35 @@ def _resolve(study: Study, base: dict[str, Any], values: Sequence[Value]) -> Con
             f"schedule.warmup_steps {warmup} is not less than the {config.training.steps} steps: leave it out for 1 %"
         )
     check_degrees(config, study.processes)
-    if limit := study.budget.memory_gb:
-        needed = process_bytes(config, study.processes) / 2**30
-        if needed > limit:
-            raise UserError(
-                f"does not fit: weights, gradients and moments need at least {needed:.3g} GB a process, and "
-                f"budget.memory_gb is {limit:g}"
-            )
+    budget = study.budget
+    if budget.memory_gb:
+        limit, owner = 1e9 * budget.memory_gb, "budget.memory_gb"
+    elif budget.device:
+        limit, owner = USABLE * budget.device.memory, f"{USABLE:.0%} of budget.device {budget.device.name}"
+    else:
+        return config
+    if (needed := _peak_bytes(study, config)) > limit:
+        raise UserError(
+            f"does not fit: a process needs {needed / 1e9:.3g} GB as predicted, and {owner} is {limit / 1e9:.3g} GB"
+        )
     return config
+
+
+def _peak_bytes(study: Study, config: Config) -> float:
+    """Predicted peak of one process: on the budget's device, else on a CPU unless the configuration says CUDA."""
+    device = study.budget.device
+    kind = device.kind if device else "cuda" if config.training.device == "cuda" else "cpu"
+    return estimate_memory(config, study.processes, kind).peak
+
+
+def _predict_seconds(study: Study, config: Config) -> float | None:
+    """Seconds of all steps; starting, validation and saving come on top."""
+    budget = study.budget
+    if budget.device is None:
+        return None
+    per_node = budget.processes_per_node or next(n for n in range(8, 0, -1) if study.processes % n == 0)
+    step = estimate_step(config, study.processes // per_node, per_node, budget.device)
+    return config.training.steps * step.seconds
 
 
 def _with_length(config: Config, axis: str, length: float) -> Config:
@@ -145,22 +173,29 @@ def _with_length(config: Config, axis: str, length: float) -> Config:
 
 
 def _within_budget(study: Study, cells: Sequence[Cell]) -> tuple[list[Cell], list[LeftOut]]:
-    """Cells, cheapest first, until the budget's FLOPs or hours are used up."""
-    budget = study.budget
-    limits = [budget.flops or float("inf")]
-    if budget.hours and budget.flops_per_second:
-        limits.append(budget.hours * 3600 * budget.flops_per_second)
-    limit, spent = min(limits), 0.0
-    kept: list[Cell] = []
+    """Cells, cheapest first, until the budget's FLOPs or hours are used up; in the order of the grid."""
+    limits = study.budget.flops or math.inf, 3600 * (study.budget.hours or math.inf)
+    flops, seconds = 0.0, 0.0
+    kept: set[int] = set()
     over: list[LeftOut] = []
-    for cell in sorted(cells, key=lambda cell: (cell.cost.flops, cell.number)):
-        if over or spent + cell.cost.flops > limit:
-            reason = f"over the budget: {cell.cost.flops:.3g} FLOPs after {spent:.3g} of {limit:.3g}"
-            over.append(LeftOut(cell.values, reason))
+    for cell in sorted(cells, key=lambda cell: (_price(study, cell), cell.number)):
+        flops, seconds = flops + cell.cost.flops, seconds + (cell.seconds or 0.0)
+        if flops > limits[0]:
+            reason = f"over the budget: {flops:.3g} FLOPs with it, budget.flops is {limits[0]:.3g}"
+        elif seconds > limits[1]:
+            reason = (
+                f"over the budget: {seconds / 3600:.3g} hours with it, budget.hours is {study.budget.hours:g}"
+            )
         else:
-            kept.append(cell)
-            spent += cell.cost.flops
-    return kept, over
+            kept.add(cell.number)
+            continue
+        over.append(LeftOut(cell.values, reason))
+    return [cell for cell in cells if cell.number in kept], over
+
+
+def _price(study: Study, cell: Cell) -> float:
+    """What "cheapest first" goes by: hours where they are limited, else FLOPs."""
+    return cell.seconds if study.budget.hours and cell.seconds is not None else cell.cost.flops
 
 
 def _recorded(study: Study) -> dict[str, int]:

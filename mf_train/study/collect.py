@@ -29,7 +29,7 @@ _MEASURED = {"flops": "flops", "bytes_moved": "bytes_moved"}
 
 
 def collect(study: Study, grid: Grid) -> list[dict[str, Any]]:
-    """A row for each cell of the grid, in the order of their numbers."""
+    """A row for each cell of the grid, in its order."""
     return [collect_cell(cell, cell_state(cell)) for cell in grid.cells]
 
 

@@ -109,6 +109,13 @@ def fit_power(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return float(np.exp(constant)), float(exponent)
 
 
+def student_quantile(level: float, freedom: int) -> float:
+    """The quantile of Student's t distribution."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, level))
+
+
 def _grid_starts(z: Array, loss: Array) -> list[Array]:
     """Parameters for each pair of exponents of a grid, best first; the rest is then a linear problem."""
     from scipy.optimize import nnls

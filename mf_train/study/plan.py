@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mf_train.launch.job import process_bytes
 from mf_train.launch.progress import duration
 from mf_train.study.cells import Cell, Grid
 from mf_train.study.state import cell_state
@@ -37,7 +36,10 @@ def plan_lines(study: Study, grid: Grid) -> Iterator[str]:
     seconds = [cell.seconds for cell in grid.cells if cell.seconds is not None]
     time = f", {duration(sum(seconds))} one after another" if seconds else ""
     yield f"{len(grid.cells)} cells of {study.processes} processes: {flops:.3g} FLOPs{time}"
-    yield "GB: weights, gradients and moments of a process; activations come on top"
+    device = f" on {study.budget.device.name}" if study.budget.device else ""
+    yield f"GB: peak of a process{device}, as `memoryformer plan` models it; time: of the steps alone"
+    if not grid.cells:
+        yield "no cell is left to run"
     if grid.left_out:
         yield f"left out: {len(grid.left_out)}"
     for one in grid.left_out:
@@ -61,7 +63,7 @@ def _row(study: Study, cell: Cell, names: Sequence[str]) -> list[str]:
         f"{cost.tokens:,}",
         f"{cost.flops:.3g}",
         f"{cost.bytes_moved:.3g}",
-        f"{process_bytes(cell.config, study.processes) / 2**30:.3g}",
+        f"{cell.memory / 1e9:.3g}",
         duration(cell.seconds) if cell.seconds is not None else "-",
         cell_state(cell).name,
     ]

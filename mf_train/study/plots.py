@@ -16,12 +16,14 @@ _NAMES = {"flops": "training FLOPs", "bytes_moved": "bytes of parameters moved"}
 
 def draw_all(series: Sequence[Series], measured: Sequence[Measured], x: str, size: str) -> dict[str, bytes]:
     """PNG files by name: loss over x, over tokens with L(N, D), parabolas, and over each axis."""
-    found = {f"loss-over-{x}": _frontiers(series, x)}
+    found: dict[str, bytes] = {}
+    if len({one.x for one in measured}) > 1:
+        found[f"loss-over-{x}"] = _frontiers(series, x)
     if any(one.surface for one in series):
         found["loss-surface"] = _surfaces(series, size)
     if any(one.isoflop and one.isoflop.parabolas for one in series):
         found["isoflop"] = _parabolas(series, x, size)
-    for axis in measured[0].axes:
+    for axis in measured[0].axes if measured else ():
         if len({one.axes[axis] for one in measured}) > 1:
             found[f"axis-{axis}"] = _axis(measured, axis)
     return found

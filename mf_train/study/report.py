@@ -6,39 +6,65 @@ import base64
 import html
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mf_train.checkpoint.files import write_whole
-from mf_train.study.analysis import Series, analyse, measure
+from mf_train.study.analysis import LOSS, Series, analyse, measure
 from mf_train.study.bootstrap import LEVEL, LawFit
 from mf_train.study.collect import RESULTS, read_results
+from mf_train.study.summary import NOTE, SUMMARY, axis_tables, markdown, to_html
 
 REPORT, FITS, PLOTS = "report.html", "fits.json", "plots"
 
 
-def fit_study(folder: Path, x: str, size: str, by: str, samples: int) -> Iterator[str]:
-    """Fit what results.csv holds, write fits.json, plots/*.png and report.html beside it, and say what was found.
+def fit_study(
+    folder: Path, order: Mapping[str, Sequence[str]], x: str, size: str, by: str, samples: int
+) -> Iterator[str]:
+    """Fit what results.csv holds; write fits.json, summary.md, plots and report.html beside it; yield what was found.
 
-    Raises UserError where there is nothing to fit, and OSError.
+    `order`: the values of each axis as the study lists them. What cannot be fitted is said. Raises UserError, OSError.
     """
     from mf_train.study.plots import draw_all
 
     rows = read_results(folder / RESULTS)
+    measured = measure(rows, x, size, by)
     series = analyse(rows, x, size, by, samples)
+    notes = list(excluded(rows))
     lines = [line for one in series for line in series_lines(one)]
-    pictures = draw_all(series, measure(rows, x, size, by), x, size)
+    tables = axis_tables(measured, order)
+    pictures = draw_all(series, measured, x, size)
     (folder / PLOTS).mkdir(exist_ok=True)
+    for path in (folder / PLOTS).glob("*.png"):
+        if path.stem not in pictures:
+            path.unlink()  # of an earlier fit
     for name, data in pictures.items():
         write_whole(folder / PLOTS / f"{name}.png", data, "partial")
     fits = {"x": x, "size": size, "by": by, "level": LEVEL, "series": [asdict(one) for one in series]}
     write_whole(folder / FITS, (json.dumps(_plain(fits), indent=1) + "\n").encode(), "partial")
-    page = render(folder.name, rows, lines, pictures)
+    write_whole(folder / SUMMARY, markdown(folder.name, tables, notes + lines).encode(), "partial")
+    page = render(folder.name, rows, lines, notes, to_html(tables), pictures)
     write_whole(folder / REPORT, page.encode(), "partial")
+    yield from notes
     yield from lines
-    yield f"{folder / REPORT}: {len(pictures)} plots"
+    yield f"{folder / REPORT}, {SUMMARY}, {FITS}: {len(tables)} tables, {len(pictures)} plots"
+
+
+def excluded(rows: Sequence[dict[str, str]]) -> Iterator[str]:
+    """What the tables and fits leave out: cells that are not done, and those without a loss."""
+    for row in rows:
+        if row["state"] == "failed":
+            yield f"left out: cell {row['cell']} failed at step {row['step']}: {row['reason']}"
+        elif row["state"] == "done" and not row[LOSS]:
+            yield f"left out: cell {row['cell']} has no validation loss: set training.validation_interval"
+        elif row["state"] == "done" and not math.isfinite(float(row[LOSS])):
+            yield f"left out: the loss of cell {row['cell']} is {row[LOSS]}"
+    if waiting := sum(row["state"] in ("missing", "unfinished") for row in rows):
+        yield f"left out: {waiting} cells that are not done; run memoryformer study run"
+    if not any(row["state"] == "done" for row in rows):
+        yield "nothing to show yet: no cell is done"
 
 
 def _plain(value: Any) -> Any:
@@ -71,7 +97,7 @@ def series_lines(series: Series) -> Iterator[str]:
         for warning in series.isoflop.warnings:
             yield f"  warning: {warning}"
     for warning in series.warnings:
-        yield f"  warning: {warning}"
+        yield f"  {warning}"
 
 
 def _law_lines(name: str, fit: LawFit) -> Iterator[str]:
@@ -93,7 +119,12 @@ _SHOWN = ("final_validation_loss", "best_validation_loss", "tokens", "flops", "b
 
 
 def render(
-    name: str, rows: Sequence[dict[str, str]], lines: Sequence[str], pictures: dict[str, bytes]
+    name: str,
+    rows: Sequence[dict[str, str]],
+    lines: Sequence[str],
+    notes: Sequence[str],
+    tables: str,
+    pictures: dict[str, bytes],
 ) -> str:
     """The report: nothing in it is fetched from elsewhere."""
     columns = ["cell", "state", *(key for key in rows[0] if key.startswith("axis.")), *_SHOWN]
@@ -119,7 +150,9 @@ def render(
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>'
         f"<style>{_STYLE}</style></head><body>\n<h1>{html.escape(name)}</h1>\n"
-        f"<h2>fits</h2>\n<pre>{html.escape(chr(10).join(lines))}</pre>\n<p>{note}</p>\n{images}"
+        + "".join(f"<p>{html.escape(one)}</p>\n" for one in notes)
+        + f"<h2>fits</h2>\n<pre>{html.escape(chr(10).join(lines))}</pre>\n<p>{note}</p>\n{images}"
+        f"<h2>losses by axis</h2>\n<p>{html.escape(NOTE)}</p>\n{tables}"
         f'<h2>cells</h2>\n<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>\n</body></html>\n'
     )
 

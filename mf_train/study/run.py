@@ -106,7 +106,7 @@ def submit_array(
         print("nothing to run", file=sys.stderr)
         return 0
     write_cells(study, todo)
-    array = array_text([cell.number for cell in todo]) + (f"%{at_once}" if at_once else "")
+    array = array_text(sorted(cell.number for cell in todo)) + (f"%{at_once}" if at_once else "")
     return launch(
         str(study.folder / CELLS / f"{TASK}.yaml"),
         [f"training.output_dir={cell_folder(study, TASK)}"],

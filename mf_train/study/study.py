@@ -11,6 +11,7 @@ from typing import Any
 
 from mf_train.config.loading import convert_value, read_tree
 from mf_train.errors import UserError
+from mf_train.planning.devices import Device, find_device
 
 LENGTHS = ("tokens", "tokens_per_parameter", "flops")  # axes that set training.steps
 # Short names of axes, and the keys that each sets.
@@ -51,9 +52,10 @@ class Budget:
     """What the study may cost; None: no limit. Cells are taken cheapest first until it is used up."""
 
     flops: float | None = None  # training FLOPs of all cells
-    hours: float | None = None  # of all cells one after another; needs flops_per_second
-    flops_per_second: float | None = None  # that a cell's processes reach together, as measured
-    memory_gb: float | None = None  # of one process: weights, gradients and AdamW's moments, GiB
+    hours: float | None = None  # of all cells one after another, as the planner predicts them for `device`
+    memory_gb: float | None = None  # peak of one process, GB; None: what the planner leaves of the device's
+    device: Device | None = None  # of the planner: its rates and memory
+    processes_per_node: int | None = None  # None: up to 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,11 @@ def load_study(path: str | Path) -> Study:
     settings = _settings(tree.get("settings") or {}, f"{path}: settings")
     axes = _axes(tree.get("axes"), str(path))
     _check_once(axes, settings, str(path))
+    budget = _budget(tree.get("budget") or {}, str(path))
+    if budget.processes_per_node and processes % budget.processes_per_node:
+        raise UserError(
+            f"{path}: budget.processes_per_node {budget.processes_per_node} does not divide processes {processes}"
+        )
     return Study(
         path=path,
         base=tree["base"],
@@ -97,7 +104,7 @@ def load_study(path: str | Path) -> Study:
         axes=axes,
         settings=settings,
         processes=processes,
-        budget=_budget(tree.get("budget") or {}, str(path)),
+        budget=budget,
     )
 
 
@@ -215,12 +222,27 @@ def _budget(tree: Any, origin: str) -> Budget:
     if not isinstance(tree, dict):
         raise UserError(f"{origin}: budget is {tree!r}: expected some of {', '.join(names)}")
     _check_keys(tree, names, origin, "budget.")
-    budget = Budget(**{key: _positive(value, f"{origin}: budget.{key}") for key, value in tree.items()})
-    if budget.hours and not budget.flops_per_second:
+    numbers = {
+        key: _positive(tree[key], f"{origin}: budget.{key}")
+        for key in ("flops", "hours", "memory_gb")
+        if key in tree
+    }
+    if "hours" in numbers and "device" not in tree:
         raise UserError(
-            f"{origin}: budget.hours needs budget.flops_per_second, what a cell reaches on your machine"
+            f"{origin}: budget.hours needs budget.device, such as cpu, h100 or a file of measured rates"
         )
-    return budget
+    device = None
+    if "device" in tree:
+        try:
+            device = find_device(str(tree["device"]))
+        except UserError as error:
+            raise UserError(f"{origin}: budget.device: {str(error).removeprefix('--device ')}") from None
+    per_node = tree.get("processes_per_node")
+    if per_node is not None and not _is_count(per_node):
+        raise UserError(
+            f"{origin}: budget.processes_per_node is {per_node!r}: expected a whole number above 0"
+        )
+    return Budget(**numbers, device=device, processes_per_node=per_node)
 
 
 def _check_keys(tree: dict[Any, Any], known: Sequence[str], origin: str, prefix: str) -> None:

@@ -80,23 +80,66 @@ def test_the_dense_peer_ignores_the_table_s_axes(tmp_path: Path) -> None:
 
 
 def test_memory_that_does_not_fit_is_listed(tmp_path: Path) -> None:
-    sizes = {"depths": [1, 64], "width": 16, "head_size": 16}
-    made = grid(tmp_path, {"size": sizes}, budget={"memory_gb": 0.1})
-    assert len(made.cells) == 1 and "does not fit" in made.left_out[0].reason
+    from mf_train.planning.memory import estimate_memory
+
+    axes = {"size": {"depths": [1, 64], "width": 16, "head_size": 16}}
+    small, large = grid(tmp_path, axes).cells
+    for cell in (small, large):
+        assert cell.memory == estimate_memory(cell.config, 1, "cpu").peak
+    limit = {"memory_gb": (small.memory + large.memory) / 2e9}
+    made = grid(tmp_path, axes, budget=limit)
+    assert [cell.number for cell in made.cells] == [0]
+    assert "does not fit" in made.left_out[0].reason and "budget.memory_gb is" in made.left_out[0].reason
+
+
+def test_a_device_s_memory_and_rates_count(tmp_path: Path) -> None:
+    from mf_train.planning.devices import find_device
+    from mf_train.planning.time import estimate_step
+
+    measured = tmp_path / "mine.yaml"
+    measured.write_text("base: cpu\nmemory: 1.0e+8\ncopy: 2.0e+10\n")
+    axes = {"size": {"depths": [1, 64], "width": 16, "head_size": 16}}
+    made = grid(tmp_path, axes, budget={"device": str(measured)})
+    assert "92% of budget.device mine is 0.092 GB" in made.left_out[0].reason
+    (cell,) = made.cells
+    step = estimate_step(cell.config, 1, 1, find_device(str(measured)))
+    assert cell.seconds == pytest.approx(4 * step.seconds) and cell.seconds > 0
+    cuda = grid(tmp_path, axes, budget={"device": "h100"}).cells
+    assert all(one.memory > 1e9 for one in cuda), "a GPU's context and buckets"
+
+
+def test_processes_are_laid_out_on_nodes(tmp_path: Path) -> None:
+    axes = {"training.global_batch_size": [64]}
+    of_node = [
+        grid(
+            tmp_path,
+            axes,
+            processes=16,
+            settings={"data.logical_streams": 16},
+            budget={"device": "h100"} | ({"processes_per_node": n} if n else {}),
+        )
+        for n in (None, 8, 16, 1)
+    ]
+    default, eight, all_inside, apart = (made.cells[0].seconds or 0 for made in of_node)
+    assert default == eight < apart and all_inside != eight
 
 
 def test_the_budget_takes_the_cheapest_first(tmp_path: Path) -> None:
     axes = {"training.steps": [40, 10, 20]}
-    free = grid(tmp_path, axes)
-    cost = {cell.config.training.steps: cell.cost.flops for cell in free.cells}
-    made = grid(tmp_path, axes, budget={"flops": cost[10] + cost[20] + 1})
+    free = grid(tmp_path, axes, budget={"device": "cpu"})
+    cells = {cell.config.training.steps: cell for cell in free.cells}
+    made = grid(tmp_path, axes, budget={"flops": cells[10].cost.flops + cells[20].cost.flops + 1})
     assert [cell.config.training.steps for cell in made.cells] == [10, 20]
     assert [cell.number for cell in made.cells] == [1, 2], "the budget does not change a cell's number"
-    assert "over the budget" in made.left_out[0].reason
-    hours = {"hours": (cost[10] + 1) / 3600 / 1e6, "flops_per_second": 1e6}
-    made = grid(tmp_path, axes, budget=hours)
+    assert "over the budget" in made.left_out[0].reason and "budget.flops" in made.left_out[0].reason
+    made = grid(tmp_path, axes, budget={"hours": cells[10].seconds * 1.01 / 3600, "device": "cpu"})
     assert [cell.config.training.steps for cell in made.cells] == [10]
-    assert made.cells[0].seconds == pytest.approx(cost[10] / 1e6)
+    assert all("budget.hours" in one.reason for one in made.left_out)
+
+
+def test_a_budget_too_small_for_any_cell(tmp_path: Path) -> None:
+    made = grid(tmp_path, {"seed": [0, 1]}, budget={"flops": 1.0})
+    assert not made.cells and len(made.left_out) == 2
 
 
 def test_numbers_stay_when_axes_grow(tmp_path: Path) -> None:

@@ -93,7 +93,10 @@ MISTAKES = [
     (axes(**{"tokens": [1e6], "training.steps": [5]}), "training.steps is set by axes.tokens"),
     ({"budget": {"flop": 1}}, "unknown key budget.flop: did you mean 'flops'"),
     ({"budget": {"flops": "x"}}, "budget.flops is 'x'"),
-    ({"budget": {"hours": 1}}, "needs budget.flops_per_second"),
+    ({"budget": {"hours": 1}}, "needs budget.device"),
+    ({"budget": {"device": "h1000"}}, "budget.device: h1000: choose one of"),
+    ({"budget": {"processes_per_node": 0}}, "budget.processes_per_node is 0"),
+    ({"budget": {"processes_per_node": 3}}, "processes_per_node 3 does not divide processes 2"),
     ({"budget": 5}, "budget is 5"),
 ]
 

@@ -115,3 +115,35 @@ def test_every_study_can_be_planned(path: Path, monkeypatch: pytest.MonkeyPatch)
 
     grid = make_grid(load_study(path))
     assert grid.cells and not [one for one in grid.left_out if "the same run" not in one.reason]
+
+
+@pytest.mark.parametrize("size", ["paper", "small"])
+def test_the_studies_of_the_paper_s_tables_vary_what_the_tables_do(
+    size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(FOLDER.parent)
+    from mf_train.study.cells import make_grid
+    from mf_train.study.study import load_study
+
+    cells = {}
+    for number in (1, 3, 4, 5, 6):
+        name = f"paper-table{number}" if size == "paper" else f"table{number}-small"
+        cells[number] = make_grid(load_study(FOLDER / "studies" / f"{name}.yaml")).cells
+    models = {number: [cell.config.model for cell in of] for number, of in cells.items()}
+    assert {model.bits for model in models[3]} == {4, 8, 10}
+    for hidden in {model.hidden_size for model in models[3]}:  # each size has more than one number of bits
+        assert len({model.bits for model in models[3] if model.hidden_size == hidden}) > 1
+    rates = {cell.config.optimizer.learning_rate for cell in cells[4]}
+    assert rates >= {1e-3, 2e-3, 3e-3, 4e-3}
+    assert {model.expand_bits for model in models[5]} == {0, 1, 2, 3}
+    assert {model.ffn_activation for model in models[6]} == {"none", "gelu", "relu"}
+    assert {model.ffn_inner_norm for model in models[6]} == {"layernorm", "rmsnorm"}
+    if size == "small":
+        assert all(len({cell.config.training.seed for cell in of}) > 1 for of in cells.values())
+    ours = [cell.cost for cell in cells[1] if cell.config.model.kind == "memoryformer"]
+    peers = [cell.cost for cell in cells[1] if cell.config.model.kind == "dense"]
+    tokens, flops = ours[0].tokens, ours[0].flops
+    assert {cost.tokens for cost in ours} == {tokens}
+    assert any(cost.tokens == tokens for cost in peers)
+    assert all(cost.tokens == tokens or cost.flops == pytest.approx(flops, rel=0.005) for cost in peers)
+    assert any(cost.tokens < tokens for cost in peers)

@@ -25,8 +25,8 @@ LAYERS = {
     "parallel": {"model", "config", "errors"},
     "data": {"config", "errors"},
     "checkpoint": {"parallel", "model", "config", "errors"},
-    "tables": {"model", "kernels", "config"},
-    "training": {"tables", "checkpoint", "data", "parallel", "model", "kernels", "config", "errors"},
+    "telemetry": {"model", "kernels", "config"},
+    "training": {"telemetry", "checkpoint", "data", "parallel", "model", "kernels", "config", "errors"},
     "planning": {"parallel", "model", "config", "commands", "errors"},
     "launch": {
         "training",
@@ -53,7 +53,7 @@ LAYERS = {
     "standalone": {"checkpoint", "data", "model", "kernels", "config", "errors"},
     "inspection": {
         "standalone",
-        "tables",
+        "telemetry",
         "checkpoint",
         "data",
         "model",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mf_train.drawing import make_figure, make_png
 from mf_train.inspection.terminal import median_table
-from mf_train.tables.alarms import describe_hash
+from mf_train.telemetry.alarms import describe_hash
 
 if TYPE_CHECKING:
     from mf_train.inspection.inspect import Reads

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -87,7 +88,9 @@ def measure(name: str, config: ModelConfig, sequences: int, rounds: int) -> None
             times.setdefault(key, []).append(cpu_seconds(action))
     base = statistics.median(times["step without"])
     reads = sum(value.numel() for value in codes.values())
-    print(f"\n{name}: {sequences} x {config.sequence_length} tokens, {len(codes)} hashes, {reads:,} reads a step")
+    print(
+        f"\n{name}: {sequences} x {config.sequence_length} tokens, {len(codes)} hashes, {reads:,} reads a step"
+    )
     print(f"{'CPU seconds':<40} {'median':>9} {'of a step':>10} {'ns a read':>10}")
     for key, values in times.items():
         median = statistics.median(values)
@@ -102,7 +105,9 @@ def measure(name: str, config: ModelConfig, sequences: int, rounds: int) -> None
 
 
 def measure_sizes() -> None:
-    print("\nC++ counting by the size of a table: ns a read, 8,192 tokens, 64 tables, uniform and skewed codes")
+    print(
+        "\nC++ counting by the size of a table: ns a read, 8,192 tokens, 64 tables, uniform and skewed codes"
+    )
     generator = torch.Generator().manual_seed(0)
     for tau in (4, 6, 8, 10, 12, 16):
         codes = torch.randint(2**tau, (8192, 64), generator=generator)
@@ -111,7 +116,7 @@ def measure_sizes() -> None:
         for values in (codes, skewed):
             narrow = values.to(code_dtype(tau))
             each.append(
-                min(cpu_seconds(lambda c=narrow: count_codes(c, counts)) for _ in range(9)) / codes.numel()
+                min(cpu_seconds(partial(count_codes, narrow, counts)) for _ in range(9)) / codes.numel()
             )
         print(f"tau {tau:2}  {each[0] * 1e9:6.2f} {each[1] * 1e9:6.2f}")
 

@@ -25,9 +25,9 @@ LAYERS = {
     "parallel": {"model", "config", "errors"},
     "data": {"config", "errors"},
     "checkpoint": {"parallel", "model", "config", "errors"},
-    "tables": {"model", "kernels", "config"},
+    "telemetry": {"model", "kernels", "config"},
     "training": {
-        "tables",
+        "telemetry",
         "planning",
         "checkpoint",
         "data",
@@ -63,7 +63,7 @@ LAYERS = {
     "standalone": {"checkpoint", "data", "model", "kernels", "config", "errors"},
     "inspection": {
         "standalone",
-        "tables",
+        "telemetry",
         "checkpoint",
         "data",
         "model",

@@ -116,9 +116,9 @@ class LoggingConfig:
     telemetry_interval: int = 0  # steps between reports on the tables (rows read, entropy, ...); 0: none
     # A table is alarming (docs/telemetry.md) below these shares of what a code that reads all rows alike shows, and
     # above this share of the way from that code's hottest row to one row alone. 0, 0 and 1: never.
-    alarm_rows_read: float = 0.05
-    alarm_entropy: float = 0.05
-    alarm_largest_share: float = 0.95
+    alarm_rows_read: float = 0.02
+    alarm_entropy: float = 0.02
+    alarm_largest_share: float = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mf_train.drawing import make_figure, make_png
 from mf_train.inspection.terminal import median_table
-from mf_train.tables.alarms import describe_hash
+from mf_train.telemetry.alarms import describe_hash
 
 if TYPE_CHECKING:
     from mf_train.inspection.inspect import Reads
@@ -20,7 +20,7 @@ def draw_reads(reads: Reads) -> bytes:
     """
     layers = len(reads.hashes) // _HASHES
     shown = sorted({0, layers // 2, layers - 1})
-    figure, axes = make_figure(_HASHES, (3.6, 2.3), len(shown))
+    figure, axes = make_figure(_HASHES, (3.0, 1.9), len(shown))
     for place, panel in enumerate(axes):
         one = reads.hashes[shown[place // _HASHES] * _HASHES + place % _HASHES]
         counts = reads.counts[one.name].double()
@@ -39,7 +39,7 @@ def draw_reads(reads: Reads) -> bytes:
         panel.set_ylim(0, max(3.0, min(8.0, 1.1 * bars.max().item())))
         panel.tick_params(labelsize=8)
         if place % _HASHES == 0:
-            panel.set_ylabel("reads / mean", fontsize=9)
+            panel.set_ylabel("reads / mean", fontsize=8)
         if place >= len(axes) - _HASHES:
-            panel.set_xlabel("bucket (line: by rank)", fontsize=9)
+            panel.set_xlabel("bucket (line: by rank)", fontsize=8)
     return make_png(figure)

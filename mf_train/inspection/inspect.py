@@ -18,9 +18,9 @@ from mf_train.inspection.source import Inspected, open_inspected
 from mf_train.inspection.terminal import reads_lines
 from mf_train.model.attention import document_numbers
 from mf_train.standalone.streamed import streamed_model
-from mf_train.tables.alarms import alarming
-from mf_train.tables.counts import ReadCounts
-from mf_train.tables.statistics import HashStatistics, table_numbers
+from mf_train.telemetry.alarms import alarming
+from mf_train.telemetry.counts import ReadCounts
+from mf_train.telemetry.statistics import HashStatistics, table_numbers
 
 PICTURE, NUMBERS = "buckets.png", "tables.json"
 _READS_A_ROW = 32  # of the largest tables, that as many sequences hold as are read unless told otherwise

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mf_train.config import LoggingConfig
-from mf_train.tables.alarms import alarming, describe_hash
-from mf_train.tables.statistics import GINI, HashStatistics
+from mf_train.telemetry.alarms import alarming, describe_hash
+from mf_train.telemetry.statistics import GINI, HashStatistics
 
 _BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█", ".:-=+*#@"
 _COLUMNS = 32

@@ -14,9 +14,9 @@ from mf_train.config import LoggingConfig
 from mf_train.data.validation import ValidationBlocks
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
-from mf_train.tables.alarms import Alarms
-from mf_train.tables.counts import ReadCounts
-from mf_train.tables.statistics import HashStatistics, table_numbers
+from mf_train.telemetry.alarms import Alarms
+from mf_train.telemetry.counts import ReadCounts
+from mf_train.telemetry.statistics import HashStatistics, table_numbers
 from mf_train.training.probe import probe_codes
 
 

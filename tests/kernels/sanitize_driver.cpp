@@ -16,6 +16,7 @@ int32_t mf_lookup_backward(const void* const*, const void*, int32_t, const void*
                            int32_t, const void* const*, const int64_t*, int32_t, void*, void* const*, int32_t);
 int32_t mf_lookup_int8(const void*, int32_t, const void*, int32_t, int64_t, int64_t, int64_t, const int8_t*, int64_t,
                        const float*, void*, int32_t);
+int32_t mf_count(const void*, int32_t, int64_t, int64_t, int64_t, int64_t, int64_t*, int32_t);
 void mf_norm_moments(const void*, int32_t, int64_t, int64_t, int64_t, int32_t, float*, int32_t);
 void mf_norm_normalise(const void*, int32_t, const float*, const float*, const void*, const void*, int32_t, int64_t,
                        int64_t, void*, int32_t);
@@ -105,6 +106,23 @@ void lookup_once(int32_t code_type, int32_t weight_type, int32_t table_type) {
     if (forward() != 1 || backward() != 1 || int8() != 1) std::abort();
 }
 
+void count_once(int32_t code_type) {
+    const int64_t code_bytes = int64_t(1) << code_type;
+    const int64_t rows = int64_t(1) << between(1, code_type == 0 ? 8 : 10);
+    const int64_t tokens = between(0, 900), tables = between(1, 40), stride = tables + between(0, 5);
+    Array codes(tokens * stride * code_bytes);
+    for (int64_t i = 0; i < tokens * stride; ++i) put_code(codes.data, code_bytes, i, between(0, rows - 1));
+    std::vector<int64_t> counts(size_t(tables * rows), 0);
+    const auto run = [&] {
+        return mf_count(codes.data, code_type, tokens, stride, tables, rows, counts.data(), int32_t(between(1, 3)));
+    };
+    if (run()) std::abort();
+    if (tokens == 0 || (code_type == 0 && rows == 256)) return;
+    put_code(codes.data, code_bytes, between(0, tokens - 1) * stride + between(0, tables - 1),
+             between(0, 1) ? rows : -1);
+    if (run() != 1) std::abort();
+}
+
 void norm_once() {
     const int32_t type = int32_t(between(0, 1)), weight_type = int32_t(between(0, 1));
     const int32_t threads = int32_t(between(1, 3));
@@ -147,7 +165,10 @@ int main(int argc, char** argv) {
         hash_once();
         norm_once();
         loss_once();
-        for (int32_t code_type = 0; code_type < 4; ++code_type) lookup_once(code_type, round & 1, (round >> 1) & 1);
+        for (int32_t code_type = 0; code_type < 4; ++code_type) {
+            lookup_once(code_type, round & 1, (round >> 1) & 1);
+            count_once(code_type);
+        }
     }
     std::puts("done");
 }

@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 import torch
 
-from mf_train.tables.statistics import BITS, HashStatistics, table_numbers
-from mf_train.tables.uniform import uniform_code
+from mf_train.telemetry.statistics import BITS, HashStatistics, table_numbers
+from mf_train.telemetry.uniform import uniform_code
 
 
 def expected_numbers(reads: list[int], tau: int) -> list[float]:

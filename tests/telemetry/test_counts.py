@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mf_train.model import MemoryFormer, ModelConfig
 from mf_train.model.memory import record_codes
-from mf_train.tables.counts import ReadCounts
+from mf_train.telemetry.counts import ReadCounts
 
 CONFIG = ModelConfig(
     hidden_size=24, num_layers=2, num_heads=2, bits=3, expand_bits=1, vocab_size=64, sequence_length=40

@@ -10,9 +10,9 @@ import torch
 
 from mf_train.config import LoggingConfig
 from mf_train.model import MemoryFormer, ModelConfig
-from mf_train.tables.alarms import Alarms, alarm_lines
-from mf_train.tables.counts import ReadCounts
-from mf_train.tables.statistics import HashStatistics, table_numbers
+from mf_train.telemetry.alarms import Alarms, alarm_lines
+from mf_train.telemetry.counts import ReadCounts
+from mf_train.telemetry.statistics import HashStatistics, table_numbers
 
 CONFIG = ModelConfig(
     hidden_size=48, num_layers=2, num_heads=2, bits=6, expand_bits=2, vocab_size=512, sequence_length=64

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mf_train.config import LoggingConfig
-from mf_train.tables.statistics import ENTROPY, LARGEST, READS, ROWS_READ, HashStatistics
-from mf_train.tables.uniform import uniform_code
+from mf_train.telemetry.statistics import ENTROPY, LARGEST, READS, ROWS_READ, HashStatistics
+from mf_train.telemetry.uniform import uniform_code
 
 # Fewer reads say nothing: even then a uniform code of one bit has its two rows within 15 % of each other.
 LEAST_READS = 256

@@ -95,7 +95,7 @@ def calibrate() -> dict[str, float]:
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         x, w = torch.randn(768, 384, dtype=dtype), torch.randn(1152, 384, dtype=dtype)
         found[f"flops.{name}"] = 2 * 768 * 384 * 1152 / _least(lambda x=x, w=w: F.linear(x, w))
-        # forward and backward of a lookup, of 96 tables of 6 bits and 96 columns, without the time of its tables' passes
+        # forward and backward of a lookup, 96 tables of 64 rows and 96 columns, without its tables' passes
         codes = torch.randint(64, (1536, 96), dtype=torch.uint8)
         weights = torch.rand(1536, 96, dtype=dtype, requires_grad=True)
         tables = torch.randn(96, 64, 96, dtype=dtype, requires_grad=True)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def test_the_ranked_configurations_lie_apart() -> None:
     seconds = sorted(estimate_step(config, 1, 1, find_device("cpu")).seconds for config in CONFIGS.values())
     assert len(seconds) >= 6
-    assert all(later / earlier >= 1.5 for earlier, later in zip(seconds, seconds[1:], strict=False))
+    assert all(later / earlier >= 1.5 for earlier, later in pairwise(seconds))
 
 
 @pytest.mark.slow

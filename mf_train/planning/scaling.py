@@ -12,8 +12,7 @@ from mf_train.planning.plan import make_layout
 SCALES = (8, 64, 512, 4096)
 MODELLED = (
     "modelled: bytes and FLOPs of each kernel at the device's rates, a launch for each operation, ring collectives "
-    "with a latency for each step, more micro-batches or smaller ones as the batch is shared out; parts "
-    "follow one another"
+    "with a latency for each step, smaller micro-batches as the batch is shared out; parts follow one another"
 )
 NOT_MODELLED = (
     "not modelled: reading data, saving, validation, stragglers, failures and restarts, a network that is shared or "
@@ -26,8 +25,8 @@ def scaling(config: Config, nodes: int, per_node: int, device: Device) -> dict[s
     the data-parallel group as on `nodes` nodes. P and stage are the configuration's.
 
     The micro-batch is the largest up to the configuration's that divides, and data.logical_streams is raised to a
-    multiple of the data-parallel degree where a new run would have to. Every point has passed `check_degrees`; one
-    that cannot says so under `refused`.
+    multiple of the data-parallel degree where a new run would have to. Every point has passed `check_degrees`;
+    one that does not divide says so under `refused`.
     """
     tensor = config.parallel.tensor
     own = max(1, config.training.global_batch_size * tensor // (nodes * per_node))
@@ -90,6 +89,7 @@ def draw_scaling(config: Config, title: str, curves: dict[str, list[dict[str, An
         axes.set_ylabel("tokens a second, modelled")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.margins(0.28, 0.15)
         axes.grid(True, alpha=0.3)
         axes.set_xticks(SCALES, [f"{devices:,}" for devices in SCALES])
         if not points:

@@ -64,7 +64,7 @@ def estimate_step(config: Config, nodes: int, per_node: int, device: Device) -> 
 
 
 def _bound(work: Work, device: Device, precision: str, times: int) -> Part:
-    """The largest of the part's bounds, `times` over."""
+    """The largest of the part's bounds, `times` over. A CPU runs an operation when it is launched: there it adds."""
     seconds = {
         "copy": work.copy / device.copy,
         "gather": work.gather / device.gather,
@@ -72,7 +72,8 @@ def _bound(work: Work, device: Device, precision: str, times: int) -> Part:
         "launch": work.launches * device.launch,
     }
     bound = max(seconds, key=lambda name: seconds[name])
-    return Part(work.name, bound, times * seconds[bound])
+    added = seconds["launch"] if device.kind == "cpu" and bound != "launch" else 0
+    return Part(work.name, bound, times * (seconds[bound] + added))
 
 
 def _tensor_parallel(config: Config, device: Device, times: int) -> Part:

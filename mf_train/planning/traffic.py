@@ -6,6 +6,7 @@ all-reduce twice that. Collectives of single numbers (the loss, the gradient's n
 
 from mf_train.config import Config
 from mf_train.model.counts import count_parameters
+from mf_train.planning.memory import LIVE
 from mf_train.planning.work import element_bytes, step_tokens
 
 
@@ -18,8 +19,10 @@ def data_parallel_bytes(config: Config, data: int) -> dict[str, float]:
     """By purpose, of one rank in one step. Gradients and parameters travel in the parameters' dtype.
 
     Stages 0 and 1 average gradients once a step, stages 2 and 3 for each micro-batch; 0 to 2 by all-reduce,
-    stage 3 by reduce-scatter. Stages 1 and 2 gather parameters after the update, stage 3 before each
-    forward and backward pass. (deepspeed 0.19.8; tests/planning/test_traffic.py counts its collectives.)
+    stage 3 by reduce-scatter. Stages 1 and 2 gather parameters after the update, stage 3 for each
+    micro-batch, and again for the backward pass where a rank's share of the model is too large to stay gathered
+    (stage3_max_live_parameters; then this is an upper bound). tests/planning/test_traffic.py counts the collectives of
+    deepspeed 0.19.8.
     """
     if data == 1:
         return {}
@@ -27,7 +30,8 @@ def data_parallel_bytes(config: Config, data: int) -> dict[str, float]:
     parameters = count_parameters(config.model).total / config.parallel.tensor * element_bytes(config)
     one_way = parameters * (data - 1) / data
     if stage == 3:
-        return {"reduce gradients": times * one_way, "gather parameters": 2 * times * one_way}
+        gathers = 1 if count_parameters(config.model).total / config.parallel.tensor <= LIVE else 2
+        return {"reduce gradients": times * one_way, "gather parameters": gathers * times * one_way}
     sent = {"reduce gradients": 2 * one_way * (times if stage == 2 else 1)}
     return sent | ({"gather parameters": one_way} if stage else {})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -100,3 +101,23 @@ def test_counts_of_the_paper_s_models_are_those_built(name: str, kind: str) -> N
     with torch.device("meta"):
         model = MemoryFormer(config)
     assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["memoryformer", "dense"])
+def test_counts_of_random_models_are_those_built(kind: str) -> None:
+    for _ in range(10):
+        bits, heads = random.choice([1, 2, 3, 4, 6]), random.choice([1, 2, 3])
+        config = ModelConfig(
+            kind=kind,  # type: ignore[arg-type]
+            hidden_size=bits * heads * random.randint(1, 6),
+            num_layers=random.randint(1, 5),
+            num_heads=heads,
+            bits=bits,
+            expand_bits=random.randint(0, 4),
+            norm=random.choice(["layernorm", "rmsnorm"]),
+            ffn_inner_norm=random.choice(["layernorm", "rmsnorm"]),
+            vocab_size=random.randint(2, 999),
+        )
+        with torch.device("meta"):
+            model = MemoryFormer(config)
+        assert count_parameters(config).total == sum(p.numel() for p in model.parameters()), config

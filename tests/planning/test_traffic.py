@@ -62,19 +62,19 @@ def make(tensor: int, stage: int, precision: str) -> Config:
     return Config(model=MODEL, training=training, parallel=ParallelConfig(tensor=tensor, zero_stage=stage))
 
 
-CASES = [(stage, precision) for precision in ("float32", "bfloat16") for stage in (0, 1, 2, 3)]
+CASES = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16")]
 
 
 def count_steps(rank: int, size: int) -> dict[str, float]:
     """Bytes that this rank sent in a second step under each case of data parallelism."""
     process, cpu = find_process(), torch.device("cpu")
-    start_processes(process, cpu, 60)
-    groups = Groups(Degrees(process.rank, process.world_size, 1), 60)
+    start_processes(process, cpu, 300)
+    groups = Groups(Degrees(process.rank, process.world_size, 1), 300)
     found = {}
     for stage, precision in CASES:
         torch.manual_seed(rank)
         engine = Engine(MemoryFormer(MODEL), make(1, stage, precision), groups, cpu)
-        train_step(engine)
+        train_step(engine)  # stage 3 traces its first step, and compares the traces of all ranks
         with Count() as count:
             train_step(engine)
         found[f"{stage} {precision}"] = sum(count.sent.values())
@@ -108,8 +108,8 @@ def test_data_parallel_bytes_are_those_sent() -> None:
 def count_exchange(rank: int, size: int, norm: str) -> float:
     """Bytes a token that this tensor-parallel rank sent in one pass forward and backward."""
     process, cpu = find_process(), torch.device("cpu")
-    start_processes(process, cpu, 60)
-    groups = Groups(Degrees(process.rank, process.world_size, size), 60)
+    start_processes(process, cpu, 300)
+    groups = Groups(Degrees(process.rank, process.world_size, size), 300)
     exchange = Exchange(groups.tensor)
     model = shard_model(MemoryFormer(MODEL), exchange)
     tokens = torch.randint(MODEL.vocab_size, (3, MODEL.sequence_length + 1))

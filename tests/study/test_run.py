@@ -83,6 +83,7 @@ def test_no_cell_to_run_is_a_mistake(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_cell_whose_metrics_have_gone_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     study = load_study(study_file(tmp_path, {"seed": [0]}))
     grid = make_grid(study)
@@ -159,6 +160,7 @@ def test_a_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
     assert (grid.cells[0].folder / "checkpoints" / "latest").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_cells_that_a_killed_run_left_are_waited_for(tmp_path: Path) -> None:
     path = study_file(tmp_path, {"seed": [0, 1]}, settings={"training.steps": 60})
@@ -187,6 +189,7 @@ def test_cells_that_a_killed_run_left_are_waited_for(tmp_path: Path) -> None:
     assert [cell_state(cell).name for cell in grid.cells] == ["done", "done"]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_cells_of_two_processes_and_their_report(tmp_path: Path) -> None:
     path = study_file(tmp_path, {"learning_rate": [1e-3, 1e30]}, processes=2)

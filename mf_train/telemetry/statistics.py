@@ -23,7 +23,7 @@ def table_numbers(counts: Tensor) -> Tensor:
     counts = counts.double()
     reads = counts.sum(-1, keepdim=True)
     shares = counts / reads.clamp(min=1)
-    entropy = -torch.special.xlogy(shares, shares).sum(-1) / math.log(rows)
+    entropy = torch.special.entr(shares).sum(-1) / math.log(rows)
     place = torch.arange(1 - rows, rows, 2, dtype=torch.float64, device=counts.device)  # 2i - rows - 1
     gini = (shares.sort(-1).values * place).sum(-1) / rows
     row = torch.arange(rows, device=counts.device)

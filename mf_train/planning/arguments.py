@@ -62,7 +62,7 @@ def _plan(given: argparse.Namespace) -> int:
     from mf_train.planning import report
     from mf_train.planning.devices import find_device
     from mf_train.planning.measured import read_measured
-    from mf_train.planning.plan import launch_line, make_layout, search
+    from mf_train.planning.plan import choose, launch_line, make_layout, search, stages
     from mf_train.planning.scaling import draw_scaling, scaling
 
     if given.plot is not None and given.plot.suffix != ".png":
@@ -78,7 +78,7 @@ def _plan(given: argparse.Namespace) -> int:
     layouts = search(config, nodes, per_node, device)
     if not layouts:
         raise UserError(f"no layout of {nodes} x {per_node} processes divides; as configured: {refusal}")
-    best = layouts[0] if layouts[0].fits else None
+    best = choose(layouts)
     line = launch_line(given.config, given.overrides, config, best, device) if best else None
     base = (best or layouts[0]).config if asked is None else config
     curves = scaling(base, nodes, per_node, device)
@@ -110,8 +110,12 @@ def _plan(given: argparse.Namespace) -> int:
     lines += ["", f"as configured: {refusal if asked is None else asked.name}"]
     if asked is not None:
         lines += report.layout_lines(asked, device, price, measured)
+        lines += ["", *report.stage_lines(stages(config, nodes, per_node, device))]
     if best is not None:
-        lines += ["", f"quickest that fits: {best.name}"]
+        lines += [
+            "",
+            f"best: {best.name} (of the layouts within 5 % of the quickest that fits, the least memory)",
+        ]
         if asked is None or best.config != asked.config:
             lines += report.layout_lines(best, device, price, None)
         lines += [f"  {line}"]

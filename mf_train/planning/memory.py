@@ -153,10 +153,11 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
     largest = _largest_parameter(config.model) / config.parallel.tensor
     w = 2 if bfloat16 else 4
     if stage == 0:
+        summed = w * n if accumulates else 0  # in `.grad`, while the next micro-batch's loss is computed
         if bfloat16:  # runtime/fp16/unfused_optimizer.py: gradients become float32 all at once
-            return _States(2 * n, 12 * n, 0, 0, 0, 2 * n + 2 * flat, 2 * n + 4 * n)
+            return _States(2 * n, 12 * n, 0, 0, summed, 2 * n + 2 * flat, 2 * n + 4 * n)
         # torch's AdamW; runtime/engine.py allreduce_bucket copies the gradients into one, also for R = 1
-        return _States(4 * n, 8 * n, 0, 0, 0, 4 * n + 4 * flat, 4 * n)
+        return _States(4 * n, 8 * n, 0, 0, summed, 4 * n + 4 * flat, 4 * n)
     if stage == 1 and bfloat16:
         # runtime/bf16_optimizer.py: float32 sums of all gradients; each group's is flattened into one, however large,
         # and that turned to bfloat16 for the all-reduce

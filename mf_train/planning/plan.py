@@ -12,6 +12,7 @@ from mf_train.planning.devices import Device
 from mf_train.planning.memory import Memory, estimate_memory
 from mf_train.planning.time import StepTime, estimate_step
 
+NEAR = 1.05  # times the quickest step: nearer than the model can tell apart
 USABLE = 0.92  # of a device's memory: what fragmentation of the allocator and other processes leave
 
 
@@ -99,6 +100,26 @@ def search(config: Config, nodes: int, per_node: int, device: Device) -> list[La
     )
 
 
+def choose(layouts: Sequence[Layout]) -> Layout | None:
+    """Of the layouts that fit and are within NEAR of the quickest, the one that needs the least memory."""
+    fitting = [layout for layout in layouts if layout.fits]
+    if not fitting:
+        return None
+    quickest = min(layout.time.seconds for layout in fitting)
+    near = [layout for layout in fitting if layout.time.seconds <= NEAR * quickest]
+    return min(near, key=lambda layout: layout.memory.peak)
+
+
+def stages(config: Config, nodes: int, per_node: int, device: Device) -> list[Layout]:
+    """The configuration under each ZeRO stage. Raises UserError where its degrees do not divide."""
+    return [
+        make_layout(
+            replace(config, parallel=replace(config.parallel, zero_stage=stage)), nodes, per_node, device
+        )
+        for stage in (0, 1, 2, 3)
+    ]
+
+
 def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Iterator[Layout]:
     batch = config.training.global_batch_size
     for tensor in (1, 2, 4, 8):
@@ -109,10 +130,20 @@ def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Itera
                     parallel=replace(config.parallel, tensor=tensor, zero_stage=stage),
                     training=replace(config.training, micro_batch_size=micro),
                 )
+                if _loses_gradients(candidate, nodes * per_node) and stage != config.parallel.zero_stage:
+                    continue
                 try:
                     yield make_layout(candidate, nodes, per_node, device)
                 except UserError:
                     continue
+
+
+def _loses_gradients(config: Config, processes: int) -> bool:
+    """Whether gradients of micro-batches are summed in bfloat16, where small ones are lost: `parallel.engine`."""
+    training = config.training
+    data = max(1, processes // config.parallel.tensor)
+    several = training.global_batch_size > data * training.micro_batch_size
+    return config.parallel.zero_stage == 0 and training.precision == "bfloat16" and several
 
 
 def launch_line(path: str, overrides: Sequence[str], config: Config, layout: Layout, device: Device) -> str:

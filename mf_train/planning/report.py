@@ -1,6 +1,6 @@
 """A plan as lines of text: what the run is, what it needs and costs, how to launch it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -78,8 +78,6 @@ def layout_lines(
         f"  memory  peak {memory.peak / 1e9:.2f} GB a rank, at the {peak}: "
         f"{'fits' if layout.fits else f'DOES NOT FIT in {USABLE:.0%} of {device.memory / 1e9:.0f} GB'}"
     )
-    held = ", ".join(f"{name} {getattr(memory, name) / 1e9:.2f}" for name in _HELD)
-    yield f"          GB: {held} (codes are among the activations)"
     if memory.host:
         total = memory.host * layout.per_node / 1e9
         yield f"  host    {memory.host / 1e9:.2f} GB a rank, {total:.3g} GB a node, to save beside the steps"
@@ -93,6 +91,19 @@ def layout_lines(
             f"  the gather rate ({device.gather:.2g} bytes/s, {source}) decides: at half of it a step takes "
             f"{slow:.3g} s, at twice {quick:.3g} s"
         )
+
+
+def stage_lines(layouts: Sequence[Layout]) -> Iterator[str]:
+    """What a rank holds under each ZeRO stage, a line each; optimizer: moments, and float32 masters that are apart."""
+    yield "GB a rank  " + "".join(f"{name:>13}" for name in (*_HELD, "peak")) + "   s/step"
+    for layout in layouts:
+        values = [getattr(layout.memory, name) for name in _HELD] + [layout.memory.peak]
+        yield (
+            f"  ZeRO {layout.config.parallel.zero_stage:<4}"
+            + "".join(f"{value / 1e9:>13.3f}" for value in values)
+            + f"{layout.time.seconds:>9.3f}{'' if layout.fits else '  DOES NOT FIT'}"
+        )
+    yield "  codes are among the activations; gradients: sums over micro-batches that stay; buffers: communication"
 
 
 def sensitivity(layout: Layout, device: Device) -> tuple[float, float]:

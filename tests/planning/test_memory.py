@@ -17,6 +17,9 @@ from mf_train.planning.memory import BUCKET, estimate_memory
 REPOSITORY = Path(__file__).resolve().parents[2]
 TABLES = ModelConfig(hidden_size=256, num_layers=4, num_heads=4, bits=8, vocab_size=8192, sequence_length=128)
 ROWS = ModelConfig(hidden_size=128, num_layers=6, num_heads=4, bits=4, vocab_size=4096, sequence_length=512)
+LONG = ModelConfig(
+    hidden_size=128, num_layers=4, num_heads=4, bits=8, vocab_size=4096, sequence_length=512
+)  # its activations are larger than its tables
 DENSE = replace(ROWS, kind="dense", hidden_size=512, vocab_size=16384)
 
 
@@ -40,6 +43,8 @@ CASES = {
     "long rows": (1, make(ROWS, 8, 8, 1, 1, "float32")),
     "long rows, 2 x tensor": (2, make(ROWS, 8, 8, 2, 1, "float32")),
     "long rows, bfloat16": (1, make(ROWS, 8, 8, 1, 2, "bfloat16")),
+    "stage 0, 2 micro-batches": (1, make(LONG, 16, 8, 1, 0, "float32")),
+    "bfloat16, stage 0, 2 micro-batches": (1, make(LONG, 16, 8, 1, 0, "bfloat16")),
     "dense": (1, make(DENSE, 4, 2, 1, 1, "float32")),
 }
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from mf_train.cli import main
+from mf_train.config import Config
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
 from mf_train.launch.arguments import add_launch
 from mf_train.launch.job import JobOptions, check_job
 from mf_train.planning.devices import find_device
-from mf_train.planning.plan import make_layout, search
+from mf_train.planning.plan import choose, make_layout, search
 from mf_train.planning.scaling import scaling
 from mf_train.planning.time import estimate_step
 
@@ -51,14 +52,35 @@ def test_a_slower_part_makes_a_slower_step() -> None:
     assert estimate_step(config, 1, 8, slow).seconds == estimate_step(config, 1, 8, device).seconds
 
 
-def test_the_best_layout_fits_and_is_the_quickest_that_does() -> None:
+def test_the_best_layout_fits_is_quick_and_leaves_room() -> None:
     config, device = load_config(CONFIGS / "base.yaml"), find_device("h100")
     layouts = search(config, 1, 8, device)
     fitting = [layout for layout in layouts if layout.fits]
     assert fitting and len(fitting) < len(layouts)
     assert layouts[0].time.seconds == min(layout.time.seconds for layout in fitting)
+    best = choose(layouts)
+    assert best is not None and best.fits and best.time.seconds <= 1.05 * layouts[0].time.seconds
+    smaller = [layout for layout in fitting if layout.memory.peak < best.memory.peak]
+    assert all(layout.time.seconds > 1.05 * layouts[0].time.seconds for layout in smaller)
     small = replace(device, memory=1e9)
-    assert not any(layout.fits for layout in search(config, 1, 8, small))
+    assert choose(search(config, 1, 8, small)) is None
+
+
+def test_no_layout_sums_gradients_in_bfloat16_unless_it_was_asked_for() -> None:
+    config, device = load_config(CONFIGS / "base.yaml"), find_device("h100")
+
+    def summed(config: Config) -> list[int]:
+        layouts = search(config, 1, 8, device)
+        return [
+            layout.config.training.micro_batch_size
+            for layout in layouts
+            if layout.config.parallel.zero_stage == 0
+            and layout.config.training.micro_batch_size * layout.data < config.training.global_batch_size
+        ]
+
+    assert not summed(config)
+    assert summed(replace(config, parallel=replace(config.parallel, zero_stage=0)))
+    assert summed(replace(config, training=replace(config.training, precision="float32")))
 
 
 def test_tensor_parallel_groups_stay_inside_a_node() -> None:

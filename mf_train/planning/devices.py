@@ -1,5 +1,6 @@
 """Devices and networks: a small table of rates (devices.yaml), which measured values override."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,18 +64,19 @@ def find_device(name: str) -> Device:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--device {path}: cannot be read ({error})") from None
-    if not isinstance(given, dict) or given.get("base") not in known:
+    if not isinstance(given, dict) or str(given.get("base")) not in known:
         raise UserError(f"--device {path}: name the device it changes, base: {' | '.join(known)}")
     base = dict(known[given.pop("base")])
+    changeable = [key for key in base if key not in ("names", "measured")]
     for key, value in given.items():
-        if key not in base:
-            raise UserError(f"--device {path}: unknown key {key!r}; known: {', '.join(base)}")
+        if key not in changeable:
+            raise UserError(f"--device {path}: unknown key {key!r}; known: {', '.join(changeable)}")
         nested = isinstance(base[key], dict)
         if nested and (not isinstance(value, dict) or not set(value) <= set(base[key])):
             raise UserError(f"--device {path}: {key} holds {', '.join(base[key])}")
         base[key] = base[key] | value if nested else value
     # what the file gives is taken as measured
-    rates = {key for key in given if key not in ("kind", "memory", "names", "peak", "measured")}
+    rates = {key for key in given if key not in ("kind", "memory", "peak")}
     base["measured"] = sorted({*base["measured"], *rates})
     return _device(path.stem, base, str(path))
 
@@ -98,7 +100,7 @@ def _known() -> dict[str, Any]:
 def _device(name: str, tree: dict[str, Any], origin: str) -> Device:
     values = [tree[key] for key in _NUMBERS]
     values += [value for key in _TABLES for value in tree[key].values()]
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in values):
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf for v in values):
         raise UserError(f"--device {origin}: rates must be numbers above 0 (YAML wants 2.7e+12, not 2.7e12)")
     if tree["kind"] not in ("cpu", "cuda"):
         raise UserError(f"--device {origin}: kind is {tree['kind']!r}: choose cpu or cuda")

@@ -1,5 +1,6 @@
 """The layouts (P, stage, micro batch) of a configuration on so many devices: memory, time, cost, launch line."""
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -124,7 +125,7 @@ def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Itera
     batch = config.training.global_batch_size
     for tensor in (1, 2, 4, 8):
         for stage in (0, 1, 2, 3):
-            for micro in (size for size in range(1, batch + 1) if batch % size == 0):
+            for micro in _divisors(batch):
                 candidate = replace(
                     config,
                     parallel=replace(config.parallel, tensor=tensor, zero_stage=stage),
@@ -136,6 +137,11 @@ def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Itera
                     yield make_layout(candidate, nodes, per_node, device)
                 except UserError:
                     continue
+
+
+def _divisors(number: int) -> list[int]:
+    low = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*low, *(number // size for size in low)})
 
 
 def _loses_gradients(config: Config, processes: int) -> bool:

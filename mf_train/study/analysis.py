@@ -197,7 +197,8 @@ def _isoflop(best: Sequence[Measured], samples: int) -> IsoFlop | None:
         width = exponent.high - exponent.low
         if not width <= abs(exponent.value):
             warnings.append(
-                f"the exponent {exponent} of the best size is not identified: its interval is wider than it"
+                f"the exponent {exponent} of the best size is not identified: its interval over the seeds is "
+                f"{'missing, with one seed a cell' if width != width else 'wider than it'}"
             )
     else:
         warnings.append(

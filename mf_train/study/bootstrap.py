@@ -63,13 +63,13 @@ def expand(points: Sequence[Point]) -> tuple[Array, Array]:
 def resample(points: Sequence[Point], random: np.random.Generator) -> list[Point]:
     """As many cells, drawn with replacement, and in each as many seeds, drawn with replacement."""
     drawn = [points[index] for index in random.integers(len(points), size=len(points))]
-    return [
-        Point(
-            point.x,
-            tuple(point.losses[i] for i in random.integers(len(point.losses), size=len(point.losses))),
-        )
-        for point in drawn
-    ]
+    return [resample_seeds(point, random) for point in drawn]
+
+
+def resample_seeds(point: Point, random: np.random.Generator) -> Point:
+    """As many seeds of one cell, drawn with replacement."""
+    seeds = random.integers(len(point.losses), size=len(point.losses))
+    return Point(point.x, tuple(point.losses[i] for i in seeds))
 
 
 def fit_with_intervals(
@@ -164,12 +164,16 @@ def bootstrap_value(
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """A value that `compute` takes from points, with its interval; samples where it raises ValueError are left out."""
+    """A value that `compute` takes from points, with its interval over the seeds of each; none where all have one.
+
+    The cells are not drawn: a budget with three sizes would mostly lose one. Samples where `compute` raises ValueError
+    are left out; the points themselves must not.
+    """
     random = np.random.default_rng(seed)
     drawn = []
-    for _ in range(samples):
+    for _ in range(samples if any(len(point.losses) > 1 for point in points) else 0):
         try:
-            drawn.append(compute(resample(points, random)))
+            drawn.append(compute([resample_seeds(point, random) for point in points]))
         except ValueError:
             continue
     return interval(compute(points), drawn)

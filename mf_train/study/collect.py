@@ -24,8 +24,6 @@ COLUMNS = (
     "tokens_per_second", "folder",
 )  # fmt: skip
 _LAST_STEPS = 20  # whose mean is the training loss that is reported
-# Sums over the steps that a run may have measured; they replace what is computed from the configuration.
-_MEASURED = {"flops": "flops", "bytes_moved": "bytes_moved"}
 
 
 def collect(study: Study, grid: Grid) -> list[dict[str, Any]]:
@@ -64,9 +62,6 @@ def collect_cell(cell: Cell, state: State) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "folder": str(cell.folder),
     }
-    for column, key in _MEASURED.items():
-        if records and all(key in one for one in records):
-            row[column] = float(sum(one[key] for one in records))
     axes = {AXIS + name: label for name, label in cell.values.items()}
     return row | axes | flatten(config_to_tree(cell.config))
 

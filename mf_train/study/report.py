@@ -143,9 +143,10 @@ def render(
         for title, data in pictures.items()
     )
     note = (
-        f"Brackets: {LEVEL:.0%} of a bootstrap over cells, and over the seeds of each. Losses are of the validation "
-        "text after the last step, in nats a token. FLOPs: 6 for each multiply-add of a forward pass. Bytes: of "
-        "parameters and gradients; activations are left out unless the runs measured them."
+        f"Brackets: {LEVEL:.0%} of a bootstrap over cells and over the seeds of each; of the best size's growth over "
+        "the seeds alone. Losses: of the validation text after the last step, nats a token. FLOPs: of training, 6 for "
+        "each multiply-add of a forward pass (model_flops in metrics.jsonl). Bytes: what the kernels read and write, "
+        "computed as for bytes_moved in metrics.jsonl."
     )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>'

@@ -130,6 +130,8 @@ def _axis(name: str, tree: Any, origin: str) -> Axis:
         return Axis(name, _ladder(tree, where))
     if not isinstance(tree, list) or not tree:
         raise UserError(f"{where} is {tree!r}: expected a list of values")
+    if name in AXES["seed"]:  # as a key like any other the best seed would pass for the best setting
+        raise UserError(f"{where}: name the axis seed, which sets {' and '.join(AXES['seed'])}")
     if name in LENGTHS:
         values = [Value(_label(number), length=_positive(number, where)) for number in tree]
     elif name == "variant":

@@ -32,7 +32,16 @@ def test_a_measured_rate_overrides_the_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["base: h200\n", "base: cpu\nspeed: 3\n", "base: cpu\ngather: fast\n", "[]\n"]
+    "text",
+    [
+        "base: h200\n",
+        "base: [cpu]\n",
+        "base: cpu\nspeed: 3\n",
+        "base: cpu\nmeasured: 5\n",
+        "base: cpu\ngather: fast\n",
+        "base: cpu\ncopy: .inf\n",
+        "[]\n",
+    ],
 )
 def test_a_wrong_device_file_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
@@ -64,6 +73,11 @@ def test_the_best_layout_fits_is_quick_and_leaves_room() -> None:
     assert all(layout.time.seconds > 1.05 * layouts[0].time.seconds for layout in smaller)
     small = replace(device, memory=1e9)
     assert choose(search(config, 1, 8, small)) is None
+
+
+def test_a_batch_of_no_small_divisors_ends() -> None:
+    config = load_config(CONFIGS / "tiny.yaml", ["training.global_batch_size=1000000007"])
+    assert search(config, 1, 1, find_device("h100"))[0].config.training.micro_batch_size == 1
 
 
 def test_no_layout_sums_gradients_in_bfloat16_unless_it_was_asked_for() -> None:

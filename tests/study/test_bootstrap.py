@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -85,11 +88,14 @@ def test_a_sample_draws_cells_and_seeds_with_replacement() -> None:
     assert expand(drawn)[0].shape == (75, 2)
 
 
-def test_the_interval_of_a_value_leaves_out_samples_that_have_none() -> None:
-    def mean(drawn: list[Point]) -> float:
-        if drawn[0].x != drawn[1].x and len(drawn) < 3:
+def test_the_interval_of_a_value_is_over_seeds_and_leaves_out_samples_that_have_none() -> None:
+    def mean(drawn: Sequence[Point]) -> float:
+        assert [point.x for point in drawn] == [point.x for point in WIDE]  # every cell stays
+        if len(set(drawn[0].losses)) < 2:
             raise ValueError
         return float(expand(drawn)[1].mean())
 
     one = bootstrap_value(WIDE, mean, samples=50)
     assert one.low < one.value < one.high
+    alone = [Point(point.x, point.losses[:1]) for point in WIDE]
+    assert math.isnan(bootstrap_value(alone, lambda drawn: float(expand(drawn)[1].mean())).low)

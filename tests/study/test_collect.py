@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -48,19 +47,6 @@ def test_the_file_gives_the_rows_back(tmp_path: Path) -> None:
     assert [row["axis.bits"] for row in rows] == ["2", "4"] and rows[0]["final_validation_loss"] == "2.25"
     assert rows[1]["final_validation_loss"] == "" and rows[1]["model.bits"] == "4"
     assert rows[0]["optimizer.betas"] == "[0.9, 0.95]" and rows[0]["state"] == "done"
-
-
-def test_measured_costs_replace_computed_ones(tmp_path: Path) -> None:
-    study = load_study(study_file(tmp_path, {"seed": [0]}))
-    grid = make_grid(study)
-    folder = grid.cells[0].folder
-    folder.mkdir(parents=True)
-    lines = [
-        json.dumps({"step": step, "loss": 1.0, "tokens": 256 * step, "bytes_moved": 10.0}) for step in (1, 2)
-    ]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    row = collect(study, grid)[0]
-    assert row["bytes_moved"] == 20.0 and row["flops"] == grid.cells[0].cost.flops
 
 
 def test_a_failed_slurm_start_is_a_failed_cell(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ MISTAKES = [
     ({"axes": {}}, "expected names and lists"),
     (axes(sede=[1]), "unknown axis 'sede': did you mean 'seed'"),
     (axes(zzz=[1]), "unknown axis 'zzz': choose of size"),
+    (axes(**{"training.seed": [0, 1]}), "axes.training.seed: name the axis seed"),
     (axes(bits=[]), "axes.bits is .*: expected a list"),
     (axes(bits=4), "axes.bits is 4: expected a list"),
     (axes(bits=[4, 4]), "axes.bits: 4 stands twice"),

@@ -237,28 +237,49 @@ def _usable(config: Config, options: JobOptions, node_memory: float | None) -> l
     return usable
 
 
-def _check_memory(config: Config, options: JobOptions, processes: int, node_memory: float | None) -> None:
+def memory_warnings(config: Config, options: JobOptions, nodes: int, node_memory: float | None) -> list[str]:
+    """Whether the planner predicts more memory on so many nodes than there is: a model of it, not a measurement."""
     from mf_train.planning.memory import estimate_memory
 
-    if options.gpus_per_node is not None:
-        kind, there = "cuda", options.gpu_memory * 2**30
-        place, device = f"a GPU has {options.gpu_memory:g} GB (--gpu-memory)", "h100"
-    elif node_memory is not None:
-        kind, there = "cpu", node_memory / options.per_node
-        place, device = f"a node of the partition has {_gb(node_memory)} for {options.per_node}", "cpu"
-    else:
-        return
-    memory = estimate_memory(config, processes, kind)
-    if memory.peak > there:
-        parallel, held = config.parallel, memory.parameters + memory.optimizer + memory.gradients
+    there, place, kind = _memory_there(options, node_memory)
+    processes = nodes * options.per_node
+    if there is None or (peak := estimate_memory(config, processes, kind).peak) <= there:
+        return []
+    return [
+        f"may not fit: a process is predicted to need {_gb(peak)} at its peak, and {place}: {_advice(options, nodes)}"
+    ]
+
+
+def _check_memory(config: Config, options: JobOptions, processes: int, node_memory: float | None) -> None:
+    """Raises UserError where AdamW's update alone has no room: that is certain, activations are a prediction."""
+    from mf_train.planning.memory import estimate_memory
+
+    there, place, kind = _memory_there(options, node_memory)
+    states = estimate_memory(config, processes, kind).peaks["update"]
+    if there is not None and states > there:
+        parallel = config.parallel
         raise UserError(
-            f"does not fit: {_parameters(config) / 1e9:.3g} billion parameters need {_gb(memory.peak)} a process, "
-            f"{_gb(held)} of it for weights, gradients and AdamW's moments (parallel.tensor {parallel.tensor}, "
-            f"parallel.zero_stage {parallel.zero_stage}, data-parallel degree {processes // parallel.tensor}, "
-            f"training.micro_batch_size {config.training.micro_batch_size}), and {place}: "
-            f"'memoryformer plan CONFIG --nodes {processes // options.per_node} --gpus-per-node {options.per_node} "
-            f"--device {device}' shows what fits"
+            f"does not fit: {_parameters(config) / 1e9:.3g} billion parameters need {_gb(states)} a process for "
+            f"weights, gradients and AdamW's moments (parallel.tensor {parallel.tensor}, parallel.zero_stage "
+            f"{parallel.zero_stage}, data-parallel degree {processes // parallel.tensor}), and {place}: "
+            f"{_advice(options, processes // options.per_node)}"
         )
+
+
+def _memory_there(options: JobOptions, node_memory: float | None) -> tuple[float | None, str, str]:
+    """Bytes for one process where they are known, in words, and the device's kind."""
+    if options.gpus_per_node is not None:
+        return options.gpu_memory * 2**30, f"a GPU has {options.gpu_memory:g} GB (--gpu-memory)", "cuda"
+    if node_memory is None:
+        return None, "", "cpu"
+    place = f"a node of the partition has {_gb(node_memory)} for {options.per_node}"
+    return node_memory / options.per_node, place, "cpu"
+
+
+def _advice(options: JobOptions, nodes: int) -> str:
+    device = "cpu" if options.gpus_per_node is None else "h100"
+    command = f"memoryformer plan CONFIG --nodes {nodes} --gpus-per-node {options.per_node} --device {device}"
+    return f"'{command}' shows what fits"
 
 
 def _parameters(config: Config) -> int:

@@ -20,6 +20,7 @@ from mf_train.launch.job import (
     check_job,
     check_options,
     left_out,
+    memory_warnings,
     notice_seconds,
     time_seconds,
     warnings,
@@ -61,9 +62,9 @@ def make_plan(config_path: str, overrides: Sequence[str], options: JobOptions) -
         counts = check_job(run.config, options, memory)
         usable = counts if usable is None else [count for count in usable if count in counts]
         notice = max(notice, notice_seconds(run.config, options))
-        found += warnings(run.config, options) + check_inputs(
-            run.config, later=options.dependency is not None
-        )
+        found += warnings(run.config, options)
+        found += memory_warnings(run.config, options, counts[-1], memory)
+        found += check_inputs(run.config, later=options.dependency is not None)
     assert usable is not None
     if not usable:
         raise UserError(

@@ -23,7 +23,10 @@ from mf_train.model.counts import count_parameters
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size, which `parallel.engine` leaves as it is
 LIVE = 1_000_000_000  # elements that stage 3 keeps gathered: stage3_max_live_parameters
-PROCESS = {"cpu": 15e6, "cuda": 1.0e9}  # beside tensors: libraries' scratch; on a GPU context, cuBLAS, NCCL
+# Beside tensors. On a CPU: Python with torch and DeepSpeed (LIBRARIES, as resident before a model is built), and
+# scratch; on a GPU: context, cuBLAS, NCCL.
+LIBRARIES = 0.53e9
+PROCESS = {"cpu": LIBRARIES + 15e6, "cuda": 1.0e9}
 
 
 @dataclass(frozen=True)

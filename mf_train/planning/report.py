@@ -71,8 +71,12 @@ def layout_lines(
             f"predicted / measured {ratio:.2f}"
         )
         if measured.peak_bytes:
-            ratio = memory.peak / measured.peak_bytes
-            yield f"  MEASURED peak {measured.peak_bytes / 1e9:.2f} GB of rank 0; predicted / measured {ratio:.2f}"
+            # a GPU's is that of torch's allocator, a CPU's that of the whole process
+            predicted = memory.peak - (memory.process if device.kind == "cuda" else 0)
+            yield (
+                f"  MEASURED peak {measured.peak_bytes / 1e9:.2f} GB of rank 0; "
+                f"predicted / measured {predicted / measured.peak_bytes:.2f}"
+            )
     peak = max(memory.peaks, key=lambda name: memory.peaks[name])
     yield (
         f"  memory  peak {memory.peak / 1e9:.2f} GB a rank, at the {peak}: "
@@ -88,8 +92,8 @@ def layout_lines(
         slow, quick = sensitivity(layout, device)
         source = "measured" if "gather" in device.measured else "a guess"
         yield (
-            f"  the gather rate ({device.gather:.2g} bytes/s, {source}) decides: at half of it a step takes "
-            f"{slow:.3g} s, at twice {quick:.3g} s"
+            f"  at half the gather rate ({device.gather:.2g} bytes/s, {source}) a step takes {slow:.3g} s, at twice "
+            f"{quick:.3g} s"
         )
 
 

@@ -16,13 +16,19 @@ from mf_train.launch.job import (
     check_job,
     checkpoint_bytes,
     left_out,
+    memory_warnings,
     notice_seconds,
     time_seconds,
     warnings,
 )
-from mf_train.planning.memory import peak_bytes
+from mf_train.planning.memory import estimate_memory, peak_bytes
 
 GPUS = JobOptions(nodes=2, gpus_per_node=4, time="1:00:00")
+
+
+def states(wanted: Config, processes: int) -> float:
+    """What the update needs on a GPU."""
+    return estimate_memory(wanted, processes, "cuda").peaks["update"]
 
 
 def config(**sections: dict[str, object]) -> Config:
@@ -133,7 +139,7 @@ def test_an_elastic_job_leaves_out_what_does_not_divide() -> None:
 def test_an_elastic_job_leaves_out_numbers_that_do_not_fit() -> None:
     """Stage 1 shards moments and masters: a small memory holds it on 4 nodes and not on 1."""
     wanted = config(model=BASE, parallel={"zero_stage": 1}, training={"precision": "bfloat16"})
-    room = peak_bytes(wanted, 8, "cuda") / 2**30 + 0.1
+    room = states(wanted, 8) / 2**30 + 0.1
     options = replace(GPUS, nodes=1, elastic=(1, 4), gpu_memory=room)
     assert check_job(wanted, options) == [2, 4]
 
@@ -150,6 +156,7 @@ def test_a_model_that_does_not_fit_on_nodes_without_gpus() -> None:
     wanted = config(model=BASE)
     options = JobOptions(nodes=2, tasks_per_node=2, time="60")
     assert check_job(wanted, options, None) == [2]  # a cluster that does not say
+    assert not memory_warnings(wanted, options, 2, None)
     assert check_job(wanted, options, 512 * 2.0**30) == [2]
     with pytest.raises(UserError, match="a node of the partition has 64 GB for 2"):
         check_job(wanted, options, 64 * 2.0**30)
@@ -157,15 +164,23 @@ def test_a_model_that_does_not_fit_on_nodes_without_gpus() -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_limit_is_the_plan_s_peak(precision: str, stage: int) -> None:
-    """Tables, moments and activations: a GPU a little larger than the planner's peak is taken, a smaller one is not."""
+def test_states_are_refused_and_a_predicted_peak_is_warned_of(precision: str, stage: int) -> None:
     wanted = config(
         model=BASE, parallel={"tensor": 4, "zero_stage": stage}, training={"precision": precision}
     )
-    peak = peak_bytes(wanted, 8, "cuda") / 2**30
-    assert check_job(wanted, replace(GPUS, gpu_memory=peak * 1.001)) == [2]
+    held, peak = states(wanted, 8) / 2**30, peak_bytes(wanted, 8, "cuda") / 2**30
     with pytest.raises(UserError, match="memoryformer plan CONFIG --nodes 2 --gpus-per-node 4 --device h100"):
-        check_job(wanted, replace(GPUS, gpu_memory=peak * 0.999))
+        check_job(wanted, replace(GPUS, gpu_memory=held * 0.999))
+    large = replace(GPUS, gpu_memory=peak * 1.001)
+    assert check_job(wanted, large) == [2] and not memory_warnings(wanted, large, 2, None)
+    assert (held == peak) == (
+        stage == 0 and precision == "bfloat16"
+    )  # the update is the largest moment there
+    if held < peak:
+        between = replace(GPUS, gpu_memory=(held + peak) / 2)
+        assert check_job(wanted, between) == [2]
+        (warning,) = memory_warnings(wanted, between, 2, None)
+        assert warning.startswith("may not fit: a process is predicted to need")
 
 
 def test_stages_with_masters_apart_are_not_taken_for_less_than_they_need() -> None:
@@ -173,9 +188,9 @@ def test_stages_with_masters_apart_are_not_taken_for_less_than_they_need() -> No
     model = BASE | {"num_layers": 2, "sequence_length": 64}
     for stage in (1, 2):
         wanted = config(model=model, parallel={"tensor": 1, "zero_stage": stage})
-        states = (4 + 12 / 8 + 4 / 8) * checkpoint_bytes(wanted) / 12
+        least = (4 + 12 / 8) * checkpoint_bytes(wanted) / 12
         with pytest.raises(UserError, match="does not fit"):
-            check_job(wanted, replace(GPUS, gpu_memory=states / 2**30))
+            check_job(wanted, replace(GPUS, gpu_memory=0.99 * least / 2**30))
 
 
 def test_the_notice_grows_with_the_checkpoint() -> None:

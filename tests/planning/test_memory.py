@@ -12,7 +12,7 @@ import yaml
 
 from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from mf_train.config.loading import config_to_tree
-from mf_train.planning.memory import BUCKET, estimate_memory
+from mf_train.planning.memory import BUCKET, LIBRARIES, estimate_memory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TABLES = ModelConfig(hidden_size=256, num_layers=4, num_heads=4, bits=8, vocab_size=8192, sequence_length=128)
@@ -75,7 +75,9 @@ def measured_peak(config: Config, processes: int, folder: Path) -> int:
 @pytest.mark.parametrize("name", CASES)
 def test_within_a_tenth_of_a_real_rank(name: str, tmp_path: Path) -> None:
     processes, config = CASES[name]
-    predicted = estimate_memory(config, processes, "cpu").peak
+    predicted = (
+        estimate_memory(config, processes, "cpu").peak - LIBRARIES
+    )  # the measurement begins after them
     assert predicted == pytest.approx(measured_peak(config, processes, tmp_path), rel=0.1)
 
 

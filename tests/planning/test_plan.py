@@ -174,7 +174,7 @@ def test_the_command_tells_size_cost_and_launch_line(capsys: pytest.CaptureFixtu
         "5.601 GB a checkpoint",
         "rates are data-sheet or assumed, not measured",
         "device-hours, cost ",
-        "a guess) decides: at half of it",
+        "bytes/s, a guess) a step takes",
         "memoryformer launch ",
         "not modelled: ",
     ):

@@ -53,7 +53,7 @@ faults: $(STAMP)
 	$(VENV)/bin/python -m pytest -m faults tests/faults $(PYTEST_ARGS)
 
 slurm: $(STAMP)
-	$(VENV)/bin/python -m pytest -m slurm tests/launch $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m slurm tests/launch tests/study $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check

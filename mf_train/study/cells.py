@@ -59,6 +59,7 @@ class Grid:
 
     cells: tuple[Cell, ...]
     left_out: tuple[LeftOut, ...]
+    earlier: int = 0  # cells in the study's folder that are of none of its places
 
 
 def cell_folder(study: Study, number: int | str) -> Path:
@@ -76,7 +77,8 @@ def make_grid(study: Study) -> Grid:
     base.pop("versions", None)
     parse_config(base, study.base)
     numbers = _recorded(study)
-    free = itertools.count(max(numbers.values(), default=-1) + 1)
+    taken = [int(path.name[5:]) for path in study.folder.glob("cell-*") if path.name[5:].isdigit()]
+    free = itertools.count(max([*numbers.values(), *taken], default=-1) + 1)
     cells: dict[str, Cell] = {}
     left_out: list[LeftOut] = []
     for values in itertools.product(*(axis.values for axis in study.axes)):
@@ -101,7 +103,7 @@ def make_grid(study: Study) -> Grid:
             seconds=_predict_seconds(study, config),
         )
     kept, over = _within_budget(study, list(cells.values()))
-    return Grid(tuple(kept), (*left_out, *over))
+    return Grid(tuple(kept), (*left_out, *over), len(numbers.keys() - cells.keys()))
 
 
 def dump_tree(tree: dict[str, Any]) -> str:

@@ -40,6 +40,8 @@ def plan_lines(study: Study, grid: Grid) -> Iterator[str]:
     yield f"GB: peak of a process{device}, as `memoryformer plan` models it; time: of the steps alone"
     if not grid.cells:
         yield "no cell is left to run"
+    if grid.earlier:
+        yield f"{grid.earlier} more cells in {study.folder}, of other settings or axes, are not of this grid"
     if grid.left_out:
         yield f"left out: {len(grid.left_out)}"
     for one in grid.left_out:

@@ -24,6 +24,7 @@ from mf_train.study.study import Study
 
 _LOCK = "run.lock"
 _POLL_SECONDS = 0.2
+_REDO = "delete its folder, and it runs again"
 
 
 @dataclass
@@ -56,12 +57,14 @@ def run_here(study: Study, grid: Grid, at_once: int = 1, retry: bool = False) ->
     0: all are done; 1: some failed, which does not stop the others; 75: stopped on request, the cells have saved.
     Raises UserError where another `study run` works on the study.
     """
-    with _only_one(study):
+    _check_cells(study, grid)
+    with _only_one(study) as lock:
         todo = cells_to_run(grid, retry)
         write_cells(study, [cell for cell, _ in todo])
         print(f"{len(grid.cells)} cells, {len(todo)} to run, {at_once} at a time", flush=True)
-        stopped = _run_all(study, [cell for cell, _ in todo], at_once)
-        failed = [(cell, state) for cell in grid.cells if (state := cell_state(cell)).name == FAILED]
+        stopped = _run_all(study, [cell for cell, _ in todo], at_once, lock)
+        states = [(cell, cell_state(cell)) for cell in grid.cells]
+        failed = [(cell, state) for cell, state in states if state.name == FAILED]
         for cell, state in failed:
             print(f"cell {cell.number} failed at step {state.step}: {state.reason}", flush=True)
         if stopped:
@@ -71,7 +74,13 @@ def run_here(study: Study, grid: Grid, at_once: int = 1, retry: bool = False) ->
             print(
                 f"{len(failed)} of {len(grid.cells)} cells failed; --retry-failed runs them again", flush=True
             )
-        return 1 if failed else 0
+        odd = [cell for cell, state in states if state.name not in (DONE, FAILED)]
+        for cell in odd:
+            print(
+                f"cell {cell.number} has ended, and its metrics.jsonl has not its last step: {_REDO}",
+                flush=True,
+            )
+        return 1 if failed or odd else 0
 
 
 def submit_array(
@@ -101,9 +110,12 @@ def submit_array(
             f"{study.path}: processes is {study.processes}, and --nodes {options.nodes} with {options.per_node} "
             f"processes each gives {processes}: make them agree"
         )
+    _check_cells(study, grid)
     todo = [cell for cell, _ in cells_to_run(grid, retry)]
     if not todo:
-        print("nothing to run", file=sys.stderr)
+        failed = sum(cell_state(cell).name == FAILED for cell in grid.cells)
+        remedy = f": {failed} failed, --retry-failed submits them again" if failed else ""
+        print(f"nothing to run{remedy}", file=sys.stderr)
         return 0
     write_cells(study, todo)
     array = array_text(sorted(cell.number for cell in todo)) + (f"%{at_once}" if at_once else "")
@@ -128,7 +140,16 @@ def array_text(numbers: Sequence[int]) -> str:
     return ",".join("-".join(map(str, span)) for span in spans)
 
 
-def _run_all(study: Study, cells: Sequence[Cell], at_once: int) -> bool:
+def _check_cells(study: Study, grid: Grid) -> None:
+    if not grid.cells:
+        first = grid.left_out[0]
+        raise UserError(
+            f"{study.path}: no cell is left to run; {len(grid.left_out)} places of the grid are left out, the first: "
+            f"{first.reason}"
+        )
+
+
+def _run_all(study: Study, cells: Sequence[Cell], at_once: int, lock: int) -> bool:
     """Whether a stop was asked for; then the running cells have been told, and have ended."""
     waiting, running = list(cells), list[_Process]()
     asked: list[int] = []
@@ -144,14 +165,14 @@ def _run_all(study: Study, cells: Sequence[Cell], at_once: int) -> bool:
     try:
         while (waiting and not asked) or running:
             while waiting and len(running) < at_once and not asked:
-                running.append(_start(study, waiting.pop(0), at_once))
+                running.append(_start(study, waiting.pop(0), at_once, lock))
             if asked:  # also one that has been started while the signal came
                 for one in running:
                     one.process.send_signal(signal.SIGTERM)
             ended = [one for one in running if one.process.poll() is not None]
             for one in ended:
                 running.remove(one)
-                _note_end(one)
+                _note_end(one, bool(asked))
             time.sleep(0 if ended else _POLL_SECONDS)
     finally:
         for number, handler in before.items():
@@ -161,7 +182,7 @@ def _run_all(study: Study, cells: Sequence[Cell], at_once: int) -> bool:
     return bool(asked)
 
 
-def _start(study: Study, cell: Cell, at_once: int) -> _Process:
+def _start(study: Study, cell: Cell, at_once: int, lock: int) -> _Process:
     cell.folder.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
     threads = str(max(1, cores // (at_once * study.processes)))
@@ -171,17 +192,24 @@ def _start(study: Study, cell: Cell, at_once: int) -> _Process:
     command = [sys.executable, *(several if study.processes > 1 else []), "-m", "mf_train", "train", config]
     with (cell.folder / LOG).open("ab") as log:
         begin = log.tell()
-        # a session of its own: Ctrl-C reaches the cells through `stop` alone
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the cells through `stop` alone
+            pass_fds=[lock],  # a cell that outlives this process keeps the study locked
         )
     print(f"cell {cell.number} starts: {_values(cell)}", flush=True)
     return _Process(cell, process, time.monotonic(), begin)
 
 
-def _note_end(one: _Process) -> None:
+def _note_end(one: _Process, asked: bool) -> None:
     code = one.process.returncode
     status = code if code >= 0 else 128 - code
+    if asked and code == -signal.SIGTERM:  # it was asked to stop before it listened
+        status = STOPPED
     seconds = time.monotonic() - one.began
     reason = _last_line(one.cell.folder / LOG, one.log_begin)
     if code < 0:
@@ -206,13 +234,15 @@ def _values(cell: Cell) -> str:
 
 
 @contextmanager
-def _only_one(study: Study) -> Iterator[None]:
+def _only_one(study: Study) -> Iterator[int]:
+    """Yields the lock's descriptor; locked as long as any process has it."""
     study.folder.mkdir(parents=True, exist_ok=True)
     with (study.folder / _LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{study.folder}: another `study run` works on it: wait for it, or give this study another output_dir"
+                f"{study.folder}: another `study run` works on it, or cells that a killed one left: wait for them, or "
+                "give this study another output_dir"
             ) from None
-        yield
+        yield file.fileno()

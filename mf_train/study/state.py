@@ -9,7 +9,9 @@ from typing import Any
 
 from mf_train.checkpoint.files import write_whole
 from mf_train.errors import UserError
-from mf_train.launch.progress import last_record, read_starts
+from mf_train.launch.progress import Start, last_record, read_starts
+from mf_train.launch.records import LAUNCH, LOGS
+from mf_train.launch.report import first_error
 from mf_train.study.cells import Cell
 
 OUTCOME, LOG = "outcome.json", "output.log"  # in the run's folder, of a cell that ran here
@@ -75,7 +77,9 @@ def _failure(folder: Path) -> str:
     if starts := read_starts(folder):
         last = starts[-1]
         if last.next == "ends":  # otherwise the job goes on, or was stopped
-            return f"job {last.job} ended with {last.status}: see memoryformer launch logs {folder}"
+            return _first_error(folder, last) or (
+                f"job {last.job} ended with {last.status}: see memoryformer launch logs {folder}"
+            )
         return ""
     path = folder / OUTCOME
     try:
@@ -85,3 +89,10 @@ def _failure(folder: Path) -> str:
     except (ValueError, TypeError):
         raise UserError(f"{path}: is damaged; delete it, and the cell runs again") from None
     return "" if outcome.status in (0, STOPPED) else outcome.reason
+
+
+def _first_error(folder: Path, start: Start) -> str:
+    """What the first rank that failed said last; '' where its log has gone or says nothing."""
+    logs = folder / LAUNCH / LOGS / f"{start.job}-{start.number}"
+    error = first_error(logs) if logs.is_dir() else None
+    return error.lines[-1].strip().removeprefix("memoryformer: ") if error and error.lines else ""

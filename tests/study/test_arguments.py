@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mf_train.study.cells import make_grid
+from mf_train.study.run import write_cells
 from mf_train.study.study import load_study
 from tests.study.studies import study_file, write_metrics
 
@@ -29,7 +30,10 @@ def test_plan_collect_and_fit(tmp_path: Path) -> None:
     assert plan.returncode == 0, plan.stderr
     assert "6 cells of 1 processes" in plan.stdout and "left out: 6" in plan.stdout
     assert "size=2 flops=1e+10 bits=5: model.bits 5 does not divide model.hidden_size 32" in plan.stdout
-    for index, cell in enumerate(make_grid(load_study(path)).cells):
+    study = load_study(path)
+    cells = make_grid(study).cells
+    write_cells(study, cells)
+    for index, cell in enumerate(cells):
         steps = cell.config.training.steps
         loss = 5 - 0.1 * cell.number + 0.2 * (index // 2 - 1) ** 2
         write_metrics(cell.folder, {steps: loss}, {steps: loss})

@@ -71,6 +71,33 @@ def test_two_runs_of_a_study_at_once_are_refused(tmp_path: Path) -> None:
         other.communicate()
 
 
+def test_no_cell_to_run_is_a_mistake(tmp_path: Path) -> None:
+    study = load_study(study_file(tmp_path, {"tokens": [1, 2]}))
+    grid = make_grid(study)
+    for call in (
+        lambda: run_here(study, grid),
+        lambda: submit_array(study, grid, JobOptions(tasks_per_node=1)),
+    ):
+        with pytest.raises(UserError, match=r"no cell is left to run; 2 .* less than one step of 256 tokens"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_cell_whose_metrics_have_gone_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    study = load_study(study_file(tmp_path, {"seed": [0]}))
+    grid = make_grid(study)
+    folder = grid.cells[0].folder
+    assert run_here(study, grid) == 0
+    (folder / "metrics.jsonl").unlink()  # its checkpoint says that all is done
+    capfd.readouterr()
+    assert run_here(study, grid) == 1
+    assert (
+        "cell 0 has ended, and its metrics.jsonl has not its last step: delete its folder"
+        in capfd.readouterr().out
+    )
+
+
 @pytest.mark.parametrize(
     ("numbers", "text"), [([3], "3"), ([0, 1, 2, 3], "0-3"), ([0, 2, 3, 9], "0,2-3,9")], ids=str
 )
@@ -131,3 +158,47 @@ def test_a_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
     assert state.name == "unfinished" and 3 <= state.step < 2000
     assert cell_state(grid.cells[1]).name == "missing"
     assert (grid.cells[0].folder / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_cells_that_a_killed_run_left_are_waited_for(tmp_path: Path) -> None:
+    path = study_file(tmp_path, {"seed": [0, 1]}, settings={"training.steps": 60})
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "mf_train", "study", "run", str(path), "--no-report"]
+    study = load_study(path)
+    grid = make_grid(study)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        limit = time.monotonic() + 120
+        while cell_state(grid.cells[0]).step < 1:
+            assert time.monotonic() < limit and process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    assert cell_state(grid.cells[0]).name == "unfinished", "the test needs a longer cell"
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and "cells that a killed one left" in refused.stderr
+    while cell_state(grid.cells[0]).name != "done":
+        assert time.monotonic() < limit + 120
+        time.sleep(0.1)
+    while True:  # until the cell has ended
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        if done.returncode != 2:
+            break
+        assert time.monotonic() < limit + 240
+    assert done.returncode == 0 and "2 cells, 1 to run" in done.stdout, done.stdout + done.stderr
+    assert [cell_state(cell).name for cell in grid.cells] == ["done", "done"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_cells_of_two_processes_and_their_report(tmp_path: Path) -> None:
+    path = study_file(tmp_path, {"learning_rate": [1e-3, 1e30]}, processes=2)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "mf_train", "study", "run", str(path), "--samples", "5"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "cell 0 done at step 4" in done.stdout and "cell 1 failed at step 1: step 2: " in done.stdout
+    assert "2 cells: 1 done, 1 failed" in done.stdout and "nothing to fit" in done.stdout
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "left out: cell 1 failed" in page
+    assert "| 0.001 |" not in (tmp_path / "out" / "summary.md").read_text(), "one value is no comparison"

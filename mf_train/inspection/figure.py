@@ -11,12 +11,15 @@ from mf_train.telemetry.alarms import describe_hash
 if TYPE_CHECKING:
     from mf_train.inspection.inspect import Reads
 
-_LAYERS, _HASHES = 3, 3  # layers that are drawn: the first, the middle one, the last
+_HASHES = 3  # of a layer
+_TALLEST = 8.0  # times the mean: where a picture's bars are cut off
 
 
 def draw_reads(reads: Reads) -> bytes:
-    """PNG: a row a layer and a column a hash. Bars: reads of each bucket of the table with the median Gini coefficient,
-    over the mean; line: all tables' buckets from the most read one on, their median.
+    """PNG: the first, middle and last layer, a row each, and a column a hash.
+
+    Bars: reads of each bucket of the table with the median Gini coefficient, over the mean; line: all tables' buckets
+    from the most read one on, their median.
     """
     layers = len(reads.hashes) // _HASHES
     shown = sorted({0, layers // 2, layers - 1})
@@ -36,7 +39,10 @@ def draw_reads(reads: Reads) -> bytes:
             fontsize=9,
         )
         panel.set_xlim(0, len(bars) - 1)
-        panel.set_ylim(0, max(3.0, min(8.0, 1.1 * bars.max().item())))
+        panel.set_ylim(0, max(3.0, min(_TALLEST, 1.1 * bars.max().item())))
+        if bars.max() > _TALLEST:
+            note = f"up to {bars.max():.0f}"
+            panel.text(0.98, 0.96, note, transform=panel.transAxes, ha="right", va="top", fontsize=8)
         panel.tick_params(labelsize=8)
         if place % _HASHES == 0:
             panel.set_ylabel("reads / mean", fontsize=8)

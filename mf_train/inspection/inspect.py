@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mf_train.checkpoint.files import write_whole
-from mf_train.config import LoggingConfig
 from mf_train.data.validation import validation_tokens
 from mf_train.errors import UserError
 from mf_train.inspection.source import Inspected, open_inspected
@@ -61,7 +60,7 @@ def inspect(
         yield json.dumps(tree)
         return
     yield f"{inspected.name}: {reads.tokens:,} tokens in {reads.sequences} sequences"
-    yield from reads_lines(reads.counts, reads.hashes, LoggingConfig())
+    yield from reads_lines(reads.counts, reads.hashes, inspected.limits)
     if output is not None:
         yield f"{output / PICTURE}, {output / NUMBERS}"
 
@@ -101,7 +100,7 @@ def count_reads(inspected: Inspected, sequences: int | None) -> Reads:
 
 def describe(inspected: Inspected, reads: Reads) -> dict[str, Any]:
     """What NUMBERS and --json hold: each hash's summary as in metrics.jsonl, and of each table what a summary hides."""
-    limits, tables = LoggingConfig(), {}
+    limits, tables = inspected.limits, {}
     for one in reads.hashes:
         beyond = torch.stack(list(alarming(one, limits).values())).any(0)
         tables[one.name] = (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mf_train.checkpoint.layout import TOKENIZER
-from mf_train.config import DataConfig, ModelConfig, SourceConfig
+from mf_train.config import DataConfig, LoggingConfig, ModelConfig, SourceConfig
 from mf_train.data.tokenizer import Tokenizer, open_tokenizer
 from mf_train.errors import UserError
 from mf_train.standalone.convert import open_checkpoint
@@ -27,6 +27,7 @@ class Inspected:
     key: str  # what names the sources in errors
     data: DataConfig
     documents: bool  # attention inside documents only
+    limits: LoggingConfig  # beyond which a table is alarming: the run's
 
 
 def open_inspected(path: Path, data: Sequence[str]) -> Inspected:
@@ -52,6 +53,7 @@ def _open_model(folder: Path, given: list[SourceConfig]) -> Inspected:
         key="--data",
         data=DataConfig(),
         documents=bool(tree.get(DOCUMENT_ATTENTION)),
+        limits=LoggingConfig(),
     )
 
 
@@ -76,4 +78,5 @@ def _open_checkpoint(path: Path, given: list[SourceConfig]) -> Inspected:
         key="--data" if given else "data.validation",
         data=config.data,
         documents=config.data.document_attention,
+        limits=config.logging,
     )

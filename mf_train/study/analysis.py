@@ -1,4 +1,4 @@
-"""From the table of results to fits: cells with their seeds, the best of what was tuned, laws and IsoFLOP minima."""
+"""From the table of results to fits: configurations with their seeds, the best of what was tuned, laws and IsoFLOP minima."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mf_train.errors import UserError
 from mf_train.study.bootstrap import (
+    LEVEL,
     SAMPLES,
     Interval,
     LawFit,
@@ -16,10 +17,13 @@ from mf_train.study.bootstrap import (
     bootstrap_value,
     expand,
     fit_with_intervals,
+    interval,
+    over_seeds,
 )
 from mf_train.study.fit import Parabola, fit_parabola, fit_power
 
 SEED_AXIS = "axis.seed"
+SHAPE = ("model.num_layers", "model.hidden_size")  # what makes one model's sizes
 LOSS = "final_validation_loss"
 _SAME_BUDGET = 1.1  # runs whose costs differ by less than this factor are of one budget
 
@@ -38,6 +42,7 @@ class Measured:
     cells: tuple[str, ...]
     parameters: float
     flops: float
+    shape: tuple[str, ...]  # values of SHAPE
 
     @property
     def mean(self) -> float:
@@ -49,6 +54,8 @@ class IsoFlop:
     """Parabolas of the budgets, and how their best sizes grow with the budget."""
 
     parabolas: tuple[Parabola, ...]
+    best: tuple[Interval, ...]  # size of each parabola's minimum, over the seeds
+    lowest: tuple[Interval, ...]  # its loss, nats
     exponent: Interval | None  # p of best size ~ budget ** p
     warnings: tuple[str, ...]
 
@@ -61,7 +68,7 @@ class Series:
     measured: tuple[Measured, ...]  # best of what was tuned at each size and length
     tuned_away: int  # configurations that another one of the same size and length beat
     surface: LawFit | None  # L(N, D)
-    curve: LawFit | None  # of the cells that no cheaper cell beats
+    curve: LawFit | None  # of the configurations that no cheaper one beats
     isoflop: IsoFlop | None
     warnings: tuple[str, ...]  # why a fit is missing
 
@@ -96,6 +103,7 @@ def measure(rows: Sequence[dict[str, str]], x: str, size: str, by: str) -> list[
                 cells=tuple(row["cell"] for row in group),
                 parameters=float(first["parameters"]),
                 flops=float(first["flops"]),
+                shape=tuple(first.get(name, "") for name in SHAPE),
             )
         )
     return found
@@ -117,7 +125,7 @@ def _series(name: str, measured: Sequence[Measured], x: str, size: str, samples:
     warnings: list[str] = []
     surface = curve = isoflop = None
     if len({(one.size, one.tokens) for one in best}) == 1:
-        reason = "nothing to fit: all cells have one size and one number of tokens"
+        reason = "nothing to fit: all configurations have one size and one number of tokens"
         return Series(name, tuple(best), len(measured) - len(best), None, None, None, (reason,))
     try:
         points = [Point((one.size, one.tokens), one.losses) for one in best]
@@ -128,16 +136,23 @@ def _series(name: str, measured: Sequence[Measured], x: str, size: str, samples:
         points = [Point((one.x,), one.losses) for one in frontier(best)]
         curve = fit_with_intervals(points, (x,), samples)
     except ValueError as error:
-        warnings.append(f"no loss over {x}: {error} (only cells that no cheaper cell beats count)")
+        warnings.append(f"no loss over {x}: {error} (only those that no cheaper one beats count)")
     if x in ("flops", "bytes_moved"):
-        isoflop = _isoflop(best, samples)
-        if isoflop is None:
+        wide = [group for group in _same_budget(best) if len({one.size for one in group}) >= 3]
+        groups = budgets(best)
+        if not wide:
             warnings.append(f"no parabolas: no budget of {x} has three sizes")
+        elif len(groups) < len(wide):
+            warnings.append(
+                f"{len(wide) - len(groups)} of {len(wide)} budgets have no parabola: {size} differ there by more than "
+                f"{' and '.join(SHAPE)}, which a best size is about (--by parts a series)"
+            )
+        isoflop = _isoflop(groups, samples) if groups else None
     return Series(name, tuple(best), len(measured) - len(best), surface, curve, isoflop, tuple(warnings))
 
 
 def frontier(measured: Sequence[Measured]) -> list[Measured]:
-    """The best cell of each budget, where no smaller budget has a better one; smallest x first."""
+    """The best configuration of each budget, where no smaller budget has a better one; smallest x first."""
     found: list[Measured] = []
     for group in _same_budget(measured):
         one = min(group, key=lambda one: one.mean)
@@ -157,8 +172,14 @@ def _best(measured: Sequence[Measured]) -> list[Measured]:
 
 
 def budgets(measured: Sequence[Measured]) -> list[list[Measured]]:
-    """Cells of about one x, where there are three sizes of them; smallest x first."""
-    return [group for group in _same_budget(measured) if len({one.size for one in group}) >= 3]
+    """Configurations of about one x, where they are three sizes of one model or more; smallest x first."""
+    found = []
+    for group in _same_budget(measured):
+        sizes = {(one.size, one.shape) for one in group}
+        # a size that comes from the bits of the tables, say, is a setting's and has no best value of its own
+        if len(sizes) >= 3 and len({shape for _, shape in sizes}) == len(sizes):
+            found.append(group)
+    return found
 
 
 def _same_budget(measured: Sequence[Measured]) -> list[list[Measured]]:
@@ -172,22 +193,24 @@ def _same_budget(measured: Sequence[Measured]) -> list[list[Measured]]:
     return groups
 
 
-def _isoflop(best: Sequence[Measured], samples: int) -> IsoFlop | None:
-    groups = budgets(best)
-    if not groups:
-        return None
+def _isoflop(groups: Sequence[Sequence[Measured]], samples: int) -> IsoFlop:
     parabolas: list[Parabola] = []
+    best: list[Interval] = []
+    lowest: list[Interval] = []
     warnings: list[str] = []
     for group in groups:
+        points = [Point((one.size, one.x), one.losses) for one in group]
         try:
-            parabolas.append(_parabola([Point((one.size, one.x), one.losses) for one in group]))
+            found = _parabola(points)
         except ValueError as error:
             warnings.append(str(error))
-    for one in parabolas:
-        if not one.inside:
-            warnings.append(
-                f"budget {one.budget:.3g}: the best size {one.best:.3g} lies outside the sizes that were run"
-            )
+            continue
+        drawn = over_seeds(points, _parabola, samples)
+        parabolas.append(found)
+        best.append(interval(found.best, [one.best for one in drawn]))
+        lowest.append(interval(found.lowest, [one.lowest for one in drawn]))
+        if doubt := _doubt(found, best[-1], [one.size for one in group], len(drawn), samples):
+            warnings.append(f"budget {found.budget:.3g}: {doubt}")
     exponent = None
     if sum(one.inside for one in parabolas) >= 2:
         points = [
@@ -198,13 +221,31 @@ def _isoflop(best: Sequence[Measured], samples: int) -> IsoFlop | None:
         if not width <= abs(exponent.value):
             warnings.append(
                 f"the exponent {exponent} of the best size is not identified: its interval over the seeds is "
-                f"{'missing, with one seed a cell' if width != width else 'wider than it'}"
+                f"{'missing, with one seed a configuration' if width != width else 'wider than it'}"
             )
     else:
         warnings.append(
             "fewer than two budgets have their minimum inside: how the best size grows is not known"
         )
-    return IsoFlop(tuple(parabolas), exponent, tuple(warnings))
+    return IsoFlop(tuple(parabolas), tuple(best), tuple(lowest), exponent, tuple(warnings))
+
+
+def _doubt(found: Parabola, best: Interval, sizes: Sequence[float], drawn: int, samples: int) -> str:
+    """Why a budget's best size is not known; '' where nothing speaks against it."""
+    if not found.inside:
+        return f"the best size {best} lies outside the sizes that were run"
+    if not drawn:
+        return f"the best size {best} has no interval: that needs two seeds"
+    if best.low < min(sizes) or best.high > max(sizes):
+        return (
+            f"the best size {best} is not identified: its interval over the seeds leaves the sizes that were run, "
+            f"{min(sizes):.4g} to {max(sizes):.4g}"
+        )
+    if drawn < (1 + LEVEL) / 2 * samples:
+        return (
+            f"the best size {best} is not identified: {samples - drawn} of {samples} samples have no minimum"
+        )
+    return ""
 
 
 def _best_size_exponent(points: Sequence[Point]) -> float:

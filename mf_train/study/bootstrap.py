@@ -1,14 +1,17 @@
-"""Intervals of fitted values, and whether the data identify them: bootstrap over cells, and over seeds in each."""
+"""Intervals of fitted values, and whether the data identify them: bootstrap over configurations, and over the seeds of each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from mf_train.study.fit import EXPONENT_BOUNDS, Array, Law, fit_law
 
+T = TypeVar("T")
 LEVEL = 0.9  # of the intervals
 SAMPLES = 200
 FEWEST_VALUES = (
@@ -34,7 +37,13 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        return self.text()
+
+    def text(self, digits: int = 4) -> str:
+        """Such as `0.5 [0.4, 0.6]`; the estimate alone where nothing could be drawn."""
+        if math.isnan(self.low):
+            return f"{self.value:.{digits}g}"
+        return f"{self.value:.{digits}g} [{self.low:.{digits}g}, {self.high:.{digits}g}]"
 
 
 @dataclass(frozen=True)
@@ -61,13 +70,13 @@ def expand(points: Sequence[Point]) -> tuple[Array, Array]:
 
 
 def resample(points: Sequence[Point], random: np.random.Generator) -> list[Point]:
-    """As many cells, drawn with replacement, and in each as many seeds, drawn with replacement."""
+    """As many configurations, drawn with replacement, and in each as many seeds, drawn with replacement."""
     drawn = [points[index] for index in random.integers(len(points), size=len(points))]
     return [resample_seeds(point, random) for point in drawn]
 
 
 def resample_seeds(point: Point, random: np.random.Generator) -> Point:
-    """As many seeds of one cell, drawn with replacement."""
+    """As many seeds of one configuration, drawn with replacement."""
     seeds = random.integers(len(point.losses), size=len(point.losses))
     return Point(point.x, tuple(point.losses[i] for i in seeds))
 
@@ -78,7 +87,7 @@ def fit_with_intervals(
     """Fit a law and bootstrap it. Raises ValueError where the points are fewer than its parameters."""
     x, loss = expand(points)
     if len(points) < 2 * len(names) + 1:
-        raise ValueError(f"{len(points)} cells cannot fix {2 * len(names) + 1} parameters")
+        raise ValueError(f"{len(points)} configurations cannot fix {2 * len(names) + 1} parameters")
     law = fit_law(x, loss)
     random = np.random.default_rng(seed)
     drawn = []
@@ -115,14 +124,16 @@ def doubts(
 ) -> list[str]:
     """Why an exponent is not identified. The criterion, for each quantity:
 
-    at least FEWEST_VALUES different values; more cells than parameters; the estimate is not at a bound of the
+    at least FEWEST_VALUES different values; more configurations than parameters; the estimate is not at a bound of the
     search; the interval is not wider than 2 * WIDEST of the estimate; at least half of the bootstrap's samples could
     be fitted.
     """
     found = []
     parameters = 2 * len(names) + 1
     if len(points) <= parameters:
-        found.append(f"{len(points)} cells for {parameters} parameters: the fit cannot be told from the data")
+        found.append(
+            f"{len(points)} configurations for {parameters} parameters: the fit cannot be told from the data"
+        )
     for index, name in enumerate(names):
         values = len({point.x[index] for point in points})
         one = exponents[index]
@@ -158,16 +169,13 @@ def interval(value: float, drawn: Sequence[float]) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def bootstrap_value(
-    points: Sequence[Point],
-    compute: Callable[[Sequence[Point]], float],
-    samples: int = SAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """A value that `compute` takes from points, with its interval over the seeds of each; none where all have one.
+def over_seeds(
+    points: Sequence[Point], compute: Callable[[Sequence[Point]], T], samples: int = SAMPLES, seed: int = 0
+) -> list[T]:
+    """What `compute` takes from samples of the seeds of each point; nothing where all have one.
 
-    The cells are not drawn: a budget with three sizes would mostly lose one. Samples where `compute` raises ValueError
-    are left out; the points themselves must not.
+    The configurations are not drawn: a budget with three sizes would mostly lose one. Samples where `compute` raises
+    ValueError are left out.
     """
     random = np.random.default_rng(seed)
     drawn = []
@@ -176,4 +184,14 @@ def bootstrap_value(
             drawn.append(compute([resample_seeds(point, random) for point in points]))
         except ValueError:
             continue
-    return interval(compute(points), drawn)
+    return drawn
+
+
+def bootstrap_value(
+    points: Sequence[Point],
+    compute: Callable[[Sequence[Point]], float],
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """A value that `compute` takes from points, with its interval `over_seeds`. Raises ValueError where it does."""
+    return interval(compute(points), over_seeds(points, compute, samples, seed))

@@ -175,13 +175,22 @@ def _with_length(config: Config, axis: str, length: float) -> Config:
 
 
 def _within_budget(study: Study, cells: Sequence[Cell]) -> tuple[list[Cell], list[LeftOut]]:
-    """Cells, cheapest first, until the budget's FLOPs or hours are used up; in the order of the grid."""
+    """Cells, cheapest first, until the budget's FLOPs or hours are used up; in the order of the grid.
+
+    Those that have run are charged first and always kept: their results are there, whatever the budget is now.
+    """
     limits = study.budget.flops or math.inf, 3600 * (study.budget.hours or math.inf)
     flops, seconds = 0.0, 0.0
     kept: set[int] = set()
     over: list[LeftOut] = []
-    for cell in sorted(cells, key=lambda cell: (_price(study, cell), cell.number)):
+    has_run = {cell.number for cell in cells if (cell.folder / "metrics.jsonl").exists()}
+    for cell in sorted(
+        cells, key=lambda cell: (cell.number not in has_run, _price(study, cell), cell.number)
+    ):
         flops, seconds = flops + cell.cost.flops, seconds + (cell.seconds or 0.0)
+        if cell.number in has_run:
+            kept.add(cell.number)
+            continue
         if flops > limits[0]:
             reason = f"over the budget: {flops:.3g} FLOPs with it, budget.flops is {limits[0]:.3g}"
         elif seconds > limits[1]:

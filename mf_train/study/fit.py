@@ -93,7 +93,7 @@ def fit_parabola(budget: float, x: Array, loss: Array) -> Parabola:
     if curvature <= 0:
         raise ValueError(f"budget {budget:.3g}: the losses have no minimum over the sizes that were run")
     offset = -slope / (2 * curvature)
-    best = float(np.exp(middle + offset))
+    best = float(np.exp(np.clip(middle + offset, -600, 600)))  # noise can make the curvature almost 0
     lowest = float(constant + slope * offset / 2)
     return Parabola(float(budget), float(curvature), best, lowest, bool(x.min() <= best <= x.max()))
 

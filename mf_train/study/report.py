@@ -79,7 +79,7 @@ def _plain(value: Any) -> Any:
 def series_lines(series: Series) -> Iterator[str]:
     """What was fitted for a series, and each doubt."""
     seeds = sum(len(one.losses) for one in series.measured)
-    yield f"{series.name}: {len(series.measured)} cells, {seeds} runs" + (
+    yield f"{series.name}: {len(series.measured)} configurations, {seeds} runs" + (
         f"; {series.tuned_away} more configurations of the same size and tokens had a higher loss"
         if series.tuned_away
         else ""
@@ -89,9 +89,10 @@ def series_lines(series: Series) -> Iterator[str]:
     if series.curve:
         yield from _law_lines("frontier", series.curve)
     if series.isoflop:
-        for one in series.isoflop.parabolas:
+        minima = series.isoflop.parabolas, series.isoflop.best, series.isoflop.lowest
+        for one, best, lowest in zip(*minima, strict=True):
             mark = "" if one.inside else " (outside the sizes that were run)"
-            yield f"  budget {one.budget:.3g}: best size {one.best:.3g}, loss {one.lowest:.4f}{mark}"
+            yield f"  budget {one.budget:.3g}: best size {best}, loss {lowest.text(5)}{mark}"
         if series.isoflop.exponent:
             yield f"  best size grows as budget ** {series.isoflop.exponent}"
         for warning in series.isoflop.warnings:
@@ -101,7 +102,7 @@ def series_lines(series: Series) -> Iterator[str]:
 
 
 def _law_lines(name: str, fit: LawFit) -> Iterator[str]:
-    yield f"  {name}: floor {fit.floor}, mean error {fit.law.error:.2%}, {fit.points} cells, {fit.runs} runs"
+    yield f"  {name}: floor {fit.floor}, mean error {fit.law.error:.2%}, {fit.points} configurations, {fit.runs} runs"
     for quantity, exponent, coefficient in zip(fit.names, fit.exponents, fit.coefficients, strict=True):
         yield f"    {quantity}: exponent {exponent}, coefficient {coefficient}"
     for warning in fit.warnings:
@@ -143,8 +144,8 @@ def render(
         for title, data in pictures.items()
     )
     note = (
-        f"Brackets: {LEVEL:.0%} of a bootstrap over cells and over the seeds of each; of the best size's growth over "
-        "the seeds alone. Losses: of the validation text after the last step, nats a token. FLOPs: of training, 6 for "
+        f"Brackets: {LEVEL:.0%} of a bootstrap over configurations and over the seeds of each; of best sizes, their "
+        "losses and their growth over the seeds alone. Cell: one run. Losses: of the validation text after the last step, nats a token. FLOPs: of training, 6 for "
         "each multiply-add of a forward pass (model_flops in metrics.jsonl). Bytes: what the kernels read and write, "
         "computed as for bytes_moved in metrics.jsonl."
     )

@@ -22,26 +22,33 @@ class Line:
     others: dict[str, str]
     value: str
     measured: Measured
-    difference: Interval | None  # of the mean from the first value's; None for that itself
+    difference: Interval | None = None  # of the mean from `base`; None for that itself
+    pairs: int = 0  # seeds that both have
+    base: str = ""  # the first value of the axis that is there beside these others
 
 
 @dataclass(frozen=True)
 class AxisTable:
-    """One axis: a line for each value it has beside each choice of the others."""
+    """One axis: a line for each value it has beside each choice of the others. No axis: all configurations."""
 
     axis: str
-    first: str  # the value that others are compared with
+    first: str  # the value that others are compared with, where it is there
     lines: tuple[Line, ...]
 
 
 def axis_tables(measured: Sequence[Measured], order: Mapping[str, Sequence[str]]) -> list[AxisTable]:
-    """A table for each axis with several values. `order`: the values of each axis as the study lists them."""
+    """A table for each axis with several values, or else one of all configurations.
+
+    `order`: the values of each axis as the study lists them.
+    """
     labels: dict[str, list[str]] = {}
     for axis in measured[0].axes if measured else ():
         found = dict.fromkeys(one.axes[axis] for one in measured)
         known = [label for label in order.get(axis, ()) if label in found]
         labels[axis] = known + [label for label in found if label not in known]
     tables = [_axis_table(measured, axis, labels) for axis in labels if len(labels[axis]) > 1]
+    if measured and not any(table.lines for table in tables):
+        return [AxisTable("", "", tuple(Line(one.axes, "", one) for one in measured))]
     return [table for table in tables if table.lines]
 
 
@@ -55,15 +62,16 @@ def _axis_table(measured: Sequence[Measured], axis: str, labels: Mapping[str, Se
     for place, found in groups.items():
         if len(found) == 1:
             continue  # nothing to compare it with
-        for value in (label for label in labels[axis] if label in found):
-            one = found[value]
-            apart = None if value == first or first not in found else difference(one, found[first])
-            lines.append(Line(dict(zip(others, place, strict=True)), value, one, apart))
+        base, *rest = (label for label in labels[axis] if label in found)
+        fixed = dict(zip(others, place, strict=True))
+        lines.append(Line(fixed, base, found[base]))
+        for value in rest:
+            lines.append(Line(fixed, value, found[value], *difference(found[value], found[base]), base))
     return AxisTable(axis, first, tuple(lines))
 
 
-def difference(one: Measured, base: Measured) -> Interval:
-    """Mean loss of `one` minus that of `base`, nats, with Student's interval over the seeds that both have.
+def difference(one: Measured, base: Measured) -> tuple[Interval, int]:
+    """Mean loss of `one` minus that of `base`, nats, with Student's interval over the seeds that both have, and those.
 
     A seed sets the order of the data too, so the seeds are compared in pairs. NaN bounds with fewer than two pairs, and
     the difference of all means with none.
@@ -74,11 +82,11 @@ def difference(one: Measured, base: Measured) -> Interval:
         if seed in base.seeds
     ]
     if len(pairs) < 2:
-        return Interval(pairs[0] if pairs else one.mean - base.mean, math.nan, math.nan)
+        return Interval(pairs[0] if pairs else one.mean - base.mean, math.nan, math.nan), len(pairs)
     mean = sum(pairs) / len(pairs)
     spread = math.sqrt(sum((pair - mean) ** 2 for pair in pairs) / (len(pairs) - 1) / len(pairs))
     reach = student_quantile((1 + LEVEL) / 2, len(pairs) - 1) * spread
-    return Interval(mean, mean - reach, mean + reach)
+    return Interval(mean, mean - reach, mean + reach), len(pairs)
 
 
 def deviation(losses: Sequence[float]) -> float:
@@ -93,7 +101,7 @@ def markdown(name: str, tables: Sequence[AxisTable], notes: Sequence[str]) -> st
     """The tables as Markdown, and what is to be known beside them."""
     parts = [f"# {name}", NOTE]
     for table in tables:
-        parts.append(f"## {table.axis}, compared with {table.first}")
+        parts.append(f"## {_title(table)}")
         head, rows = _cells(table)
         lines = [head, ["---"] * len(head), *rows]
         parts.append(
@@ -110,7 +118,7 @@ def to_html(tables: Sequence[AxisTable]) -> str:
     for table in tables:
         head, rows = _cells(table)
         found.append(
-            f"<h3>{html.escape(table.axis)}, compared with {html.escape(table.first)}</h3>\n"
+            f"<h3>{html.escape(_title(table))}</h3>\n"
             + '<div class="scroll"><table><tr>'
             + "".join(f"<th>{html.escape(text)}</th>" for text in head)
             + "</tr>\n"
@@ -124,30 +132,49 @@ def to_html(tables: Sequence[AxisTable]) -> str:
 
 NOTE = (
     "Validation loss after the last step, nats a token. n: seeds. difference: from the first value of the axis, "
-    f"the same seeds in pairs, with the {LEVEL:.0%} interval of Student's t over the seeds; it needs two."
+    f"the same seeds in pairs, with the {LEVEL:.0%} interval of Student's t over the pairs; it needs two. Means are "
+    "of all seeds: where the pairs are fewer, a difference is not that of the means."
 )
+
+
+def _title(table: AxisTable) -> str:
+    return f"{table.axis}, compared with {table.first}" if table.axis else "configurations"
 
 
 def _cells(table: AxisTable) -> tuple[list[str], list[list[str]]]:
     # other axes that are the same in all lines would say nothing
     others = [name for name in table.lines[0].others if len({line.others[name] for line in table.lines}) > 1]
+    if not table.axis:  # nothing is compared
+        head = [*others, "parameters", "tokens", "FLOPs", *_HEAD[:-1]]
+        return head, [
+            [*(line.others[name] for name in others), *_losses(line.measured)] for line in table.lines
+        ]
     head = [*others, table.axis, "parameters", "tokens", "FLOPs", *_HEAD]
-    return head, [_row(line, others) for line in table.lines]
+    rows = [
+        [
+            *(line.others[name] for name in others),
+            line.value,
+            *_losses(line.measured),
+            _apart(line, table.first),
+        ]
+        for line in table.lines
+    ]
+    return head, rows
 
 
-def _row(line: Line, others: Sequence[str]) -> list[str]:
-    one = line.measured
+def _apart(line: Line, first: str) -> str:
+    """Such as `-0.0100 [-0.0150, -0.0050] (3 pairs)`, with what it is from where that is not the axis's first value."""
     apart = line.difference
     if apart is None:
-        shown = ""
-    elif math.isfinite(apart.low):
-        shown = f"{apart.value:+.4f} [{apart.low:+.4f}, {apart.high:+.4f}]"
-    else:
-        shown = f"{apart.value:+.4f}"
+        return ""
+    bounds = f" [{apart.low:+.4f}, {apart.high:+.4f}]" if math.isfinite(apart.low) else ""
+    pairs = f"{line.pairs or 'no'} pair{'' if line.pairs == 1 else 's'}"
+    return f"{apart.value:+.4f}{bounds} ({pairs}{'' if line.base == first else f', from {line.base}'})"
+
+
+def _losses(one: Measured) -> list[str]:
     spread = deviation(one.losses)
     return [
-        *(line.others[name] for name in others),
-        line.value,
         f"{one.parameters:,.0f}",
         f"{one.tokens:,.0f}",
         f"{one.flops:.3g}",
@@ -155,5 +182,4 @@ def _row(line: Line, others: Sequence[str]) -> list[str]:
         f"{one.mean:.4f}",
         f"{spread:.4f}" if math.isfinite(spread) else "",
         f"{min(one.losses):.4f} to {max(one.losses):.4f}",
-        shown,
     ]

@@ -34,6 +34,8 @@ def row(kind: str, size: float, tokens: float, seed: int, loss: float, **other: 
         "model.kind": kind,
         "axis.seed": str(seed),
         "axis.learning_rate": "0.001",
+        "model.num_layers": "2",
+        "model.hidden_size": f"{size:.0f}",
         **other,
     }
 
@@ -67,6 +69,10 @@ def test_each_kind_s_constants_are_found() -> None:
         assert len(one.isoflop.parabolas) == 4 and one.isoflop.warnings == ()
         assert one.isoflop.exponent.value == pytest.approx(b / (a + b), abs=0.02)
         assert one.isoflop.exponent.low < one.isoflop.exponent.high
+        factor = (a * law.coefficients[0] / (b * law.coefficients[1])) ** (1 / (a + b))
+        for parabola, best in zip(one.isoflop.parabolas, one.isoflop.best, strict=True):
+            true = factor * (parabola.budget / 6) ** (b / (a + b))
+            assert best.low < best.value < best.high and best.value == pytest.approx(true, rel=0.2)
 
 
 def test_the_best_learning_rate_counts() -> None:
@@ -99,8 +105,52 @@ def test_the_frontier_falls() -> None:
 def test_too_little_is_said_and_the_rest_is_fitted() -> None:
     rows = [row("dense", 1e6 * 4**i, 1e9, 0, 3 - 0.2 * i) for i in range(4)]
     found = analyse(rows, "flops", "parameters", samples=5)[0]
-    assert found.surface is None and any("4 cells cannot fix 5" in one for one in found.warnings)
+    assert found.surface is None and any("4 configurations cannot fix 5" in one for one in found.warnings)
     assert found.curve is not None and found.isoflop is None
+
+
+def three_sizes(curvature: float, noise: float, seeds: int = 6, **other: str) -> list[dict[str, str]]:
+    """Losses of three sizes at each of two budgets: a parabola with its minimum 3 at the middle size, and noise."""
+    random = np.random.default_rng()
+    return [
+        row(
+            "dense", size, budget / 6 / size, seed, 3 + curvature * away**2 + random.normal(0, noise), **other
+        )
+        for budget in (1e12, 1e13)
+        for away, size in zip((-1, 0, 1), 1e6 * np.exp([-1, 0, 1]), strict=True)
+        for seed in range(seeds)
+    ]
+
+
+def test_intervals_of_three_sizes_hold_the_minimum() -> None:
+    held, doubts = [0, 0], 0
+    for _ in range(20):
+        one = analyse(three_sizes(0.1, 0.01), "flops", "parameters", samples=100)[0].isoflop
+        assert one is not None and len(one.parabolas) == 2
+        doubts += sum("best size" in warning and warning.startswith("budget") for warning in one.warnings)
+        for best, lowest in zip(one.best, one.lowest, strict=True):
+            held[0] += best.low <= 1e6 <= best.high
+            held[1] += lowest.low <= 3 <= lowest.high
+            assert best.low < best.value < best.high and lowest.high - lowest.low < 0.05
+    assert doubts == 0 and min(held) >= 24, "of 40; 90 % of a bootstrap of six seeds is somewhat less"
+
+
+def test_a_best_size_of_noise_is_doubted() -> None:
+    for _ in range(20):
+        one = analyse(three_sizes(0.0, 0.01), "flops", "parameters", samples=100)[0].isoflop
+        assert one is not None and len(one.best) == len(one.lowest) == len(one.parabolas)
+        assert sum(warning.startswith("budget") for warning in one.warnings) == 2, one
+    alone = analyse(three_sizes(0.1, 0.0, seeds=1), "flops", "parameters", samples=100)[0].isoflop
+    assert alone is not None and sum("needs two seeds" in warning for warning in alone.warnings) == 2
+
+
+def test_sizes_of_other_settings_have_no_parabola() -> None:
+    rows = three_sizes(0.1, 0.01, **{"model.hidden_size": "80"})  # their parameters differ by bits
+    found = analyse(rows, "flops", "parameters", samples=5)[0]
+    assert found.isoflop is None
+    assert any(
+        "2 of 2 budgets have no parabola: parameters differ there by more" in one for one in found.warnings
+    )
 
 
 def test_a_column_that_is_not_there_is_a_mistake() -> None:
@@ -127,5 +177,12 @@ def test_the_report_holds_everything(tmp_path: Path) -> None:
     pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert pictures == ["isoflop.png", "loss-over-flops.png", "loss-surface.png"]
     assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert any("best size" in line and line.count("[") == 2 for line in lines)
     fits = json.loads((tmp_path / "fits.json").read_text())
     assert fits["series"][0]["surface"]["law"]["floor"] == pytest.approx(1.7, rel=0.1)
+    isoflop = fits["series"][0]["isoflop"]
+    assert len(isoflop["best"]) == len(isoflop["parabolas"]) and set(isoflop["lowest"][0]) == {
+        "value",
+        "low",
+        "high",
+    }

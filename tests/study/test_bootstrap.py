@@ -75,7 +75,7 @@ def test_data_that_cannot_identify_are_doubted(drawn: list[Point], words: str) -
 
 
 def test_too_few_cells_are_refused_whatever_their_seeds() -> None:
-    with pytest.raises(ValueError, match="4 cells cannot fix 5"):
+    with pytest.raises(ValueError, match="4 configurations cannot fix 5"):
         fit_with_intervals(points(np.geomspace(1e6, 1e9, 2), np.geomspace(1e7, 1e9, 2), seeds=9), ("N", "D"))
 
 

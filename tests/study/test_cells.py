@@ -12,7 +12,7 @@ from mf_train.errors import UserError
 from mf_train.planning.work import model_flops
 from mf_train.study.cells import CELLS, Grid, dump_tree, make_grid
 from mf_train.study.study import load_study
-from tests.study.studies import study_file
+from tests.study.studies import study_file, write_metrics
 
 
 def grid(folder: Path, axes: dict[str, Any], **other: Any) -> Grid:
@@ -135,6 +135,24 @@ def test_the_budget_takes_the_cheapest_first(tmp_path: Path) -> None:
     made = grid(tmp_path, axes, budget={"hours": cells[10].seconds * 1.01 / 3600, "device": "cpu"})
     assert [cell.config.training.steps for cell in made.cells] == [10]
     assert all("budget.hours" in one.reason for one in made.left_out)
+
+
+def test_what_has_run_stays_and_is_charged_first(tmp_path: Path) -> None:
+    axes = {"seed": [0], "training.steps": [4, 8]}
+    small, large = grid(tmp_path, axes).cells
+    limit = {"flops": small.cost.flops + large.cost.flops + 1}
+    before = grid(tmp_path, axes, budget=limit)
+    record(tmp_path, before)
+    write_metrics(small.folder, {4: 2.0}, {4: 2.0})
+    write_metrics(large.folder, {3: 2.0}, {})  # stopped: it goes on
+    made = grid(tmp_path, axes | {"seed": [0, 1]}, budget=limit)
+    assert [cell.number for cell in made.cells] == [0, 1]
+    assert [one.values["seed"] for one in made.left_out] == ["1", "1"]
+    for less in ({"flops": 1.0}, {"hours": 1e-12, "device": "cpu"}):
+        assert [cell.number for cell in grid(tmp_path, axes, budget=less).cells] == [0, 1]
+    room = {"flops": limit["flops"] + small.cost.flops}
+    made = grid(tmp_path, axes | {"seed": [0, 1]}, budget=room)
+    assert [tuple(cell.values.values()) for cell in made.cells] == [("0", "4"), ("0", "8"), ("1", "4")]
 
 
 def test_a_budget_too_small_for_any_cell(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -76,35 +77,68 @@ def test_the_study_s_order_says_what_is_compared_with(tmp_path: Path) -> None:
     assert [line.value for line in table.lines] == ["0.01", "0.001", "0.003"] and table.first == "0.01"
 
 
+def test_a_first_value_that_is_missing_is_replaced_and_said(tmp_path: Path) -> None:
+    (table,) = tables(tuning(tmp_path, {("0.003", "0"): 3.0, ("0.01", "0"): 2.5}))
+    assert table.first == "0.003" and table.lines[1].base == "0.003"
+    first = {("dense", "0.001"), ("dense", "0.003"), ("memoryformer", "0.003"), ("memoryformer", "0.01")}
+    folder = tuning(tmp_path, {(rate, "0"): 1.0 for rate in RATES}, ("dense", "memoryformer"))
+    rows = [one for one in read_results(folder / "results.csv") if one["axis.seed"] == "0"]
+    kept = [one for one in rows if (one["axis.kind"], one["axis.learning_rate"]) in first]
+    found = axis_tables(measure(kept, "flops", "parameters", "model.kind"), {"learning_rate": RATES})
+    (table,) = (one for one in found if one.axis == "learning_rate")
+    assert [line.base for line in table.lines] == ["", "0.001", "", "0.003"]
+    text = markdown("one", found, [])
+    assert "+0.0000 (1 pair) |" in text and "+0.0000 (1 pair, from 0.003) |" in text
+
+
+def test_pairs_are_counted(tmp_path: Path) -> None:
+    losses = {("0.001", seed): 5.0 for seed in "012"} | {
+        ("0.003", "1"): 4.0,
+        ("0.003", "2"): 4.5,
+        ("0.01", "0"): 1.0,
+    }
+    text = markdown("one", tables(tuning(tmp_path, losses)), [])
+    assert re.search(r"\| 0\.003 .* 2 \| 4\.2500 .* -0\.7500 \[.*\] \(2 pairs\) \|", text)
+    assert "-4.0000 (1 pair) |" in text
+    apart = {("0.001", "0"): 5.0, ("0.003", "1"): 4.0}
+    assert "-1.0000 (no pairs) |" in markdown("one", tables(tuning(tmp_path, apart)), [])
+
+
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     (table,) = tables(tuning(tmp_path, {("0.001", "0"): 3.0, ("0.003", "0"): 2.0}))
     apart = table.lines[1].difference
     assert apart is not None and apart.value == -1 and math.isnan(apart.low)
     text = markdown("one", [table], [])
-    assert "| -1.0000 |" in text and "nan" not in text
+    assert "| -1.0000 (1 pair) |" in text and "nan" not in text
 
 
 def test_a_study_without_fits_has_a_report(tmp_path: Path) -> None:
     losses = {(rate, seed): 3 + float(seed) / 10 for rate in RATES[:2] for seed in "012"}
     folder = tuning(tmp_path, losses, ("dense", "memoryformer"))
     lines = list(fit_study(folder, {}, "flops", "parameters", "model.kind", samples=5))
-    assert sum("nothing to fit: all cells have one size" in line for line in lines) == 2
+    assert sum("nothing to fit: all configurations have one size" in line for line in lines) == 2
     assert sum("failed at step 1: step 2: the loss is nan" in line for line in lines) == 6
     text = (folder / "summary.md").read_text()
     assert "## kind, compared with dense" in text and "## learning_rate, compared with 0.001" in text
     assert text.count("3.1000 | 0.1000 | 3.0000 to 3.2000") == 8 and "cell 6 failed" in text
     page = (folder / "report.html").read_text()
     assert "losses by axis" in page and page.count("data:image/png") >= 2 and "the loss is nan" in page
-    assert "+0.0000 [+0.0000, +0.0000]" in page
+    assert "+0.0000 [+0.0000, +0.0000] (3 pairs)" in page
 
 
-def test_a_study_with_one_cell(tmp_path: Path) -> None:
-    study = load_study(study_file(tmp_path, {"seed": [0]}))
+@pytest.mark.parametrize("axes", [{}, {"bits": [4]}], ids=["seeds alone", "an axis of one value"])
+def test_a_study_with_one_configuration(tmp_path: Path, axes: dict[str, list[int]]) -> None:
+    study = load_study(study_file(tmp_path, axes | {"seed": [0, 1]}))
     grid = make_grid(study)
-    write_metrics(grid.cells[0].folder, {4: 2.0}, {4: 2.0})
+    for cell, loss in zip(grid.cells, (2.0, 3.0), strict=True):
+        write_metrics(cell.folder, {4: loss}, {4: loss})
     write_results(study, collect(study, grid))
     lines = list(fit_study(study.folder, {}, "flops", "parameters", "model.kind", samples=5))
-    assert any("nothing to fit" in line for line in lines) and (study.folder / "report.html").exists()
+    assert any("nothing to fit" in line for line in lines)
+    assert any("1 configurations, 2 runs" in line for line in lines)
+    text = (study.folder / "summary.md").read_text()
+    assert "## configurations" in text and "| 2 | 2.5000 | 0.7071 | 2.0000 to 3.0000 |" in text
+    assert "0.7071" in (study.folder / "report.html").read_text()
 
 
 def test_nothing_done_is_a_report_that_says_so(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From the table of results to fits: configurations with their seeds, the best of what was tuned, laws and IsoFLOP minima."""
+"""From the table of results to fits: configurations with their seeds, the best of what was tuned, laws, best sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals of fitted values, and whether the data identify them: bootstrap over configurations, and over the seeds of each."""
+"""Intervals of fitted values, and whether the data identify them: bootstrap over configurations and their seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the table of results to fits: configurations with their seeds, the best of what was tuned, laws, best sizes."""
+"""From the table of results to fits: seeds together, the best of what was tuned, laws, IsoFLOP minima."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _series(name: str, measured: Sequence[Measured], x: str, size: str, samples:
                 f"{len(wide) - len(groups)} of {len(wide)} budgets have no parabola: {size} differ there by more than "
                 f"{' and '.join(SHAPE)}, which a best size is about (--by parts a series)"
             )
-        isoflop = _isoflop(groups, samples) if groups else None
+        isoflop = fit_isoflop(groups, samples) if groups else None
     return Series(name, tuple(best), len(measured) - len(best), surface, curve, isoflop, tuple(warnings))
 
 
@@ -193,7 +193,8 @@ def _same_budget(measured: Sequence[Measured]) -> list[list[Measured]]:
     return groups
 
 
-def _isoflop(groups: Sequence[Sequence[Measured]], samples: int) -> IsoFlop:
+def fit_isoflop(groups: Sequence[Sequence[Measured]], samples: int = SAMPLES) -> IsoFlop:
+    """Parabolas of `budgets`, with intervals over the seeds and what speaks against them."""
     parabolas: list[Parabola] = []
     best: list[Interval] = []
     lowest: list[Interval] = []

@@ -145,9 +145,10 @@ def render(
     )
     note = (
         f"Brackets: {LEVEL:.0%} of a bootstrap over configurations and over the seeds of each; of best sizes, their "
-        "losses and their growth over the seeds alone. Losses: of the validation text after the last step, nats a "
-        "token. FLOPs: of training, 6 for each multiply-add of a forward pass (model_flops in metrics.jsonl). Bytes: "
-        "what the kernels read and write, computed as for bytes_moved in metrics.jsonl."
+        "losses and their growth over the seeds alone. "
+        "Losses: of the validation text after the last step, nats a token. FLOPs: of training, 6 for "
+        "each multiply-add of a forward pass (model_flops in metrics.jsonl). Bytes: what the kernels read and write, "
+        "computed as for bytes_moved in metrics.jsonl."
     )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>'

@@ -211,7 +211,7 @@ def _note_end(one: _Process, asked: bool) -> None:
     if asked and code == -signal.SIGTERM:  # it was asked to stop before it listened
         status = STOPPED
     seconds = time.monotonic() - one.began
-    reason = _last_line(one.cell.folder / LOG, one.log_begin)
+    reason = _last_line(one.cell.folder / LOG, one.log_begin) if status else "done"
     if code < 0:
         reason = f"killed by signal {-code} ({signal.Signals(-code).name})"
     write_outcome(

@@ -91,6 +91,7 @@ def test_a_killed_rank_is_reported() -> None:
         run_distributed(_die_on_rank_1, 2)
 
 
+@pytest.mark.slow
 def test_a_hang_shows_the_stack_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DistributedError, match=r"ranks \[1\] did not finish in 20 s(.*\n)*.*_sleep_for_ever"):
         run_distributed(_hang_on_rank_1, 2, str(tmp_path), timeout=20)

@@ -75,6 +75,7 @@ def drill_damage(run: Run, drill: Drill, name: str, how: str) -> None:
     run.check_end()
 
 
+@pytest.mark.slow
 def test_a_flipped_bit(make_run: MakeRun, drill: Drill) -> None:
     drill.case("a flipped bit, two processes")
     drill_damage(make_run(2, 12), drill, FILES[5], "flipped bit")

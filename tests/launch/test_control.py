@@ -270,6 +270,7 @@ class TestOnACluster:
         assert not (launch.folder / "seed-2" / "started-0").exists()
         assert (launch.folder / "seed-0" / "saved-0").exists()
 
+    @pytest.mark.slow
     def test_logs_follow_until_the_job_has_ended(self, launch: Launcher, cluster: Cluster) -> None:
         number = self.submit(launch)
         wait_for(launch.run / "started-0")

@@ -49,6 +49,7 @@ def test_trains_as_tasks_of_srun(make_run: MakeRun, reference: Reference, drill:
     run.check_end(reference())
 
 
+@slow
 def test_notice(make_run: MakeRun, reference: Reference, drill: Drill, slurm_cluster: Cluster) -> None:
     """USR1 to the script: saves, requeues, resumes."""
     run = make_run()

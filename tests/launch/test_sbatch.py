@@ -223,7 +223,9 @@ def test_a_request_that_came_before_the_script_counts(slurm_cluster: Cluster, tm
         # a new checkpoint begins the count anew
         ("1 1 +1 1 0", "COMPLETED", "0:0", 0, "retry retry retry retry done", "step-000000003"),
         # stopped before it could save, again and again
-        ("75 75 75", "FAILED", "1:0", 2, "requeue requeue ends", "a longer --time"),
+        pytest.param(
+            "75 75 75", "FAILED", "1:0", 2, "requeue requeue ends", "a longer --time", marks=pytest.mark.slow
+        ),
         ("+75 75 0", "COMPLETED", "0:0", 2, "requeue requeue done", "from checkpoint step-000000001"),
     ],
 )
@@ -294,6 +296,7 @@ def slurm_with(folder: Path, scontrol: str) -> str:
     return f"{program.parent}:{os.environ['PATH']}"
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_counts_while_the_start_is_prepared(slurm_cluster: Cluster, tmp_path: Path) -> None:
     path = slurm_with(tmp_path, 'echo "$@" >> asked; sleep 1; exec $real "$@"')
     python = stand_in(tmp_path, STOPPABLE)

@@ -165,7 +165,7 @@ def test_resume_on_another_shape(reference: Path, tmp_path: Path, tensor: int, d
     assert read_metrics(tmp_path / "again")[0]["step"] == STEPS + 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits_75(reference: Path, tmp_path: Path, number: signal.Signals) -> None:
     tree = tree_beside(reference, tmp_path / "run")
     tree["training"]["steps"] = 2000

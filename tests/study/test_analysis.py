@@ -126,7 +126,6 @@ def isoflop(rows: list[dict[str, str]]) -> IsoFlop:
     return fit_isoflop(budgets(measure(rows, "flops", "parameters", "model.kind")), samples=100)
 
 
-@pytest.mark.slow
 def test_intervals_of_three_sizes_hold_the_minimum() -> None:
     held, doubts = [0, 0], 0
     for _ in range(20):

@@ -38,9 +38,10 @@ def test_each_file_loads_comes_back_and_builds(path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config.model).total
 
 
-def test_readme_commands_are_accepted() -> None:
+def test_documented_commands_are_accepted() -> None:
     """Their overrides load, and those for another tokenizer's shards leave no text that would need one."""
-    text = (FOLDER.parent / "README.md").read_text().replace("\\\n", " ")
+    pages = [FOLDER.parent / "README.md", *(FOLDER.parent / "docs").glob("*.md")]
+    text = "".join(page.read_text() for page in pages).replace("\\\n", " ")
     commands = [
         shlex.split(line) for line in text.splitlines() if line.startswith("    memoryformer train configs/")
     ]

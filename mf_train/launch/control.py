@@ -25,10 +25,8 @@ from mf_train.launch.report import first_error, report
 _SHOWN_STARTS = 10
 _STOP_SECONDS = 30.0  # in which a job that is leaving its nodes settles
 _LOOK_SECONDS = 0.5  # between looks for new output
-_ASK_SECONDS, _LAST_ASK_SECONDS = (
-    10.0,
-    2.0,
-)  # between questions whether the job has ended; after a start's end
+_ASK_SECONDS = 10.0  # between questions whether the job has ended
+_LAST_ASK_SECONDS = 2.0  # the same after a start's end
 _TAIL_BYTES = 1 << 20
 _FINE = ("0", "75")
 

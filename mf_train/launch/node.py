@@ -21,9 +21,8 @@ FORWARDED = (*STOP_SIGNALS, signal.SIGINT)
 _AFTER_DONE_SECONDS = 600.0
 _AFTER_STOP_SECONDS = 300.0
 _AFTER_EARLY_STOP_SECONDS = 2.0
-_OPEN_FILES = (
-    65536  # enough for the store of thousands of ranks; some programs walk through all they might have
-)
+# Enough for the store of thousands of ranks; no more, as some programs walk through all they may have.
+_OPEN_FILES = 65536
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from mf_train.config.model import ModelConfig
 
+CHECKPOINT_BYTES = 12  # of a parameter: its float32 weight and both moments of AdamW
+
 
 @dataclass(frozen=True)
 class ParameterCounts:

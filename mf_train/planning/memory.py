@@ -19,7 +19,7 @@ second step on reduces beside 12 + 8 = 20.
 from dataclasses import dataclass
 
 from mf_train.config import Config, ModelConfig
-from mf_train.model.counts import count_parameters
+from mf_train.model.counts import CHECKPOINT_BYTES, count_parameters
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size, which `parallel.engine` leaves as it is
 LIVE = 1_000_000_000  # elements that stage 3 keeps gathered: stage3_max_live_parameters
@@ -97,7 +97,8 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Mem
         buffers=states.reduce,
         process=process,
         peaks=peaks,
-        host=12 * n / data if saves_beside else 0,  # each rank writes its own share: checkpoint/save.py
+        # each rank writes its own share: checkpoint/save.py
+        host=CHECKPOINT_BYTES * n / data if saves_beside else 0,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from mf_train.config import Config
-from mf_train.model.counts import count_parameters
+from mf_train.model.counts import CHECKPOINT_BYTES, count_parameters
 from mf_train.planning.devices import Device
 from mf_train.planning.measured import Measured
 from mf_train.planning.plan import USABLE, Layout
@@ -13,7 +13,6 @@ from mf_train.planning.scaling import MODELLED, NOT_MODELLED
 from mf_train.planning.time import estimate_step
 from mf_train.planning.work import model_flops, step_bytes, step_tokens
 
-CHECKPOINT_BYTES = 12  # a parameter's float32 master and both moments
 _HELD = ("parameters", "optimizer", "gradients", "activations", "codes", "logits", "buffers", "process")
 
 

@@ -14,9 +14,7 @@ from mf_train.study.fit import EXPONENT_BOUNDS, Array, Law, fit_law
 T = TypeVar("T")
 LEVEL = 0.9  # of the intervals
 SAMPLES = 200
-FEWEST_VALUES = (
-    3  # different sizes and different numbers of tokens, below which an exponent is anybody's guess
-)
+FEWEST_VALUES = 3  # different sizes, and numbers of tokens, below which an exponent is anybody's guess
 WIDEST = 0.5  # an exponent's interval may reach this share of the exponent to either side on average
 
 

@@ -35,6 +35,7 @@ from mf_train.parallel.tensor import shard_model
 from mf_train.parallel.watch import Watch
 from mf_train.planning.devices import find_peak
 from mf_train.planning.efficiency import step_efficiency
+from mf_train.planning.work import step_tokens
 from mf_train.telemetry.alarms import alarm_lines
 from mf_train.training.deadline import find_deadline
 from mf_train.training.device import find_device, keep_freed_memory
@@ -300,7 +301,7 @@ class _Run:
         self._check_finite("gradient norm", norm, step, digest)
         self.step = step
         local_tokens = batch.shape[0] * config.model.sequence_length
-        self.tokens += local_tokens * self.degrees.data
+        self.tokens += step_tokens(config)
         metrics: dict[str, Any] = {
             "step": step,
             "tokens": self.tokens,
@@ -327,9 +328,8 @@ class _Run:
             )
 
     def _finish_metrics(self, metrics: dict[str, Any], seconds: float) -> None:
-        tokens = self.config.training.global_batch_size * self.config.model.sequence_length
         metrics["step_seconds"] = seconds
-        metrics["tokens_per_second"] = tokens / seconds
+        metrics["tokens_per_second"] = step_tokens(self.config) / seconds
         metrics |= step_efficiency(self.config, self.degrees.world_size, self.peak, seconds)
         if self.device.type == "cuda":
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from mf_train.checkpoint.verify import verify
+from mf_train.launch.job import TASK
 from tests.faults.drill import check_checkpoint, list_steps, newest_step, partials, step_of_partial
 from tests.launch.cluster import FINISHED, Cluster
 from tests.training.runs import REPOSITORY, environment, read_metrics, small_config
@@ -67,7 +68,8 @@ class Run:
         self.folder = Path(tree["training"]["output_dir"])
         self.checkpoints = self.folder / "checkpoints"
         self.interval: int = tree["checkpoint"]["interval"]
-        self.config = self.folder.parent / f"{self.folder.name}.yaml"
+        # one file, also for an array: "{task}" in a configuration's name would name one for each task
+        self.config = self.folder.parent / f"{self.folder.name.replace(TASK, 'array')}.yaml"
         self.config.write_text(yaml.safe_dump(tree))
         self.job = 0  # the newest
 

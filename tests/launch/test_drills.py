@@ -67,8 +67,7 @@ def test_notice(make_run: MakeRun, reference: Reference, drill: Drill, slurm_clu
 @pytest.mark.parametrize("limit", ["notice", "too short a notice"])
 def test_time_limit(make_run: MakeRun, reference: Reference, drill: Drill, limit: str) -> None:
     """SLURM's own time limit. A quick machine takes steps of a third of a second; a notice comes up to 30 s early."""
-    steps = 200 if limit == "notice" else 100
-    run = make_run(steps=steps)
+    run = make_run(steps=200)
     run.launch(*(["--time=2", "--notice=60"] if limit == "notice" else ["--time=1", "--notice=5"]))
     job = run.finish(900)
     restarts = int(job["Restarts"])
@@ -76,7 +75,7 @@ def test_time_limit(make_run: MakeRun, reference: Reference, drill: Drill, limit
     warned = "is too short" in run.rank_log(run.starts()[0])
     assert warned == (limit != "notice"), run.output()
     drill.lost(run, 0, restarts)
-    run.check_end(reference(steps=steps))
+    run.check_end(reference(steps=200))
 
 
 @slow

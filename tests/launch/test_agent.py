@@ -174,8 +174,9 @@ def test_numbers_the_ranks_and_keeps_their_output_apart(job: Job) -> None:
         ({"1": "os.kill(os.getpid(), 9)", "*": "wait()"}, 137, ["rank 1 on HOST was killed by signal 9 (SIGKILL)"]),
         ({"3": "after('rank-00000.log'); os._exit(7)", "*": "ready()"}, 7, ["rank 3 on HOST ended with status 7"]),
         # 75 is the greatest, and srun would end with it
-        ({"2": "after('saved-0'); sys.exit(4)", "3": "ready()", "0": "(folder / 'saved-0').touch(); sys.exit(75)",
-          "*": "sys.exit(75)"}, 4, ["rank 2 on HOST ended with status 4"]),
+        ({"2": "signal.signal(signal.SIGTERM, signal.SIG_IGN); (folder / 'ready-2').touch(); after('saved-0'); "
+          "sys.exit(4)", "0": "after('ready-2'); (folder / 'saved-0').touch(); sys.exit(75)", "3": "ready()",
+          "*": "after('saved-0'); sys.exit(75)"}, 4, ["rank 2 on HOST ended with status 4"]),
     ],
 )  # fmt: skip
 def test_all_nodes_end_with_the_status_of_the_first_failure(

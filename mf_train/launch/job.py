@@ -7,11 +7,11 @@ from typing import Literal
 
 from mf_train.config import Config
 from mf_train.errors import UserError
-from mf_train.model.counts import CHECKPOINT_BYTES, count_parameters
+from mf_train.model.counts import count_parameters
 
 Starter = Literal["torchrun", "srun"]
 
-TASK = "{task}"  # stands for the array task's number in overrides and in the configuration's text
+TASK = "{task}"  # stands for the array task's number in overrides, in CONFIG's name and in the configuration's text
 _NOTICE_SECONDS, _NOTICE_SECONDS_PER_GB = 120, 2.0
 _LONGEST_NOTICE = 65535  # seconds, of sbatch's --signal
 _UNLIMITED = ("unlimited", "infinite")
@@ -212,7 +212,7 @@ def notice_seconds(config: Config, options: JobOptions) -> int:
 
 def checkpoint_bytes(config: Config) -> int:
     """Size of a checkpoint."""
-    return CHECKPOINT_BYTES * _parameters(config)
+    return count_parameters(config.model).checkpoint_bytes
 
 
 def _usable(config: Config, options: JobOptions, node_memory: float | None) -> list[int]:

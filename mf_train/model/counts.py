@@ -21,6 +21,10 @@ class ParameterCounts:
     def total(self) -> int:
         return self.tables + self.dense + self.embedding + self.head + self.small
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        return CHECKPOINT_BYTES * self.total
+
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Exact number of parameters of the model that `MemoryFormer(config)` builds."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from mf_train.config import Config
-from mf_train.model.counts import CHECKPOINT_BYTES, count_parameters
+from mf_train.model.counts import count_parameters
 from mf_train.planning.devices import Device
 from mf_train.planning.measured import Measured
 from mf_train.planning.plan import USABLE, Layout
@@ -26,7 +26,7 @@ def head_lines(config: Config, device: Device) -> Iterator[str]:
         f"work      {budget * model_flops(config.model):.3g} model FLOPs and "
         f"{config.training.steps * step_bytes(config):.3g} bytes moved in all (docs/planning.md says what is counted)"
     )
-    each, keep = CHECKPOINT_BYTES * counts.total, config.checkpoint.keep
+    each, keep = counts.checkpoint_bytes, config.checkpoint.keep
     kept = f"{keep} kept and one being written: {(keep + 1) * each / 1e9:,.4g} GB" if keep else "all kept"
     yield f"disk      {each / 1e9:,.4g} GB a checkpoint; {kept}"
     yield f"device    {device.name}, {device.memory / 1e9:.0f} GB; {rates_text(device)}"
@@ -42,7 +42,7 @@ def model_tree(config: Config) -> dict[str, Any]:
         "tokens": config.training.steps * tokens,
         "model_flops": config.training.steps * tokens * model_flops(config.model),
         "bytes_moved": config.training.steps * step_bytes(config),
-        "checkpoint_bytes": CHECKPOINT_BYTES * counts.total,
+        "checkpoint_bytes": counts.checkpoint_bytes,
     }
 
 

@@ -1,6 +1,7 @@
 # make            what there is
 # PYTHON=...      the interpreter that .venv is made with (3.11 or newer)
 # PYTEST_ARGS=... added to pytest's command line
+# GPU_ARGS=...    added to that of benchmarks.gpu: --dry, --only PART, --minutes N, --output FOLDER, --rehearse
 
 SHELL := /bin/bash
 VENV := .venv
@@ -8,7 +9,7 @@ STAMP := $(VENV)/.installed
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format drills faults slurm clean
+.PHONY: help setup quickstart test check format drills faults slurm gpu clean
 
 help:
 	@echo "make setup       create .venv with everything that is needed (once)"
@@ -19,6 +20,7 @@ help:
 	@echo "make drills      the slow tests"
 	@echo "make faults      fault drills: kills, full disks, damage, signals, stale starts; ends with a table"
 	@echo "make slurm       SLURM drills on a real cluster of namespaces (root): preemption, dead nodes; half an hour"
+	@echo "make gpu         prove and time everything on this machine's GPU, 8 minutes; sets nothing up"
 	@echo "make clean       remove .venv, caches and runs/quickstart"
 
 setup: $(STAMP)
@@ -54,6 +56,10 @@ faults: $(STAMP)
 
 slurm: $(STAMP)
 	$(VENV)/bin/python -m pytest -m slurm tests/launch tests/study $(PYTEST_ARGS)
+
+# Without set-up: a machine with a GPU may have no network. The project's environment where there is one.
+gpu:
+	@$(or $(PYTHON),$(wildcard $(VENV)/bin/python),python3) -m benchmarks.gpu $(GPU_ARGS)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check

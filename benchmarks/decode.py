@@ -114,7 +114,7 @@ def run(model: Any, prompt: Tensor, new: int = NEW) -> tuple[float, float]:
 
     def note(*_: Any) -> Tensor:
         times.append(time.perf_counter())
-        return torch.zeros(len(prompt), dtype=torch.bool)
+        return torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
 
     start = time.perf_counter()
     model.generate(

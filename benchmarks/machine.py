@@ -1,4 +1,6 @@
-"""What the benchmarks share: the machine in a line, its bandwidth, interleaved timing, a plain table."""
+"""What the benchmarks share: the machine in a line, its bandwidth, interleaved timing, a report."""
+
+from __future__ import annotations
 
 import statistics
 import time
@@ -6,6 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+
+from benchmarks.tables import table
+
+__all__ = ["compare", "copy_bandwidth", "description", "read_bandwidth", "report", "table"]
 
 
 def description() -> str:
@@ -65,19 +71,6 @@ def read_bandwidth(bytes_per_thread: int, seconds: float = 0.5) -> float:
         torch.sum(values, dim=2, out=out)
         best = min(best, time.perf_counter() - start)
     return threads * repeats * bytes_per_thread / best
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def report(name: str, parts: Sequence[str], *, save: bool) -> None:

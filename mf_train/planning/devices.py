@@ -81,13 +81,18 @@ def find_device(name: str) -> Device:
     return _device(path.stem, base, str(path))
 
 
+def find_name(name: str) -> str | None:
+    """The name in devices.yaml of the device that torch.cuda.get_device_name calls `name`; None where it has no such."""
+    return next((known for known, tree in _known().items() if name in tree["names"]), None)
+
+
 def find_peak(name: str) -> Peak | None:
     """Peak rates of the device that torch.cuda.get_device_name calls `name`; None where devices.yaml has no such."""
-    for tree in _known().values():
-        if name in tree["names"]:
-            peak = dict(tree["peak"])
-            return Peak(memory=peak.pop("memory"), flops=peak)
-    return None
+    known = find_name(name)
+    if known is None:
+        return None
+    peak = dict(_known()[known]["peak"])
+    return Peak(memory=peak.pop("memory"), flops=peak)
 
 
 def _known() -> dict[str, Any]:

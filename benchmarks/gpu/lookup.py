@@ -1,0 +1,144 @@
+"""Hash and lookup of one memory layer: bfloat16, tau 8, D = O, K = D / 8 tables; beside what torch offers.
+
+Calls go round copies of their arguments larger than the L2 cache, so that tables come from memory, as in training.
+`--sweep` times other sizes of the Triton kernels' column blocks instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu.device import ROTATION_BYTES, Call, Device
+from benchmarks.gpu.steps import Steps, describe, leave_if_device_lost, part_arguments
+from mf_train.kernels import composition, cuda, triton_backend, triton_lookup
+
+TAU = 8
+DTYPE = torch.bfloat16
+HIDDEN, TOKENS = (1024, 512, 2048), (16384, 65536, 2048)  # the first of each tells most
+_COPIES_NEED = 6  # times a layer's arguments: gradients, what is saved for them, sorted indices
+
+
+class Layer:
+    """Random arguments of one memory layer, and of the dense one that it replaces."""
+
+    def __init__(self, device: Device, hidden: int, tokens: int, seed: int) -> None:
+        generator = torch.Generator(device.type).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device.type).to(DTYPE)
+
+        self.num_tables = hidden // TAU
+        self.x, self.dy = normal(tokens, hidden), normal(tokens, hidden)
+        self.tables = normal(self.num_tables, 2**TAU, hidden)
+        self.codes, self.weights = composition.hash_codes(self.x, self.num_tables)
+        self.d_weights = normal(tokens, self.num_tables)
+        self.dense = normal(hidden, hidden)
+        first_row = torch.arange(self.num_tables, device=device.type, dtype=torch.int32) * 2**TAU
+        self.rows = self.codes.to(torch.int32) + first_row
+
+    def embedding_bag(self, tables: Tensor, weights: Tensor) -> Tensor:
+        return F.embedding_bag(self.rows, tables.flatten(0, 1), per_sample_weights=weights, mode="sum")
+
+    def embedding_bag_backward(self) -> Call:
+        """Its backward pass alone, which keeps the graph."""
+        leaves = [self.tables.detach().requires_grad_(), self.weights.detach().requires_grad_()]
+        y = self.embedding_bag(*leaves)
+        return lambda: torch.autograd.grad(y, leaves, self.dy, retain_graph=True)
+
+
+# What a call of each computes, given a layer; named as the table names it.
+WAYS: dict[str, Callable[[Layer], Call]] = {
+    "triton": lambda a: lambda: triton_backend.lookup(a.codes, a.weights, [a.tables]),
+    "triton backward": lambda a: (
+        lambda: triton_backend.lookup_backward([a.dy], a.codes, a.weights, [a.tables])
+    ),
+    "cuda": lambda a: lambda: cuda.lookup(a.codes, a.weights, [a.tables]),
+    "embedding_bag": lambda a: lambda: a.embedding_bag(a.tables, a.weights),
+    "embedding_bag backward": lambda a: a.embedding_bag_backward(),
+    "dense": lambda a: lambda: a.x @ a.dense,
+    "dense backward": lambda a: lambda: (a.dy @ a.dense.T, a.x.T @ a.dy),
+    "hash": lambda a: lambda: triton_backend.hash_codes(a.x, a.num_tables, 1.0, "probability"),
+    "hash backward": lambda a: (
+        lambda: triton_backend.hash_codes_backward(a.d_weights, a.x, a.num_tables, 1.0, "probability")
+    ),
+}
+
+
+def layers_of(device: Device, hidden: int, tokens: int) -> list[Layer]:
+    """Copies of a layer's arguments, more than L2 holds. Raises RuntimeError where memory is too small for them."""
+    one = (2 * tokens * hidden + hidden // TAU * (2**TAU * hidden + 10 * tokens)) * DTYPE.itemsize
+    copies = 1 if device.rehearse else max(2, -(-ROTATION_BYTES // one))
+    device.require((copies + _COPIES_NEED) * one, f"a layer of D = O = {hidden} with {tokens} tokens")
+    return [Layer(device, hidden, tokens, seed) for seed in range(copies)]
+
+
+def time_layer(device: Device, hidden: int, tokens: int, without: Mapping[str, str]) -> Mapping[str, object]:
+    """ns a token of each way; a way that fails has its reason in the place of a number."""
+    layers = layers_of(device, hidden, tokens)
+    found: dict[str, object] = {}
+    for name, way in WAYS.items():
+        if name in without:
+            found[name] = without[name]
+            continue
+        try:
+            found[name] = 1e9 * device.measure([way(layer) for layer in layers]) / tokens
+        except Exception as error:  # one way's failure is not the others'
+            found[name] = describe(error)
+            leave_if_device_lost()
+    return found
+
+
+def build_cuda_kernel(without: dict[str, str]) -> Mapping[str, str]:
+    """Compile the CUDA kernel, or note in `without` why it is left out."""
+    reason = cuda.unavailable_reason()
+    if not reason:
+        try:
+            return {"library": cuda.build().name}
+        except Exception as error:  # whatever the compiler had to say
+            reason = str(error).strip().splitlines()[-1]
+    without["cuda"] = f"left out: {reason}"
+    return dict(without)
+
+
+def sweep(device: Device, hidden: int, tokens: int) -> Mapping[str, object]:
+    """ns a token, forward and backward, over the bytes of a column block of all tables."""
+    layers, chosen = layers_of(device, hidden, tokens), triton_lookup.L2_BYTES
+    found = {}
+    try:
+        for megabytes in (4, 8, 16, 32, 64, 128):
+            triton_lookup.L2_BYTES = megabytes * 2**20
+            for name in ("triton", "triton backward"):
+                seconds = device.measure([WAYS[name](layer) for layer in layers])
+                found[f"{name}, {megabytes} MiB"] = 1e9 * seconds / tokens
+    finally:
+        triton_lookup.L2_BYTES = chosen
+    return found
+
+
+def main() -> None:
+    parser = part_arguments(__doc__)
+    parser.add_argument("--sweep", action="store_true", help="times over the size of a column block")
+    options = parser.parse_args()
+    device, steps = Device(options.rehearse), Steps(options.results)
+    hidden = (16, 24) if device.rehearse else HIDDEN
+    tokens = (12,) if device.rehearse else TOKENS
+    if options.sweep:
+        for size in hidden:
+            steps.run(f"sweep D {size}", lambda size=size: sweep(device, size, tokens[0]))
+        return
+    without: dict[str, str] = {}
+    build_cuda_kernel(without)
+    for number in tokens:
+        for size in hidden:
+            steps.run(
+                f"D {size} N {number}",
+                lambda size=size, number=number: time_layer(device, size, number, without),
+            )
+
+
+if __name__ == "__main__":
+    main()

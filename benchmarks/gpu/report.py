@@ -1,0 +1,201 @@
+"""What was found, as tables: one for each kind of figure, and a short one of all parts, which comes last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks.gpu.runner import Outcome
+from benchmarks.tables import table
+
+Values = Mapping[str, Any]
+
+
+def values_of(outcome: Outcome) -> dict[str, Values]:
+    """The values of each step that gave some."""
+    return {step["step"]: step["values"] for step in outcome.steps if "values" in step}
+
+
+def short_table(outcomes: list[Outcome]) -> str:
+    """A line for each part: how it ended, its seconds, and its figures or what failed."""
+    rows = [
+        [outcome.name, _state(outcome), f"{outcome.seconds:.0f}", _result(outcome)] for outcome in outcomes
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(
+        f"{name:<{widths[0]}}  {state:<{widths[1]}}  {seconds:>{widths[2]}} s  {result}"
+        for name, state, seconds, result in rows
+    )
+
+
+def failures(outcomes: list[Outcome]) -> list[str]:
+    """A line for every step that failed and every part that did not go through."""
+    lines = []
+    for outcome in outcomes:
+        if outcome.reason:
+            lines.append(f"{outcome.name}: {outcome.reason}")
+        lines += [
+            f"{outcome.name}: {step['step']}: {step['error']}" for step in outcome.steps if "error" in step
+        ]
+    return lines
+
+
+def long_tables(outcomes: list[Outcome]) -> str:
+    """The figures of every part that has more than a line of them."""
+    makers: dict[str, Callable[[dict[str, Values]], list[str]]] = {
+        "rates": rate_table,
+        "lookup": lookup_table,
+        "training": training_tables,
+        "decoding": decoding_table,
+    }
+    texts = []
+    for outcome in outcomes:
+        if outcome.name in makers and (values := values_of(outcome)):
+            texts += makers[outcome.name](values)
+    return "\n\n".join(texts)
+
+
+def _state(outcome: Outcome) -> str:
+    if outcome.reason.startswith("not run"):
+        return "not run"
+    failed = sum("error" in step for step in outcome.steps)
+    if failed:
+        return f"{failed} of {len(outcome.steps)} failed"
+    return "cut short" if outcome.reason else "ok"
+
+
+def _result(outcome: Outcome) -> str:
+    if outcome.reason.startswith("not run"):
+        return outcome.reason.removeprefix("not run: ")
+    values = values_of(outcome)
+    shown = _HEADLINES.get(outcome.name, _test_headline)(outcome, values)
+    return "; ".join(part for part in (shown, outcome.reason) if part)
+
+
+def _test_headline(outcome: Outcome, values: dict[str, Values]) -> str:
+    skipped = sum("skipped" in step for step in outcome.steps)
+    return f"{len(values)} passed" + (f", {skipped} skipped" if skipped else "")
+
+
+def _rate_headline(outcome: Outcome, values: dict[str, Values]) -> str:
+    found = []
+    if "copy" in values:
+        found.append(f"copy {_tera(values['copy']['memory'])} TB/s")
+    if "gather L2" in values:
+        found.append(f"gather in L2 {_tera(values['gather L2']['L2'])} TB/s")
+    if "product" in values:
+        found.append(f"bfloat16 {_tera(values['product']['bfloat16'])} TFLOP/s")
+    if "launch" in values:
+        found.append(f"launch {1e6 * values['launch']['behind each other']:.1f} us")
+    return ", ".join(found)
+
+
+def _lookup_headline(outcome: Outcome, values: dict[str, Values]) -> str:
+    if not values:
+        return ""
+    name, first = next(iter(values.items()))
+    forward, backward = _number(first.get("triton")), _number(first.get("triton backward"))
+    return f"{name}: Triton forward {forward}, backward {backward} ns a token"
+
+
+def _training_headline(outcome: Outcome, values: dict[str, Values]) -> str:
+    found = []
+    for name in ("tiny", "small"):
+        if name not in values:
+            continue
+        speed, peer = values[name]["tokens_per_second"], values.get(f"dense-{name}")
+        beside = f", {speed / peer['tokens_per_second']:.2f} of its dense peer's" if peer else ""
+        found.append(f"{name} {speed:,.0f} tokens/s{beside}")
+    return "; ".join(found)
+
+
+def _decoding_headline(outcome: Outcome, values: dict[str, Values]) -> str:
+    found = []
+    for name, cases in values.items():
+        one = cases["1 x 64"]
+        ratio = one["memoryformer"] / one["gpt_neox"]
+        found.append(f"{name} {one['memoryformer']:.0f} tokens/s, {ratio:.2f} of GPT-NeoX's")
+    return "; ".join(found)
+
+
+_HEADLINES: dict[str, Callable[[Outcome, dict[str, Values]], str]] = {
+    "rates": _rate_headline,
+    "lookup": _lookup_headline,
+    "training": _training_headline,
+    "decoding": _decoding_headline,
+}
+
+
+def rate_table(values: dict[str, Values]) -> list[str]:
+    rows = []
+    for step, unit, scale in (("copy", "TB/s", 1e12), ("product", "TFLOP/s", 1e12), ("launch", "us", 1e-6)):
+        rows += [[f"{step}, {name}", f"{v / scale:.3g}", unit] for name, v in values.get(step, {}).items()]
+    for level in ("L1", "L2", "memory"):
+        for name, v in values.get(f"gather {level}", {}).items():
+            rows.append([f"gather of rows, {name}", f"{v / 1e12:.3g}", "TB/s"])
+    return [table(["rate", "reached", ""], rows)] if rows else []
+
+
+def lookup_table(values: dict[str, Values]) -> list[str]:
+    shapes = {step: found for step, found in values.items() if step.startswith("D ")}
+    if not shapes:
+        return []
+    columns = list(dict.fromkeys(way for found in shapes.values() for way in found))
+    rows = [[step, *(_number(found.get(way)) for way in columns)] for step, found in shapes.items()]
+    return [
+        "ns a token, bfloat16, tau 8, K = D / 8; N tokens; -: did not run",
+        table(["D = O", *columns], rows),
+    ]
+
+
+def training_tables(values: dict[str, Values]) -> list[str]:
+    rows = []
+    for name, found in values.items():
+        shares = [
+            "-" if found[key] is None else f"{found[key]:.0%}" for key in ("bandwidth_share", "flops_share")
+        ]
+        rows.append(
+            [
+                name,
+                f"{found['tokens_per_second']:,.0f}",
+                f"{found['peak_memory_bytes'] / 1e9:.1f}",
+                *shares,
+                str(found["micro_batch_size"]),
+                f"{found['first_step_seconds']:.0f}",
+            ]
+        )
+    header = ["trainer", "tokens/s", "peak GB", "of bandwidth", "of FLOP/s", "micro-batch", "s to step 1"]
+    return [
+        table(header, rows),
+        *(text for name, found in values.items() for text in profile_table(name, found)),
+    ]
+
+
+def profile_table(name: str, found: Values) -> list[str]:
+    """The parts of a profiled step, the longest first, in ms and as a share."""
+    parts = found["profile"]["parts"]
+    key = "device_seconds" if any(part["device_seconds"] for part in parts.values()) else "cpu_seconds"
+    total = sum(part[key] for part in parts.values()) or 1.0
+    steps = found["profile"]["steps"]
+    rows = [
+        [part, f"{1e3 * row[key] / steps:.2f}", f"{row[key] / total:.1%}"]
+        for part, row in sorted(parts.items(), key=lambda item: -item[1][key])
+    ]
+    return [table([f"{name}, {key.removesuffix('_seconds')} time of a step", "ms", "share"], rows)]
+
+
+def decoding_table(values: dict[str, Values]) -> list[str]:
+    rows = []
+    for name, cases in values.items():
+        for case, found in cases.items():
+            ours, peer = found["memoryformer"], found["gpt_neox"]
+            rows.append([f"{name}, {case}", f"{ours:.0f}", f"{peer:.0f}", f"{ours / peer:.2f}"])
+    return [table(["decoding, batch x prompt", "tokens/s", "GPT-NeoX", "ratio"], rows)] if rows else []
+
+
+def _tera(value: float) -> str:
+    return f"{value / 1e12:.2f}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, int | float) else "-"

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from benchmarks import machine
+from benchmarks.tables import table
 
 PARTS = ("save", "load", "convert", "large")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -144,7 +145,7 @@ def save(options: argparse.Namespace, folder: Path) -> tuple[Path, list[str]]:
     beside, other = (statistics.median(steps[key]) for key in (True, False))
     return checkpoint, [
         title,
-        machine.table(["", "median s", "least", "most", "GB/s", "/ cp"], rows),
+        table(["", "median s", "least", "most", "GB/s", "/ cp"], rows),
         f"stall / synchronous save: {stall / synchronous:.3f}",
         f"a step beside a save / one with none: {beside:.2f} s / {other:.2f} s = {beside / other:.2f}",
     ]
@@ -222,7 +223,7 @@ def load(checkpoint: Path, rounds: int) -> list[str]:
     shutil.rmtree(single)
     header = ["load, P x R", "median s", "least", "most", "GB/s", "GB a rank in a step", "MB beyond a step"]
     return [
-        machine.table(header, rows),
+        table(header, rows),
         f"reading the files by one process (`cat`): {read:.2f} s, {folder_size(checkpoint) / GB / read:.2f} GB/s",
     ]
 
@@ -338,7 +339,7 @@ def convert(checkpoint: Path, dtypes: tuple[str, ...], limit: int, rounds: int) 
     header = [title, "median s", "least", "most", "GB/s", "of cp's speed", "MB above torch"]
     under = f"under RLIMIT_DATA of {limit / MB:.0f} MB above a Python with torch; " if limit else ""
     return [
-        machine.table(header, rows),
+        table(header, rows),
         f"{under}starting a Python with torch takes {start_up:.1f} s of it",
         "\n".join(lines),
     ]

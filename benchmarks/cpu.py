@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
+from benchmarks.tables import table
 from mf_train.kernels import composition, cpu
 
 HIDDEN, TABLES, TOKENS = 512, 64, 2048  # D = O and K of the tiny model, tau = 8; a micro batch
@@ -212,11 +213,11 @@ def measure(seconds: float, plot_path: Path | None) -> list[str]:
             "MB memory",
         ]
         header += ["of copy", "MB cache", "of L2"]
-        parts.append(machine.table(header, step_rows(measurements[name], copy, l2)))
+        parts.append(table(header, step_rows(measurements[name], copy, l2)))
         header = [f"{name}, Q K V", "fused ms", "three calls ms", "ratio"]
-        parts.append(machine.table(header, fused(dtype, seconds)))
+        parts.append(table(header, fused(dtype, seconds)))
         header = [f"{name}, one token, hash + lookup", "ms", "composition ms", "ratio"]
-        parts.append(machine.table(header, one_token(dtype, min(seconds, 1.0))))
+        parts.append(table(header, one_token(dtype, min(seconds, 1.0))))
     if plot_path:
         plot(plot_path, measurements, copy, l2)
     return parts

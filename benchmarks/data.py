@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.tables import table
 from mf_train.config import Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainingConfig
 from mf_train.data.prefetch import BatchReader
 from mf_train.data.stream import TokenStream
@@ -171,7 +172,7 @@ def text(corpus: Corpus, tokenizer: Tokenizer, rounds: int) -> list[str]:
         f"{corpus.num_tokens / 1e6:.1f} M tokens"
     )
     return [
-        machine.table([title, *RATE_HEADER, "MB/s"], rows),
+        table([title, *RATE_HEADER, "MB/s"], rows),
         f"preparing the text was {statistics.median(preparations):.2f} s of the epoch; 2 workers / 1: {two / one:.2f}, "
         f"sentencepiece in 2 processes / 1: {bare_two / bare:.2f}",
     ]
@@ -254,7 +255,7 @@ def tokens(corpus: Corpus, tokenizer: Tokenizer, rounds: int, count: int, stream
     rows = rate_rows(rates, statistics.median(rates["memory map"]))
     title = f"tokens: {samples * SEQUENCE / 1e6:.0f} M {np.dtype(dtype)}, shuffled, batches of {BATCH} x {SEQUENCE}"
     return [
-        machine.table([title, *RATE_HEADER], rows + missing),
+        table([title, *RATE_HEADER], rows + missing),
         "one core each; BatchReader: and the trainer's",
     ]
 
@@ -347,7 +348,7 @@ def memory(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
             cursors = config.data.logical_streams * sources
             figures = [f"{growth / 1e6:.1f}", f"{growth / cursors / 1e3:.1f}", f"{bound(config) / 1e3:.1f}"]
             rows.append([f"{name}, {sources} sources x 64 streams", *figures, f"{state / cursors:.0f}"])
-    return [machine.table(["memory", "MB", "kB a cursor", "bound", "bytes of state a cursor"], rows)]
+    return [table(["memory", "MB", "kB a cursor", "bound", "bytes of state a cursor"], rows)]
 
 
 def bound(config: Config) -> int:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import copy_bandwidth, report, table
+from benchmarks.machine import copy_bandwidth, report
+from benchmarks.tables import table
 from mf_train.checkpoint.tensor_file import TensorFileWriter
 from mf_train.config import Config, ModelConfig
 from mf_train.model import MemoryFormer

@@ -9,10 +9,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.tables import table
-
-__all__ = ["compare", "copy_bandwidth", "description", "read_bandwidth", "report", "table"]
-
 
 def description() -> str:
     """The processor, torch's version, threads and instruction set, in one line."""

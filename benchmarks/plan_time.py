@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from benchmarks import machine
+from benchmarks.tables import table
 from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from mf_train.planning.devices import find_device
 from mf_train.planning.time import estimate_step
@@ -155,7 +156,7 @@ def main() -> None:
         )
     by_time = sorted(range(len(pairs)), key=lambda one: pairs[one][1])
     order = sorted(range(len(pairs)), key=lambda one: pairs[one][0])
-    text = machine.table(
+    text = table(
         ["configuration", "predicted s", "measured CPU s", "ratio", "largest part"],
         [rows[one] for one in by_time],
     )

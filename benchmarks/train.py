@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import machine
+from benchmarks.tables import table
 
 WARM_UP = 5  # steps left out of each run
 
@@ -39,7 +40,7 @@ def main() -> None:
     ]
     fast, slow = medians.values()
     title = f"{options.config}: {options.processes} processes, {options.rounds} runs of {options.steps} steps"
-    text = machine.table(["", "median ms a step", "least", "most"], rows)
+    text = table(["", "median ms a step", "least", "most"], rows)
     machine.report("train", [title, text, f"ratio of medians: {slow / fast:.2f}"], save=options.save)
 
 

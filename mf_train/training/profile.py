@@ -1,6 +1,6 @@
 """Profiles of a run's steps: a trace, a snapshot of memory, and a summary by part, in the run's folder.
 
-The model and the loop know nothing of it: while steps are profiled, hooks and wrapped methods put named ranges around
+The model knows nothing of it: while steps are profiled, hooks and wrapped methods put named ranges around
 the parts, and are gone afterwards. docs/profiling.md says what is written and how to read it.
 """
 
@@ -125,7 +125,8 @@ class Profile:
 
     def _write(self) -> None:
         """A profile that cannot be written does not end the run: a line says so."""
-        what = f"profile of steps {self._began_at} to {self.last}"
+        many = self.last > self._began_at
+        what = f"profile of step{'s' if many else ''} {self._began_at}" + (f" to {self.last}" if many else "")
         try:
             self._path("").parent.mkdir(parents=True, exist_ok=True)
             self._write_files()

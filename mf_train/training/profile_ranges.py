@@ -133,8 +133,12 @@ def named_method(owner: Any, method: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, method: str, function: Callable[..., Any]) -> Iterator[None]:
-    setattr(owner, method, function)  # of this object alone, in front of its class's
+    own = vars(owner).get(method)  # mostly the method is its class's, and the function is put in front of it
+    setattr(owner, method, function)
     try:
         yield
     finally:
-        delattr(owner, method)
+        if own is None:
+            delattr(owner, method)
+        else:
+            setattr(owner, method, own)

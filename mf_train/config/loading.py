@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mf_train.config.sections import Config
+from mf_train.config.sections import Config, TrainingConfig
 from mf_train.errors import UserError
 
 
@@ -111,6 +111,7 @@ def check_config(config: Config, origin: str) -> None:
         "training.global_batch_size": config.training.global_batch_size,
         "training.micro_batch_size": config.training.micro_batch_size,
         "training.collective_timeout_seconds": config.training.collective_timeout_seconds,
+        "training.profile.start": config.training.profile.start,
         "data.logical_streams": config.data.logical_streams,
         "data.block_documents": config.data.block_documents,
         "data.window_blocks": config.data.window_blocks,
@@ -124,6 +125,7 @@ def check_config(config: Config, origin: str) -> None:
     not_negative = {
         "training.validation_interval": config.training.validation_interval,
         "training.validation_sequences": config.training.validation_sequences,
+        "training.profile.steps": config.training.profile.steps,
         "data.workers": config.data.workers,
         "checkpoint.interval": config.checkpoint.interval,
         "checkpoint.keep": config.checkpoint.keep,
@@ -145,6 +147,8 @@ def check_config(config: Config, origin: str) -> None:
         refuse(f"optimizer.betas is {list(config.optimizer.betas)}: each must be in [0, 1)")
     if not 0 <= config.schedule.minimum_fraction <= 1:
         refuse(f"schedule.minimum_fraction is {config.schedule.minimum_fraction}: it must be in [0, 1]")
+    if problem := _profile_problem(config.training):
+        refuse(problem)
     for name in ("rows_read", "entropy", "largest_share"):
         value = getattr(config.logging, f"alarm_{name}")
         if not 0 <= value <= 1:
@@ -156,6 +160,22 @@ def check_config(config: Config, origin: str) -> None:
                 refuse(f"{key}: give either 'path' (local files) or 'hub' (a dataset's name), and not both")
             if not 0 < source.weight < math.inf:
                 refuse(f"{key}.weight is {source.weight}: it must be a number above 0")
+
+
+def _profile_problem(training: TrainingConfig) -> str:
+    """What is wrong with `training.profile`, beside bounds of its own; empty where nothing is."""
+    profile = training.profile
+    if not profile.steps:
+        return ""
+    last = profile.start + profile.steps - 1
+    if last > training.steps:
+        return (
+            f"training.profile asks for steps {profile.start} to {last} and training.steps is {training.steps}: lower "
+            "training.profile.start or training.profile.steps"
+        )
+    if not profile.ranks or min(profile.ranks) < 0 or len(set(profile.ranks)) < len(profile.ranks):
+        return f"training.profile.ranks is {list(profile.ranks)}: name at least one rank, each once, counted from 0"
+    return ""
 
 
 def _parse_yaml(text: str, origin: str) -> Any:

@@ -80,6 +80,15 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Which steps and ranks are profiled, into the run's folder (docs/profiling.md)."""
+
+    steps: int = 0  # how many, one after another; 0: none
+    start: int = 10  # the first of them, counted from the run's first step, which is 1
+    ranks: tuple[int, ...] = (0,)  # each writes files of its own
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """The run: its length, batch, arithmetic, device and folder."""
 
@@ -93,6 +102,7 @@ class TrainingConfig:
     validation_interval: int = 0  # steps between validations (and one after the last step); 0: none
     validation_sequences: int = 0  # sequences of the validation text that are used; 0: all
     collective_timeout_seconds: int = 600  # a collective that waits longer ends the run
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

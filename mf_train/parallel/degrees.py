@@ -54,6 +54,12 @@ def check_degrees(config: Config, world_size: int) -> None:
             f"({world_size} processes / parallel.tensor {tensor}): change the number of processes, or for a new run "
             "data.logical_streams"
         )
+    profile = config.training.profile
+    if profile.steps and max(profile.ranks) >= world_size:
+        raise UserError(
+            f"training.profile.ranks names rank {max(profile.ranks)} and the run has ranks 0 to {world_size - 1} "
+            f"({world_size} processes): name some of these"
+        )
     if model.vocab_size < 2:
         raise UserError(f"model.vocab_size is {model.vocab_size}: it must be at least 2")
 

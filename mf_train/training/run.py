@@ -7,7 +7,7 @@ import resource
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,19 @@ from mf_train.training.summary import skipped_documents, summary
 from mf_train.training.telemetry import TableTelemetry
 from mf_train.training.validate import validation_loss
 
+if TYPE_CHECKING:
+    from mf_train.training.profile import Part, Profile
+
 DONE, STOPPED = 0, 75
+_PROFILED = {  # what a profile calls the time in these methods of a run
+    "_next_batch": "read batch",
+    "_agree_on_batch": "agree on batch",
+    "_share_batch": "share batch",
+    "_mean_loss": "share loss",
+    "_validate": "validate",
+    "_report": "report",
+    "_save": "save",
+}
 _WATCH_SPEAKS_FIRST_SECONDS = 60  # before a collective's own timeout, which names no rank
 
 
@@ -179,6 +191,7 @@ class _Run:
         self.metrics: MetricsWriter | None = None
         self.unwritten: TrainingError | None = None  # why rank 0 could not write the last step's metrics
         self.line = LiveLine(config.training.steps, config.logging.interval)
+        self.profile: Profile | None = None
 
     def run(self) -> int:
         config = self.config
@@ -187,7 +200,10 @@ class _Run:
             self.line.say(
                 summary(config, self.degrees, self.device, self.inputs, self.validation, self.saving)
             )
+        self._open_profile()
         while self.step < config.training.steps:
+            if self.profile is not None:
+                self.profile.turn(self.step + 1)
             started = time.perf_counter()
             self.watch.at(f"reading the batch of step {self.step + 1}")
             rows, failure = self._next_batch()
@@ -208,9 +224,7 @@ class _Run:
             last = self.step == config.training.steps
             if self._due(config.training.validation_interval, last) and self.validation is not None:
                 self.watch.at(f"validating after step {self.step}")
-                metrics["validation_loss"] = validation_loss(
-                    self.engine, self.validation, config.training.micro_batch_size, self.watch.beat
-                )
+                metrics["validation_loss"] = self._validate(self.validation)
                 self.progress |= {"validation_loss": metrics["validation_loss"], "validation_step": self.step}
             self.progress |= {"loss": metrics["loss"]}
             self._report(metrics)
@@ -218,10 +232,14 @@ class _Run:
             self.deadline.note_step(time.perf_counter() - started)
             if self._due(config.checkpoint.interval, last) or last:
                 self._save(last=last)
+        if self.profile is not None:
+            self.profile.turn(self.step + 1)
         self._say(f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saving.last}")
         return DONE
 
     def close(self) -> None:
+        if self.profile is not None:
+            self.profile.close()
         if self.batches is not None:
             self.batches.close()
         if self.metrics is not None:
@@ -293,8 +311,7 @@ class _Run:
             with self.telemetry.counting():
                 loss += self.engine.backward(rows[:, :-1], rows[:, 1:], last=is_last) / len(micro_batches)
             self.watch.beat()
-        dist.all_reduce(loss, group=self.groups.data)
-        mean = loss.item() / self.degrees.data
+        mean = self._mean_loss(loss)
         self._check_finite("loss", mean, step, digest)
         rate = learning_rate(step, config.training.steps, config.optimizer.learning_rate, config.schedule)
         norm = self.engine.update(rate)
@@ -314,6 +331,13 @@ class _Run:
             else 0,
         }
         return metrics | self.telemetry.report(step)
+
+    def _mean_loss(self, loss: torch.Tensor) -> float:
+        dist.all_reduce(loss, group=self.groups.data)
+        return loss.item() / self.degrees.data
+
+    def _validate(self, blocks: ValidationBlocks) -> float:
+        return validation_loss(self.engine, blocks, self.config.training.micro_batch_size, self.watch.beat)
 
     def _check_finite(self, name: str, value: float, step: int, digest: str) -> None:
         """All ranks have the same value, so all raise, and rank 0 says why."""
@@ -357,6 +381,17 @@ class _Run:
         state = checkpoint.state()
         _place_stream(self.inputs, state)
         return state
+
+    def _open_profile(self) -> None:
+        """Where steps are to be profiled; without, nothing of it is imported."""
+        if self.config.training.profile.steps:
+            from mf_train.training.profile import open_profile
+
+            mine: list[Part] = [(self, method, name) for method, name in _PROFILED.items()]
+            parts = [*mine, (self.telemetry, "report", "telemetry"), (self.saving, "advance", "save")]
+            self.profile = open_profile(
+                self.config, self.engine, self.step, parts, self.line.say, self.watch.beat
+            )
 
     def _check_written(self) -> None:
         if self.unwritten is not None:

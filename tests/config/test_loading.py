@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mf_train.config import Config, ModelConfig, OptimizerConfig, SourceConfig
+from mf_train.config import Config, ModelConfig, OptimizerConfig, ProfileConfig, SourceConfig
 from mf_train.config.loading import config_to_tree, load_config, parse_config
 from mf_train.errors import UserError
 
@@ -105,6 +105,7 @@ def random_config(dice: random.Random) -> Config:
         "betas": (dice.random(), dice.random()),
         "zero_stage": dice.randrange(4),
         "hub": None,
+        "profile": ProfileConfig(start=1, steps=dice.randrange(2), ranks=(0, dice.randint(1, 99))),
     }
 
     def value(annotation: Any, name: str) -> Any:
@@ -149,6 +150,39 @@ def test_misspelt_keys_name_the_nearest(text: str, key: str, near: str, tmp_path
 
 def test_a_misspelt_override_names_the_nearest(tmp_path: Path) -> None:
     assert "unknown key 'training.stpes': did you mean 'steps'?" in mistake(tmp_path, "", "training.stpes=3")
+
+
+def test_a_section_in_a_section(tmp_path: Path) -> None:
+    """Its overrides work, beside the file's values, and a misspelt one names the nearest."""
+    text = "training: {steps: 20, profile: {ranks: [1, 0]}}"
+    found = load(tmp_path, text, "training.profile.steps=3", "training.profile.start=18").training
+    assert found.profile == ProfileConfig(steps=3, start=18, ranks=(1, 0)) and found.steps == 20
+    assert load(tmp_path, "training: {steps: 5}").training.profile == ProfileConfig(steps=0)
+    assert mistake(tmp_path, text, "training.profile.stpes=3").endswith(
+        "unknown key 'training.profile.stpes': did you mean 'steps'?"
+    )
+    assert mistake(tmp_path, text, "training.profile=3").endswith(
+        "training.profile is 3: expected keys and values"
+    )
+    assert mistake(tmp_path, text, "training.profile.ranks=0").endswith(
+        "training.profile.ranks is 0: expected a list"
+    )
+
+
+@pytest.mark.parametrize(
+    ("profile", "words"),
+    [
+        ("{steps: -1}", "training.profile.steps is -1: it must be a number, 0 or more"),
+        ("{start: 0}", "training.profile.start is 0: it must be a number above 0"),
+        ("{steps: 3, start: 1001}", "asks for steps 1001 to 1003 and training.steps is 1000: lower"),
+        ("{steps: 3, start: 999}", "asks for steps 999 to 1001 and training.steps is 1000: lower"),
+        ("{steps: 1, ranks: []}", "training.profile.ranks is []: name at least one rank"),
+        ("{steps: 1, ranks: [0, -1]}", "training.profile.ranks is [0, -1]: name at least one rank"),
+        ("{steps: 1, ranks: [2, 2]}", "training.profile.ranks is [2, 2]: name at least one rank, each once"),
+    ],
+)
+def test_profiles_that_no_run_can_make(profile: str, words: str, tmp_path: Path) -> None:
+    assert words in mistake(tmp_path, "", f"training.profile={profile}")
 
 
 def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, ProfileConfig, TrainingConfig
 from mf_train.errors import UserError
 from mf_train.parallel.degrees import Degrees, check_degrees
 
@@ -112,3 +112,15 @@ def test_a_vocabulary_of_one_token_is_refused() -> None:
     config = make_config()
     with pytest.raises(UserError, match=r"model\.vocab_size is 1"):
         check_degrees(replace(config, model=replace(config.model, vocab_size=1)), 1)
+
+
+def test_a_profiled_rank_is_one_of_the_run_s() -> None:
+    config = make_config()
+    profile = ProfileConfig(steps=1, ranks=(0, 3))
+    asked = replace(config, training=replace(config.training, profile=profile))
+    check_degrees(asked, 4)
+    with pytest.raises(
+        UserError, match=r"^training\.profile\.ranks names rank 3 and .* ranks 0 to 1 .*: name"
+    ):
+        check_degrees(asked, 2)
+    check_degrees(replace(config, training=replace(config.training, profile=replace(profile, steps=0))), 2)

@@ -1,0 +1,206 @@
+"""Profiles of a run's steps: a trace, a snapshot of memory, and a summary by part, in the run's folder.
+
+The model knows nothing of it: while steps are profiled, hooks and wrapped methods put named ranges around
+the parts, and are gone afterwards. docs/profiling.md says what is written and how to read it.
+"""
+
+import gzip
+import json
+import os
+import resource
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mf_train.checkpoint.files import beside, write_whole
+from mf_train.checkpoint.layout import step_name
+from mf_train.config import Config
+from mf_train.parallel.engine import Engine
+from mf_train.training.profile_ranges import MODEL_PARTS, named_method, named_parts
+from mf_train.training.profile_summary import STEP, Trace, table
+
+_MEMORY_EVENTS = 100_000  # of the GPU's allocator, the newest; each takes about a kilobyte
+
+Part = tuple[Any, str, str]  # an object, its method, and what the time in it is called
+
+
+def profile_path(folder: Path, step: int, rank: int, kind: str) -> Path:
+    """A file of the profile that begins with `step`: `kind` is trace.json.gz, memory.pickle, summary.json, ..."""
+    return folder / "profile" / f"{step_name(step)}-rank-{rank:05d}.{kind}"
+
+
+def open_profile(
+    config: Config,
+    engine: Engine,
+    step: int,
+    parts: Sequence[Part],
+    say: Callable[[str], None],
+    beat: Callable[[], None],
+) -> "Profile | None":
+    """This rank's profile of the steps that `training.profile` names, or None where it has none after `step`."""
+    wanted, rank = config.training.profile, engine.groups.degrees.rank
+    last = wanted.start + wanted.steps - 1
+    if step >= last and rank == 0:
+        say(
+            f"warning: training.profile asks for steps {wanted.start} to {last} and this run goes on after step "
+            f"{step}: nothing is profiled"
+        )
+    if step >= last or rank not in wanted.ranks:
+        return None
+    return Profile(config, engine, parts, say, beat)
+
+
+class Profile:
+    """Records this rank's steps from `training.profile.start` on, and then writes what was recorded.
+
+    `turn` is called between steps. Of `parts` each method's time gets the name. `beat` is called while it writes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        parts: Sequence[Part],
+        say: Callable[[str], None],
+        beat: Callable[[], None],
+    ) -> None:
+        wanted = config.training.profile
+        self.first, self.last = wanted.start, wanted.start + wanted.steps - 1
+        self.folder = Path(config.training.output_dir)
+        self.engine = engine
+        self.parts = [*parts, (engine, "update", "optimizer")]
+        self.say, self.beat = say, beat
+        self._ranges: ExitStack | None = None  # while steps are recorded
+        self._step = ExitStack()  # the current step's range
+        self._began_at = 0
+        self._profiler: Any = None
+
+    def turn(self, step: int) -> None:
+        """The step before `step` is over, and `step` begins now."""
+        self._step.close()
+        if self._ranges is not None and step > self.last:
+            self._stop()
+            self._write()
+        if self.first <= step <= self.last:
+            if self._ranges is None:
+                self._start(step)
+            self._step.enter_context(record_function(f"{STEP}{step}"))
+
+    def close(self) -> None:
+        """End a recording that is under way; nothing of it is written."""
+        self._step.close()
+        if self._ranges is not None:
+            self._stop()
+            self._forget()
+
+    def _start(self, step: int) -> None:
+        self._began_at = step
+        activities = [ProfilerActivity.CPU]
+        if self.engine.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MEMORY_EVENTS)
+        else:
+            # its lines of progress look like errors among a run's; CUPTI's errors, on a GPU, are worth their noise
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        self._profiler = profile(activities=activities, profile_memory=True)
+        self._ranges = ExitStack()
+        self._ranges.enter_context(named_parts(self.engine))
+        for owner, method, name in self.parts:
+            self._ranges.enter_context(named_method(owner, method, name))
+        self._profiler.start()
+
+    def _stop(self) -> None:
+        assert self._ranges is not None
+        self._profiler.stop()
+        self._ranges.close()
+        self._ranges = None
+
+    def _path(self, kind: str) -> Path:
+        return profile_path(self.folder, self._began_at, self.engine.groups.degrees.rank, kind)
+
+    def _write(self) -> None:
+        """A profile that cannot be written does not end the run: a line says so."""
+        many = self.last > self._began_at
+        what = f"profile of step{'s' if many else ''} {self._began_at}" + (f" to {self.last}" if many else "")
+        try:
+            self._path("").parent.mkdir(parents=True, exist_ok=True)
+            self._write_files()
+        except (OSError, ValueError) as error:  # a trace that the profiler could not write whole is no JSON
+            self.say(f"warning: the {what} is not complete: {error}")
+        else:
+            self.say(f"{what}: {self._path('summary.txt')}")
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._profiler = None
+        if self.engine.device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write_files(self) -> None:
+        device = self.engine.device.type
+        if device == "cuda":
+            self._write_snapshot()
+        exported = self._export()
+        self.beat()
+        names = {name for _, _, name in self.parts}
+        trace = Trace(exported["traceEvents"], names.union(MODEL_PARTS))
+        summary = trace.summarise(device)
+        exported["traceEvents"] += trace.backward_ranges()
+        self.beat()
+        _write(self._path("trace.json.gz"), gzip.compress(json.dumps(exported).encode(), compresslevel=5))
+        steps = self.last - self._began_at + 1
+        about = {
+            "first_step": self._began_at,
+            "steps": steps,
+            "rank": self.engine.groups.degrees.rank,
+            "device": device if device == "cpu" else torch.cuda.get_device_name(self.engine.device),
+        }
+        memory = {"state": _state_bytes(self.engine), "process_peak_bytes": _process_peak()}
+        tree = about | asdict(summary) | {"memory": asdict(summary.memory) | memory}
+        _write(self._path("summary.json"), json.dumps(tree, indent=1).encode())
+        _write(self._path("summary.txt"), table(summary, steps).encode())
+
+    def _export(self) -> dict[str, Any]:
+        """The profiler's trace, by way of a file: it gives it in no other form."""
+        plain = beside(self._path("trace.json"), "partial")
+        try:
+            self._profiler.export_chrome_trace(str(plain))
+            exported: dict[str, Any] = json.loads(plain.read_text(encoding="utf-8", errors="replace"))
+            return exported
+        finally:
+            plain.unlink(missing_ok=True)
+
+    def _write_snapshot(self) -> None:
+        snapshot = self._path("memory.pickle")
+        partial = beside(snapshot, "partial")
+        try:
+            torch.cuda.memory._dump_snapshot(str(partial))
+            os.replace(partial, snapshot)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _state_bytes(engine: Engine) -> dict[str, int]:
+    """What this rank holds between steps: bytes of the parameters, and of the optimiser's masters and moments."""
+    parameters = {p.data_ptr(): p.nbytes for p in engine.model.parameters()}
+    masters = {p.data_ptr(): p.nbytes for group in engine.optimizer.param_groups for p in group["params"]}
+    moments = [value for state in engine.optimizer.state.values() for value in state.values()]
+    return {
+        "parameters": sum(parameters.values()),
+        "masters": sum(size for place, size in masters.items() if place not in parameters),
+        "moments": sum(value.nbytes for value in moments if isinstance(value, torch.Tensor)),
+    }
+
+
+def _process_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _write(path: Path, data: bytes) -> None:
+    write_whole(path, data, "partial")

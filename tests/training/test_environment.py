@@ -11,7 +11,13 @@ import pytest
 import yaml
 
 from mf_train.errors import UserError
-from mf_train.training.environment import CACHE, private_folder, set_allocator, set_kernel_cache
+from mf_train.training.environment import (
+    CACHE,
+    private_folder,
+    set_allocator,
+    set_kernel_cache,
+    temporary_folder,
+)
 from tests.training.runs import REPOSITORY, environment, small_config, write_text
 
 NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -72,10 +78,9 @@ def test_kernels_are_kept_in_a_private_folder_of_the_node(tmp_path: Path) -> Non
     assert own[CACHE] == "/somewhere"
 
 
-def test_a_temporary_folder_that_is_not_on_this_node_is_left_out() -> None:
-    given = {"TMPDIR": "/no/such/folder"}
-    set_kernel_cache(given)
-    assert Path(given[CACHE]).parent == Path("/tmp")
+def test_a_temporary_folder_that_is_not_on_this_node_is_left_out(tmp_path: Path) -> None:
+    assert temporary_folder({"TMPDIR": str(tmp_path)}) == tmp_path
+    assert temporary_folder({"TMPDIR": "/no/such/folder"}) == temporary_folder({}) == Path("/tmp")
 
 
 def test_a_name_that_is_taken_is_not_trusted(tmp_path: Path) -> None:

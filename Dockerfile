@@ -6,8 +6,10 @@ FROM ${BASE}
 # The base keeps its packages in the system's Python, which Debian marks as its own (PEP 668).
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 
-# g++ is for the C++ operation on CPUs and for the launchers that Triton compiles.
-RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-dev && rm -rf /var/lib/apt/lists/*
+# g++ is for the C++ operation on CPUs; gcc and Python.h are for the launchers that Triton compiles when a run starts, and
+# no -runtime base has them. The last line fails where the headers are of another Python than the base's.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ python3-dev && rm -rf /var/lib/apt/lists/* \
+ && gcc --version && test -f "$(python -c 'import sysconfig; print(sysconfig.get_path("include", "posix_prefix"))')/Python.h"
 
 WORKDIR /opt/memoryformer
 COPY constraints.txt pyproject.toml README.md LICENSE ./

@@ -85,9 +85,12 @@ def _speak(message: str) -> None:
 def _train(options: argparse.Namespace) -> int:
     from mf_train.config.loading import load_config
     from mf_train.parallel.processes import find_process
+    from mf_train.training.environment import set_allocator
 
     config = load_config(options.config, options.overrides)
     process = find_process()
+    if config.training.device != "cpu":
+        set_allocator(os.environ)  # torch reads it when it is imported, which comes next
 
     from mf_train.training.run import train
 

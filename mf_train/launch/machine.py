@@ -2,12 +2,15 @@
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import re
 import resource
 import shutil
 import socket
 import sys
+import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 import mf_train
@@ -62,6 +65,15 @@ def resources(folder: Path) -> dict[str, int]:
         "free": shutil.disk_usage(folder).free if folder.is_dir() else 0,
         "open_files": files if files != resource.RLIM_INFINITY else sys.maxsize,
     }
+
+
+def compiler_problem(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What Triton, which compiles a launcher for each kernel when a run starts, does not find here, or None."""
+    compilers = [environment["CC"].split()[0]] if environment.get("CC", "").strip() else ["gcc", "clang"]
+    if not any(shutil.which(name, path=environment.get("PATH")) for name in compilers):
+        return f"has no C compiler ({' or '.join(compilers)}), which Triton needs: install gcc"
+    header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
+    return None if header.is_file() else f"has no {header}, which Triton needs: install Python's headers"
 
 
 def name_problem(host: str, gloo: bool) -> str | None:

@@ -3,8 +3,8 @@
 Started by srun, one process a GPU (`cuda`) or task (`cpu`). Each prints lines `@preflight {json}` of less than 1 000
 bytes, so that srun passes them on whole. Each stage leaves a line: the last one tells how far a process came. Stages:
 
-    node     versions, memory, limits, names; GPUs that it sees
-    met      all processes found each other at the first node
+    node     versions, memory, limits, names, the compiler that Triton needs; GPUs that each process sees
+    met      all processes found each other at the first node, each with a GPU of its own
     clock    difference to rank 0's clock, by the round trip that was shortest
     memory   copies inside the device's memory, GB read and written a second
     storage  a file written, synced, and the next node's read back, bytes a second
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_train.errors import UserError
-from mf_train.launch.machine import cuda_versions, name_problem, resources, versions
+from mf_train.launch.machine import compiler_problem, cuda_versions, name_problem, resources, versions
 from mf_train.parallel.processes import Process, find_process
 
 MARK = "@preflight "
@@ -107,14 +107,19 @@ def say_node(place: Place, kind: str) -> None:
         place.say("node", versions=versions(), resources=resources(place.folder))
         if place.nodes > 1 and (problem := name_problem(place.process.master_address, kind == "cpu")):
             place.say("node", problem=problem)
+        if kind == "cuda" and (problem := compiler_problem()):
+            place.say("node", problem=problem)
     import torch
 
-    if not place.local:
-        place.say("node", versions=cuda_versions(), gpus=torch.cuda.device_count())
-    if kind == "cuda" and torch.cuda.device_count() <= place.local:
-        raise LookupError(f"no GPU for local rank {place.local}")
+    from mf_train.training.device import gpu_index
+
+    place.say(
+        "node", gpus=torch.cuda.device_count(), **({} if place.local else {"versions": cuda_versions()})
+    )
     torch.set_num_threads(1)
-    place.device = torch.device("cuda", place.local) if kind == "cuda" else torch.device("cpu")
+    place.device = torch.device("cpu")
+    if kind == "cuda":
+        place.device = torch.device("cuda", gpu_index(place.local, torch.cuda.device_count()))
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a lost peer is an error, not the process's end
 
 
@@ -129,6 +134,10 @@ def find_others(place: Place) -> None:
         timeout=timedelta(seconds=2 * PATIENCE),
         wait_for_workers=False,
     )
+    if place.device.type == "cuda":
+        from mf_train.parallel.groups import claim_gpu, gpu_uuid
+
+        claim_gpu(place.store, place.process.rank, gpu_uuid(place.device))
     place.meet("met", place.process.world_size)
     place.say("met")
 

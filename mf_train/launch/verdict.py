@@ -41,7 +41,7 @@ class Node:
     stage: str = ""  # the last one that all its processes that spoke have passed
     failed: tuple[str, str] | None = None  # stage and error
     versions: dict[str, str] = field(default_factory=dict)
-    gpus: int = 0
+    gpus: int = 0  # that its processes see: the same ones, or one each
     resources: dict[str, int] = field(default_factory=dict)  # as machine.resources
     values: dict[str, dict[int, float]] = field(default_factory=dict)  # by the names of COLUMNS, then by rank
     problems: list[str] = field(default_factory=list)
@@ -75,6 +75,7 @@ def collect(names: Sequence[str], answering: Iterable[str], lines: Iterable[dict
     there = set(answering)
     nodes = {name: Node(name, name in there) for name in names}
     reached: dict[str, dict[int, str]] = {name: {} for name in names}
+    seen: dict[str, dict[int, int]] = {name: {} for name in names}  # GPUs of each process
     for line in lines:
         node = nodes[line["node"]]
         if line["stage"] == "failed":
@@ -84,13 +85,16 @@ def collect(names: Sequence[str], answering: Iterable[str], lines: Iterable[dict
             reached[node.name][line["rank"]] = line["stage"]
         node.versions |= line.get("versions", {})
         node.resources |= line.get("resources", {})
-        node.gpus = line.get("gpus", node.gpus)
+        if "gpus" in line:
+            seen[node.name][line["rank"]] = line["gpus"]
         node.problems += [line["problem"]] if "problem" in line else []
         for key in [column[2] for column in COLUMNS] + ["round_trip"]:
             if key in line:
                 node.values.setdefault(key, {})[line["rank"]] = line[key]
     for name, stages in reached.items():
         nodes[name].stage = min(stages.values(), key=STAGES.index, default="")
+        counts = seen[name].values()
+        nodes[name].gpus = sum(counts) if set(counts) == {1} else min(counts, default=0)
     return list(nodes.values())
 
 

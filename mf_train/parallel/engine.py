@@ -228,7 +228,10 @@ def _import_deepspeed(device: torch.device, local_rank: int) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # the import sets it back
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled on a CPU
+    if (
+        device.type == "cpu"
+    ):  # elsewhere it is not asked for, and the first look at this probes every operator
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled
     # it uses names that torch 2.13 has renamed
     warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning, r"torch\.distributed")
     return deepspeed
@@ -244,6 +247,7 @@ def _deepspeed_config(config: Config, data_degree: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.training.global_batch_size // (data_degree * micro),
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
         "gradient_clipping": config.optimizer.gradient_clip if stage else 0.0,
         "bf16": {"enabled": bfloat16},
         "zero_optimization": {

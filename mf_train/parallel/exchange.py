@@ -81,6 +81,7 @@ class _GatherCodes(torch.autograd.Function):
         if narrow is not codes:
             all_codes = all_codes.to(codes.dtype) & 0xFFFF
         ctx.mark_non_differentiable(all_codes)
+        ctx.set_materialize_grads(False)  # no zeros for the codes' gradient, which does not exist
         return all_codes, all_weights
 
     @staticmethod

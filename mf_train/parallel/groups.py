@@ -4,11 +4,11 @@ import datetime
 import logging
 import socket
 import warnings
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from mf_train.errors import UserError
 from mf_train.parallel.degrees import Degrees
 from mf_train.parallel.processes import Process
 
@@ -57,20 +57,51 @@ class Groups:
 
 
 def start_processes(process: Process, device: torch.device, timeout_seconds: int) -> None:
-    """Join the default process group: NCCL for CUDA, gloo for the CPU. A longer wait than the timeout raises."""
-    port = process.master_port or _free_port()
-    arguments: dict[str, Any] = {}
+    """Join the default process group: NCCL for CUDA, gloo for the CPU. A longer wait than the timeout raises.
+
+    Raises UserError where another process has this one's GPU.
+    """
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    address = f"tcp://{process.master_address}:{process.master_port or _free_port()}"
+    store, _, _ = next(dist.rendezvous(address, process.rank, process.world_size, timeout=timeout))
+    store.set_timeout(timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        arguments["device_id"] = device
+        claim_gpu(store, process.rank, gpu_uuid(device))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{process.master_address}:{port}",
+        store=dist.PrefixStore("default_pg", store),
         rank=process.rank,
         world_size=process.world_size,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
-        **arguments,
+        timeout=timeout,
+        device_id=bound_device(process, device),
     )
+
+
+def bound_device(process: Process, device: torch.device) -> torch.device | None:
+    """The device that the process group is bound to, which connects NCCL at once; None: at the first collective.
+
+    Every later group of a bound one is split off it. In a group of one process that has failed (DeepSpeed issue 8248).
+    """
+    return device if device.type == "cuda" and process.world_size > 1 else None
+
+
+def gpu_uuid(device: torch.device) -> str:
+    """What names a GPU, or a part of one, among all that there are."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def claim_gpu(store: dist.Store, rank: int, uuid: str) -> None:
+    """Take a GPU for a rank in the store that all ranks share; UserError where another rank has taken it.
+
+    UUIDs tell GPUs apart whatever CUDA_VISIBLE_DEVICES or a cgroup shows each process under the number 0.
+    """
+    owner = store.compare_set(f"mf_train/gpu/{uuid}", "", str(rank)).decode()
+    if owner != str(rank):
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} has the same GPU as rank {owner}: start one process for each GPU, "
+            "and show each process all GPUs of its node or one of its own (srun --gpus-per-task=1)"
+        )
 
 
 def stop_processes() -> None:

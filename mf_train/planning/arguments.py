@@ -29,7 +29,7 @@ def add_plan(commands: Any) -> None:
         "--device",
         default="h100",
         metavar="NAME",
-        help="h100, a100, cpu, or a YAML file of measured rates (h100)",
+        help="h100, h200, b200, a100, l40s, cpu or another of devices.yaml, or a YAML file of measured rates (h100)",
     )
     parser.add_argument(
         "--measured", type=Path, metavar="RUN", help="a run's folder: show what it measured beside the plan"

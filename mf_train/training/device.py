@@ -18,12 +18,22 @@ def find_device(config: Config, process: Process) -> torch.device:
         raise UserError("training.device is cuda and no CUDA device is visible: set training.device=cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if process.local_rank >= torch.cuda.device_count():
+    return torch.device("cuda", gpu_index(process.local_rank, torch.cuda.device_count()))
+
+
+def gpu_index(local_rank: int, visible: int) -> int:
+    """Which of the GPUs that a process sees is its own; UserError where none is.
+
+    One that sees a single GPU takes it, as under `srun --gpus-per-task=1`; `parallel.groups.claim_gpu` finds those that
+    see the same one.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
         raise UserError(
-            f"local rank {process.local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): start one "
-            "process for each GPU"
+            f"local rank {local_rank} has no GPU of its own ({visible} visible): start one process for each GPU"
         )
-    return torch.device("cuda", process.local_rank)
+    return local_rank
 
 
 def keep_freed_memory() -> None:

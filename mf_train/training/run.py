@@ -39,6 +39,7 @@ from mf_train.planning.work import step_tokens
 from mf_train.telemetry.alarms import alarm_lines
 from mf_train.training.deadline import find_deadline
 from mf_train.training.device import find_device, keep_freed_memory
+from mf_train.training.environment import set_kernel_cache
 from mf_train.training.folder import check_same_run, record_config, resolved_yaml
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
 from mf_train.training.metrics import LiveLine, MetricsWriter, cut_metrics
@@ -50,6 +51,7 @@ from mf_train.training.signals import StopRequest
 from mf_train.training.summary import skipped_documents, summary
 from mf_train.training.telemetry import TableTelemetry
 from mf_train.training.validate import validation_loss
+from mf_train.training.warm_up import compile_kernels
 
 if TYPE_CHECKING:
     from mf_train.training.profile import Part, Profile
@@ -78,6 +80,8 @@ def train(config: Config, process: Process) -> int:
         process.rank, process.world_size, config.parallel.tensor, process.local_rank, process.local_size
     )
     device = find_device(config, process)
+    if device.type == "cuda":
+        set_kernel_cache(os.environ)
     logging.getLogger(kernels.__name__).setLevel(logging.ERROR)  # the summary says which kernels run
     limit = config.training.collective_timeout_seconds
     start_processes(process, device, limit + _WATCH_SPEAKS_FIRST_SECONDS)
@@ -171,6 +175,10 @@ class _Run:
         self.exchange = Exchange(groups.tensor) if self.degrees.tensor > 1 else None
         end_of_text = inputs.tokenizer.end_of_text_id if config.data.document_attention else None
         self.engine = Engine(self._build_model(), config, groups, device, end_of_text)
+        watch.at("compiling kernels")
+        compile_kernels(
+            self.engine, config, lambda: stop.requested, watch.beat, resumes=checkpoint is not None
+        )
         self.peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.telemetry = TableTelemetry(self.engine, self.exchange, validation, config.logging)
         saver = Saver(self.engine, fence, config.checkpoint)

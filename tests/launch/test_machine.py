@@ -7,6 +7,8 @@ import resource
 import shutil
 from pathlib import Path
 
+import pytest
+
 import mf_train
 from mf_train.launch import machine
 
@@ -36,3 +38,21 @@ def test_resources_are_those_of_this_machine(tmp_path: Path) -> None:
 
 def test_a_host_that_does_not_resolve_is_told() -> None:
     assert "no-such-host.invalid" in (machine.name_problem("no-such-host.invalid", gloo=True) or "")
+
+
+def test_a_missing_compiler_or_header_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, full = tmp_path / "empty", tmp_path / "full"
+    for folder in (empty, full):
+        folder.mkdir()
+    (full / "clang").write_text("#!/bin/sh\n")
+    (full / "clang").chmod(0o755)
+    headers = tmp_path / "include"
+    headers.mkdir()
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda *_: str(headers))
+    assert "gcc or clang" in (machine.compiler_problem({"PATH": str(empty)}) or "")
+    assert "Python.h" in (machine.compiler_problem({"PATH": str(full)}) or "")
+    (headers / "Python.h").write_text("")
+    assert machine.compiler_problem({"PATH": str(full)}) is None
+    own = {"PATH": str(empty), "CC": f"{full / 'clang'} -m64"}
+    assert machine.compiler_problem(own) is None
+    assert "C compiler (no-cc)" in (machine.compiler_problem({"PATH": str(full), "CC": "no-cc"}) or "")

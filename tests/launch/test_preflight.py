@@ -132,7 +132,7 @@ def test_a_gpu_that_is_not_there_is_told(tmp_path: Path) -> None:
     statuses, lines = finish(start(tmp_path, 1, kind="cuda"))
     assert statuses == [1, 1]
     assert [line["error"] for line in lines if line["stage"] == "failed"] == [
-        "LookupError: no GPU for local rank 0"
+        "UserError: local rank 0 has no GPU of its own (0 visible): start one process for each GPU"
     ] * 2
 
 

@@ -179,6 +179,17 @@ def test_a_node_without_an_answer_is_named() -> None:
     assert ("n2",) in failing(nodes).values()
 
 
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [([8] * 8, 8), ([1] * 8, 8), ([8] * 7 + [7], 7), ([0] * 8, 0), ([1], 1), ([2, 2], 2), ([1] * 5, 5)],
+    ids=["all", "one each", "one less", "none", "one", "two", "three silent"],
+)
+def test_gpus_are_counted_also_where_each_process_sees_its_own(seen: list[int], expected: int) -> None:
+    lines = [{"rank": rank, "node": "n1", "stage": "node", "gpus": gpus} for rank, gpus in enumerate(seen)]
+    (node,) = collect(["n1"], ["n1"], lines)
+    assert node.gpus == expected
+
+
 def test_collect_reads_what_processes_print() -> None:
     lines: list[dict[str, Any]] = [
         {"rank": 0, "node": "n1", "stage": "node", "versions": {"python": "3"}, "gpus": 2},

@@ -102,7 +102,7 @@ def find_device(name: str) -> Device:
 
 
 def find_name(name: str) -> str | None:
-    """The name in devices.yaml of the device that torch.cuda.get_device_name calls `name`; None where it has no such."""
+    """The name in devices.yaml of the device that torch.cuda.get_device_name calls `name`; None where it has none."""
     return next((known for known, tree in _known().items() if name in tree["names"]), None)
 
 

@@ -6,14 +6,21 @@ Calls go round copies of their arguments larger than the L2 cache, so that table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.device import ROTATION_BYTES, Call, Device
-from benchmarks.gpu.steps import Steps, describe, leave_if_device_lost, part_arguments
+from benchmarks.gpu.steps import (
+    PartialError,
+    Steps,
+    describe,
+    leave_if_device_lost,
+    part_arguments,
+    read_lines,
+)
 from mf_train.kernels import composition, cuda, triton_backend, triton_lookup
 
 TAU = 8
@@ -76,32 +83,28 @@ def layers_of(device: Device, hidden: int, tokens: int) -> list[Layer]:
     return [Layer(device, hidden, tokens, seed) for seed in range(copies)]
 
 
-def time_layer(device: Device, hidden: int, tokens: int, without: Mapping[str, str]) -> Mapping[str, object]:
-    """ns a token of each way; a way that fails has its reason in the place of a number."""
+def time_layer(device: Device, hidden: int, tokens: int, without: Collection[str]) -> Mapping[str, float]:
+    """ns a token of each way but those in `without`. Raises PartialError where some failed."""
     layers = layers_of(device, hidden, tokens)
-    found: dict[str, object] = {}
+    found, failed = {}, {}
     for name, way in WAYS.items():
         if name in without:
-            found[name] = without[name]
             continue
         try:
             found[name] = 1e9 * device.measure([way(layer) for layer in layers]) / tokens
         except Exception as error:  # one way's failure is not the others'
-            found[name] = describe(error)
+            failed[name] = describe(error)
             leave_if_device_lost()
+    if failed:
+        raise PartialError(found, failed)
     return found
 
 
-def build_cuda_kernel(without: dict[str, str]) -> Mapping[str, str]:
-    """Compile the CUDA kernel, or note in `without` why it is left out."""
-    reason = cuda.unavailable_reason()
-    if not reason:
-        try:
-            return {"library": cuda.build().name}
-        except Exception as error:  # whatever the compiler had to say
-            reason = str(error).strip().splitlines()[-1]
-    without["cuda"] = f"left out: {reason}"
-    return dict(without)
+def build_cuda_kernel() -> Mapping[str, str]:
+    """Compile the CUDA kernel, which is for one kind of GPU and needs nvcc; "left out" is why it cannot be timed."""
+    if reason := cuda.unavailable_reason():
+        return {"left out": reason}
+    return {"library": cuda.build().name}
 
 
 def sweep(device: Device, hidden: int, tokens: int) -> Mapping[str, object]:
@@ -130,8 +133,9 @@ def main() -> None:
         for size in hidden:
             steps.run(f"sweep D {size}", lambda size=size: sweep(device, size, tokens[0]))
         return
-    without: dict[str, str] = {}
-    build_cuda_kernel(without)
+    steps.run("CUDA kernel", build_cuda_kernel)
+    built = [line for line in read_lines(options.results) if "library" in line.get("values", {})]
+    without = () if built else ("cuda",)
     for number in tokens:
         for size in hidden:
             steps.run(

@@ -9,6 +9,7 @@ from benchmarks.gpu.runner import Outcome
 from benchmarks.tables import table
 
 Values = Mapping[str, Any]
+_LONGEST = 12  # parts of a profile that are shown
 
 
 def values_of(outcome: Outcome) -> dict[str, Values]:
@@ -91,9 +92,10 @@ def _rate_headline(outcome: Outcome, values: dict[str, Values]) -> str:
 
 
 def _lookup_headline(outcome: Outcome, values: dict[str, Values]) -> str:
-    if not values:
+    shapes = lookup_shapes(values)
+    if not shapes:
         return ""
-    name, first = next(iter(values.items()))
+    name, first = next(iter(shapes.items()))
     forward, backward = _number(first.get("triton")), _number(first.get("triton backward"))
     return f"{name}: Triton forward {forward}, backward {backward} ns a token"
 
@@ -136,8 +138,13 @@ def rate_table(values: dict[str, Values]) -> list[str]:
     return [table(["rate", "reached", ""], rows)] if rows else []
 
 
+def lookup_shapes(values: dict[str, Values]) -> dict[str, Values]:
+    """The steps of part lookup that timed a shape."""
+    return {step: found for step, found in values.items() if step.startswith("D ")}
+
+
 def lookup_table(values: dict[str, Values]) -> list[str]:
-    shapes = {step: found for step, found in values.items() if step.startswith("D ")}
+    shapes = lookup_shapes(values)
     if not shapes:
         return []
     columns = list(dict.fromkeys(way for found in shapes.values() for way in found))
@@ -177,9 +184,11 @@ def profile_table(name: str, found: Values) -> list[str]:
     key = "device_seconds" if any(part["device_seconds"] for part in parts.values()) else "cpu_seconds"
     total = sum(part[key] for part in parts.values()) or 1.0
     steps = found["profile"]["steps"]
+    longest = sorted(((row[key], part) for part, row in parts.items()), reverse=True)
+    rest = sum(seconds for seconds, _ in longest[_LONGEST:])
+    shown = [*longest[:_LONGEST], (rest, f"{len(longest[_LONGEST:])} others")]
     rows = [
-        [part, f"{1e3 * row[key] / steps:.2f}", f"{row[key] / total:.1%}"]
-        for part, row in sorted(parts.items(), key=lambda item: -item[1][key])
+        [part, f"{1e3 * seconds / steps:.2f}", f"{seconds / total:.1%}"] for seconds, part in shown if seconds
     ]
     return [table([f"{name}, {key.removesuffix('_seconds')} time of a step", "ms", "share"], rows)]
 
@@ -194,7 +203,7 @@ def decoding_table(values: dict[str, Values]) -> list[str]:
 
 
 def _tera(value: float) -> str:
-    return f"{value / 1e12:.2f}"
+    return f"{value / 1e12:.3g}"
 
 
 def _number(value: Any) -> str:

@@ -35,11 +35,19 @@ def read_lines(path: Path) -> list[Line]:
     return lines
 
 
+class PartialError(Exception):
+    """A step's values, some of which could not be found: the reasons are the message."""
+
+    def __init__(self, values: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+        self.values = dict(values)
+
+
 class Steps:
     """What a part's process writes to its results file.
 
-    A line is `{"step": NAME, "began": seconds}`, then `{"step": NAME, "seconds": s, "values": {...}}` or the same with
-    `"error"` or `"skipped"`, a reason, in place of values.
+    A line is `{"step": NAME, "began": seconds}`, then `{"step": NAME, "seconds": s}` with an object as `"values"`, or
+    a reason as `"error"` or `"skipped"`. A step that failed in part has values and an error.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,8 +60,11 @@ class Steps:
             return
         self.begin(name)
         began = time.perf_counter()
+        found: dict[str, Any]
         try:
             found = {"values": dict(step())}
+        except PartialError as error:
+            found = {"values": error.values, "error": str(error)}
         except Exception as error:  # whatever it is, the next step is tried
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             found = {"error": describe(error)}

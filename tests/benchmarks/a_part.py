@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.gpu.steps import DEVICE_LOST, Steps, part_arguments
+from benchmarks.gpu.steps import DEVICE_LOST, PartialError, Steps, part_arguments
 
 
 def do(name: str, folder: Path) -> Mapping[str, object]:
@@ -21,6 +21,8 @@ def do(name: str, folder: Path) -> Mapping[str, object]:
         raise RuntimeError(
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB. If reserved, then more"
         )
+    if kind == "partly":
+        raise PartialError({"first": 1}, {"second": "a wrong number"})
     if kind == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if kind == "hang":

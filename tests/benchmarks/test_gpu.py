@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import report
+from benchmarks.gpu.device import Device
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.runner import Outcome, Runner
 from benchmarks.gpu.steps import describe, read_lines
@@ -32,16 +33,31 @@ def runner(folder: Path, seconds: float = 60, **settings: Any) -> Runner:
 
 def by_step(outcome: Outcome) -> dict[str, str]:
     """Of each step its error, or "" where it has values."""
-    return {step["step"]: "" if "values" in step else step["error"] for step in outcome.steps}
+    return {step["step"]: step.get("error", "") for step in outcome.steps}
 
 
 def test_steps_that_fail_crash_and_hang_take_nothing_from_the_others(tmp_path: Path) -> None:
-    names = ("fine-1", "fail", "fine-2", "crash", "fine-3", "lost", "hang", "fine-4", "leave", "fine-5")
+    names = (
+        "fine-1",
+        "fail",
+        "partly",
+        "memory",
+        "fine-2",
+        "crash",
+        "fine-3",
+        "lost",
+        "hang",
+        "fine-4",
+        "leave",
+        "fine-5",
+    )
     outcome = runner(tmp_path).run(part(*names, step_limit=4))
     found = by_step(outcome)
     assert list(found) == list(names)
     assert [name for name in names if found[name] == ""] == [f"fine-{number}" for number in range(1, 6)]
     assert found["fail"] == "ValueError: a wrong number"
+    assert found["partly"] == "second: a wrong number" and outcome.steps[2]["values"] == {"first": 1}
+    assert found["memory"] == "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB"
     assert found["crash"] == "crashed (SIGSEGV)"
     assert found["lost"] == "an error of CUDA, after which its process could not go on"
     assert found["hang"] == "hung: nothing for 4 s"
@@ -117,6 +133,15 @@ def test_errors_take_one_line() -> None:
     assert describe(memory) == "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB"
     assert describe(ValueError("two\nlines")) == "ValueError: two lines"
     assert len(describe(RuntimeError("x" * 1000))) == 400
+
+
+def test_too_little_memory_is_said_with_the_numbers() -> None:
+    device = Device(rehearse=True)
+    device.require(2**20, "a small layer")
+    with pytest.raises(
+        RuntimeError, match=r"too little memory: a layer needs 1000\.0 GB, and 8\.6 GB are free"
+    ):
+        device.require(1e12, "a layer")
 
 
 def test_half_a_line_is_no_result(tmp_path: Path) -> None:

@@ -86,12 +86,12 @@ def run_world(rank: int, world_size: int, folder: Path, worlds: list[World], ste
     return found
 
 
-def write(case: Case, process: Process, folder: Path) -> list[str]:
-    engine = build(case, process)
+def write(case: Case, process: Process, folder: Path, device: torch.device = CPU) -> list[str]:
+    engine = build(case, process, device)
     for step in range(1, SAVED_STEP + 1):
         train_step(engine, step)
     place = folder / str(case)
-    fence = Fence(place, of_first_rank(lambda: claim(place).token, CPU))
+    fence = Fence(place, of_first_rank(lambda: claim(place).token, device))
     saver = Saver(engine, fence, CheckpointConfig(keep=0, asynchronous=case.stage % 2 == 0))
     extras = Extras(state={}, config_yaml="", tokenizer=b"", probe={})
     saver.start(SAVED_STEP, extras if process.rank == 0 else None, copy=True)
@@ -102,9 +102,16 @@ def write(case: Case, process: Process, folder: Path) -> list[str]:
     return wrong
 
 
-def read(case: Case, process: Process, sources: list[Case], folder: Path, steps: int) -> Results:
+def read(
+    case: Case,
+    process: Process,
+    sources: list[Case],
+    folder: Path,
+    steps: int,
+    device: torch.device = CPU,
+) -> Results:
     """One engine that goes on from one checkpoint after another."""
-    engine = build(case, process)
+    engine = build(case, process, device)
     found: Results = {}
     for source in sources:
         path = checkpoint_of(source, folder)
@@ -123,7 +130,7 @@ def checkpoint_of(case: Case, folder: Path) -> Path:
     return folder / str(case) / step_name(SAVED_STEP)
 
 
-def build(case: Case, process: Process) -> Engine:
+def build(case: Case, process: Process, device: torch.device = CPU) -> Engine:
     config = case_config(case)
     micro = BATCH // case.data  # no accumulation
     config = replace(config, training=replace(config.training, micro_batch_size=micro))
@@ -132,15 +139,15 @@ def build(case: Case, process: Process) -> Engine:
         model = MemoryFormer(MODEL)
     if case.tensor > 1:
         shard_model(model, Exchange(groups.tensor))
-    model.to_empty(device=CPU)
+    model.to_empty(device=device)
     initialise(model, 0, groups.degrees.tensor_rank, case.tensor)
-    return Engine(model, config, groups, CPU)
+    return Engine(model, config, groups, device)
 
 
 def train_step(engine: Engine, step: int) -> tuple[float, float]:
     """Mean loss over all ranks, and the gradient's norm."""
     degrees = engine.groups.degrees
-    rows = batch_of(step)[degrees.data_rank :: degrees.data]
+    rows = batch_of(step).to(engine.device)[degrees.data_rank :: degrees.data]
     loss = engine.backward(rows[:, :-1], rows[:, 1:], last=True).double()
     dist.all_reduce(loss, group=engine.groups.data)
     return loss.item() / degrees.data, engine.update(OPTIMIZER.learning_rate)
@@ -170,7 +177,7 @@ def differing(engine: Engine, whole: dict[str, Weights]) -> list[str]:
             local = slice_of_rank(whole[kind][name], name, degrees.tensor_rank, degrees.tensor).reshape(-1)
             expected = local[fragment.start : fragment.start + fragment.numel]
             if held.dtype != torch.float32 or not torch.equal(
-                held.view(torch.int32), expected.view(torch.int32)
+                held.cpu().view(torch.int32), expected.view(torch.int32)
             ):
                 wrong.append(f"{kind} of {name}")
     return wrong

@@ -1,4 +1,4 @@
-"""The CUDA lookup: machine code where nvcc is, its thread code emulated on a CPU, parity where a GPU is."""
+"""The CUDA lookup: machine code where nvcc is, its thread code emulated on a CPU. On a GPU: tests/gpu/test_cuda.py."""
 
 import re
 import shutil
@@ -17,7 +17,6 @@ EMULATION = Path(__file__).with_name("lookup_sm90_emulation.cpp")
 H100_MULTIPROCESSORS, H100_SHARED_BYTES = 132, 232448
 
 needs_nvcc = pytest.mark.skipif(cuda.find_nvcc() is None, reason="nvcc is not installed")
-needs_gpu = pytest.mark.skipif(not cuda.is_available(), reason=cuda.unavailable_reason() or "available")
 
 
 def random_arguments(
@@ -290,59 +289,3 @@ def test_tensors_of_a_cpu_are_refused() -> None:
     assert not cuda.supports(codes, weights, [tables])
     with pytest.raises(ValueError, match=r"tensors are on cpu; use backend='triton'"):
         cuda.lookup(codes, weights, [tables])
-
-
-# ---------------------------------------------------------------- on a GPU
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("bits", range(1, 11))
-def test_lookup_on_a_gpu(bits: int, dtype: torch.dtype) -> None:
-    for tokens, num_tables, columns in [
-        (0, 3, 64),
-        (1, 1, 8),
-        (777, 9, 200),
-        (5000, 33, 72),
-        (20000, 16, 136),
-    ]:
-        codes, weights, tables = random_arguments(bits, tokens, num_tables, bits, columns, dtype, "cuda")
-        half = tables[..., : columns // 16 * 8].contiguous()
-        for kind in {codes.dtype, torch.int16, torch.int32, torch.int64}:
-            y, y_half = cuda.lookup(codes.to(kind), weights.float(), [tables, half])
-            assert_right(y, codes, weights, tables)
-            assert torch.equal(y[:, : half.shape[2]], y_half)
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", [BF16, F32])
-def test_code_outside_its_table_gives_nan_to_its_token_alone_on_a_gpu(dtype: torch.dtype) -> None:
-    codes, weights, tables = random_arguments(4, 3000, 5, 7, 64, dtype, "cuda")
-    expected = reference.lookup(codes, weights, tables)
-    codes = codes.long()
-    for token, code in {0: 128, 7: -1, 1531: 2**40, 2999: -(2**63)}.items():
-        codes[token, token % 5] = code
-        expected[token] = torch.nan
-    (y,) = cuda.lookup(codes, weights, [tables])
-    torch.testing.assert_close(y, expected, rtol=2**-8, atol=1e-5, equal_nan=True)
-
-
-@needs_gpu
-def test_tables_of_more_than_two_to_the_31_elements_on_a_gpu() -> None:
-    codes, weights, tables = random_arguments(6, 5, 2100, 10, 1024, BF16, "cuda")
-    assert tables.numel() > 2**31
-    (y,) = cuda.lookup(codes, weights, [tables])
-    assert_right(y, codes, weights, tables)
-
-
-@needs_gpu
-def test_lookup_in_a_cuda_graph_and_on_another_stream() -> None:
-    codes, weights, tables = random_arguments(8, 3000, 9, 8, 128, BF16, "cuda")
-    cuda.lookup(codes, weights, [tables])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        (y,) = cuda.lookup(codes, weights, [tables])
-    weights.mul_(2)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_right(y, codes, weights, tables)

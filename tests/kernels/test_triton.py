@@ -1,4 +1,7 @@
-"""The Triton kernels: `triton_cases.py` in Triton's interpreter and on a GPU, and the compiler's result for sm_90."""
+"""The Triton kernels: `triton_cases.py` in Triton's interpreter, and the compiler's result for sm_90.
+
+On a GPU: tests/gpu/test_kernels.py.
+"""
 
 import os
 import subprocess
@@ -13,7 +16,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 CASES = Path(__file__).with_name("triton_cases.py")
 COMPILE = Path(__file__).with_name("triton_compile.py")
 REPOSITORY = CASES.parents[2]
-ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
 
 def run(arguments: list[str], cache: Path, interpret: bool) -> None:
@@ -27,10 +29,9 @@ def run(arguments: list[str], cache: Path, interpret: bool) -> None:
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-10000:]
 
 
-@pytest.mark.parametrize("device", ["interpreter", pytest.param("cuda", marks=ON_GPU)])
-def test_cases(device: str, tmp_path: Path) -> None:
+def test_cases(tmp_path: Path) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-x"]
-    run(["-m", "pytest", *options, str(CASES)], tmp_path, interpret=device == "interpreter")
+    run(["-m", "pytest", *options, str(CASES)], tmp_path, interpret=True)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
-"""The Triton kernels against float64. `test_triton` runs this file, in processes of its own: on the CPU in Triton's
-interpreter (TRITON_INTERPRET=1, which has to be set before triton is imported), and on a GPU where there is one.
+"""The Triton kernels against float64, in Triton's interpreter on the CPU or compiled on a GPU.
+
+`test_triton` runs this file in a process of its own with TRITON_INTERPRET=1, which has to be set before triton is
+imported; tests/gpu/test_kernels.py has the same tests on a GPU.
 """
 
 import math
@@ -26,7 +28,8 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).abs().max() if actual.numel() else torch.zeros(())
     scale = expected.double().abs().max() if actual.numel() else torch.ones(())
-    assert error <= TOLERANCE[dtype] * scale, (float(error), float(scale))
+    allowed = TOLERANCE[dtype] * scale
+    assert error <= allowed, f"largest error {error:.2e}, allowed {allowed:.2e}; largest entry {scale:.2e}"
 
 
 def generator(seed: int) -> torch.Generator:

@@ -74,6 +74,13 @@ def outputs_and_gradients(
     model: MemoryFormer, config: ModelConfig, documents: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Every module's output by name, and the token losses; the gradients are left in the parameters."""
+    outputs, losses = outputs_of(model, config, documents)
+    losses.sum().div(BATCH * LENGTH).backward()
+    return outputs, losses.detach()
+
+
+def outputs_of(model: MemoryFormer, config: ModelConfig, documents: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Every module's output by name, in the order of running, and the token losses with their graph."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -88,11 +95,13 @@ def outputs_and_gradients(
     handles = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if n not in ("", "head")]
     handles.append(model.head.register_forward_hook(keep("logits")))
     tokens, targets = random_tokens(config)
-    losses = model(tokens, targets, documents_bs=packed_documents(tokens) if documents else None)
-    losses.sum().div(BATCH * LENGTH).backward()
+    numbers = packed_documents(tokens) if documents else None
+    device = model.head.weight.device
+    tokens, targets, numbers = (t if t is None else t.to(device) for t in (tokens, targets, numbers))
+    losses = model(tokens, targets, documents_bs=numbers)
     for handle in handles:
         handle.remove()
-    return outputs, losses.detach()
+    return outputs, losses
 
 
 def compare(rank: int, group: dist.ProcessGroup, model: str, dtype: torch.dtype) -> Any:

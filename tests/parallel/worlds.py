@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mf_train.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from mf_train.data.tokenizer import Tokenizer
+from mf_train.data.tokenizer import TokenIds
 from mf_train.data.validation import IGNORED, ValidationBlocks
 from mf_train.model import MemoryFormer
 from mf_train.model.head import Head
@@ -25,7 +25,6 @@ from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import Process
 from mf_train.parallel.tensor import TensorParallelHead, shard_model
 from mf_train.training.validate import validation_loss
-from tests.training.runs import TOKENIZER
 
 Weights = dict[str, Tensor]
 
@@ -37,7 +36,7 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=3e-3, table_learning_rate_multiplier=0.5, weight_decay=0.3, gradient_clip=0.3
 )
 STEPS, BATCH, MICRO = 10, 8, 2
-END_OF_TEXT = 0  # a fifth of all tokens (see batch_of); in the shipped tokenizer too
+END_OF_TEXT = 0  # a fifth of all tokens (see batch_of)
 CPU = torch.device("cpu")
 
 
@@ -100,7 +99,9 @@ def probe() -> Tensor:
 def validation() -> ValidationBlocks:
     """Five blocks and a part of a sixth, which is filled up."""
     tokens = batch_of(999).flatten()[: 5 * MODEL.sequence_length + 7]
-    return ValidationBlocks(tokens.int().numpy(), Tokenizer(TOKENIZER), MODEL.sequence_length)
+    return ValidationBlocks(
+        tokens.int().numpy(), TokenIds(MODEL.vocab_size, END_OF_TEXT), MODEL.sequence_length
+    )
 
 
 # the parallel training
@@ -140,7 +141,8 @@ def new_groups(process: Process, tensor: int) -> Groups:
 make_groups = functools.cache(new_groups)
 
 
-def run_case(case: Case, process: Process) -> Record:
+def run_case(case: Case, process: Process, device: torch.device = CPU) -> Record:
+    """One training on this process and its peers. What is recorded lies on the CPU, wherever it was trained."""
     config = case_config(case)
     check_degrees(config, process.world_size)
     groups = make_groups(process, case.tensor)
@@ -149,17 +151,17 @@ def run_case(case: Case, process: Process) -> Record:
         model = MemoryFormer(MODEL)
     if case.tensor > 1:
         shard_model(model, Exchange(groups.tensor))
-    model.to_empty(device=CPU)
+    model.to_empty(device=device)
     initialise(model, 0, degrees.tensor_rank, case.tensor)
-    engine = Engine(model, config, groups, CPU, END_OF_TEXT if case.documents else None)
+    engine = Engine(model, config, groups, device, END_OF_TEXT if case.documents else None)
     if case.warm:
         warm_up(engine)
 
     last = degrees.data - 1  # the rank that collects is never the only one that it could be
     record = Record(tensor_rank=degrees.tensor_rank, collected=degrees.data_rank == last)
     for step in range(1, 4 if case.warm else STEPS + 1):
-        micro_batches = batch_of(step)[degrees.data_rank :: degrees.data].split(MICRO)
-        loss = torch.zeros((), dtype=torch.float64)
+        micro_batches = batch_of(step).to(device)[degrees.data_rank :: degrees.data].split(MICRO)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
         for index, rows in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             loss += engine.backward(rows[:, :-1], rows[:, 1:], last=is_last) / len(micro_batches)
@@ -207,26 +209,27 @@ def collect(engine: Engine, kind: str, data_rank: int) -> Weights:
     found = {}
     for name, parameter in engine.model.named_parameters():
         shape = engine.local_shape(parameter)
-        whole = torch.zeros(shape.numel())
+        whole = torch.zeros(shape.numel(), device=engine.device)
         if (fragment := fragments.get(name)) is not None and (mine or not engine.replicated):
             held = fragment.of(fragment.flat) if kind == "master" else engine.moment(fragment, kind)
             assert held.dtype == torch.float32
             whole[fragment.start : fragment.start + fragment.numel] = held.detach()
         dist.reduce(whole, dist.get_global_rank(groups.data, data_rank), group=groups.data)
         if mine:
-            found[name] = whole.view(shape)
+            found[name] = whole.view(shape).cpu()
     return found
 
 
 def probe_losses(engine: Engine) -> Tensor:
+    tokens = probe().to(engine.device)
     with torch.no_grad():
-        return engine.forward(probe()[:, :-1], probe()[:, 1:])
+        return engine.forward(tokens[:, :-1], tokens[:, 1:]).cpu()
 
 
 def probe_codes(engine: Engine) -> dict[str, Tensor]:
     with record_codes(engine.model) as codes:
         probe_losses(engine)
-    return codes
+    return {name: value.cpu() for name, value in codes.items()}
 
 
 def halve_masters(engine: Engine) -> None:
@@ -272,17 +275,21 @@ def losses_of_rows(model: MemoryFormer, tokens: Tensor, targets: Tensor, documen
 
 def plain_validation(model: MemoryFormer, documents: bool) -> float:
     blocks = validation()
+    device = model.head.weight.device
     inputs, targets = (
-        torch.stack([torch.from_numpy(blocks[i][which]) for i in range(len(blocks))]) for which in (0, 1)
+        torch.stack([torch.from_numpy(blocks[i][which]) for i in range(len(blocks))]).to(device)
+        for which in (0, 1)
     )
     with torch.no_grad():
         losses = losses_of_rows(model, inputs, targets, documents)
     return losses[targets != IGNORED].double().mean().item()
 
 
-def train_plainly(precision: str, documents: bool) -> Record:
-    """One process, torch's AdamW on float32 masters, gradients summed in float32."""
-    model = MemoryFormer(MODEL, seed=0)
+def train_plainly(precision: str, documents: bool, device: torch.device = CPU) -> Record:
+    """One process, torch's AdamW on float32 masters, gradients summed in float32; "float64": all of it in float64."""
+    model = MemoryFormer(MODEL, seed=0).to(device)
+    if precision == "float64":
+        model.double()
     working = copy.deepcopy(model).to(torch.bfloat16) if precision == "bfloat16" else model
     masters = dict(model.named_parameters())
     tables = [p for name, p in masters.items() if name.endswith(".tables")]
@@ -305,11 +312,11 @@ def train_plainly(precision: str, documents: bool) -> Record:
     for step in range(1, STEPS + 1):
         sums = {name: torch.zeros_like(p) for name, p in masters.items()}
         loss = 0.0
-        for rows in batch_of(step).split(MICRO):
+        for rows in batch_of(step).to(device).split(MICRO):
             mean = losses_of_rows(working, rows[:, :-1], rows[:, 1:], documents).mean()
             gradients = torch.autograd.grad(mean * (MICRO / BATCH), list(working.parameters()))
             for name, gradient in zip(sums, gradients, strict=True):
-                sums[name] += gradient.float()
+                sums[name] += gradient.to(sums[name].dtype)
             loss += mean.item() * MICRO / BATCH
         norm = torch.cat([g.double().flatten() for g in sums.values()]).norm().item()
         for name, parameter in masters.items():
@@ -322,17 +329,21 @@ def train_plainly(precision: str, documents: bool) -> Record:
                 for name, parameter in working.named_parameters():
                     parameter.copy_(masters[name])
         if step == 1:
-            record.gradients = {name: p.grad.clone() for name, p in masters.items() if p.grad is not None}
+            record.gradients = {name: copied(p.grad) for name, p in masters.items() if p.grad is not None}
         if step == 5:
             record.validation = plain_validation(working, documents)
-            record.state["master"] = {name: p.detach().clone() for name, p in masters.items()}
+            record.state["master"] = {name: copied(p) for name, p in masters.items()}
             for kind in MOMENTS:
-                record.state[kind] = {n: optimizer.state[p][kind].clone() for n, p in masters.items()}
+                record.state[kind] = {n: copied(optimizer.state[p][kind]) for n, p in masters.items()}
         if step in (1, 5, STEPS):
             with record_codes(working) as codes:
-                working(probe()[:, :-1])
-            record.codes.append(codes)
+                working(probe().to(device)[:, :-1])
+            record.codes.append({name: value.cpu() for name, value in codes.items()})
     return record
+
+
+def copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
 
 
 def join(parts: list[Weights]) -> Weights:

@@ -68,6 +68,7 @@ def main() -> None:
         piece
         for piece in (
             report.long_tables(outcomes),
+            "\n".join(report.skips(outcomes)),
             "\n".join(report.failures(outcomes)),
             f"{title(machine, options.rehearse)}, {time.monotonic() - began:.0f} s\n{report.short_table(outcomes)}",
         )

@@ -41,6 +41,17 @@ def failures(outcomes: list[Outcome]) -> list[str]:
     return lines
 
 
+def skips(outcomes: list[Outcome]) -> list[str]:
+    """A line for every reason for which tests of a part were skipped."""
+    counts: dict[tuple[str, str], int] = {}
+    for outcome in outcomes:
+        for step in outcome.steps:
+            if "skipped" in step:
+                key = (outcome.name, step["skipped"])
+                counts[key] = counts.get(key, 0) + 1
+    return [f"{name}: {count} skipped: {reason}" for (name, reason), count in counts.items()]
+
+
 def long_tables(outcomes: list[Outcome]) -> str:
     """The figures of every part that has more than a line of them."""
     makers: dict[str, Callable[[dict[str, Values]], list[str]]] = {

@@ -33,8 +33,8 @@ class Recorder:
         items[:] = left
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed and report.nodeid not in self.steps.known:
-            self.steps.end(report.nodeid, 0.0, error=_reason(report))
+        if report.nodeid not in self.steps.known and not report.passed:
+            self.steps.end(report.nodeid, 0.0, **{"error" if report.failed else "skipped": _reason(report)})
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.steps.begin(nodeid)
@@ -68,8 +68,9 @@ def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
 def main() -> None:
     parser = part_arguments(__doc__)
     options, pytest_arguments = parser.parse_known_args()
-    if options.rehearse:
-        os.environ["MF_GPU_TESTS"] = "cpu"
+    os.environ["MF_GPU_TESTS"] = (
+        "cpu" if options.rehearse else "cuda"
+    )  # a missing GPU is an error, not a skip
     quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler"]  # its signals are the runner's
     status = pytest.main([*pytest_arguments, *quiet], plugins=[Recorder(Steps(options.results))])
     went_through = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, *_NOTHING_RAN)

@@ -6,11 +6,12 @@ tests themselves work. `MF_GPU_TESTS=cuda` makes a GPU that is not found an erro
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import pytest
 import torch
+
+from benchmarks.gpu.parts import is_installed
 
 NO_GPU = "torch finds no GPU (MF_GPU_TESTS=cpu rehearses these tests on the CPU)"
 
@@ -37,13 +38,6 @@ def skip_without(*packages: str) -> None:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         pytest.skip(f"{' and '.join(missing)} {verb} not installed", allow_module_level=True)
-
-
-def is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that it is in
-        return False
 
 
 def num_devices(device: str) -> int:

@@ -71,7 +71,7 @@ def main() -> None:
     os.environ["MF_GPU_TESTS"] = (
         "cpu" if options.rehearse else "cuda"
     )  # a missing GPU is an error, not a skip
-    quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler"]  # its signals are the runner's
+    quiet = ["-q", "-p", "no:cacheprovider"]
     status = pytest.main([*pytest_arguments, *quiet], plugins=[Recorder(Steps(options.results))])
     went_through = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, *_NOTHING_RAN)
     if status == pytest.ExitCode.INTERRUPTED and options.results.exists():

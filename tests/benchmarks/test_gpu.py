@@ -173,7 +173,7 @@ def test_every_test_is_a_step(tmp_path: Path) -> None:
     file.write_text(TESTS)
     broken = tmp_path / "test_broken.py"
     broken.write_text("import no_such_module")
-    arguments = (str(file), f"--rootdir={tmp_path}", "-c", os.devnull)
+    arguments = (str(file), f"--rootdir={tmp_path}", "-c", str(REPOSITORY / "pyproject.toml"))
     outcome = runner(tmp_path, 120).run(part(*arguments, module="benchmarks.gpu.tests", step_limit=15))
     found = {step["step"].split("::")[-1]: step for step in outcome.steps}
     assert found["test_passes"]["values"] == {"ratio": 0.5}
@@ -186,7 +186,7 @@ def test_every_test_is_a_step(tmp_path: Path) -> None:
     assert outcome.starts == 3 and not outcome.reason
     assert report.short_table([outcome]).endswith("2 passed, 2 skipped")
 
-    arguments = (str(broken), f"--rootdir={tmp_path}", "-c", os.devnull)
+    arguments = (str(broken), f"--rootdir={tmp_path}", "-c", str(REPOSITORY / "pyproject.toml"))
     outcome = runner(tmp_path).run(part(*arguments, module="benchmarks.gpu.tests"))
     [step] = outcome.steps
     assert "no_such_module" in step["error"]

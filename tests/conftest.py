@@ -8,10 +8,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+import tests.examples  # noqa: F401 - registers the profiles
 from mf_train.kernels.build import cache_folder
 from tests.environments import make_bare_environment
+
+hypothesis.settings.load_profile("fast")  # before --hypothesis-profile, and the tests' modules, are read
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -44,8 +44,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	@MF_PYTHON=$(VENV)/bin/python bash launch/quickstart.sh
 
+# Tests of one file stay on one worker. More workers than processors: some tests mostly wait.
+WORKERS := $(if $(findstring no:xdist,$(PYTEST_ARGS)),,-n $(shell expr $$(nproc) + 1) --dist loadfile --no-loadscope-reorder)
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 drills: $(STAMP)
 	$(VENV)/bin/python -m pytest -m "(slow or hypothesis) and not faults and not slurm" --hypothesis-profile=full $(PYTEST_ARGS)

@@ -170,12 +170,11 @@ def test_the_forward_pass_has_the_same_bits(model: str, dtype: str, size: int, r
 def bfloat16_bound(config: ModelConfig, size: int) -> float:
     """Relative, of a gradient: a random walk of as many steps of at most 2^-8 as roundings lie on its longest way.
 
-    That way crosses the exchange of the features before the head and three in each block but one: the first block's
-    norms lie behind its first hash. In an exchange a rank rounds its part, and the sum size - 1 times. Between two of
-    them a gradient is rounded by the lookup, the hash, the norm and the residual sum; so it is in the plain model,
-    otherwise, and it rounds there for the exchange once.
+    That way crosses the exchange of the features before the head and three in each block. In an exchange a rank rounds
+    its part, and the sum size - 1 times; the plain model rounds there once. Between two exchanges both round what the
+    lookup, the hash, the norm and the residual sum give, and each its own values.
     """
-    exchanges = 1 + 3 * config.num_layers - 1
+    exchanges = 1 + 3 * config.num_layers
     roundings = exchanges * (size + 1 + 2 * 4)
     return float(2**-8 * roundings**0.5)
 

@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format drills faults slurm gpu clean
+.PHONY: help setup quickstart test check format drills faults slurm-quick slurm gpu clean
 
 help:
 	@echo "make setup       create .venv with everything that is needed (once)"
@@ -19,7 +19,8 @@ help:
 	@echo "make format      apply ruff's fixes and formatting"
 	@echo "make drills      the slow tests"
 	@echo "make faults      fault drills: kills, full disks, damage, signals, stale starts; ends with a table"
-	@echo "make slurm       SLURM drills on a real cluster of namespaces (root): preemption, dead nodes; half an hour"
+	@echo "make slurm-quick the SLURM tests that take seconds each, on a real cluster of namespaces (root)"
+	@echo "make slurm       these and SLURM drills on a real cluster of namespaces (root): preemption, dead nodes; half an hour"
 	@echo "make gpu         prove and time everything on this machine's GPU, 8 minutes; sets nothing up"
 	@echo "make clean       remove .venv, caches and runs/quickstart"
 
@@ -45,14 +46,19 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	@MF_PYTHON=$(VENV)/bin/python bash launch/quickstart.sh
 
+# Tests of one file stay on one worker. More workers than processors: some tests mostly wait.
+WORKERS := $(if $(findstring no:xdist,$(PYTEST_ARGS)),,-n $(shell expr $$(nproc) + 1) --dist loadfile --no-loadscope-reorder)
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 drills: $(STAMP)
-	$(VENV)/bin/python -m pytest -m "slow and not faults and not slurm" $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m "(slow or hypothesis) and not faults and not slurm" --hypothesis-profile=full $(PYTEST_ARGS)
 
 faults: $(STAMP)
 	$(VENV)/bin/python -m pytest -m faults tests/faults $(PYTEST_ARGS)
+
+slurm-quick: $(STAMP)
+	$(VENV)/bin/python -m pytest -m "slurm and not slow" tests/launch tests/study $(PYTEST_ARGS)
 
 slurm: $(STAMP)
 	$(VENV)/bin/python -m pytest -m slurm tests/launch tests/study $(PYTEST_ARGS)

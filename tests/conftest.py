@@ -8,12 +8,34 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+import tests.examples  # noqa: F401 - registers the profiles
 from mf_train.kernels.build import cache_folder
 from tests.environments import make_bare_environment
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+hypothesis.settings.load_profile("fast")  # before --hypothesis-profile, and the tests' modules, are read
+
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
+LONGEST = (
+    "parallel/test_engine.py",
+    "training/test_run.py",
+    "checkpoint/test_elastic.py",
+    "standalone/test_decoding.py",
+    "standalone/test_check.py",
+    "kernels/test_cuda.py",
+    "launch/test_agent.py",
+    "parallel/test_watch.py",
+    "standalone/test_convert.py",
+    "test_imports.py",
+    "kernels/test_cpu.py",
+    "standalone/test_int8.py",
+    "test_cli.py",
+    "training/test_run_data.py",
+    "study/test_run.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +50,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The files that take longest come first where workers share the files, so that they end at about the same time."""
+    if hasattr(config, "workerinput"):
+        place = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

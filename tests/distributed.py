@@ -5,20 +5,21 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
-import random
 import resource
 import signal
-import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from tests.warm import die_with_parent, start_warm
+from tests.warm import free_port as _free_port
 
 _SECONDS_TO_LEAVE = 10.0  # after its result is in, how long a process may take to end
 
@@ -40,16 +41,16 @@ def run_distributed(
     Raises DistributedError with the first failing rank's traceback, or with every unfinished rank's stack
     after `timeout` seconds. No process is left behind in any case.
     """
-    context = get_context("spawn")
     payload = pickle.dumps((fn, args))
     port = _free_port()
-    processes: list[SpawnProcess] = []
+    processes: list[BaseProcess] = []
     pipes: list[Connection] = []
     with tempfile.TemporaryDirectory(prefix="run-distributed-") as folder:
         try:
             for rank in range(world_size):
-                receiving, sending = context.Pipe(duplex=False)
+                receiving, sending = Pipe(duplex=False)
                 environment = {
+                    **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
                     "WORLD_SIZE": str(world_size),
@@ -59,10 +60,8 @@ def run_distributed(
                     "GLOO_SOCKET_IFNAME": "lo",
                     "OMP_NUM_THREADS": "1",
                 }
-                process = context.Process(
-                    target=_run_rank, args=(environment, payload, sending, _stack_file(folder, rank), init)
-                )
-                process.start()
+                stack_file = _stack_file(folder, rank)
+                process = start_warm(_run_rank, environment, payload, sending, stack_file, init)
                 sending.close()  # so that this end sees the end of file when the process dies
                 processes.append(process)
                 pipes.append(receiving)
@@ -74,7 +73,7 @@ def run_distributed(
 
 
 def _gather(
-    processes: list[SpawnProcess], pipes: list[Connection], deadline: float, timeout: float, folder: str
+    processes: list[BaseProcess], pipes: list[Connection], deadline: float, timeout: float, folder: str
 ) -> list[Any]:
     """The ranks' results in order; raises at the first failure."""
     results: dict[int, Any] = {}
@@ -109,12 +108,11 @@ def _run_rank(
 ) -> None:
     """The body of one process."""
     os.setsid()  # a process group of its own, so that what it starts ends with it
-    _die_with_parent()
+    die_with_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable(open(stack_file, "w"))  # SIGABRT from the parent, or a crash, writes the stacks
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        del os.environ[name]
-    os.environ.update(environment)  # before torch is imported, which reads OMP_NUM_THREADS
+    os.environ.clear()
+    os.environ.update(environment)
     try:
         import torch
         import torch.distributed as dist
@@ -135,32 +133,11 @@ def _run_rank(
         dist.destroy_process_group()
 
 
-def _die_with_parent() -> None:
-    """Has the kernel kill this process when the one that started it dies (Linux)."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    """A free port below the ephemeral range, where no outgoing connection can take it meanwhile."""
-    for port in random.SystemRandom().sample(range(12000, 32000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise DistributedError("no free port between 12000 and 32000")
-
-
 def _stack_file(folder: str, rank: int) -> str:
     return os.path.join(folder, f"rank-{rank}.stack")
 
 
-def _stack(process: SpawnProcess, rank: int, folder: str) -> str:
+def _stack(process: BaseProcess, rank: int, folder: str) -> str:
     """Ends the process with SIGABRT, on which faulthandler writes the stacks of its threads."""
     if process.pid is not None and process.is_alive():
         os.kill(process.pid, signal.SIGABRT)
@@ -169,7 +146,7 @@ def _stack(process: SpawnProcess, rank: int, folder: str) -> str:
     return f"rank {rank}:\n{path.read_text() if path.exists() else '(had not started)'}"
 
 
-def _end(processes: list[SpawnProcess]) -> None:
+def _end(processes: list[BaseProcess]) -> None:
     """Kills what is left of the processes and of what they started."""
     for process in processes:
         assert process.pid is not None

@@ -7,10 +7,11 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mf_train.data.json_stream import JsonError, Outcome, read_text
+from tests.examples import examples
 
 NAMES = {dict: "an object", list: "an array", str: "text", bool: "true or false", type(None): "null"}
 
@@ -65,14 +66,14 @@ OBJECTS = st.dictionaries(st.sampled_from(["text", "a", "te", "texts", "t\\", "ð
 
 
 @given(OBJECTS | VALUES, st.booleans(), st.sampled_from([None, 1]), st.integers(1, 30))
-@settings(max_examples=400, deadline=None)
+@examples(400)
 def test_valid_lines(value: object, ascii_only: bool, indent: int | None, size: int) -> None:
     check(json.dumps(value, ensure_ascii=ascii_only, indent=indent), size)
 
 
 @given(OBJECTS, st.booleans(), st.integers(0, 10**9), st.integers(1, 30))
 @example({"text": "a\\"}, True, 3, 1)
-@settings(max_examples=400, deadline=None)
+@examples(400)
 def test_damaged_lines(value: object, ascii_only: bool, seed: int, size: int) -> None:
     """One to three characters replaced, left out or doubled."""
     random_state = random.Random(seed)

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mf_train.data.digest import (
@@ -21,8 +21,10 @@ from mf_train.data.digest import (
 )
 from mf_train.data.mixture import Mixture
 from mf_train.data.order import EpochOrder, WindowOrder
+from tests.examples import examples
 
 
+@examples(100)
 @given(st.integers(0, 2**40), st.integers(0, 9), st.integers(1, 300), st.integers(0, 2**40))
 def test_every_epoch_is_a_permutation(seed: int, source: int, count: int, epoch: int) -> None:
     order = EpochOrder(seed=seed, source=source, size=count)
@@ -69,7 +71,7 @@ def window_order(
     )
 
 
-@settings(deadline=None)
+@examples(100)
 @given(st.integers(1, 300), st.integers(1, 8), st.integers(1, 8), st.integers(1, 5), st.integers(0, 9))
 def test_windows_hold_every_document_equally_often(
     documents: int, streams: int, block: int, window: int, seed: int
@@ -139,6 +141,7 @@ def test_golden_orders() -> None:
     assert [EpochOrder(seed=0, source=0, size=10**9)[n] for n in (0, 1, 10**12)] == GOLDEN_HUGE
 
 
+@examples(100)
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), st.integers(0, 63), st.integers(1, 300))
 def test_mixture_keeps_its_shares(weights: list[float], start: int, rows: int) -> None:
     """In any window of the sequence, a source's count is within len(weights) of its exact share."""
@@ -179,6 +182,7 @@ def test_digests_of_ranks_add_up() -> None:
     assert batch_digest(rows.astype(np.int32)) == batch_digest(np.asfortranarray(rows)) == whole
 
 
+@examples(100)
 @given(st.integers(0, 2**64 - 1))
 def test_int64_form_is_exact(digest: int) -> None:
     assert from_int64(to_int64(digest)) == digest

@@ -17,7 +17,9 @@ from tests.data.reference import reference_batches
 from tests.data.texts import random_documents, write_json_lines
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[] if seed < 15 else [pytest.mark.slow]) for seed in range(60)]
+)
 def test_random_configurations(seed: int, tmp_path: Path, tokenizer: Tokenizer) -> None:
     run_case(random.Random(seed), tmp_path, tokenizer)
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mf_train.data.segments import segment_end
 from mf_train.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
 from mf_train.errors import UserError
 from tests.data.texts import json_lines, random_documents
+from tests.examples import examples
 
 SHIPPED = Tokenizer(Path(__file__).resolve().parents[2] / "tokenizer")
 NASTY = "".join(map(chr, range(0, 300))) + "\u2581\u2585\u2047\u2028\ufeff\u200d🎉👩‍🚀é\r\n\t   ａ１"
@@ -27,7 +28,7 @@ texts = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(texts)
 def test_decode_inverts_encode(text: str) -> None:
     ids = SHIPPED.encode(text)
@@ -48,7 +49,7 @@ def split_text(text: str, limit: int) -> list[str]:
     return segments
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(texts, st.integers(4, 40))
 def test_segments_join_to_the_text(text: str, limit: int) -> None:
     segments = split_text(text, limit)
@@ -56,7 +57,7 @@ def test_segments_join_to_the_text(text: str, limit: int) -> None:
     assert all(1 <= len(segment.encode()) <= limit for segment in segments)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.text("ab.\n\u2581é1", min_size=1, max_size=9), min_size=1), st.integers(40, 80))
 def test_cutting_at_spaces_does_not_change_the_tokens(words: list[str], limit: int) -> None:
     text = "  ".join(words)

@@ -6,6 +6,7 @@ import random
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Drill:
 
     def struck(self, loss: Loss) -> None:
         """A fault struck, and this is what has to be trained again."""
-        self._record(_LOSS, loss)
+        self._record(_LOSS, astuple(loss))  # what one worker of pytest-xdist can tell
         assert loss.beyond <= 0, f"{loss.again} steps lost where the interval is {INTERVAL}: {loss}"
 
     def recovered(self, seconds: float) -> None:
@@ -121,7 +122,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def _row(case: str, reports: list[pytest.TestReport]) -> tuple[str, ...]:
     properties = [pair for report in reports for pair in report.user_properties]
-    losses = [value for key, value in properties if key == _LOSS]
+    losses = [Loss(*value) for key, value in properties if key == _LOSS]
     failure, recovery = (
         [value for key, value in properties if key == kind] for kind in (_FAILURE, _RECOVERY)
     )

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mf_train.kernels import build, cpu, reference
+from tests.examples import examples
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason=cpu.reason())
 SCORES = ["probability", "scaled_probability"]
@@ -76,7 +77,7 @@ def restore_threads() -> Iterator[None]:
 
 
 @needs_library
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     seed=st.integers(0, 2**31),
     tau=st.integers(1, 12),
@@ -105,7 +106,7 @@ def test_many_tokens_equal_the_reference(tau: int, dtype: torch.dtype) -> None:
 
 
 @needs_library
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     seed=st.integers(0, 2**31),
     tau=st.integers(1, 16),

@@ -140,7 +140,7 @@ def test_build_is_cached_and_has_the_interface(tmp_path: Path, monkeypatch: pyte
 # ---------------------------------------------------------------- the emulation on a CPU
 
 
-@pytest.fixture(scope="module", params=["thread", "address,undefined"])
+@pytest.fixture(scope="module", params=["thread", pytest.param("address,undefined", marks=pytest.mark.slow)])
 def emulation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernel's thread code on CPU threads, under a sanitizer; see the source for what that shows."""
     if shutil.which("g++") is None:

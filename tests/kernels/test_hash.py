@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mf_train.kernels import composition, cpu, hash_codes, ops, reference
+from tests.pairs import in_pairs
 
 SCORES = ["probability", "scaled_probability"]
 # Relative to the largest entry: a few roundings of the dtype.
@@ -61,10 +62,10 @@ def test_reference_is_the_softmax_over_all_sign_patterns(tau: int, score: str) -
     torch.testing.assert_close(dx, expected_dx, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "plain"])
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("tau", [*range(1, 13), 15, 16])
+@pytest.mark.parametrize(
+    ("tau", "dtype", "score", "backend"),
+    in_pairs([*range(1, 13), 15, 16], list(TOLERANCE), SCORES, [*BACKENDS, "plain"]),
+)
 def test_hash_equals_the_reference(tau: int, dtype: torch.dtype, score: str, backend: str) -> None:
     if backend == "cpu" and dtype not in (torch.float32, torch.bfloat16):
         backend = "auto"

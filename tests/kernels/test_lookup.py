@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mf_train.kernels import composition, cpu, hash_codes, lookup, lookup_all, lookup_int8, ops, reference
+from tests.pairs import in_pairs
 
 # Relative to the largest entry. A float32 sum of K terms and a few roundings of the narrow types.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -81,9 +82,9 @@ def test_reference_is_the_sum_over_tables() -> None:
     torch.testing.assert_close(d_bias, dy.sum(0))
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "plain"])
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("tau", range(1, 13))
+@pytest.mark.parametrize(
+    ("tau", "dtype", "backend"), in_pairs(range(1, 13), list(TOLERANCE), [*BACKENDS, "plain"])
+)
 def test_lookup_equals_the_reference(tau: int, dtype: torch.dtype, backend: str) -> None:
     if backend == "cpu" and dtype not in (torch.float32, torch.bfloat16):
         backend = "auto"  # which is the composition then

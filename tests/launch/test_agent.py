@@ -7,7 +7,6 @@ that has loaded torch already; one that is started as srun starts it takes secon
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from mf_train.launch.node import Node
 from mf_train.launch.report import first_error
 from tests.distributed import _free_port
 from tests.training.runs import REPOSITORY, environment, read_metrics, small_config, write_text
+from tests.warm import start_warm
 
 _TIMEOUT = 60.0
 
@@ -80,8 +80,6 @@ class Job:
         self.folder.mkdir()
         self.output.touch()
         self.agents: list[BaseProcess] = []
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["mf_train.launch.torch_elastic", __name__])
         self._port = _free_port()
 
     def start(self, programs: dict[str, str], grace: float = 30.0, nodes: list[int] | None = None) -> None:
@@ -89,9 +87,7 @@ class Job:
         for number in range(self.nodes) if nodes is None else nodes:
             node = Node(number, self.nodes, self.per_node, "127.0.0.1", self._port)
             arguments = (node, self.folder, worker, grace, self.output)
-            agent = self._context.Process(target=_agent, args=arguments)
-            agent.start()
-            self.agents.append(agent)
+            self.agents.append(start_warm(_agent, *arguments))
 
     def wait_for(self, *names: str, timeout: float = _TIMEOUT) -> None:
         deadline = time.monotonic() + timeout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from mf_train.model import MemoryFormer
 from mf_train.model.head import Head
 from mf_train.model.memory import Lookup
 from mf_train.model.quantized import Int8Head, Int8Lookup, quantize_rows, row_scales, scales_name, use_int8
+from tests.examples import examples
 from tests.model.reference import logits_of
 
 CONFIG = ModelConfig(
@@ -25,7 +26,7 @@ def dequantized(values: Tensor, scales: Tensor) -> Tensor:
     return values.double() * scales.double().unsqueeze(-1)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     st.lists(st.integers(0, 5), min_size=0, max_size=2),
     st.integers(1, 70),

@@ -48,23 +48,24 @@ def select(
 
 
 EVERY = (0, 1, 2, 3)
-# Ranks of the 4, and what they train; larger worlds first (see run_worlds). Most of the time is P = 4 on few cores.
+# Ranks of the 4, and what they train: of degrees, stage and precision every pair, P = 4 aside, where most of the time
+# would go on few cores. Larger worlds first (see run_worlds).
 WORLDS = [
     (
         [0, 1, 2, 3],
         select(2, 2, "float32", EVERY)
-        + select(2, 2, "bfloat16", EVERY)
+        + select(2, 2, "bfloat16", (1, 2))
         + select(2, 2, "float32", (1, 3), warm=True)
         + select(2, 2, "float32", (3,), documents=True)
         + select(2, 2, "bfloat16", (2,), documents=True)
         + select(4, 1, "float32", (0,)),
     ),
-    ([0, 1], select(2, 1, "float32", EVERY) + select(2, 1, "bfloat16", (0, 3))),
-    ([2, 3], select(1, 2, "float32", EVERY) + select(1, 2, "bfloat16", (0, 3))),
+    ([0, 1], select(2, 1, "float32", (0, 2)) + select(2, 1, "bfloat16", (1, 3))),
+    ([2, 3], select(1, 2, "float32", (1, 3)) + select(1, 2, "bfloat16", (0, 2))),
     (
         [0],
-        select(1, 1, "float32", EVERY)
-        + select(1, 1, "bfloat16", EVERY)
+        select(1, 1, "float32", (0, 2, 3))
+        + select(1, 1, "bfloat16", (0, 1, 3))
         + select(1, 1, "float32", (0,), documents=True),
     ),
 ]
@@ -72,13 +73,15 @@ SLOW_WORLDS = [
     (
         [0, 1, 2, 3],
         select(2, 2, "float32", (0, 2), warm=True)
+        + select(2, 2, "bfloat16", (0, 3))
         + select(2, 2, "bfloat16", EVERY, warm=True)
         + select(2, 2, "float32", (1,), documents=True)
         + select(4, 1, "float32", (1, 2, 3))
         + select(4, 1, "bfloat16", EVERY),
     ),
-    ([0, 1], select(2, 1, "bfloat16", (1, 2))),
-    ([2, 3], select(1, 2, "bfloat16", (1, 2))),
+    ([0, 1], select(2, 1, "float32", (1, 3)) + select(2, 1, "bfloat16", (0, 2))),
+    ([2, 3], select(1, 2, "float32", (0, 2)) + select(1, 2, "bfloat16", (1, 3))),
+    ([0], select(1, 1, "float32", (1,)) + select(1, 1, "bfloat16", (2,))),
 ]
 
 

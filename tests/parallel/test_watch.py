@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -32,6 +31,7 @@ from mf_train.parallel.watch import (
     is_broken_connection,
 )
 from tests.distributed import _free_port
+from tests.warm import start_warm
 
 pytestmark = pytest.mark.distributed
 HOST = socket.gethostname()
@@ -134,7 +134,6 @@ class Outcome:
 def run_world(world: World, folder: Path) -> Outcome:
     folder.mkdir()
     port = _free_port()
-    context = get_context("forkserver")
     agent = (
         dist.TCPStore(
             "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
@@ -145,8 +144,7 @@ def run_world(world: World, folder: Path) -> Outcome:
     processes = []
     for rank in range(world.size):
         process = Process(rank, world.size, rank, "127.0.0.1", port)
-        processes.append(context.Process(target=play, args=(world, process, folder), daemon=True))
-        processes[-1].start()
+        processes.append(start_warm(play, world, process, folder, daemon=True))
     try:
         wait_until(lambda: all((folder / f"ready-{rank}").exists() for rank in range(world.size)))
         started = time.monotonic()
@@ -187,7 +185,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Outcome]]]:
     folder = tmp_path_factory.mktemp("worlds")
-    get_context("forkserver").set_forkserver_preload([__name__])  # torch is imported once
     with ThreadPoolExecutor(WORLDS_AT_ONCE) as pool:
         yield {name: pool.submit(run_world, world, folder / name) for name, world in WORLDS.items()}
 

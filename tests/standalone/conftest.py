@@ -11,6 +11,7 @@ import torch
 
 from mf_train.checkpoint.layout import resolve_checkpoint
 from mf_train.standalone.convert import convert
+from tests.shared import made_once
 from tests.training.runs import small_config, train, write_text
 
 VALIDATED_SEQUENCES = 5
@@ -39,26 +40,31 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def float32_two(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Trained in float32 by two processes, tables split over both."""
-    return _train(tmp_path_factory.mktemp("float32-two"), processes=2, precision="float32")
+    return _trained(tmp_path_factory, "float32-two", 2, "float32")
 
 
 @pytest.fixture(scope="session")
 def float32_one(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The same run in one process."""
-    return _train(tmp_path_factory.mktemp("float32-one"), processes=1, precision="float32")
+    return _trained(tmp_path_factory, "float32-one", 1, "float32")
 
 
 @pytest.fixture(scope="session")
 def bfloat16_two(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Trained in bfloat16 by two processes, tables split over both."""
-    return _train(tmp_path_factory.mktemp("bfloat16-two"), processes=2, precision="bfloat16")
+    return _trained(tmp_path_factory, "bfloat16-two", 2, "bfloat16")
 
 
 @pytest.fixture(scope="session")
 def documents_two(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """As `float32_two`, with attention inside documents."""
-    folder = tmp_path_factory.mktemp("documents-two")
-    return _train(folder, 2, "float32", "data.document_attention=true")
+    return _trained(tmp_path_factory, "documents-two", 2, "float32", "data.document_attention=true")
+
+
+def _trained(
+    tmp_path_factory: pytest.TempPathFactory, name: str, processes: int, precision: str, *overrides: str
+) -> Trained:
+    return made_once(tmp_path_factory, name, lambda folder: _train(folder, processes, precision, *overrides))
 
 
 def _train(folder: Path, processes: int, precision: str, *overrides: str) -> Trained:

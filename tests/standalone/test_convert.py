@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,6 +31,7 @@ from mf_train.standalone.load import load_model
 from mf_train.standalone.names import PARAMETER_PREFIX
 from mf_train.standalone.source_files import source_files
 from mf_train.standalone.weights import SINGLE, row_major_regions
+from tests.examples import examples
 from tests.model.reference import logits_of
 from tests.standalone.checkpoints import random_weights, records, write_checkpoint
 from tests.standalone.conftest import Trained
@@ -334,7 +335,7 @@ def test_what_a_killed_conversion_left_is_replaced(checkpoint: Path, tmp_path: P
     shutil.rmtree(tmp_path / "out")
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.integers(1, 60))
 def test_regions_cover_a_tensor_in_order(shape: list[int], limit: int) -> None:
     values = torch.arange(torch.Size(shape).numel()).view(shape)

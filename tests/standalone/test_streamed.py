@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from mf_train.standalone.streamed import (
     streamed_model,
 )
 from mf_train.standalone.weights import INDEX, SINGLE, copy_weights
+from tests.examples import examples
 from tests.standalone.checkpoints import random_weights, write_checkpoint, write_tensors
 
 TOKENS = torch.randint(4096, (40,), generator=torch.Generator().manual_seed(3))
@@ -163,7 +164,7 @@ def test_forced_codes_are_handed_on_and_computed_ones_recorded(
     assert same(compute(model, TOKENS), free)  # no hook stays behind
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.sets(st.integers(0, 60), min_size=1))
 def test_rows_are_read_with_or_without_those_between(rows: set[int]) -> None:
     table, read = torch.arange(61.0)[:, None] * torch.ones(3), []

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mf_train.data.tokenizer import Tokenizer, train_tokenizer
 from mf_train.errors import UserError
 from mf_train.standalone.sentencepiece_file import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, parse_sentencepiece
 from mf_train.standalone.tokenizer_files import tokenizer_files
+from tests.examples import examples
 from tests.training.runs import TOKENIZER
 
 SHIPPED = Tokenizer(TOKENIZER)
@@ -31,7 +32,7 @@ texts = st.one_of(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@examples(1000)
 @given(texts)
 def test_ids_and_text_are_sentencepieces(text: str) -> None:
     ids = SHIPPED.encode(text)

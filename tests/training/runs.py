@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from tests.warm import Running
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKENIZER = REPOSITORY / "tokenizer"
 
@@ -53,17 +55,17 @@ def write_text(path: Path, documents: int = 40) -> Path:
 
 
 def run_command(
-    arguments: list[str], processes: int = 1, timeout: float = 240
+    arguments: list[str], processes: int = 1, timeout: float = 240, cold: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """`memoryformer ARGUMENTS` in one process, or under torchrun in several."""
-    return subprocess.run(
-        command_line(arguments, processes),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(),
-        cwd=REPOSITORY,
-    )
+    """`memoryformer ARGUMENTS` in one process or several; `cold`: started as users do, under torchrun if several."""
+    command = command_line(arguments, processes)
+    if cold:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=REPOSITORY
+        )
+    running = Running(arguments, environment(), REPOSITORY, processes)
+    out, errors = running.communicate(timeout)
+    return subprocess.CompletedProcess(command, running.poll() or 0, out, errors)
 
 
 def command_line(arguments: list[str], processes: int = 1) -> list[str]:
@@ -78,14 +80,14 @@ def environment() -> dict[str, str]:
 
 
 def train(
-    tree: dict[str, Any], *overrides: str, processes: int = 1, expect: int = 0
+    tree: dict[str, Any], *overrides: str, processes: int = 1, expect: int = 0, cold: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Train a configuration tree, its file written beside the output folder; asserts the exit status."""
     folder = Path(tree["training"]["output_dir"])
     config = folder.parent / f"{folder.name}.yaml"
     config.write_text(yaml.safe_dump(tree))
-    done = run_command(["train", str(config), *overrides], processes)
-    # torchrun ends with 1 whatever its processes ended with
+    done = run_command(["train", str(config), *overrides], processes, cold=cold)
+    # torchrun ends with 1 whatever its processes ended with, and so do warm ranks
     wanted = expect if processes == 1 else min(expect, 1)
     assert done.returncode == wanted, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 import yaml
 
 from mf_train.training.deadline import Deadline, find_deadline
-from tests.training.runs import command_line, environment, read_metrics, small_config, write_text
+from tests.training.runs import REPOSITORY, environment, read_metrics, small_config, write_text
+from tests.warm import Running
 
 
 def test_time_for_the_saves_a_step_and_a_reserve_is_kept() -> None:
@@ -59,18 +59,13 @@ def test_a_run_stops_by_itself_before_the_limit(tmp_path: Path) -> None:
     tree = small_config(tmp_path / "run", write_text(tmp_path / "text.jsonl"))
     tree["training"]["steps"] = 100_000
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-    limit = time.time() + 25
+    limit = time.time() + 20
     job = {"SLURM_JOB_END_TIME": f"{limit:.0f}", "MF_NOTICE_SECONDS": "5"}
-    done = subprocess.run(
-        command_line(["train", str(tmp_path / "run.yaml")]),
-        env=environment() | job,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 75, done.stdout + done.stderr
+    run = Running(["train", str(tmp_path / "run.yaml")], environment() | job, REPOSITORY)
+    output, errors = run.communicate(timeout=120)
+    assert run.returncode == 75, output + errors
     assert time.time() < limit
-    assert len(re.findall("the notice of 5 s is too short", done.stdout)) == 1
+    assert len(re.findall("the notice of 5 s is too short", output)) == 1
     last = read_metrics(tmp_path / "run")[-1]["step"]
-    assert f"stopped on request after step {last};" in done.stdout
+    assert f"stopped on request after step {last};" in output
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == f"step-{last:09d}"

@@ -18,6 +18,7 @@ import yaml
 from mf_train.checkpoint.layout import list_checkpoints, resolve_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from tests.training.runs import (
+    REPOSITORY,
     command_line,
     complaints,
     environment,
@@ -26,6 +27,7 @@ from tests.training.runs import (
     train,
     write_text,
 )
+from tests.warm import Running
 
 STEPS, MIDDLE = 12, 6
 
@@ -37,7 +39,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = small_config(folder / "run", write_text(folder / "text.jsonl"))
     tree["training"]["validation_interval"] = MIDDLE
     tree["logging"] = {"tensorboard": True, "interval": 1, "telemetry_interval": 4}
-    done = train(tree, f"training.steps={STEPS}", f"checkpoint.interval={MIDDLE}", "checkpoint.keep=0")
+    settings = (f"training.steps={STEPS}", f"checkpoint.interval={MIDDLE}", "checkpoint.keep=0")
+    done = train(tree, *settings, cold=True)
     assert "ZeRO 1" in done.stdout and f"step {STEPS}/{STEPS}" in done.stdout
     assert not done.stderr, done.stderr
     return folder / "run"
@@ -196,12 +199,10 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_save(reference: Path, 
     tree = tree_beside(reference, tmp_path / "run")
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
-    process = subprocess.Popen(
-        command_line(["train", str(config)]), stdout=subprocess.PIPE, text=True, env=environment()
-    )
+    process = Running(["train", str(config)], environment(), REPOSITORY)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (tmp_path / "run/checkpoints/.writer").exists():
-        time.sleep(0.005)
+        time.sleep(0.001)
     process.send_signal(signal.SIGTERM)  # the engine is not built yet
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
@@ -253,7 +254,7 @@ def test_resume_in_bfloat16_is_exact_on_the_same_shape(reference: Path, tmp_path
     tree = tree_beside(reference, tmp_path / "whole")
     tree["training"] |= {"steps": 4, "precision": "bfloat16"}
     tree["parallel"] = {"zero_stage": stage}
-    done = train(tree, "checkpoint.interval=2", processes=2)
+    done = train(tree, "checkpoint.interval=2", processes=2, cold=True)
     # the summary, steps 1 and 4, the end: nothing that DeepSpeed prints or warns about
     assert len(done.stdout.splitlines()) == 3 + 2 + 1 and not done.stderr, done.stdout + done.stderr
     again = tree | {"checkpoint": {"resume": str(tmp_path / "whole/checkpoints/step-000000002")}}

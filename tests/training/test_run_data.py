@@ -26,6 +26,7 @@ from mf_train.parallel.processes import find_process
 from mf_train.training.inputs import check_same_sources
 from tests.distributed import run_distributed
 from tests.training.runs import (
+    REPOSITORY,
     TOKENIZER,
     command_line,
     complaints,
@@ -36,6 +37,7 @@ from tests.training.runs import (
     train,
     write_text,
 )
+from tests.warm import Running
 
 
 def write_shard(prefix: Path, text: Path) -> str:
@@ -91,11 +93,14 @@ def test_skipped_documents_are_counted_by_file(tmp_path: Path) -> None:
     assert first["skipped_documents"] == {str(bad): 3} and "skipped_documents" not in second
 
 
-def start(tree: dict[str, Any], *overrides: str) -> subprocess.Popen[str]:
+def start(tree: dict[str, Any], cold: bool = False) -> subprocess.Popen[str] | Running:
+    """A run of two processes; `cold`: under torchrun."""
     config = Path(tree["training"]["output_dir"]).with_suffix(".yaml")
     config.write_text(yaml.safe_dump(tree))
+    if not cold:
+        return Running(["train", str(config)], environment(), REPOSITORY, 2)
     return subprocess.Popen(
-        command_line(["train", str(config), *overrides], 2),
+        command_line(["train", str(config)], 2),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -103,11 +108,17 @@ def start(tree: dict[str, Any], *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def workers_of(run: subprocess.Popen[str]) -> list[int]:
-    """Processes that make rows for the run: children of its children."""
-    ranks = children(run.pid)
+def ranks_of(run: subprocess.Popen[str] | Running) -> list[int]:
+    return children(run.pid) if isinstance(run, subprocess.Popen) else [rank.pid or 0 for rank in run.ranks]
+
+
+def workers_of(run: subprocess.Popen[str] | Running) -> list[int]:
+    """Processes that make rows for the run: children of its ranks."""
     return [
-        worker for rank in ranks for worker in children(rank) if b"mf_train.data.worker" in command(worker)
+        worker
+        for rank in ranks_of(run)
+        for worker in children(rank)
+        if b"mf_train.data.worker" in command(worker)
     ]
 
 
@@ -133,13 +144,16 @@ def wait_for(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("victim", ["worker", "run"])
-def test_a_kill_leaves_nothing(victim: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "cold"),
+    [("worker", False), ("run", False), pytest.param("worker", True, marks=pytest.mark.slow)],
+)
+def test_a_kill_leaves_nothing(victim: str, cold: bool, tmp_path: Path) -> None:
     """A worker's death ends all ranks with one line that says so; that of all ranks leaves no worker."""
     tree = small_config(tmp_path / "run", write_text(tmp_path / "text.jsonl"))
     tree["training"]["steps"] = 100_000
     shared_memory = set(os.listdir("/dev/shm"))
-    run = start(tree)  # tensor 1: both ranks read
+    run = start(tree, cold)  # tensor 1: both ranks read
     metrics = tmp_path / "run" / "metrics.jsonl"
     try:
         wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
@@ -153,7 +167,7 @@ def test_a_kill_leaves_nothing(victim: str, tmp_path: Path) -> None:
             assert len(said) == 1 and "data worker 0 of data-parallel rank" in said[0]
             assert "was killed (exit status -9)" in said[0]
         else:
-            for rank in children(run.pid):
+            for rank in ranks_of(run):
                 os.kill(rank, signal.SIGKILL)
             run.communicate(timeout=60)
         wait_for(lambda: not any(b"mf_train" in command(worker) for worker in workers), 10)
@@ -176,7 +190,7 @@ def test_a_shard_that_is_cut_while_it_is_read_ends_all_ranks(tmp_path: Path) -> 
         wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
         os.truncate(shard, 1000)
         _, errors = run.communicate(timeout=60)
-        assert run.returncode == 1  # torchrun's, of processes that ended with 2
+        assert run.returncode == 1  # as torchrun's, of processes that ended with 2
         said = [line for line in errors.splitlines() if line.startswith("memoryformer: ")]
         assert len(said) == 1, errors
         assert f"{shard} ended early" in said[0] and "it was 1000 bytes" in said[0]

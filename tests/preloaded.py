@@ -1,0 +1,26 @@
+"""Imported by the server that warm processes are forked from (tests/warm.py): what takes long, and computes nothing."""
+
+import contextlib
+import io
+import logging
+import os
+import threading
+import warnings
+
+import torch
+
+import mf_train.launch.torch_elastic
+import mf_train.standalone.convert
+import mf_train.training.run  # noqa: F401
+from mf_train.parallel.engine import _import_deepspeed
+
+environment = dict(os.environ)
+with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    import megatron.core.parallel_state  # noqa: F401
+
+    _import_deepspeed(torch.device("cpu"), 0)
+os.environ.clear()
+os.environ.update(environment)
+assert threading.active_count() == 1, "a thread would be missing in every fork"

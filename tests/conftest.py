@@ -6,16 +6,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-import hypothesis
 import pytest
 
-import tests.examples  # noqa: F401 - registers the profiles
 from mf_train.kernels.build import cache_folder
 from tests.environments import make_bare_environment
 
-hypothesis.settings.load_profile("fast")  # before --hypothesis-profile, and the tests' modules, are read
+with suppress(ImportError):  # on a machine that has what tests/gpu needs alone
+    import hypothesis
+
+    import tests.examples  # noqa: F401 - registers the profiles
+
+    hypothesis.settings.load_profile("fast")  # before --hypothesis-profile, and the tests' modules, are read
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.machine import copy_bandwidth, report
 from benchmarks.tables import table
-from mf_train.checkpoint.tensor_file import TensorFileWriter
+from mf_train.checkpoint.safetensors_file import TensorFileWriter
 from mf_train.config import Config, ModelConfig
 from mf_train.model import MemoryFormer
 from mf_train.model.quantized import use_int8

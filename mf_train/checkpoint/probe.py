@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mf_train.checkpoint.layout import PROBE
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.tensor_reader import TensorFile
+from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import ModelConfig
 
 PROBE_TOKENS, MIN_PROBE_TOKENS = 128, 16

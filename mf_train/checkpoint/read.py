@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mf_train.checkpoint.checksum import share, whole
 from mf_train.checkpoint.layout import KINDS, MANIFEST, STATE, DamageError, Manifest, part_name, read_manifest
-from mf_train.checkpoint.tensor_reader import Region, TensorFile, bytes_of
+from mf_train.checkpoint.safetensors_file import Region, TensorFile, bytes_of
 from mf_train.model.initialise import split_dimension
 
 REMEDY = "use another checkpoint"
@@ -86,7 +86,7 @@ class CheckpointReader:
     ) -> Tensor:
         """Flat elements [start, start + numel) of the slice that tensor-parallel rank `tensor_rank` would hold.
 
-        Needs at most tensor_reader.SLAB_BYTES beside its result.
+        Needs at most safetensors_file.SLAB_BYTES beside its result.
         """
         shape, split = list(self.shapes[name]), split_dimension(name)
         shape[split] //= tensor_size

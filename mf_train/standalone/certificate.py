@@ -28,7 +28,7 @@ from mf_train.checkpoint.checksum import read_shares, whole
 from mf_train.checkpoint.layout import PROBE, DamageError
 from mf_train.checkpoint.probe import CODES
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.tensor_reader import TensorFile
+from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import Config
 from mf_train.errors import TrainingError
 from mf_train.standalone.streamed import CheckpointWeights, FolderWeights, Results, compute, streamed_model

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mf_train import __version__
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.tensor_reader import TensorFile
+from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import Config
 from mf_train.errors import TrainingError, UserError
 from mf_train.model.quantized import scales_name

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mf_train.checkpoint.files import naming
-from mf_train.checkpoint.tensor_file import Layout
+from mf_train.checkpoint.safetensors_file import FileLayout
 
 SYNC_SECONDS = 0.2
 
@@ -20,7 +20,7 @@ class ShardWriter:
     while the others compute. Raises OSError naming the file.
     """
 
-    def __init__(self, folder: Path, layouts: Mapping[str, Layout]) -> None:
+    def __init__(self, folder: Path, layouts: Mapping[str, FileLayout]) -> None:
         self._folder = folder
         self._layouts = layouts
         self._files: dict[str, io.FileIO] = {}

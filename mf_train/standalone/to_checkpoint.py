@@ -31,8 +31,7 @@ from mf_train.checkpoint.layout import (
     part_name,
 )
 from mf_train.checkpoint.probe import probe_tensors, random_tokens
-from mf_train.checkpoint.tensor_file import Layout, TensorFileWriter
-from mf_train.checkpoint.tensor_reader import TensorFile, bytes_of
+from mf_train.checkpoint.safetensors_file import FileLayout, TensorFile, TensorFileWriter, bytes_of
 from mf_train.checkpoint.verify import find_damage
 from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainingConfig
 from mf_train.config.loading import config_to_tree
@@ -161,7 +160,7 @@ def _write_weights(model: Path, config: Config, folder: Path) -> Manifest:
     local = {name: _local_shape(name, shape, ranks) for name, shape in shapes.items()}
     parts = assign_parts({name: 4 * torch.Size(shape).numel() for name, shape in local.items()})
     layouts = {
-        part_name("master", rank, ranks, part): Layout(
+        part_name("master", rank, ranks, part): FileLayout(
             {name: (torch.float32, shape) for name, shape in local.items() if parts[name] == part}
         )
         for rank in range(ranks)

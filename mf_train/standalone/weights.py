@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from mf_train.checkpoint.read import CheckpointReader, Checksums
-from mf_train.checkpoint.tensor_file import ALIGNMENT, Layout
-from mf_train.checkpoint.tensor_reader import Region, bytes_of
+from mf_train.checkpoint.safetensors_file import ALIGNMENT, FileLayout, Region, bytes_of
 from mf_train.errors import TrainingError
 from mf_train.model.quantized import quantize_rows, row_scales, scales_name
 from mf_train.standalone.names import PARAMETER_PREFIX
@@ -59,7 +58,9 @@ def copy_weights(
     tensors = stored_tensors(reader.shapes, dtype)
     shards = _plan_shards(tensors, shard_bytes)
     layouts = {
-        file: Layout({name: (tensors[name].dtype, tensors[name].shape) for name in names}, {"format": "pt"})
+        file: FileLayout(
+            {name: (tensors[name].dtype, tensors[name].shape) for name in names}, {"format": "pt"}
+        )
         for file, names in shards.items()
     }
     files = {name: file for file, names in shards.items() for name in names}

@@ -26,7 +26,7 @@ from mf_train.checkpoint.layout import (
 )
 from mf_train.checkpoint.probe import probe_tensors, random_tokens
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.tensor_file import TensorFileWriter
+from mf_train.checkpoint.safetensors_file import TensorFileWriter
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree
 from mf_train.model import MemoryFormer

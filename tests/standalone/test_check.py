@@ -16,7 +16,7 @@ from torch import Tensor
 from mf_train.checkpoint.layout import CONFIG, MANIFEST, PROBE, TOKENIZER, FileRecord, read_manifest
 from mf_train.checkpoint.probe import probe_tensors, random_tokens
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.tensor_file import TensorFileWriter
+from mf_train.checkpoint.safetensors_file import TensorFileWriter
 from mf_train.config import ModelConfig
 from mf_train.errors import TrainingError, UserError
 from mf_train.standalone import certificate, check, weights

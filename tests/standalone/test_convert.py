@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mf_train.checkpoint.layout import MANIFEST, PROBE, read_manifest
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.tensor_reader import TensorFile
+from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import ModelConfig
 from mf_train.errors import TrainingError, UserError
 from mf_train.standalone.certificate import CERTIFICATE

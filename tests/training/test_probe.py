@@ -10,7 +10,7 @@ import torch
 from mf_train.checkpoint.layout import CONFIG, PROBE, TOKENIZER, resolve_checkpoint
 from mf_train.checkpoint.probe import PROBE_TOKENS, probe_length, random_tokens
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.tensor_reader import TensorFile
+from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import ModelConfig
 from mf_train.config.loading import load_config
 from mf_train.data.tokenizer import Tokenizer

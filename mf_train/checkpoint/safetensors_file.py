@@ -1,14 +1,20 @@
-"""Reads regions and rows of safetensors files with bounded memory, and trusts nothing in them.
+"""Safetensors files, written and read in parts, so that their size is not bounded by memory.
 
-Format: https://github.com/huggingface/safetensors, section "Format". The header is parsed and checked here, whole,
-before any data are read; nothing of a file is ever executed. Data are read and not mapped: a file that another process
-shortens is an error and not a SIGBUS, and what was read does not stay in this process's memory.
+Format: https://github.com/huggingface/safetensors, section "Format": eight bytes with the header's length, a JSON
+header with each tensor's dtype, shape and offsets, then the data.
+
+Written: the header is padded with spaces so that the data begin at a multiple of 64 bytes, a cache line; tensors follow
+without gaps.
+
+Read: nothing in a file is trusted. The header is parsed and checked whole, before any data are read; nothing of a file
+is ever executed. Data are read and not mapped: a file that another process shortens is an error and not a SIGBUS, and
+what was read does not stay in this process's memory.
 """
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
@@ -20,11 +26,11 @@ from mf_train.errors import UserError
 
 Region = tuple[slice, ...]
 
+ALIGNMENT = 64  # of the data's first byte when a file is written
 SLAB_BYTES = 64 << 20  # largest temporary copy of a part of the file
 _LARGEST_HEADER = 100_000_000  # the safetensors library's own bound
-_LONG_RUN = (
-    64 << 10
-)  # bytes in a row that are worth a read of their own, rather than one read with all between
+# Bytes in a row that are worth a read of their own, rather than one read with all between.
+_LONG_RUN = 64 << 10
 _LARGEST_READ = 1 << 30  # of one system call; Linux ends at 2 GiB - 4 KiB
 _DTYPES = {
     "F64": torch.float64,
@@ -37,10 +43,92 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class FileLayout:
+    """Where each tensor's data lie in a safetensors file of the tensors given (name: (dtype, shape)), in their order.
+
+    `header` is the file's first bytes, `offsets` the place of each tensor's first byte, `size` the file's, in bytes.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.tensors = dict(tensors)
+        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for name, (dtype, shape) in tensors.items():
+            size = torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {
+                "dtype": _NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        self.header = len(text).to_bytes(8, "little") + text
+        self.size = len(self.header) + offset
+        self.offsets = {
+            name: len(self.header) + header[name]["data_offsets"][0]  # type: ignore[index]
+            for name in tensors
+        }
+
+
+class TensorFileWriter:
+    """Writes the tensors declared in `layout` (name: (dtype, shape)) into a new safetensors file.
+
+    Each tensor arrives whole (`write`) or by parts of its flat data in order (`append`), in the layout's order.
+    Leaving the `with` block without an error syncs the file to disk.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self.layout = FileLayout(layout, metadata)
+        self.file = open(path, "wb")
+        self.file.write(self.layout.header)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor of the layout."""
+        dtype, shape = self.layout.tensors[name]
+        assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), (
+            name,
+            tensor.dtype,
+            tensor.shape,
+        )
+        self.append(tensor)
+
+    def append(self, part: Tensor) -> None:
+        """Write the next part of the data, in row-major order."""
+        self.file.write(bytes_of(part.detach().contiguous().cpu()))
+
+    def __enter__(self) -> "TensorFileWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                written = self.file.tell()
+                size = self.layout.size
+                assert written == size, f"{self.path}: wrote {written} of {size} bytes"
+        finally:
+            self.file.close()
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of a file; `offset` is the place of its first byte, counted from the file's begin."""
+    """A tensor of a file; `offset` is the place of its first byte, counted from the file's beginning."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

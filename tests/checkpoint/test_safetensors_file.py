@@ -1,4 +1,4 @@
-"""TensorFile: any region and rows against torch's own slicing, and files that are not what they should be."""
+"""What is written against the safetensors library, what is read against torch's own slicing, and damaged files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,86 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from mf_train.checkpoint import tensor_reader
-from mf_train.checkpoint.tensor_file import Layout
-from mf_train.checkpoint.tensor_reader import TensorFile
+from mf_train.checkpoint import safetensors_file
+from mf_train.checkpoint.safetensors_file import FileLayout, TensorFile, TensorFileWriter
 from mf_train.errors import UserError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.int64]
+
+
+def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        "a.tables": torch.randn(3, 5, 7, generator=generator),
+        "b": torch.randn(11, generator=generator).bfloat16(),
+        "empty": torch.zeros(0, 4),
+        "codes": torch.randint(256, (2, 9), generator=generator).to(torch.uint8),
+        "int8": torch.randint(-128, 128, (3, 5), generator=generator).to(torch.int8),
+        "ids": torch.randint(2**40, (5,), generator=generator),
+    }
+    path = tmp_path / "x.safetensors"
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    with TensorFileWriter(path, layout, {"format": "pt"}) as writer:
+        for name, tensor in tensors.items():
+            if tensor.dim() == 3:
+                for row in tensor:  # by parts
+                    writer.append(row)
+            else:
+                writer.write(name, tensor)
+    loaded = load_file(path)
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("length", range(1, 130, 16))
+def test_data_begin_at_a_cache_line(length: int, tmp_path: Path) -> None:
+    name, value = "x" * length, torch.arange(7)
+    with TensorFileWriter(tmp_path / "x", {name: (value.dtype, value.shape)}) as writer:
+        writer.write(name, value)
+    data = (tmp_path / "x").read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    assert begin % 64 == 0 and data[8:9] == b"{" and data[8:begin].rstrip(b" ").endswith(b"}")
+    assert data[begin:] == value.numpy().tobytes()
+    assert torch.equal(load_file(tmp_path / "x")[name], value)
+
+
+def test_a_file_that_lacks_data_is_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match="wrote"),
+        TensorFileWriter(tmp_path / "x", {"a": (torch.float32, (4,))}) as writer,
+    ):
+        writer.append(torch.zeros(3))
+
+
+def test_the_layout_says_where_each_tensor_lies(tmp_path: Path) -> None:
+    """Written piece by piece at the offsets, in any order, the file is one that the library reads."""
+    tensors = {
+        "b.tables": torch.randn(3, 5, 7),
+        "empty": torch.zeros(0, 4),
+        "a": torch.randn(11).bfloat16(),
+        "codes": torch.arange(9).to(torch.uint8),
+        "scalar": torch.tensor(5),
+    }
+    layout = FileLayout({n: (t.dtype, t.shape) for n, t in tensors.items()}, {"format": "pt"})
+    file = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
+    for name in reversed(tensors):
+        data = tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+        os.pwrite(file, data, layout.offsets[name])
+    os.pwrite(file, layout.header, 0)
+    os.close(file)
+    assert (tmp_path / "x").stat().st_size == layout.size
+    loaded = load_file(tmp_path / "x")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+    with TensorFile(tmp_path / "x") as file:
+        assert {n: t.offset for n, t in file.tensors.items()} == layout.offsets
 
 
 def random_tensor(generator: random.Random, dtype: torch.dtype) -> torch.Tensor:
@@ -33,9 +105,9 @@ def random_tensor(generator: random.Random, dtype: torch.dtype) -> torch.Tensor:
 def test_any_region(
     tmp_path: Path, dtype: torch.dtype, slab: int, long_run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensor_reader, "SLAB_BYTES", slab)
-    monkeypatch.setattr(tensor_reader, "_LONG_RUN", long_run)
-    monkeypatch.setattr(tensor_reader, "_LARGEST_READ", 24)  # most reads take several calls
+    monkeypatch.setattr(safetensors_file, "SLAB_BYTES", slab)
+    monkeypatch.setattr(safetensors_file, "_LONG_RUN", long_run)
+    monkeypatch.setattr(safetensors_file, "_LARGEST_READ", 24)  # most reads take several calls
     generator = random.Random(slab + long_run)
     tensors = {f"t{i}": random_tensor(generator, dtype) for i in range(8)} | {
         "scalar": torch.ones((), dtype=dtype)
@@ -84,13 +156,13 @@ def test_rows(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_memory_is_bounded_by_the_result_and_a_slab(tmp_path: Path) -> None:
-    layout = Layout({"tables": (torch.float32, (128, 1024, 2048))})  # 1 GiB, of holes
+    layout = FileLayout({"tables": (torch.float32, (128, 1024, 2048))})  # 1 GiB, of holes
     (tmp_path / "x").write_bytes(layout.header)
     os.truncate(tmp_path / "x", layout.size)
     code = """
 import sys, torch
 from pathlib import Path
-from mf_train.checkpoint.tensor_reader import SLAB_BYTES, TensorFile
+from mf_train.checkpoint.safetensors_file import SLAB_BYTES, TensorFile
 peak = lambda: 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
 file = TensorFile(Path(sys.argv[1]))
 file.read("tables", (slice(0, 1),) * 3)

@@ -49,7 +49,7 @@ _ACTIVATION_CLASSES = {"none": "Identity", "gelu": "GELU", "relu": "ReLU"}
 
 
 class GrowingTensor(Protocol):
-    """A layer's keys or values: `mf_train.standalone.cache.Growing`, or a converted model's copy of it."""
+    """A layer's keys or values: `mf_train.standalone.exported.cache.Growing`, or a converted model's copy of it."""
 
     length: int
 

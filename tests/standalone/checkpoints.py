@@ -33,7 +33,7 @@ from mf_train.model import MemoryFormer
 from mf_train.model.initialise import split_dimension
 from mf_train.model.memory import record_codes
 from mf_train.parallel.tensor import slice_of_rank
-from mf_train.standalone.streamed import CheckpointWeights, compute, streamed_model
+from mf_train.standalone.conversion.streamed_model import CheckpointWeights, compute, streamed_model
 from tests.training.runs import TOKENIZER as SHIPPED
 
 

@@ -1,4 +1,7 @@
-"""The plain model's own source files as flat siblings, which is all that transformers' loader of code follows."""
+"""The code of a converted model: `exported/` and what it imports of the plain model, as flat siblings.
+
+Siblings that import each other relatively are all that transformers' loader of code follows.
+"""
 
 import ast
 import re
@@ -7,51 +10,55 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parents[2]
 _NAME = _PACKAGE.name
 
-# Module of this package -> module beside config.json. What they import of the package must be here too.
-MODULES = {
-    "standalone.exported.configuration_memoryformer": "configuration_memoryformer",
-    "standalone.exported.modeling_memoryformer": "modeling_memoryformer",
-    "standalone.exported.names": "names",
-    "standalone.exported.cache": "cache",
-    "standalone.exported.growing_layer": "growing_layer",
-    "standalone.exported.installed": "installed",
-    "standalone.exported.operations": "operations",
-    "config.model": "model_config",
-    "kernels.composition": "composition",
-    "model.attention": "attention",
-    "model.block": "block",
-    "model.head": "head",
-    "model.initialise": "initialise",
-    "model.loss_steps": "loss_steps",
-    "model.memory": "memory",
-    "model.model": "memoryformer",
-    "model.norm": "norm",
-    "model.norm_steps": "norm_steps",
-    "model.quantized": "quantized",
-    "model.sums": "sums",
-}
+_EXPORTED = f"{_NAME}.standalone.exported"  # its modules are copied, and every module of this package that they import
+# A copy has its module's last name, but these, whose last name would say little beside config.json.
+_FLAT_NAMES = {f"{_NAME}.config.model": "model_config", f"{_NAME}.model.model": "memoryformer"}
 # The choice of kernels stays behind: a standalone model computes with torch's operations and registers none, or with
 # those of an installed package.
-_REPLACED = {"kernels": "operations"}
+_REPLACED = {f"{_NAME}.kernels": f"{_EXPORTED}.operations"}
 # The only module that may load the package that is installed, by name and at run time: it works without one.
-_LOADS_PACKAGE = "standalone.exported.installed"
+_LOADS_PACKAGE = f"{_EXPORTED}.installed"
 _IMPORT = re.compile(rf"^(\s*from )({_NAME}\.[\w.]+)(?= import )", re.MULTILINE)
 
 
 def source_files() -> dict[str, bytes]:
     """Contents of each source file by name, imports of this package rewritten to relative ones."""
-    files = {}
-    for module, flat in MODULES.items():
-        path = _PACKAGE / f"{module.replace('.', '/')}.py"
-        text = _IMPORT.sub(_relative, path.read_text(encoding="utf-8"))
-        assert not _imports_package(text, module), f"{path}: imports {_NAME} in a form that is not rewritten"
-        files[f"{flat}.py"] = text.encode()
+    files: dict[str, bytes] = {}
+    copied: set[str] = set()
+    waiting = [
+        f"{_EXPORTED}.{path.stem}" for path in _path(_EXPORTED).glob("*.py") if path.stem != "__init__"
+    ]
+    while waiting:
+        module = waiting.pop()
+        if module in copied:
+            continue
+        copied.add(module)
+        text = _path(module).with_suffix(".py").read_text(encoding="utf-8")
+        waiting += [_copied(match[2]) for match in _IMPORT.finditer(text)]
+        text = _IMPORT.sub(lambda match: f"{match[1]}.{_flat(_copied(match[2]))}", text)
+        assert not _imports_package(text, module), (
+            f"{module}: imports {_NAME} in a form that is not rewritten"
+        )
+        name = f"{_flat(module)}.py"
+        assert name not in files, (
+            f"{module}: another copied module is {name} too; give it a name in _FLAT_NAMES"
+        )
+        files[name] = text.encode()
     return files
 
 
-def _relative(match: re.Match[str]) -> str:
-    module = match[2].removeprefix(f"{_NAME}.")
-    return f"{match[1]}.{_REPLACED.get(module) or MODULES[module]}"
+def _path(module: str) -> Path:
+    """The folder of a package; with ".py" the file of a module."""
+    return _PACKAGE.parent / module.replace(".", "/")
+
+
+def _copied(module: str) -> str:
+    """The module whose copy a converted model imports for `module`."""
+    return _REPLACED.get(module, module)
+
+
+def _flat(module: str) -> str:
+    return _FLAT_NAMES.get(module) or module.rpartition(".")[2]
 
 
 def _imports_package(text: str, module: str) -> bool:

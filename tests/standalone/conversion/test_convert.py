@@ -26,7 +26,6 @@ from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import ModelConfig
 from mf_train.errors import TrainingError, UserError
 from mf_train.standalone.conversion.convert import convert
-from mf_train.standalone.conversion.source_files import source_files
 from mf_train.standalone.conversion.weights import row_major_regions
 from mf_train.standalone.exported.names import PARAMETER_PREFIX
 from mf_train.standalone.folder import CERTIFICATE, SINGLE
@@ -380,19 +379,3 @@ def test_the_settings_are_those_of_transformers(float32_two: Trained) -> None:
     ids = {config[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
     assert len(ids) == 1 and settings == {f"{name}_token_id": min(ids) for name in ("bos", "eos", "pad")}
     assert config["dtype"] == "float32" and config["model_type"] == "memoryformer"
-
-
-def test_source_files_need_only_each_other() -> None:
-    files = {name: content.decode() for name, content in source_files().items()}
-    relative = re.compile(r"^\s*from \.(\w*) import", re.MULTILINE)
-    for name, text in files.items():
-        assert "from mf_train" not in text and "import mf_train" not in text, name
-        assert "custom_op" not in text, name
-        assert all(f"{module}.py" in files for module in relative.findall(text)), name
-    needed, waiting = set(), ["modeling_memoryformer"]
-    while waiting:
-        module = waiting.pop()
-        if module not in needed:
-            needed.add(module)
-            waiting += relative.findall(files[f"{module}.py"])
-    assert {f"{module}.py" for module in needed} == files.keys()

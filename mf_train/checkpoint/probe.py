@@ -1,7 +1,7 @@
 """probe.safetensors: what the trainer computes on a few tokens, so that a conversion can be proved against it.
 
 `tokens` int64 [n]; `logits` float32 [n, V]; `codes.NAME` [n, K] of every hash, by the hash's name; `validation` uint8
-[1]: 1 where the tokens are the begin of the run's validation text, 0 where they are `random_tokens`.
+[1]: 1 where the tokens are the beginning of the run's validation text, 0 where they are `random_tokens`.
 """
 
 from collections.abc import Mapping

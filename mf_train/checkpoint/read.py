@@ -70,7 +70,7 @@ class CheckpointReader:
         """Float32 values of a region (slices with start and stop) of a parameter; the whole by default.
 
         A kind (one of KINDS) that the checkpoint does not hold is zero. With `buffer` (float32, flat, of twice the
-        result's size), the result is a view of its begin and no other memory is needed. With `checksums`, the region is
+        result's size), the result is a view of its front and no other memory is needed. With `checksums`, the region is
         one of whole rows (of consecutive elements in each of the checkpoint's slices), and what was read is added.
         """
         region = region or tuple(slice(0, size) for size in self.shapes[name])

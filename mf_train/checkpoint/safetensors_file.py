@@ -309,7 +309,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _run(sizes: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements that follow each other in the file at the region's begin."""
+    """Elements that follow each other in the file at the region's beginning."""
     run = 1
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size > 1 and stride != run:

@@ -14,10 +14,8 @@ from mf_train.standalone.exported.names import CONFIG_KEYS, INT8, TABLE_DTYPE
 
 DTYPES = ("float32", "bfloat16", INT8)  # of the weights, as `convert --dtype` names them
 CONFIG, CARD, CERTIFICATE = "config.json", "README.md", "certificate.json"
-SINGLE, INDEX = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-)  # one file of weights, or the index of several
+# One file of weights, or the index of several.
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 REMEDY = "convert the checkpoint again"
 
 

@@ -8,17 +8,17 @@ codes.
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from mf_train import __version__
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.safetensors_file import TensorFile
+from mf_train.checkpoint.safetensors_file import TensorFile, bytes_of
 from mf_train.config import Config
 from mf_train.errors import TrainingError, UserError
 from mf_train.model.quantized import scales_name
@@ -213,25 +213,16 @@ def _hash_stored(file: TensorFile, name: str) -> str:
 
 
 def _hash_converted(reader: CheckpointReader, weights: CheckpointWeights, name: str) -> dict[str, str]:
+    """SHA-256 by outside name of what a parameter becomes: one tensor, or int8 values and their scales."""
     shape = reader.shapes[name]
-    digests = [hashlib.sha256(), hashlib.sha256()]
-    scaled = False
+    digests: defaultdict[str, Any] = defaultdict(hashlib.sha256)
     numbers = torch.arange(torch.Size(shape[:-1]).numel())
     for rows in numbers.split(max(READ_BYTES // (shape[-1] * 4), 1)):
         values, scales = weights.rows(name, rows)
-        digests[0].update(_bytes(values))
+        digests[name].update(bytes_of(values.contiguous()))
         if scales is not None:
-            digests[1].update(_bytes(scales))
-            scaled = True
-    hashes = {PARAMETER_PREFIX + name: digests[0].hexdigest()}
-    if scaled:
-        hashes[f"{PARAMETER_PREFIX}{scales_name(name)}"] = digests[1].hexdigest()
-    return hashes
-
-
-def _bytes(values: Tensor) -> memoryview:
-    data: memoryview = values.contiguous().view(-1).view(torch.uint8).numpy().data
-    return data
+            digests[f"{scales_name(name)}"].update(bytes_of(scales.contiguous()))
+    return {PARAMETER_PREFIX + tensor: digest.hexdigest() for tensor, digest in digests.items()}
 
 
 def _in_threads(hash_one: Callable[[str], T], names: Mapping[str, Any]) -> dict[str, T]:

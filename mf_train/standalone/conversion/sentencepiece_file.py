@@ -1,6 +1,7 @@
-"""Reads a sentencepiece model's pieces and settings from its file, without sentencepiece.
+"""Reads a sentencepiece model's pieces and settings from its file.
 
-The file is a protocol buffer, message ModelProto of
+sentencepiece itself tells neither the settings nor which pieces are user-defined, and its classes for the file need the
+protobuf package. The file is a protocol buffer, message ModelProto of
 https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto; wire format:
 https://protobuf.dev/programming-guides/encoding/.
 """
@@ -25,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencepieceModel:
-    """What of a model decides how text is cut."""
+    """The parts of a sentencepiece model that determine tokenisation."""
 
     pieces: list[Piece]
     model_type: int

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from benchmarks.machine import copy_bandwidth, report
 from benchmarks.tables import table
-from mf_train.checkpoint.tensor_file import TensorFileWriter
+from mf_train.checkpoint.safetensors_file import TensorFileWriter
 from mf_train.config import Config, ModelConfig
 from mf_train.model import MemoryFormer
 from mf_train.model.quantized import use_int8
-from mf_train.standalone.names import PARAMETER_PREFIX
-from mf_train.standalone.settings_files import settings_files
-from mf_train.standalone.source_files import source_files
-from mf_train.standalone.weights import SINGLE
+from mf_train.standalone.conversion.settings_files import settings_files
+from mf_train.standalone.conversion.source_files import source_files
+from mf_train.standalone.exported.names import PARAMETER_PREFIX
+from mf_train.standalone.folder import SINGLE
 
 NEW = 64
 MODELS = {

@@ -143,9 +143,9 @@ def _checkpoint_list(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from mf_train.standalone.check import check_conversion
-    from mf_train.standalone.convert import convert
-    from mf_train.standalone.to_checkpoint import to_checkpoint
+    from mf_train.standalone.conversion.check import check_conversion
+    from mf_train.standalone.conversion.convert import convert
+    from mf_train.standalone.conversion.to_checkpoint import to_checkpoint
 
     if options.check:
         _refuse_with(options, "--check", dtype=None, to_checkpoint=False, tensor=None)
@@ -169,7 +169,7 @@ def _refuse_with(options: argparse.Namespace, what: str, **defaults: object) -> 
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from mf_train.standalone.generate import generate
+    from mf_train.standalone.use.generate import generate
 
     for piece in generate(
         options.model, options.prompt, options.max_new_tokens, options.temperature, options.seed
@@ -180,8 +180,8 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from mf_train.standalone.evaluate import evaluate
-    from mf_train.standalone.harness import evaluate_tasks
+    from mf_train.standalone.use.evaluate import evaluate
+    from mf_train.standalone.use.harness import evaluate_tasks
 
     if options.tasks:
         _refuse_with(options, "--tasks", sequence_length=None, sequences=0)

@@ -77,6 +77,14 @@ LAYERS = {
     "__main__": {"cli"},
 }
 LAYERS["cli"] = set(LAYERS) - {"__main__"}
+# The same inside standalone/, for its folders and modules.
+STANDALONE = {
+    "exported": {"decoding"},  # at run time, where this package is installed
+    "decoding": set(),
+    "folder": {"exported"},
+    "conversion": {"folder", "exported"},
+    "use": {"folder", "exported", "decoding"},
+}
 
 # Dependencies that are heavy, change often or are hard to install: one file each, or one folder.
 ONE_FILE_EACH = [
@@ -188,6 +196,19 @@ def test_imports_go_down_only(module: str) -> None:
     # `from mf_train import __version__` names no part
     wrong = {name for name in inside if part_of(name) in LAYERS and part_of(name) not in allowed}
     assert not wrong, f"{module} may import {sorted(allowed - {''})} only, but imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize(
+    "module", [module for module in MODULES if module.startswith(f"{PACKAGE}.standalone.")]
+)
+def test_imports_inside_standalone(module: str) -> None:
+    part = module.split(".")[2]
+    inside = [name.split(".") for name in imported_modules(module, MODULES[module])]
+    wrong = {name[2] for name in inside if name[:2] == [PACKAGE, "standalone"] and len(name) > 2}
+    wrong -= STANDALONE[part] | {part}
+    assert not wrong, (
+        f"{module} may import {sorted(STANDALONE[part])} of standalone only, but imports {sorted(wrong)}"
+    )
 
 
 @pytest.mark.parametrize("name", ONE_FILE_EACH)

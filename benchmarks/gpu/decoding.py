@@ -17,7 +17,7 @@ from benchmarks.gpu.device import Device
 from benchmarks.gpu.steps import Steps, part_arguments
 from mf_train.config import Config, ModelConfig
 from mf_train.model import MemoryFormer
-from mf_train.standalone.settings_files import settings_files
+from mf_train.standalone.conversion.settings_files import settings_files
 
 NAMES, CASES, REPEATS, NEW = ("tiny", "base"), ((1, 64), (8, 64)), 3, 64
 _SMALL = ModelConfig(hidden_size=64, num_layers=2, num_heads=4, vocab_size=512, sequence_length=256)
@@ -25,8 +25,8 @@ _SMALL = ModelConfig(hidden_size=64, num_layers=2, num_heads=4, vocab_size=512, 
 
 def memoryformer(config: ModelConfig, device: Device) -> Any:
     """A model as `from_pretrained` gives it, but with random weights that never were on a disk."""
-    from mf_train.standalone.configuration_memoryformer import MemoryFormerConfig
-    from mf_train.standalone.modeling_memoryformer import MemoryFormerForCausalLM
+    from mf_train.standalone.exported.configuration_memoryformer import MemoryFormerConfig
+    from mf_train.standalone.exported.modeling_memoryformer import MemoryFormerForCausalLM
 
     settings = json.loads(settings_files(Config(model=config), "bfloat16", 0)["config.json"])
     with torch.device("meta"):

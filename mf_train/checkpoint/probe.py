@@ -1,7 +1,7 @@
 """probe.safetensors: what the trainer computes on a few tokens, so that a conversion can be proved against it.
 
 `tokens` int64 [n]; `logits` float32 [n, V]; `codes.NAME` [n, K] of every hash, by the hash's name; `validation` uint8
-[1]: 1 where the tokens are the begin of the run's validation text, 0 where they are `random_tokens`.
+[1]: 1 where the tokens are the beginning of the run's validation text, 0 where they are `random_tokens`.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mf_train.checkpoint.layout import PROBE
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.tensor_reader import TensorFile
+from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import ModelConfig
 
 PROBE_TOKENS, MIN_PROBE_TOKENS = 128, 16

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mf_train.checkpoint.checksum import share, whole
 from mf_train.checkpoint.layout import KINDS, MANIFEST, STATE, DamageError, Manifest, part_name, read_manifest
-from mf_train.checkpoint.tensor_reader import Region, TensorFile, bytes_of
+from mf_train.checkpoint.safetensors_file import Region, TensorFile, bytes_of
 from mf_train.model.initialise import split_dimension
 
 REMEDY = "use another checkpoint"
@@ -70,7 +70,7 @@ class CheckpointReader:
         """Float32 values of a region (slices with start and stop) of a parameter; the whole by default.
 
         A kind (one of KINDS) that the checkpoint does not hold is zero. With `buffer` (float32, flat, of twice the
-        result's size), the result is a view of its begin and no other memory is needed. With `checksums`, the region is
+        result's size), the result is a view of its front and no other memory is needed. With `checksums`, the region is
         one of whole rows (of consecutive elements in each of the checkpoint's slices), and what was read is added.
         """
         region = region or tuple(slice(0, size) for size in self.shapes[name])
@@ -86,7 +86,7 @@ class CheckpointReader:
     ) -> Tensor:
         """Flat elements [start, start + numel) of the slice that tensor-parallel rank `tensor_rank` would hold.
 
-        Needs at most tensor_reader.SLAB_BYTES beside its result.
+        Needs at most safetensors_file.SLAB_BYTES beside its result.
         """
         shape, split = list(self.shapes[name]), split_dimension(name)
         shape[split] //= tensor_size

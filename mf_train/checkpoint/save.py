@@ -42,7 +42,7 @@ from mf_train.checkpoint.layout import (
     step_name,
     step_of,
 )
-from mf_train.checkpoint.tensor_file import Layout, TensorFileWriter
+from mf_train.checkpoint.safetensors_file import FileLayout, TensorFileWriter
 from mf_train.config import CheckpointConfig
 from mf_train.errors import PeerError, TrainingError
 from mf_train.model.initialise import split_dimension
@@ -321,7 +321,7 @@ class Saver:
             lengths[piece.file] += 4 * piece.numel
         return lengths
 
-    def _plan_pieces(self, layouts: Mapping[int, Layout]) -> list[_Piece]:
+    def _plan_pieces(self, layouts: Mapping[int, FileLayout]) -> list[_Piece]:
         """The fragments that this rank writes: what it alone holds, or an even share of what all hold."""
         degrees = self.engine.groups.degrees
         pieces = []
@@ -343,9 +343,9 @@ def surplus(checkpoints: list[Path], keep: int, keep_every: int) -> list[Path]:
     return [path for path in older if not keep_every or step_of(path) % keep_every]
 
 
-def _part_layouts(shapes: Mapping[str, torch.Size], parts: Mapping[str, int]) -> dict[int, Layout]:
+def _part_layouts(shapes: Mapping[str, torch.Size], parts: Mapping[str, int]) -> dict[int, FileLayout]:
     return {
-        part: Layout({name: (torch.float32, shapes[name]) for name in shapes if parts[name] == part})
+        part: FileLayout({name: (torch.float32, shapes[name]) for name in shapes if parts[name] == part})
         for part in sorted(set(parts.values()))
     }
 

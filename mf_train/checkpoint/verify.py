@@ -24,7 +24,7 @@ from mf_train.checkpoint.layout import (
     step_name,
 )
 from mf_train.checkpoint.read import REMEDY, CheckpointReader
-from mf_train.checkpoint.tensor_reader import TensorFile
+from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config.loading import load_config
 from mf_train.errors import TrainingError, UserError
 

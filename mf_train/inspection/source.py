@@ -9,10 +9,10 @@ from mf_train.checkpoint.layout import TOKENIZER
 from mf_train.config import DataConfig, LoggingConfig, ModelConfig, SourceConfig
 from mf_train.data.tokenizer import Tokenizer, open_tokenizer
 from mf_train.errors import UserError
-from mf_train.standalone.convert import open_checkpoint
-from mf_train.standalone.load import CONFIG
-from mf_train.standalone.names import DOCUMENT_ATTENTION
-from mf_train.standalone.streamed import CheckpointWeights, FolderWeights, Weights
+from mf_train.standalone.conversion.convert import open_checkpoint
+from mf_train.standalone.conversion.streamed_model import CheckpointWeights, FolderWeights, Weights
+from mf_train.standalone.exported.names import DOCUMENT_ATTENTION
+from mf_train.standalone.folder import CONFIG
 
 
 @dataclass(frozen=True)

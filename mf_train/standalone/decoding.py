@@ -1,8 +1,8 @@
 """Decoding with one call of the C++ library a token, for plain models and for the copies that converted models carry.
 
-A converted model's folder calls `FastPath` where this package is installed and `INTERFACE` is the number that it knows.
-It relies on nothing else of this module; a change of `FastPath`'s surface, or of what the plain model computes, takes
-another number, and folders of the other number decode with torch's operations.
+A converted model's folder imports this module by its name, where this package is installed, and calls `FastPath` where
+`INTERFACE` is the number that it knows. It relies on nothing else of it; a change of `FastPath`'s surface, or of what
+the plain model computes, takes another number, and folders of the other number decode with torch's operations.
 """
 
 import ctypes
@@ -49,7 +49,7 @@ _ACTIVATION_CLASSES = {"none": "Identity", "gelu": "GELU", "relu": "ReLU"}
 
 
 class GrowingTensor(Protocol):
-    """A layer's keys or values: `mf_train.standalone.cache.Growing`, or a converted model's copy of it."""
+    """A layer's keys or values: `mf_train.standalone.exported.cache.Growing`, or a converted model's copy of it."""
 
     length: int
 
@@ -59,7 +59,7 @@ class GrowingTensor(Protocol):
 
 
 class FastPath:
-    """Decodes one token of every sequence where the C++ library can, and says so with None where it cannot.
+    """Decodes one token of every sequence with the C++ library; gives None where the library cannot decode the model.
 
     It keeps a decoder of the model that it saw last, and makes another when a module or tensor was replaced. Copies
     and pickles of it are empty.

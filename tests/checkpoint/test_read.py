@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mf_train.checkpoint import tensor_reader
+from mf_train.checkpoint import safetensors_file
 from mf_train.checkpoint.layout import (
     FORMAT,
     KINDS,
@@ -25,7 +25,7 @@ from mf_train.checkpoint.layout import (
     resolve_checkpoint,
 )
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.tensor_file import Layout
+from mf_train.checkpoint.safetensors_file import FileLayout
 from mf_train.errors import UserError
 from mf_train.parallel.tensor import slice_of_rank
 from tests.standalone.checkpoints import write_slices
@@ -120,7 +120,7 @@ def test_random_models_regions_and_slices(
     tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shapes, parts, regions, fragments and rows at random, with slabs so small that every read takes several."""
-    monkeypatch.setattr(tensor_reader, "SLAB_BYTES", 256)
+    monkeypatch.setattr(safetensors_file, "SLAB_BYTES", 256)
     generator = random.Random(written)
     for case in range(6):
         width = 4 * generator.randrange(1, 5)
@@ -170,7 +170,7 @@ def test_moments_that_are_not_there_are_zero(tmp_path: Path, values: Values) -> 
 
 def test_a_fragment_needs_little_beside_itself(tmp_path: Path) -> None:
     """Across both halves of tables whose rows of the first dimension are large, in a file of holes."""
-    layout = Layout({"a.tables": (torch.float32, (64, 1024, 2048))})  # half a gigabyte
+    layout = FileLayout({"a.tables": (torch.float32, (64, 1024, 2048))})  # half a gigabyte
     name = part_name("master", 0, 1, 0)
     (tmp_path / name).write_bytes(layout.header)
     os.truncate(tmp_path / name, layout.size)
@@ -183,7 +183,7 @@ def test_a_fragment_needs_little_beside_itself(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.tensor_file import Layout
+from mf_train.checkpoint.safetensors_file import FileLayout
 peak = lambda: 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
 reader = CheckpointReader(Path(sys.argv[1]))
 reader.read_fragment("a.tables", "master", 1, 2, 5, 7)

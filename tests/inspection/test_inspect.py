@@ -15,7 +15,7 @@ from mf_train.data.validation import validation_tokens
 from mf_train.inspection.terminal import sparkline
 from mf_train.model import MemoryFormer
 from mf_train.model.memory import record_codes
-from mf_train.standalone.convert import convert
+from mf_train.standalone.conversion.convert import convert
 from tests.standalone.checkpoints import random_weights, write_checkpoint
 from tests.telemetry.test_statistics import expected_numbers
 from tests.training.runs import TOKENIZER, write_text

@@ -26,14 +26,14 @@ from mf_train.checkpoint.layout import (
 )
 from mf_train.checkpoint.probe import probe_tensors, random_tokens
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.tensor_file import TensorFileWriter
+from mf_train.checkpoint.safetensors_file import TensorFileWriter
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree
 from mf_train.model import MemoryFormer
 from mf_train.model.initialise import split_dimension
 from mf_train.model.memory import record_codes
 from mf_train.parallel.tensor import slice_of_rank
-from mf_train.standalone.streamed import CheckpointWeights, compute, streamed_model
+from mf_train.standalone.conversion.streamed_model import CheckpointWeights, compute, streamed_model
 from tests.training.runs import TOKENIZER as SHIPPED
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mf_train.checkpoint.layout import resolve_checkpoint
-from mf_train.standalone.convert import convert
+from mf_train.standalone.conversion.convert import convert
 from tests.shared import made_once
 from tests.training.runs import small_config, train, write_text
 

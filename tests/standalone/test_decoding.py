@@ -18,10 +18,11 @@ from mf_train.config import ModelConfig
 from mf_train.kernels import cpu, hash_codes, lookup, lookup_all
 from mf_train.model import MemoryFormer
 from mf_train.model.quantized import Int8Lookup, use_int8
-from mf_train.standalone import decoding, installed
-from mf_train.standalone.cache import Cache, Growing
+from mf_train.standalone import decoding
 from mf_train.standalone.decoding import FastPath
-from mf_train.standalone.generate import new_tokens
+from mf_train.standalone.exported import installed
+from mf_train.standalone.exported.cache import Cache, Growing
+from mf_train.standalone.use.generate import new_tokens
 from tests.model.reference import logits_of
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"no C++ operation: {cpu.reason()}")
@@ -328,8 +329,8 @@ def test_a_folder_uses_this_package_only_if_it_knows_it(monkeypatch: pytest.Monk
 class TestTransformers:
     @pytest.fixture
     def model(self, tmp_path: Path) -> Any:
-        from mf_train.standalone.configuration_memoryformer import MemoryFormerConfig
-        from mf_train.standalone.modeling_memoryformer import MemoryFormerForCausalLM
+        from mf_train.standalone.exported.configuration_memoryformer import MemoryFormerConfig
+        from mf_train.standalone.exported.modeling_memoryformer import MemoryFormerForCausalLM
 
         config = MemoryFormerConfig(
             hidden_size=64, num_hidden_layers=2, num_attention_heads=2, bits=4, expand_bits=1, vocab_size=97

@@ -10,12 +10,12 @@ import torch
 from mf_train.checkpoint.layout import CONFIG, PROBE, TOKENIZER, resolve_checkpoint
 from mf_train.checkpoint.probe import PROBE_TOKENS, probe_length, random_tokens
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.tensor_reader import TensorFile
+from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import ModelConfig
 from mf_train.config.loading import load_config
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.data.validation import validation_tokens
-from mf_train.standalone.streamed import CheckpointWeights, compute, streamed_model
+from mf_train.standalone.conversion.streamed_model import CheckpointWeights, compute, streamed_model
 from tests.training.runs import small_config, train, write_text
 
 

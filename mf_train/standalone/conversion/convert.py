@@ -1,0 +1,175 @@
+"""`memoryformer convert`: a training checkpoint of any degrees becomes a folder that transformers loads."""
+
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mf_train.checkpoint.files import sync
+from mf_train.checkpoint.layout import CONFIG, TOKENIZER, resolve_checkpoint
+from mf_train.checkpoint.read import CheckpointReader
+from mf_train.config import Config
+from mf_train.config.loading import load_config
+from mf_train.data.tokenizer import Tokenizer
+from mf_train.errors import UserError
+from mf_train.model.counts import count_parameters
+from mf_train.model.model import MemoryFormer
+from mf_train.standalone.conversion.certificate import certificate_tree, hash_files, write_certificate
+from mf_train.standalone.conversion.proof import Proof, prove
+from mf_train.standalone.conversion.settings_files import model_card, settings_files
+from mf_train.standalone.conversion.source_files import source_files
+from mf_train.standalone.conversion.tokenizer_files import tokenizer_files
+from mf_train.standalone.conversion.weights import copy_weights
+from mf_train.standalone.exported.names import INT8
+from mf_train.standalone.folder import CARD, DTYPES, check_layers
+
+_METRICS = ("loss", "validation_loss", "validation_step")
+
+
+def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterator[str]:
+    """Write the standalone model of a checkpoint into `output`, which is complete or absent; yields lines to show.
+
+    `dtype` is one of DTYPES, or None for the precision that the run trained in; "int8" is of tables and LM head, with
+    a float32 scale a row, and makes the rest bfloat16. What was written is read again and compared with the checkpoint
+    and with what the trainer recorded in it (see `prove`).
+
+    Raises UserError for a checkpoint or an output that cannot be used, TrainingError where the written model does not
+    compute what the trainer did, OSError where writing fails. None of them leaves anything at `output`.
+    """
+    started = time.perf_counter()
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype is {dtype!r}: it must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    output = Path(os.path.abspath(output))
+    check_output(output)
+    reader, config = open_checkpoint(checkpoint)
+    dtype = dtype or config.training.precision
+    yield _describe_source(reader, config)
+
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        proof = _write_folder(reader, config, dtype, partial)
+        os.rename(partial, output)
+        sync(output.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    yield from _describe_result(reader, config, output, dtype, proof, time.perf_counter() - started)
+
+
+def open_checkpoint(path: Path) -> tuple[CheckpointReader, Config]:
+    """A checkpoint, its `latest` file or its run's folder, with its configuration. Raises UserError."""
+    reader = CheckpointReader(resolve_checkpoint(path))
+    reader.read_file(CONFIG)  # its checksum
+    config = load_config(reader.checkpoint / CONFIG)
+    check_layers(config.model, len(reader.shapes), reader.checkpoint / CONFIG)
+    with torch.device("meta"):
+        model = MemoryFormer(config.model)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in sorted({*expected, *reader.shapes}):
+        if expected.get(name) != reader.shapes.get(name):
+            raise UserError(
+                f"{reader.checkpoint}: damaged: {name} is {reader.shapes.get(name)} in its manifest and "
+                f"{expected.get(name)} by its config.yaml; use another checkpoint"
+            )
+    return reader, config
+
+
+def text_files(reader: CheckpointReader, config: Config, dtype: str) -> dict[str, bytes]:
+    """Contents by name of all files that do not depend on the weights: settings, tokenizer and source files."""
+    end_of_text_id, texts = config.tokenizer.end_of_text_id, {}
+    if end_of_text_id is None:
+        reader.read_file(TOKENIZER)  # its checksum
+        end_of_text_id = Tokenizer(reader.checkpoint / TOKENIZER).end_of_text_id
+        texts = tokenizer_files(reader.checkpoint / TOKENIZER, config.model.sequence_length)
+    return texts | settings_files(config, dtype, end_of_text_id) | source_files()
+
+
+def source_tree(reader: CheckpointReader, config: Config) -> dict[str, Any]:
+    """What the certificate says of the checkpoint."""
+    state = reader.state()
+    metrics = state.get("metrics") or {}
+    return {
+        "checkpoint": reader.checkpoint.name,
+        "step": reader.manifest.step,
+        "tokens": state["tokens"],
+        "precision": config.training.precision,
+        "device": state["device"],
+        "tensor_parallel": reader.manifest.tensor_parallel,
+        "metrics": {name: metrics[name] for name in _METRICS if name in metrics},
+    }
+
+
+def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: Path) -> Proof:
+    """Everything, in order; the certificate last."""
+    for name, content in text_files(reader, config, dtype).items():
+        (folder / name).write_bytes(content)
+    digests = copy_weights(reader, folder, getattr(torch, dtype))
+    source = source_tree(reader, config)
+    proof = prove(reader, config, source["device"], dtype, folder)
+    tree = certificate_tree(source, dtype, proof)
+    (folder / CARD).write_bytes(model_card(config, tree))
+    write_certificate(folder, tree | {"tensors": digests, "files": dict(hash_files(folder))})
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+    return proof
+
+
+def check_output(output: Path) -> None:
+    """Raises UserError where something is there already that is not an empty folder."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        raise UserError(f"{output}: exists already; choose another output folder or delete it")
+
+
+def _describe_source(reader: CheckpointReader, config: Config) -> str:
+    counts = count_parameters(config.model)
+    return (
+        f"read {reader.checkpoint}: {config.model.kind} of {counts.total / 1e6:.1f} M parameters after step "
+        f"{reader.manifest.step}, trained in {config.training.precision}, tensor-parallel "
+        f"{reader.manifest.tensor_parallel}"
+    )
+
+
+def _describe_result(
+    reader: CheckpointReader, config: Config, output: Path, dtype: str, proof: Proof, seconds: float
+) -> Iterator[str]:
+    size = sum(path.stat().st_size for path in output.iterdir())
+    shown = os.path.relpath(output) if output.is_relative_to(Path.cwd()) else str(output)
+    written = "int8 (tables and LM head) and bfloat16" if dtype == INT8 else dtype
+    yield f"wrote {shown}: {len(reader.shapes)} tensors in {written}, {size / 1e6:.1f} MB in all, {seconds:.1f} s"
+    yield from describe_proof(proof, dtype)
+    if dtype != config.training.precision:
+        yield f"loss on text: memoryformer evaluate {shlex.quote(shown)} --data GLOB"
+    if config.tokenizer.end_of_text_id is not None:
+        yield f"no tokenizer: the run had only token ids; copy that of its token shards into {shlex.quote(shown)}"
+        return
+    yield f"try: memoryformer generate {shlex.quote(shown)} 'Once upon a time'"
+
+
+def describe_proof(proof: Proof, dtype: str) -> Iterator[str]:
+    """Lines that show it."""
+    difference, probe = proof.probe.difference, proof.probe
+    text = "tokens of validation text" if proof.text == "validation" else "random tokens"
+    yield (
+        f"certificate: on {len(proof.tokens)} {text} the largest logit difference from the trainer is "
+        f"{difference.largest_logit_difference:.3g}, and {difference.changed} of {difference.codes} codes changed"
+    )
+    if proof.replay.changed:
+        worst = max(proof.replay.changed_codes.values())
+        yield (
+            f"layer by layer the checkpoint's weights here and in the trainer differ in {proof.replay.changed} codes, "
+            f"at most {worst:.2%} of a layer's: another processor rounds otherwise"
+        )
+    if dtype != proof.precision:
+        yield (
+            f"loss on {len(proof.tokens) - 1} of these {proof.text} tokens: {probe.loss:.4f} nats, "
+            f"{probe.loss_difference:+.4f} against the trainer; predictions diverge by {probe.divergence:.2g} nats"
+        )

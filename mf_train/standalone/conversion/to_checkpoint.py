@@ -1,0 +1,261 @@
+"""`memoryformer convert MODEL OUT --to-checkpoint`: a standalone model becomes a checkpoint to go on training from."""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from mf_train.checkpoint.checksum import share, whole
+from mf_train.checkpoint.files import sync, write_synced
+from mf_train.checkpoint.layout import (
+    CONFIG,
+    FORMAT,
+    MANIFEST,
+    PROBE,
+    STATE,
+    TOKENIZER,
+    FileRecord,
+    Manifest,
+    assign_parts,
+    part_name,
+)
+from mf_train.checkpoint.probe import probe_tensors, random_tokens
+from mf_train.checkpoint.safetensors_file import FileLayout, TensorFile, TensorFileWriter, bytes_of
+from mf_train.checkpoint.verify import find_damage
+from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainingConfig
+from mf_train.config.loading import config_to_tree
+from mf_train.errors import TrainingError, UserError
+from mf_train.model.initialise import split_dimension
+from mf_train.model.model import MemoryFormer
+from mf_train.model.sums import MAX_CHUNKS
+from mf_train.standalone.conversion.convert import check_output
+from mf_train.standalone.conversion.shard_writer import ShardWriter
+from mf_train.standalone.conversion.streamed_model import FolderWeights, compute, streamed_model
+from mf_train.standalone.conversion.tokenizer_files import tokenizer_files
+from mf_train.standalone.conversion.weights import SLICE_BYTES, Shape, in_threads, whole_rows
+from mf_train.standalone.exported.names import DOCUMENT_ATTENTION, PARAMETER_PREFIX
+from mf_train.standalone.folder import CERTIFICATE, open_tensors, read_config
+from mf_train.standalone.folder import CONFIG as MODEL_CONFIG
+
+_STATE = {"step": 0, "tokens": 0, "device": "cpu", "stream": None}
+
+
+def to_checkpoint(model: Path, output: Path, tensor: int) -> Iterator[str]:
+    """Write a checkpoint of step 0 for `tensor` tensor-parallel ranks into `output`, which is complete or absent.
+
+    `model` is a folder that `convert` made, in float32 or bfloat16. Its weights become the float32 masters, bit for
+    bit; the moments are zero. Training goes on from it with any number of ranks (`checkpoint.resume`); of `tensor`
+    depends only how it is laid out. Yields lines to show.
+
+    Raises UserError for a model that cannot be used, is damaged or is not what its certificate says, and for an
+    `output` that exists; TrainingError where what was written reads back otherwise; OSError where reading or writing
+    fails. None of them leaves anything at `output`.
+    """
+    started = time.perf_counter()
+    output = Path(os.path.abspath(output))
+    check_output(output)
+    config, tokenizer = _configuration(model, tensor)
+    weights = FolderWeights(model)  # every tensor is there as config.json says
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        manifest = _write_weights(model, config, partial)
+        tokens = random_tokens(config.model)
+        results = compute(streamed_model(config.model, weights), tokens)
+        probe = probe_tensors(tokens, results.logits, results.codes, validation=False)
+        _write_extras(partial, config, tokenizer, probe, manifest)
+        if problems := list(find_damage(partial)):
+            raise TrainingError(f"what was written reads back otherwise: {'; '.join(problems)}; try again")
+        os.rename(partial, output)
+        sync(output.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    size = sum(path.stat().st_size for path in output.iterdir())
+    yield (
+        f"wrote {output}: {len(manifest.parameters)} parameters of a model in {config.training.precision} as float32 "
+        f"masters for {tensor} tensor-parallel ranks, {size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s"
+    )
+    yield f"train from it: memoryformer train CONFIG checkpoint.resume={output}"
+
+
+def _configuration(folder: Path, tensor: int) -> tuple[Config, bytes]:
+    """What the checkpoint's config.yaml says, and the sentencepiece model; empty where the model has no tokenizer."""
+    model, dtype, int8 = read_config(folder)
+    precisions = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+    if int8 or dtype not in precisions:
+        kind = "int8" if int8 else str(dtype).removeprefix("torch.")
+        raise UserError(f"{folder}: its weights are {kind}: give a model in float32 or bfloat16")
+    _check_degree(model, tensor)
+    tree: dict[str, Any] = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
+    tokenizer = _read_tokenizer(folder, model.sequence_length)
+    end_of_text_id = None if tokenizer else tree.get("eos_token_id")
+    if not tokenizer and type(end_of_text_id) is not int:
+        raise UserError(
+            f"{folder / MODEL_CONFIG}: eos_token_id is {end_of_text_id!r}: it must be a token's id"
+        )
+    config = Config(
+        model=model,
+        data=DataConfig(document_attention=tree.get(DOCUMENT_ATTENTION) is True),
+        tokenizer=TokenizerConfig(end_of_text_id=end_of_text_id),
+        parallel=ParallelConfig(tensor=tensor),
+        training=TrainingConfig(precision=precisions[dtype]),  # type: ignore[arg-type]
+    )
+    return config, tokenizer
+
+
+def _check_degree(model: ModelConfig, tensor: int) -> None:
+    """As the trainer would refuse it (parallel/degrees.py)."""
+    if tensor < 1 or MAX_CHUNKS % tensor:
+        raise UserError(f"--tensor is {tensor}: choose 1, 2, 4 or 8")
+    if tensor > 1 and model.kind == "dense":
+        raise UserError(f"--tensor is {tensor} and the model is dense, without tables to shard: leave it out")
+    for name, value in (
+        ("tables of a layer", model.num_tables),
+        ("heads", model.num_heads),
+        ("tokens of the vocabulary", model.vocab_size),
+    ):
+        if tensor > 1 and value % tensor:
+            raise UserError(f"--tensor {tensor} does not divide the {value} {name}: choose a divisor")
+
+
+def _read_tokenizer(folder: Path, sequence_length: int) -> bytes:
+    """The bytes of `tokenizer.model`, of which the folder's tokenizer.json must have been made; empty without both."""
+    path, made = folder / TOKENIZER, folder / "tokenizer.json"
+    if not path.is_file():
+        if made.is_file():
+            raise UserError(
+                f"{path}: missing, and {made.name} is there: copy it from the model that this one was made from"
+            )
+        return b""
+    expected = tokenizer_files(path, sequence_length)[made.name]
+    try:
+        same = json.loads(made.read_bytes()) == json.loads(expected)
+    except (FileNotFoundError, ValueError, RecursionError):
+        same = False
+    if not same:
+        raise UserError(f"{made}: is not what {path.name} gives; restore both from the same model")
+    return path.read_bytes()
+
+
+def _write_weights(model: Path, config: Config, folder: Path) -> Manifest:
+    """Every parameter's slices; returns the manifest with the records of their files."""
+    with torch.device("meta"):
+        plain = MemoryFormer(config.model)
+    shapes: dict[str, Shape] = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()}
+    ranks = config.parallel.tensor
+    local = {name: _local_shape(name, shape, ranks) for name, shape in shapes.items()}
+    parts = assign_parts({name: 4 * torch.Size(shape).numel() for name, shape in local.items()})
+    layouts = {
+        part_name("master", rank, ranks, part): FileLayout(
+            {name: (torch.float32, shape) for name, shape in local.items() if parts[name] == part}
+        )
+        for rank in range(ranks)
+        for part in sorted(set(parts.values()))
+    }
+    shares = {
+        file: share(layout.header, layout.size - len(layout.header)) for file, layout in layouts.items()
+    }
+    certified, files, lock = _certified_hashes(model), open_tensors(model), threading.Lock()
+    with ShardWriter(folder, layouts) as writer:
+
+        def copy(name: str, buffer: Tensor) -> None:
+            digest, outside = hashlib.sha256(), PARAMETER_PREFIX + name
+            places: Counter[int] = Counter()
+            for values, region in _read(files[outside], outside, buffer, digest):
+                for rank, data in _slices(values, region[split_dimension(name)], name, shapes[name], ranks):
+                    file = part_name("master", rank, ranks, parts[name])
+                    writer.write(file, name, places[rank], data)
+                    places[rank] += len(data)
+                    layout = layouts[file]
+                    mine = share(data, layout.size - layout.offsets[name] - places[rank])
+                    with lock:
+                        shares[file] ^= mine
+            if certified is not None and certified.get(outside) != digest.hexdigest():
+                raise UserError(
+                    f"{files[outside].path}: tensor {outside} is not what {CERTIFICATE} says: restore the file, or "
+                    f"delete {CERTIFICATE} if the weights were changed on purpose"
+                )
+
+        in_threads(shapes, copy)
+    records = {
+        file: FileRecord(layout.size, whole(shares[file], layout.size)) for file, layout in layouts.items()
+    }
+    return Manifest(FORMAT, 0, ranks, ("master",), shapes, parts, records)
+
+
+def _read(
+    file: TensorFile, name: str, buffer: Tensor, digest: Any
+) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
+    """Float32 slices of a tensor and their regions, in order; `digest` gets the bytes that are stored."""
+    dtype, shape, _ = file.tensors[name]
+    for region in whole_rows(shape, SLICE_BYTES // 4):
+        sizes = [part.stop - part.start for part in region]
+        size = torch.Size(sizes).numel()
+        stored = buffer[size:].view(dtype)[:size].view(sizes)
+        file.read(name, region, stored)
+        digest.update(bytes_of(stored))
+        yield buffer[:size].view(sizes).copy_(stored), region
+
+
+def _slices(
+    values: Tensor, span: slice, name: str, shape: Shape, ranks: int
+) -> Iterator[tuple[int, memoryview]]:
+    """Bytes of each rank's part of `values`, which covers `span` of the dimension that is split."""
+    dimension = split_dimension(name)
+    width = shape[dimension] // ranks
+    for rank in range(span.start // width, -(-span.stop // width)):
+        first, last = max(span.start, rank * width), min(span.stop, (rank + 1) * width)
+        part = values.narrow(dimension, first - span.start, last - first)
+        yield rank, bytes_of(part.contiguous())
+
+
+def _local_shape(name: str, shape: Shape, ranks: int) -> Shape:
+    local = list(shape)
+    local[split_dimension(name)] //= ranks
+    return tuple(local)
+
+
+def _certified_hashes(model: Path) -> dict[str, str] | None:
+    """SHA-256 of each tensor by its outside name; None for a model without a certificate, as others may save one."""
+    path = model / CERTIFICATE
+    try:
+        hashes = json.loads(path.read_bytes())["tensors"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        hashes = None
+    if not isinstance(hashes, dict):
+        raise UserError(f"{path}: damaged; restore it, or delete it if the weights were changed on purpose")
+    return hashes
+
+
+def _write_extras(
+    folder: Path, config: Config, tokenizer: bytes, probe: Mapping[str, Tensor], manifest: Manifest
+) -> None:
+    """All files but the weights, the manifest last; their records are added to it."""
+    text = yaml.safe_dump(config_to_tree(config), sort_keys=False)
+    contents = {STATE: (json.dumps(_STATE, indent=1) + "\n").encode(), CONFIG: text.encode()}
+    if tokenizer:
+        contents[TOKENIZER] = tokenizer
+    for name, data in contents.items():
+        write_synced(folder / name, data)
+    with TensorFileWriter(folder / PROBE, {n: (t.dtype, t.shape) for n, t in probe.items()}) as writer:
+        for name, value in probe.items():
+            writer.write(name, value)
+    contents[PROBE] = (folder / PROBE).read_bytes()
+    manifest.files.update({name: FileRecord(len(data), zlib.crc32(data)) for name, data in contents.items()})
+    write_synced(folder / MANIFEST, manifest.to_json().encode())
+    sync(folder)

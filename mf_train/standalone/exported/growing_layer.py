@@ -1,0 +1,70 @@
+"""`transformers`' DynamicCache with layers that grow in place; a converted model carries a copy of this file."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from mf_train.standalone.exported.cache import Growing
+
+
+class GrowingLayer(DynamicLayer):
+    """A DynamicLayer whose `keys` and `values` are views of buffers with room for more positions.
+
+    All other operations of the class it extends assign tensors to `keys` and `values`, and work as they do there.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.growing_keys, self.growing_values = Growing(), Growing()
+        super().__init__(*arguments, **options)
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self.growing_keys.held()
+
+    @keys.setter
+    def keys(self, tensor: Tensor | None) -> None:
+        self.growing_keys.hold(tensor)
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.growing_values.held()
+
+    @values.setter
+    def values(self, tensor: Tensor | None) -> None:
+        self.growing_values.hold(tensor)
+
+    def lazy_initialization(self, key_states: Tensor, *_: Any) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states)
+        return self.growing_keys.append(key_states), self.growing_values.append(value_states)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.growing_keys.length
+
+
+def grow_in_place(cache: Any, layers: int) -> list[GrowingLayer] | None:
+    """The layers of a DynamicCache, of which plain ones are replaced by growing ones; None for any other cache."""
+    if type(cache) is not DynamicCache:
+        return None
+    if len(cache.layers) < layers and cache.layer_class_to_replicate is DynamicLayer:
+        cache.layers += [GrowingLayer() for _ in range(layers - len(cache.layers))]
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = _growing(layer)
+    if len(cache.layers) != layers or any(type(layer) is not GrowingLayer for layer in cache.layers):
+        return None
+    return cache.layers  # type: ignore[no-any-return]
+
+
+def _growing(layer: Any) -> GrowingLayer:
+    growing = GrowingLayer()
+    if layer.is_initialized and layer.keys.dim() == 4:
+        growing.lazy_initialization(layer.keys)
+        growing.keys, growing.values = layer.keys, layer.values
+    return growing

@@ -1,0 +1,56 @@
+"""What a converted model's folder has in place of `mf_train.kernels`: that, where it is installed, or torch operations.
+
+Surface and results are those of `mf_train.kernels`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mf_train.kernels.composition import hash_codes as composed_hash_codes
+from mf_train.kernels.composition import lookup as composed_lookup
+from mf_train.kernels.composition import lookup_int8 as composed_lookup_int8
+from mf_train.standalone.exported.installed import kernels
+
+
+def hash_codes(
+    x: Tensor, num_tables: int, temperature: float = 1.0, score: str = "probability"
+) -> tuple[Tensor, Tensor]:
+    """Codes and weights [..., K] of x [..., D]."""
+    codes, weights = (kernels().hash_codes if kernels() else composed_hash_codes)(
+        x, num_tables, temperature, score
+    )
+    return codes, weights
+
+
+def lookup(codes: Tensor, weights: Tensor, tables: Tensor, bias: Tensor) -> Tensor:
+    """y [..., O] of codes and weights [..., K] and tables [K, 2**tau, O]."""
+    return lookup_all(codes, weights, [tables], [bias])[0]
+
+
+def lookup_all(
+    codes: Tensor, weights: Tensor, tables: Sequence[Tensor], biases: Sequence[Tensor]
+) -> list[Tensor]:
+    """`lookup` in each of several sets of tables that read the same codes."""
+    if kernels():
+        results: list[Tensor] = kernels().lookup_all(codes, weights, tables, biases)
+        return results
+    ys = composed_lookup(codes, weights, tables)
+    return [y + bias for y, bias in zip(ys, biases, strict=True)]
+
+
+def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) -> Tensor:
+    """y [..., O] of int8 tables [K, 2**tau, O] and their scales [K, 2**tau]."""
+    y: Tensor = (kernels().lookup_int8 if kernels() else composed_lookup_int8)(codes, weights, tables, scales)
+    return y
+
+
+def fast_norm(x: Tensor) -> Any:
+    """A norm's steps in C++ for x, or None."""
+    return kernels().fast_norm(x) if kernels() else None
+
+
+def fast_loss(logits: Tensor) -> Any:
+    """The cross-entropy's steps in C++ for these logits, or None."""
+    return kernels().fast_loss(logits) if kernels() else None

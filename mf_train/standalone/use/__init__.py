@@ -1,0 +1,1 @@
+"""Using a standalone model: loading, generation, loss on text, lm-evaluation-harness."""

@@ -1,0 +1,139 @@
+"""`memoryformer generate` and `memoryformer evaluate` on converted models."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mf_train.cli import main
+from mf_train.data.tokenizer import Tokenizer
+from mf_train.errors import UserError
+from mf_train.standalone.use.evaluate import evaluate
+from mf_train.standalone.use.generate import generate, new_tokens
+from mf_train.standalone.use.load import load_model
+from tests.standalone.conftest import VALIDATED_SEQUENCES, Trained
+from tests.training.runs import read_metrics
+
+PROMPT = "Message 3. the order"
+
+
+@pytest.mark.parametrize(
+    ("which", "tolerance"),
+    [("float32_two", 1e-5), ("float32_one", 1e-5), ("bfloat16_two", 1e-3), ("documents_two", 1e-5)],
+)
+def test_evaluate_gives_the_trainers_validation_loss(
+    which: str, tolerance: float, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: Trained = request.getfixturevalue(which)
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                *("evaluate", str(trained.model), "--data", str(trained.text)),
+                *("--sequences", str(VALIDATED_SEQUENCES), "--batch-size", "3"),
+            ]
+        )
+    assert ended.value.code == 0
+    printed = dict(
+        line.split(maxsplit=1)
+        for line in capsys.readouterr().out.replace("bits per", "bits-per").splitlines()
+    )
+    loss = float(printed["loss"].split()[0])
+    assert loss == pytest.approx(read_metrics(trained.run)[-1]["validation_loss"], abs=tolerance)
+    assert float(printed["perplexity"]) == pytest.approx(math.exp(loss), rel=1e-4)
+    assert printed["tokens"].startswith(f"{VALIDATED_SEQUENCES * 32} (")
+
+
+def test_evaluate_all_the_text_by_hand(float32_two: Trained) -> None:
+    """Loss of every token after the first of all documents, in blocks of 11 that overlap by one token."""
+    lines = list(evaluate(float32_two.model, [str(float32_two.text)], 10, 0, 64))
+    tokenizer, model = Tokenizer(float32_two.model), load_model(float32_two.model)
+    documents = [json.loads(line)["text"] for line in float32_two.text.read_text().splitlines()]
+    tokens = torch.tensor([i for text in documents for i in (*tokenizer.encode(text), 0)])
+    total = 0.0
+    for start in range(0, len(tokens) - 1, 10):
+        block = tokens[start : start + 11]
+        logits = model(block[None, :-1])[0].double()
+        total += torch.nn.functional.cross_entropy(logits, block[1:], reduction="sum").item()
+    count = len(tokens) - 1
+    size = sum(len(text.encode()) for text in documents) - len(tokenizer.decode([int(tokens[0])]))
+    assert float(lines[0].split()[1]) == pytest.approx(total / count, abs=2e-6)
+    assert float(lines[2].split()[3]) == pytest.approx(total / size / math.log(2), abs=1e-4)
+    assert lines[3] == f"tokens         {count:,} ({size:,} bytes of text) in blocks of 10"
+
+
+def test_generate_streams_the_likeliest_text(float32_two: Trained) -> None:
+    pieces = list(generate(float32_two.model, PROMPT, 10))
+    assert pieces[0] == PROMPT and len(pieces) > 5
+    model, tokenizer = load_model(float32_two.model), Tokenizer(float32_two.model)
+    ids = tokenizer.encode(PROMPT)
+    for _ in range(10):
+        ids.append(int(model(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size].argmax()))
+    assert 0 not in ids  # else the text would end there
+    assert "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_generate_draws_by_seed_and_temperature(float32_two: Trained) -> None:
+    def text(temperature: float, seed: int) -> str:
+        return "".join(generate(float32_two.model, "", 12, temperature, seed))
+
+    assert text(1.0, 1) == text(1.0, 1) != text(1.0, 2)
+    assert text(1e-4, 5) == text(0.0, 0)
+
+
+def test_sampling_follows_the_softmax(float32_two: Trained) -> None:
+    model = load_model(float32_two.model)
+    drawn = [next(new_tokens(model, [0, 300], 1, 0.5, seed, 4096)) for seed in range(400)]
+    probabilities = (model(torch.tensor([[0, 300]]))[0, -1, :4096] / 0.5).softmax(-1)
+    likely = probabilities.topk(64).indices
+    expected = 400 * probabilities[likely].sum().item()
+    found = sum(token in likely.tolist() for token in drawn)
+    assert abs(found - expected) < 5 * math.sqrt(expected) + 1
+
+
+def test_bytes_of_a_character_are_not_shown_one_by_one(
+    float32_two: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the model chooses; here it is made to choose an emoji's four bytes, half an emoji, and the end."""
+    tokenizer = Tokenizer(float32_two.model)
+    emoji = tokenizer.encode("\U0001f680")
+    assert len(emoji) == 4
+    chosen = [*tokenizer.encode(" a"), *emoji, *emoji, *tokenizer.encode(" b"), *emoji[:2], 0, *emoji]
+    monkeypatch.setattr("mf_train.standalone.use.generate.new_tokens", lambda *_: iter(chosen))
+    pieces = list(generate(float32_two.model, "x", 8))
+    assert pieces[:5] == ["x", " a", "\U0001f680", "\U0001f680", " b"]
+    assert "".join(pieces[5:]) == tokenizer.decode(emoji[:2])
+
+
+def test_mistakes_are_named(float32_two: Trained, tmp_path: Path) -> None:
+    model, data = float32_two.model, [str(float32_two.text)]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "broken").mkdir()
+    for path in model.iterdir():
+        (tmp_path / "broken" / path.name).symlink_to(path)
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.unlink()
+    weights.write_bytes((model / "model.safetensors").read_bytes()[:-10])
+    cases = [
+        (lambda: generate(tmp_path / "none", "x"), "none: no such folder; give a model"),
+        (lambda: generate(tmp_path, "x"), "has no config.json; give a model that"),
+        (lambda: generate(tmp_path / "other", "x"), "config.json: model_type is 'llama'; give"),
+        (lambda: generate(tmp_path / "broken", "x"), "model.safetensors: missing or damaged"),
+        (lambda: generate(model, "x", 0), "--max-new-tokens is 0"),
+        (lambda: generate(model, "x", 2, -1.0), "--temperature is -1.0"),
+        (lambda: generate(model, "x", 2, math.nan), "--temperature is nan"),
+        (lambda: generate(model, "x", 32), "1 tokens and --max-new-tokens 32 are more than the 32 pos"),
+        (lambda: evaluate(tmp_path / "none", data), "none: no such folder"),
+        (lambda: evaluate(model, [str(tmp_path / "*.txt")]), "--data.*: no file matches"),
+        (lambda: evaluate(model, data, 0), "--sequence-length is 0"),
+        (lambda: evaluate(model, data, None, -1), "--sequences is -1"),
+        (lambda: evaluate(model, data, None, 0, 0), "--batch-size is 0"),
+    ]
+    for mistake, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            list(mistake())
+        assert "\n" not in str(caught.value)

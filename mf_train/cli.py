@@ -103,7 +103,7 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
 
 def _data_inspect(options: argparse.Namespace) -> int:
     from mf_train.config.loading import load_config
-    from mf_train.data.inspect import inspect_data
+    from mf_train.data.show import inspect_data
     from mf_train.training.folder import stream_state_before
 
     config = load_config(options.config, options.overrides)
@@ -114,7 +114,7 @@ def _data_inspect(options: argparse.Namespace) -> int:
 
 def _data_tokenize(options: argparse.Namespace) -> int:
     from mf_train.config.loading import load_config
-    from mf_train.data.tokenize import tokenize
+    from mf_train.data.tokenize.command import tokenize
 
     config = load_config(options.config, options.overrides)
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers

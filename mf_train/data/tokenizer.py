@@ -242,7 +242,7 @@ def train_tokenizer(
 def _training_segments(sources: list[Documents], max_bytes: int, used: dict[str, int]) -> Iterator[str]:
     """Short segments of the documents: sentencepiece skips what is longer than max_sentence_length."""
     from mf_train.data.documents import segments_of
-    from mf_train.data.order import EpochOrder
+    from mf_train.data.stream.order import EpochOrder
 
     total = sum(source.num_bytes for source in sources)
     for index, source in enumerate(sources):

@@ -15,10 +15,10 @@ import torch
 import yaml
 
 from mf_train.config import Config, DataConfig, SourceConfig
-from mf_train.data.digest import batch_digest
+from mf_train.data.shards.shard import TokenShardWriter
 from mf_train.data.sources import open_source
-from mf_train.data.stream import TokenStream
-from mf_train.data.token_shards import TokenShardWriter
+from mf_train.data.stream.digest import batch_digest
+from mf_train.data.stream.stream import TokenStream
 from mf_train.data.tokenizer import TokenIds, Tokenizer
 from mf_train.errors import PeerError, UserError
 from mf_train.parallel.groups import start_processes
@@ -107,7 +107,7 @@ def workers_of(run: subprocess.Popen[str]) -> list[int]:
     """Processes that make rows for the run: children of its children."""
     ranks = children(run.pid)
     return [
-        worker for rank in ranks for worker in children(rank) if b"mf_train.data.worker" in command(worker)
+        worker for rank in ranks for worker in children(rank) if b"mf_train.data.workers" in command(worker)
     ]
 
 

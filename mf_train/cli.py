@@ -95,7 +95,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
-    from mf_train.data.tokenizer import train_tokenizer
+    from mf_train.data.tokenizer_training import train_tokenizer
 
     train_tokenizer(options.input, options.vocab_size, options.output)
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mf_train.config import DataConfig, SourceConfig
-from mf_train.data.documents import Documents, Source, TextSource
+from mf_train.data.documents import Source, TextDocuments, TextSource
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 
@@ -34,9 +34,9 @@ def open_source(source: SourceConfig, key: str, data: DataConfig, tokenizer: Tok
     return TextSource(open_text(source, key, data), tokenizer)
 
 
-def open_text(source: SourceConfig, key: str, data: DataConfig) -> Documents:
+def open_text(source: SourceConfig, key: str, data: DataConfig) -> TextDocuments:
     """Open a source of text, as `open_source` does. Raises UserError for token shards, too."""
-    documents: Documents
+    documents: TextDocuments
     if source.hub is not None:
         from mf_train.data.text.hub import open_hub
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_train.config import DataConfig, SourceConfig
-from mf_train.data.documents import Documents, segments_of
+from mf_train.data.documents import TextDocuments, segments_of
 from mf_train.data.sources import open_text
 from mf_train.data.stream.order import EpochOrder
 from mf_train.data.tokenizer import SMALLEST_VOCABULARY, SPACE_MARK, load_processor, train_model
@@ -67,7 +67,7 @@ def train_tokenizer(
     return _write_model(Path(output_dir), model, info)
 
 
-def _training_segments(sources: list[Documents], max_bytes: int, used: dict[str, int]) -> Iterator[str]:
+def _training_segments(sources: list[TextDocuments], max_bytes: int, used: dict[str, int]) -> Iterator[str]:
     """Short segments of the documents: sentencepiece skips what is longer than max_sentence_length."""
     total = sum(source.num_bytes for source in sources)
     for index, source in enumerate(sources):
@@ -87,7 +87,7 @@ def _training_segments(sources: list[Documents], max_bytes: int, used: dict[str,
                 yield segment
 
 
-def _fertility(processor: Any, source: Documents) -> float:
+def _fertility(processor: Any, source: TextDocuments) -> float:
     """Tokens a byte of text, over the source's first megabyte."""
     tokens = size = 0
     for segment in itertools.chain.from_iterable(segments_of(source, i) for i in range(len(source))):

@@ -1,15 +1,43 @@
-"""What servers say of URLs, through fsspec: its errors sorted, its gaps closed. The only file that imports it."""
+"""Access that survives a bad minute: retries, URLs through fsspec, and reads with few file descriptors.
+
+The only file that imports fsspec: what its drivers raise is sorted into mistakes of the user and failures that may
+pass, and folders that they leave out of a listing are errors.
+"""
 
 from __future__ import annotations
 
 import errno
 import glob
-from collections.abc import Callable, Iterator
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from mf_train.data.files.retry import WAITS, with_retries
 from mf_train.errors import UserError
+
+WAITS = (0.1, 0.4, 1.6, 6.4, 25.6)  # seconds before each repetition: 34 s in all
+
+_TRANSIENT = {
+    errno.EIO,
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.EPIPE,
+    errno.EREMOTEIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETRESET,
+    errno.ENETUNREACH,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+}
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 # What tells two versions of a remote file apart, as the drivers of fsspec call it: the best first.
 _STAMPS = (
@@ -18,6 +46,38 @@ _STAMPS = (
 ).split()
 
 T = TypeVar("T")
+
+
+def is_transient(error: OSError) -> bool:
+    """Whether trying again may help. Clients of object stores raise OSError without a number for time-outs."""
+    if error.errno is None:
+        return not isinstance(error, _LASTING)
+    return error.errno in _TRANSIENT
+
+
+def with_retries(action: Callable[[], T], what: str, waits: Sequence[float] = WAITS) -> T:
+    """What `action()` returns, which is repeated after each of `waits` seconds while it fails transiently.
+
+    Raises the last OSError, naming the file `what`; one that does not pass by itself (no such file, no permission,
+    a full disk) at once. Other exceptions are not touched.
+    """
+    for wait in (*waits, None):
+        try:
+            return action()
+        except OSError as error:
+            if not is_transient(error):
+                if error.errno is None or error.filename is not None:
+                    raise
+                raise OSError(error.errno, error.strerror, what) from None
+            if wait is None:
+                reason = error.strerror or str(error) or type(error).__name__
+                tried = f"{reason} (tried {len(waits) + 1} times in {sum(waits):.0f} s)"
+                raise OSError(error.errno or errno.EIO, tried, what) from error
+            time.sleep(wait)
+    raise AssertionError
+
+
+# URLs ----------------------------------------------------------------------------------------------------------------
 
 
 def is_url(path: str) -> bool:
@@ -39,10 +99,10 @@ def file_system(url: str, where: str = "") -> tuple[Any, str]:
     return system, path
 
 
-def asked(action: Callable[[], T], url: str, where: str = "") -> T | None:
-    """What a server says of a URL; None: there is no such file. Raises UserError, and OSError after retries."""
+def metadata_or_none(action: Callable[[], T], url: str, where: str = "") -> T | None:
+    """What `action` learns of a URL; None if there is no such file. Raises UserError, and OSError after retries."""
     try:
-        return patiently(action, url)
+        return with_driver_retries(action, url)
     except FileNotFoundError:
         return None
     except (PermissionError, ValueError) as error:
@@ -62,7 +122,7 @@ def list_url(system: Any, path: str, url: str) -> dict[str, Any]:
             listing = system.find(path, detail=True)
     else:
         try:
-            info = _unmasked(lambda: system.info(path))
+            info = _without_fsspec_mask(lambda: system.info(path))
         except FileNotFoundError:
             info = system.info(f"{path}.bin")  # Megatron's prefix
             system.info(f"{path}.idx")  # exists() takes any error for a no
@@ -78,25 +138,28 @@ class _ListingError(Exception):
 
 @contextmanager
 def _nothing_omitted(system: Any) -> Iterator[None]:
-    """fsspec's walk takes a folder whose listing raises OSError for an empty one; here it is raised."""
+    """fsspec's walk takes a folder whose listing raises OSError for an empty one; here it is raised.
+
+    (Its option `on_error` does not reach the folders below the first.)
+    """
     ls, async_ls = system.ls, getattr(system, "_ls", None)  # drivers that are asynchronous walk by the second
 
-    def carried(error: OSError) -> Exception:
-        meant = _meant(error)
-        return meant if isinstance(meant, FileNotFoundError) else _ListingError(meant)
+    def wrapped(error: OSError) -> Exception:
+        real = _as_real_error(error)
+        return real if isinstance(real, FileNotFoundError) else _ListingError(real)
 
     def strict_ls(*arguments: Any, **options: Any) -> Any:
         try:
             return ls(*arguments, **options)
         except OSError as error:
-            raise carried(error) from error
+            raise wrapped(error) from error
 
     async def strict_async_ls(*arguments: Any, **options: Any) -> Any:
         assert async_ls is not None
         try:
             return await async_ls(*arguments, **options)
         except OSError as error:
-            raise carried(error) from error
+            raise wrapped(error) from error
 
     system.ls = strict_ls
     if async_ls is not None:
@@ -130,29 +193,29 @@ def reason_of(error: BaseException) -> str:
     return first or type(error).__name__
 
 
-def patiently(action: Callable[[], T], url: str) -> T:
-    """The action's result, repeated while it fails transiently. Raises OSError, UserError or ValueError."""
+def with_driver_retries(action: Callable[[], T], url: str) -> T:
+    """As `with_retries`, for what may call a driver of fsspec. Raises OSError, UserError or ValueError."""
     return with_retries(lambda: _as_os_error(action), url, WAITS)
 
 
 def _as_os_error(action: Callable[[], T]) -> T:
     """Drivers and their HTTP clients raise types of their own for a server's bad minute; ValueError stays."""
     try:
-        return _unmasked(action)
+        return _without_fsspec_mask(action)
     except (OSError, UserError, ValueError):
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {reason_of(error)}") from error
 
 
-def _unmasked(action: Callable[[], T]) -> T:
+def _without_fsspec_mask(action: Callable[[], T]) -> T:
     try:
         return action()
     except FileNotFoundError as error:
-        raise _meant(error) from error.__cause__
+        raise _as_real_error(error) from error.__cause__
 
 
-def _meant(error: OSError) -> OSError:
+def _as_real_error(error: OSError) -> OSError:
     """fsspec's HTTP says "not found" also of a server that refuses or is out of reach or order; the cause is kept."""
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or cause is None or isinstance(cause, FileNotFoundError):
@@ -164,3 +227,91 @@ def _meant(error: OSError) -> OSError:
     if isinstance(cause, OSError) or (of_http and status not in (404, 410)):
         return OSError(f"{type(cause).__name__}: {reason_of(cause)}")
     return error
+
+
+# Reads of local files at random --------------------------------------------------------------------------------------
+
+
+class OpenFiles:
+    """Descriptors of files open for reading, by path: the `limit` last used stay open. Used from one thread."""
+
+    def __init__(self, limit: int = 128) -> None:
+        self._limit = limit
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+
+    def descriptor(self, path: str) -> int:
+        """The file's descriptor, valid until another file is asked for. Raises OSError."""
+        descriptor = self._descriptors.get(path)
+        if descriptor is not None:
+            self._descriptors.move_to_end(path)
+            return descriptor
+        while len(self._descriptors) >= self._limit:
+            self._close_oldest()
+        descriptor = self._descriptors[path] = self._open(path)
+        return descriptor
+
+    def forget(self, path: str) -> None:
+        """Closes the file if it is open: the next use opens it again, as a stale handle needs."""
+        descriptor = self._descriptors.pop(path, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenFiles, (self._limit,)  # another process opens files of its own
+
+    def close(self) -> None:
+        while self._descriptors:
+            self._close_oldest()
+
+    def _open(self, path: str) -> int:
+        while True:
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._descriptors:
+                    raise
+                self._close_oldest()  # the process has other files open, so that our limit is too high
+
+    def _close_oldest(self) -> None:
+        os.close(self._descriptors.popitem(last=False)[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def read_exactly(files: OpenFiles, path: str, offset: int, size: int) -> bytes:
+    """Bytes offset ... offset + size of a file. Raises UserError when it is shorter, OSError as `with_retries`."""
+    try:  # nearly always enough
+        data = os.pread(files.descriptor(path), size, offset)
+        if len(data) == size:
+            return data
+    except OSError:
+        pass  # happens again below, where it is named and retried
+    buffer = bytearray(size)
+    read_into(files, path, memoryview(buffer), offset)
+    return bytes(buffer)
+
+
+def read_into(files: OpenFiles, path: str, buffer: memoryview, offset: int) -> None:
+    """Fills `buffer` (bytes, contiguous) from byte `offset` of a file. Raises as `read_exactly`."""
+    done = 0
+    while done < len(buffer):
+        try:  # a closure and its retries cost more than the read
+            count = os.preadv(files.descriptor(path), [buffer[done:]], offset + done)
+        except OSError:
+            count = with_retries(lambda: _read_anew(files, path, buffer[done:], offset + done), path)  # noqa: B023
+        if not count:
+            raise _ended_early(files, path, offset, len(buffer))
+        done += count
+
+
+def _read_anew(files: OpenFiles, path: str, buffer: memoryview, offset: int) -> int:
+    files.forget(path)
+    return os.preadv(files.descriptor(path), [buffer], offset)
+
+
+def _ended_early(files: OpenFiles, path: str, offset: int, size: int) -> UserError:
+    return UserError(
+        f"{path} ended early: bytes {offset} to {offset + size} were wanted, it was "
+        f"{os.fstat(files.descriptor(path)).st_size} bytes: it was cut or changed while it was used; restore it"
+    )

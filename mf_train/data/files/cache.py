@@ -1,4 +1,4 @@
-"""The cache folder of text and fetched shards: one process makes a file, the others wait; nothing half-written."""
+"""The cache folder of unpacked text and fetched shards: locks, and files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cache_folder(setting: str | Path | None) -> Path:
 
 
 @contextmanager
-def naming_cache(folder: Path) -> Iterator[None]:
+def cache_errors(folder: Path) -> Iterator[None]:
     """Turns an OSError of using the cache into a UserError that names the folder and the setting."""
     try:
         yield
@@ -49,7 +49,7 @@ def try_lock(path: Path) -> Iterator[bool]:
     """Whether this process now holds the lock file `path` alone. A process that ends, however, gives it back."""
     from filelock import FileLock, Timeout
 
-    with naming_cache(path.parent):
+    with cache_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         # a soft lock, where there is no flock, would stay for ever when its process is killed
         lock = FileLock(path, thread_local=False, fallback_to_soft=False)
@@ -63,10 +63,11 @@ def try_lock(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-def share_work(count: int, attempt: Callable[[int], T | None]) -> list[T]:
-    """What attempt(0) ... attempt(count - 1) give, which is None while another process is at it: then again later.
+def do_each_once(count: int, attempt: Callable[[int], T | None]) -> list[T]:
+    """Call attempt(0) ... attempt(count - 1) and return their results.
 
-    Every process begins elsewhere, so that those who come together do not wait for each other.
+    An attempt that returns None is being done by another process and is repeated later. Every process begins
+    with another number, so that those that start together do not wait for each other.
     """
     results: dict[int, T] = {}
     start = zlib.crc32(f"{socket.gethostname()} {os.getpid()}".encode()) % max(1, count)

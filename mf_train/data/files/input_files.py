@@ -11,17 +11,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
 from mf_train.data.files.access import (
-    asked,
     file_system,
     has_magic,
     is_url,
     list_url,
-    patiently,
+    metadata_or_none,
     reason_of,
     size_of,
     stamp_of,
+    with_driver_retries,
+    with_retries,
 )
-from mf_train.data.files.retry import with_retries
 from mf_train.errors import UserError
 
 JSON_LINES = (".jsonl", ".json")
@@ -44,11 +44,11 @@ class UnreadableFileError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file as it was found: its path or URL, size in bytes (-1: the server does not say) and what changes with it."""
+    """A file found by a path: its name or URL, size in bytes (-1 if the server does not report one), and a stamp."""
 
     name: str
     size: int
-    stamp: str  # time of change in nanoseconds, or an object store's ETag or the like; "" where there is none
+    stamp: str  # changes when the content does: mtime in nanoseconds, or an ETag or the like; "" if there is none
 
     @property
     def remote(self) -> bool:
@@ -189,7 +189,7 @@ def _known(names: list[str], key: str) -> list[str]:
 
 def _find_remote(url: str, key: str) -> list[InputFile]:
     system, path = file_system(url, f"{key}: ")
-    listing = asked(lambda: list_url(system, path, url), url, f"{key}: ")
+    listing = metadata_or_none(lambda: list_url(system, path, url), url, f"{key}: ")
     if not listing:
         raise UserError(f"{key}: no file matches {url}: check the URL and that its credentials may read it")
     infos = {system.unstrip_protocol(name): info for name, info in listing.items()}
@@ -211,7 +211,7 @@ def _find_remote(url: str, key: str) -> list[InputFile]:
 
 
 def _info_or_none(system: Any, url: str, where: str = "") -> Any:
-    return asked(lambda: system.info(system._strip_protocol(url)), url, where)
+    return metadata_or_none(lambda: system.info(system._strip_protocol(url)), url, where)
 
 
 def file_at(url: str) -> InputFile | None:
@@ -230,7 +230,7 @@ def files_in(folder: str) -> dict[str, InputFile]:
     system, path = file_system(folder)
     system.invalidate_cache()
     try:
-        infos = patiently(lambda: system.ls(path, detail=True), folder)
+        infos = with_driver_retries(lambda: system.ls(path, detail=True), folder)
     except (FileNotFoundError, PermissionError, ValueError):  # one may be allowed to read but not to list
         return {}
     files = {
@@ -245,7 +245,7 @@ def files_in(folder: str) -> dict[str, InputFile]:
 
 
 class _ReopeningFile(io.RawIOBase):
-    """An InputFile's bytes. After a transient error it is opened again and goes on where it was."""
+    """An InputFile's bytes. After a transient error it is opened again and continues where it was."""
 
     def __init__(self, file: InputFile) -> None:
         self.name = file.name
@@ -319,7 +319,7 @@ class _ReopeningFile(io.RawIOBase):
         return file
 
     def _block_bytes(self) -> int:
-        """0, a stream, where a server of HTTP need not know ranges: only Parquet is not read from begin to end."""
+        """0, a stream, where a server of HTTP need not know ranges: only Parquet is not read from beginning to end."""
         sequential = file_format(self.name) not in PARQUET
         return 0 if sequential and self.name.startswith(("http://", "https://")) else REMOTE_BLOCK_BYTES
 
@@ -333,7 +333,7 @@ class _ReopeningFile(io.RawIOBase):
 
     def _retried(self, action: Callable[[], T]) -> T:
         try:
-            return patiently(action, self.name)
+            return with_driver_retries(action, self.name)
         except ValueError as error:
             raise UnreadableFileError(
                 f"{self.name}: cannot be read ({reason_of(error)}): copy it to a disk"

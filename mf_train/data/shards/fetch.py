@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from mf_train.data.files.cache import (
+    cache_errors,
     cache_folder,
-    naming_cache,
+    do_each_once,
     publish,
-    share_work,
     temporary_name,
     try_lock,
 )
@@ -27,7 +27,7 @@ def local_files(files: Sequence[InputFile], cache: str | Path | None) -> list[Pa
     """
     listed: dict[str, dict[str, InputFile | None]] = {}
     companions = [_companions(file, listed) for file in files]
-    return share_work(len(files), lambda number: _fetch_if_free(files[number], companions[number], cache))
+    return do_each_once(len(files), lambda number: _fetch_if_free(files[number], companions[number], cache))
 
 
 def _fetch_if_free(file: InputFile, companions: list[InputFile], cache: str | Path | None) -> Path | None:
@@ -44,7 +44,7 @@ def _fetch_if_free(file: InputFile, companions: list[InputFile], cache: str | Pa
         if not mine:
             return None
         if not path.exists():
-            with naming_cache(folder):
+            with cache_errors(folder):
                 folder.mkdir(exist_ok=True)
             for companion in companions:
                 _download(companion, folder)
@@ -80,13 +80,13 @@ def _download(file: InputFile, folder: Path) -> None:
     temporary = temporary_name(path)
     try:
         with file.open() as source:
-            with naming_cache(folder):
+            with cache_errors(folder):
                 target = temporary.open("wb")
             with target:
                 while piece := source.read(REMOTE_BLOCK_BYTES):
-                    with naming_cache(folder):
+                    with cache_errors(folder):
                         target.write(piece)
-                with naming_cache(folder):
+                with cache_errors(folder):
                     publish(target, temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mf_train.config import OnError
+from mf_train.data.files.access import OpenFiles, read_exactly
 from mf_train.data.files.cache import sync_folder
-from mf_train.data.files.retry import OpenFiles, read_exactly
 from mf_train.errors import UserError
 
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats

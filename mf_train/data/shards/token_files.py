@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from mf_train.config import OnError
 from mf_train.data.documents import Chunk, Tokens
-from mf_train.data.files.retry import OpenFiles, read_exactly, read_into, with_retries
+from mf_train.data.files.access import OpenFiles, read_exactly, read_into, with_retries
 from mf_train.data.shards.shard import Shard, open_shard
 from mf_train.errors import UserError
 
@@ -83,7 +83,7 @@ class TokenFiles:
         """`wanted` tokens of `documents`, or all, or a few more: ends of text that are not stored do not count.
 
         Raises UserError for an id outside the vocabulary and for a damaged index, naming shard and document;
-        OSError when a file cannot be read; IndexError for a document that there is not.
+        OSError when a file cannot be read; IndexError for a document number out of range.
         """
         assert wanted >= 1
         stops, cut = self._fill(documents, start, wanted)

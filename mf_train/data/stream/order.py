@@ -1,12 +1,14 @@
-"""The order of a source's documents: shuffled blocks, and documents shuffled in windows of them, in O(window) memory.
+"""The order of rows' sources and of a source's documents, in O(window) memory.
 
-Nothing is drawn from a generator with a state: every place of the order is computed from its number.
+Nothing is drawn from a generator with a state: every place of an order is computed from its number.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +17,40 @@ _ROUNDS = 8
 _ROUNDS_OF_SMALL = 16  # 8 leave the permutations of five elements measurably uneven
 _SMALL = 4096
 _BLOCKS_OF_A_STREAM = 16  # at least so many an epoch, where there are documents enough
+
+
+class Mixture:
+    """Which source a row comes from: a fixed sequence that keeps every source's count within about one of its share.
+
+    Element n is the source with the largest deficit, share * (n + 1) - (times taken before); the first of
+    equals. Stream s starts at element s, so streams that advance together are at different places of the
+    sequence and each batch, too, has nearly the right shares.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        # in integers, so that ties are the same everywhere; a weight counts as it is written, 0.1 as 1/10
+        exact = [Fraction(repr(float(weight))) for weight in weights]
+        denominator = math.lcm(*(weight.denominator for weight in exact))
+        self._weights = [int(weight * denominator) for weight in exact]
+        self._total = sum(self._weights)
+
+    def starting_counts(self, start: int) -> list[int]:
+        """How often each source stands among the first `start` elements."""
+        counts = [0] * len(self._weights)
+        for _ in range(start):
+            counts[self.next_source(counts)] += 1
+        return counts
+
+    def next_source(self, counts: Sequence[int]) -> int:
+        """The element that follows `counts`, the elements taken since the beginning of the sequence."""
+        if len(counts) == 1:
+            return 0
+        position = sum(counts) + 1
+        deficits = [
+            weight * position - self._total * count
+            for weight, count in zip(self._weights, counts, strict=True)
+        ]
+        return deficits.index(max(deficits))
 
 
 class EpochOrder:

@@ -1,4 +1,4 @@
-"""The token stream: batches that are a function of (data config, tokenizer, sizes, step) alone (SPEC 5).
+"""The token stream: batches that are a function of (data config, tokenizer, sizes, step) alone.
 
 Row j of the global batch of step t is sample i = t * G + j. It belongs to logical stream i mod L. Rank r of R
 owns the rows with j mod R == r, and so, because R divides G and L, the streams s with s mod R == r: no rank
@@ -18,8 +18,7 @@ import numpy as np
 from mf_train.config import DataConfig
 from mf_train.data.documents import Chunk, Source, Tokens
 from mf_train.data.sources import open_source
-from mf_train.data.stream.mixture import Mixture
-from mf_train.data.stream.order import WindowOrder
+from mf_train.data.stream.order import Mixture, WindowOrder
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 

@@ -43,7 +43,7 @@ def as_text(column: Any, what: str, key: str) -> Any:
 
 
 def read_parquet_text(file: BinaryIO, name: str, text_field: str) -> Iterator[bytes | UserError]:
-    """The values of one text column as UTF-8, and a UserError in the place of each that is none.
+    """The values of one text column as UTF-8, with a UserError in place of each value that is not text.
 
     Row group by row group, a batch of about 8 MiB at a time: a page is decoded whole, as the format asks.
     Raises UserError (no such column, not text), ArrowError or OSError (damage).

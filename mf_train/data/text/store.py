@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 
 from mf_train.config import OnError
+from mf_train.data.files.access import OpenFiles, read_exactly, with_retries
 from mf_train.data.files.cache import (
+    cache_errors,
     cache_folder,
-    naming_cache,
+    do_each_once,
     publish,
-    share_work,
     sync_folder,
     temporary_name,
     try_lock,
 )
 from mf_train.data.files.input_files import InputFile
-from mf_train.data.files.retry import OpenFiles, read_exactly, with_retries
 from mf_train.data.text.readers import read_documents
 from mf_train.errors import UserError
 
@@ -62,12 +62,12 @@ class Part:
         return f"{self.path}.ends"
 
     def remove(self) -> None:
-        """Deletes its files: first what makes it complete."""
+        """Deletes its files, the completion marker first."""
         for suffix in (".meta", ".ends", ".text", ".lock"):
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 
 
-class Documents:
+class StoredDocuments:
     """The documents of one source in order, none of them empty. Used from one thread.
 
     `files` counts the source's files; `skipped` holds the documents left out of each damaged one.
@@ -165,7 +165,7 @@ def open_documents(
     cache: str | Path | None,
     name: str,
     key: str,
-) -> Documents:
+) -> StoredDocuments:
     """The documents of `files`; what is not in the cache yet is read, checked and written there.
 
     Any number of processes may open the same files at once: they share the work, part by part.
@@ -181,9 +181,9 @@ def open_documents(
         progress.done += part is not None
         return part
 
-    parts = share_work(len(groups), prepare)
+    parts = do_each_once(len(groups), prepare)
     progress.close()
-    documents = Documents(name, parts, len(files))
+    documents = StoredDocuments(name, parts, len(files))
     if not len(documents) and documents.skipped:
         reason = next(part.reason for part in parts if part.reason)
         raise UserError(f"{key}: no document of {name} can be read: {reason}")
@@ -206,7 +206,7 @@ def parts_of(files: Sequence[InputFile]) -> list[list[InputFile]]:
 
 def prepare_part(files: list[InputFile], text_field: str, on_error: OnError, folder: Path) -> Part:
     """The documents of `files` in `folder`, which other processes may be preparing. Raises as `open_documents`."""
-    (part,) = share_work(
+    (part,) = do_each_once(
         1, lambda _: _prepare_if_free(files, text_field, on_error, folder, lambda size: None)
     )
     return part
@@ -237,7 +237,7 @@ def _complete_part(path: Path) -> Part | None:
     if not os.path.exists(f"{path}.meta"):
         return None
     try:
-        with naming_cache(path.parent):
+        with cache_errors(path.parent):
             meta = json.loads(with_retries(Path(f"{path}.meta").read_bytes, f"{path}.meta"))
             part = Part(path, meta["documents"], meta["num_bytes"], meta["skipped"], meta["reason"])
             sizes = _size(part.text), _size(part.ends)
@@ -287,7 +287,7 @@ class _PartWriter:
         self._temporary = {
             suffix: temporary_name(Path(f"{path}{suffix}")) for suffix in (".text", ".ends", ".meta")
         }
-        with naming_cache(path.parent):
+        with cache_errors(path.parent):
             self._text_file = open(self._temporary[".text"], "wb", buffering=_BUFFER_BYTES)
             self._ends_file = open(self._temporary[".ends"], "wb")
 
@@ -295,7 +295,7 @@ class _PartWriter:
         try:
             self._text_file.write(piece)
         except OSError:
-            with naming_cache(self._path.parent):
+            with cache_errors(self._path.parent):
                 raise
         self._end += len(piece)
 
@@ -309,7 +309,7 @@ class _PartWriter:
 
     def restart(self) -> None:
         if self._end > self._begin:
-            with naming_cache(self._path.parent):
+            with cache_errors(self._path.parent):
                 self._text_file.seek(self._begin)
                 self._text_file.truncate()
             self._end = self._begin
@@ -326,7 +326,7 @@ class _PartWriter:
         self._write_ends()
         part = Part(self._path, self._documents, self._end, self._skipped, self._reason)
         meta = asdict(part) | {"path": self._path.name}
-        with naming_cache(self._path.parent):
+        with cache_errors(self._path.parent):
             publish(self._text_file, self._temporary[".text"], Path(part.text))
             publish(self._ends_file, self._temporary[".ends"], Path(part.ends))
             with open(self._temporary[".meta"], "wb") as file:
@@ -346,7 +346,7 @@ class _PartWriter:
             temporary.unlink(missing_ok=True)
 
     def _write_ends(self) -> None:
-        with naming_cache(self._path.parent):
+        with cache_errors(self._path.parent):
             self._ends_file.write(np.array(self._ends, "<i8").tobytes())
         self._documents += len(self._ends)
         self._ends = []

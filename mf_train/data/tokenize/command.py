@@ -1,7 +1,7 @@
 """`memoryformer data tokenize`: the text sources of a configuration to token shards, the same whoever works on them.
 
 DIR/train-0, DIR/validation-0 and so on hold a source's shards and a manifest of them; DIR/manifest.json says what
-was made of what. Finished shards are noted in DIR/train-0/.finished.jsonl: a command that was killed goes on there.
+was made of what. Finished shards are noted in DIR/train-0/.finished.jsonl: a command that was killed continues there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mf_train.data.shards.shard import index_bytes, token_dtype
 from mf_train.data.shards.token_files import MANIFEST, MANIFEST_FORMAT
 from mf_train.data.text.store import parts_of
 from mf_train.data.tokenize.shards import Place, ShardMaker, Work
-from mf_train.data.tokenize.worker import TokenizeWorker, open_text
+from mf_train.data.tokenize.worker import TokenizeWorker, open_prepared
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 
@@ -55,15 +55,15 @@ class _Source:
 def tokenize(config: Config, output: Path, workers: int, shard_bytes: int = SHARD_BYTES) -> Iterator[str]:
     """Write every training and validation source of `config` to a folder of shards in `output`; lines that say so.
 
-    The bytes depend on the text, the tokenizer and `shard_bytes` (of text a shard) alone. An `output` that was left
-    unfinished is gone on with. Needs disk space for the shards and for the text of a few files.
+    The bytes depend on the text, the tokenizer and `shard_bytes` (of text a shard) alone. Continues an
+    unfinished `output`. Needs disk space for the shards and for the text of a few files.
     Raises UserError for what cannot be read, an output that holds something else or cannot be written, OSError,
     and TrainingError when one of the `workers` processes dies.
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: at least one process has to work")
     tokenizer = Tokenizer(config.tokenizer.path)
-    with _naming_output(output):
+    with _output_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         (output / _LOCK).touch()
     with try_lock(output / _LOCK) as mine:
@@ -113,7 +113,7 @@ def _find_source(source: SourceConfig, key: str, folder: str, on_error: OnError)
             source.hub,
             source.hub_config,
             source.split,
-            open_text(source, on_error, key).fingerprint,
+            open_prepared(source, on_error, key).fingerprint,
         ]
     else:
         files = find_files(source.path or "", key)
@@ -205,7 +205,7 @@ class _Log:
         self._records: list[dict[str, Any]] = []
         self._folder = folder
         self._path = folder / _FINISHED
-        with _naming_output(folder):
+        with _output_errors(folder):
             folder.mkdir(exist_ok=True)
             self._read(itemsize)
             self._remove_unfinished()
@@ -220,7 +220,7 @@ class _Log:
     def add(self, record: dict[str, Any]) -> None:
         """Note a part, a shard or, as {"done": true}, the end: durably."""
         self._take(record)
-        with _naming_output(self._folder), self._path.open("ab") as file:
+        with _output_errors(self._folder), self._path.open("ab") as file:
             file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
@@ -340,13 +340,13 @@ def _line(record: dict[str, Any]) -> bytes:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    with _naming_output(path.parent), temporary.open("wb") as file:
+    with _output_errors(path.parent), temporary.open("wb") as file:
         file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
         publish(file, temporary, path)
 
 
 @contextmanager
-def _naming_output(folder: Path) -> Iterator[None]:
+def _output_errors(folder: Path) -> Iterator[None]:
     """Turns an OSError into a UserError that names the folder."""
     try:
         yield

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mf_train.config import OnError, SourceConfig
-from mf_train.data.documents import Documents
+from mf_train.data.documents import TextDocuments
 from mf_train.data.files.input_files import InputFile
 from mf_train.data.shards.shard import TokenShardWriter, WrittenShard
 from mf_train.data.text.store import Part
-from mf_train.data.tokenize.worker import TOKENS, Encode, Prepare, TokenizeWorker, open_text
+from mf_train.data.tokenize.worker import TOKENS, Encode, Prepare, TokenizeWorker, open_prepared
 
 _RANGE_BYTES = 1 << 20  # of text, for one task
 _HELD_BYTES = 8 << 20  # of tokens of one task that is ahead of its turn
@@ -74,7 +74,7 @@ class ShardMaker:
         self._workers = workers
         self._record = record
         self._ahead = 1 + len(workers) // 16  # preparing text is some twenty times as fast as tokenising it
-        self._opened: dict[int, tuple[Part | SourceConfig, Documents]] = {}
+        self._opened: dict[int, tuple[Part | SourceConfig, TextDocuments]] = {}
         self._unprepared = work.first[0]  # the next part to prepare
         self._part, self._document = work.first  # where the next range begins
         self._shard_text = 0  # bytes of text of the shard's ranges so far
@@ -92,7 +92,7 @@ class ShardMaker:
         if self._work.source.hub is not None:
             self._opened[0] = (
                 self._work.source,
-                open_text(self._work.source, self._work.on_error, self._work.key),
+                open_prepared(self._work.source, self._work.on_error, self._work.key),
             )
             self._unprepared = 1
         try:
@@ -188,7 +188,7 @@ class ShardMaker:
     def _open_part(self, number: int, part: Part) -> None:
         facts = {"documents": part.documents, "skipped": part.skipped, "reason": part.reason}
         self._record({"part": number, **facts})
-        self._opened[number] = (part, open_text(part, self._work.on_error, self._work.key))
+        self._opened[number] = (part, open_prepared(part, self._work.on_error, self._work.key))
 
     def _write(self) -> None:
         """Writes what has its turn."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from mf_train.config import OnError, SourceConfig
-from mf_train.data.documents import Documents, TextSource
+from mf_train.data.documents import TextDocuments, TextSource
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.data.workers.child import (
     MOST_PIPE_BYTES,
@@ -181,7 +181,7 @@ class _Worker:
             self._tokenizer = self._tokenizer or Tokenizer(self._tokenizer_path)
             self._opened = (
                 task.text,
-                TextSource(open_text(task.text, task.on_error, task.key), self._tokenizer),
+                TextSource(open_prepared(task.text, task.on_error, task.key), self._tokenizer),
             )
         return self._opened[1]
 
@@ -191,15 +191,15 @@ class _Worker:
         self._output.flush()
 
 
-def open_text(text: Part | SourceConfig, on_error: OnError, key: str) -> Documents:
-    """The documents of a part, or of a dataset of the hub."""
+def open_prepared(text: Part | SourceConfig, on_error: OnError, key: str) -> TextDocuments:
+    """The documents of a prepared part, or of a dataset of the hub."""
     if isinstance(text, SourceConfig):
         from mf_train.data.text.hub import open_hub
 
         return open_hub(text, on_error, key)
-    from mf_train.data.text.store import Documents as PartDocuments
+    from mf_train.data.text.store import StoredDocuments
 
-    return PartDocuments(key, [text], 1)
+    return StoredDocuments(key, [text], 1)
 
 
 def _prepare(task: Prepare) -> bytes:

@@ -1,19 +1,45 @@
-"""A rank's batches, made ahead of time by worker processes or by a thread."""
+"""A rank's batches, made ahead of time by worker processes or by a thread.
+
+A worker process gets its job by standard input and writes messages to a pipe: a header of nine int64 (kind, stream,
+source, the six numbers of the position) and the int32 tokens of a row. The pipe is the queue, so there is nothing to
+clean up: when the trainer goes, however it goes, standard input closes and the process ends.
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
 import queue
+import select
+import signal
+import struct
+import sys
 import threading
 import time
+from typing import NamedTuple
 
 import numpy as np
 
 from mf_train.config import Config
-from mf_train.data.stream.mixture import Mixture
-from mf_train.data.stream.stream import Position, State, Tokens, TokenStream, stream_worker
-from mf_train.data.workers.worker import Change, Job, Worker
+from mf_train.data.documents import Source, Tokens
+from mf_train.data.stream.order import Mixture
+from mf_train.data.stream.stream import Position, State, TokenStream, stream_worker
+from mf_train.data.tokenizer import Tokenizer
+from mf_train.data.workers.child import (
+    OTHER_ERROR,
+    Child,
+    Messages,
+    describe_error,
+    end_with_the_parent,
+    error_of,
+)
 
-_MOMENT = 1.0  # seconds that a thread gets to end
+Change = tuple[int, int, Position]  # of a stream in a source: what a row does to the state
+
+_HEADER = struct.Struct("=9q")
+_ROW = 0  # kind of message. The text of an error takes the place of the tokens; its length that of the stream
+_PIPED = 4  # times the rows that a worker holds ready may wait in the pipe as well
+_MOMENT = 1.0  # seconds that a thread or a process gets to end by itself
 
 
 class BatchReader:
@@ -168,12 +194,12 @@ class _Workers:
     def __init__(self, stream: TokenStream, config: Config, depth: int) -> None:
         self._stream = stream
         self._ranks = stream.row_numbers.step
-        self._workers: list[Worker] = []
+        self._workers: list[_Worker] = []
         count = min(config.data.workers, config.data.logical_streams // self._ranks)
         state = stream.state_dict()
         try:
             for number in range(count):
-                self._workers.append(Worker(self._job(config, number, count, state, depth)))
+                self._workers.append(_Worker(self._job(config, number, count, state, depth)))
         except BaseException:
             self.close()
             raise
@@ -203,17 +229,17 @@ class _Workers:
         for worker in self._workers:
             worker.close()
 
-    def _worker_of(self, number: int) -> Worker:
+    def _worker_of(self, number: int) -> _Worker:
         return self._workers[stream_worker(number, self._ranks, len(self._workers))]
 
-    def _job(self, config: Config, number: int, count: int, state: State, depth: int) -> Job:
+    def _job(self, config: Config, number: int, count: int, state: State, depth: int) -> _Job:
         stream = self._stream
         own = {
             key: of
             for key, of in state["streams"].items()
             if stream_worker(int(key), self._ranks, count) == number
         }
-        return Job(
+        return _Job(
             config=config,
             tokenizer=stream.tokenizer,
             sources=stream.sources,
@@ -228,3 +254,133 @@ class _Workers:
 
 def _empty_batch(stream: TokenStream) -> Tokens:
     return np.empty((len(stream.row_numbers), stream.sequence_length + 1), np.int32)
+
+
+# Worker processes ----------------------------------------------------------------------------------------------------
+
+
+class _Job(NamedTuple):
+    """What a worker makes: the rows of some of the rank's streams, from a state on."""
+
+    config: Config
+    tokenizer: Tokenizer
+    sources: list[Source]  # as the trainer opened them: nothing is listed or looked up again
+    data_rank: int
+    data_size: int
+    worker: int
+    workers: int
+    state: State
+    rows_ahead: int  # that it holds ready, beside those in the pipe
+
+
+class _Worker:
+    """A running worker process, seen from the trainer. Its sources have been prepared: it only opens them."""
+
+    def __init__(self, job: _Job) -> None:
+        self.name = f"data worker {job.worker} of data-parallel rank {job.data_rank}"
+        row_bytes = _HEADER.size + 4 * (job.config.model.sequence_length + 1)
+        self._child = Child(__name__, _PIPED * job.rows_ahead * row_bytes)
+        self.process = self._child.process
+        self._rows = self._child.output
+        os.set_blocking(self._rows, False)
+        self._poll = select.poll()
+        self._poll.register(self._rows, select.POLLIN)
+        self._header = memoryview(bytearray(_HEADER.size))
+        self._child.send(job)
+
+    def read(self, row: memoryview, deadline: float) -> Change:
+        """Fills `row` (bytes) with the tokens of the worker's next row.
+
+        Raises what reading raised there, OSError when the worker died, and TimeoutError when time.monotonic()
+        passes `deadline`.
+        """
+        wanted = _HEADER.size + len(row)
+        try:
+            got = os.readv(self._rows, (self._header, row))
+        except BlockingIOError:
+            got = 0
+        if got < wanted:
+            self._fill([self._header[got:], row[max(0, got - _HEADER.size) :]], deadline)
+        kind, stream, source, *position = _HEADER.unpack(self._header)
+        if kind != _ROW:
+            raise self._failure(kind, row, stream, deadline)
+        return stream, source, Position._make(position)
+
+    def hang_up(self) -> None:
+        """Tell the process to end."""
+        self._child.hang_up()
+
+    def close(self) -> None:
+        """End the process: one that does not notice within a moment is killed."""
+        self._child.close(_MOMENT)
+
+    def _fill(self, buffers: list[memoryview], deadline: float) -> None:
+        """Fills all buffers, waiting for what is not there yet."""
+        while buffers := [buffer for buffer in buffers if buffer]:
+            try:
+                got = os.readv(self._rows, buffers)
+            except BlockingIOError:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError from None
+                self._poll.poll(1000 * min(left, 1000.0))
+                continue
+            if not got:
+                raise self._death()
+            for index, buffer in enumerate(buffers):
+                buffers[index] = buffer[got:]
+                got = max(0, got - len(buffer))
+
+    def _failure(self, kind: int, row: memoryview, length: int, deadline: float) -> Exception:
+        rest = bytearray(max(0, length - len(row)))
+        self._fill([memoryview(rest)], deadline)
+        text = (bytes(row) + rest)[:length].decode("utf-8")
+        return error_of(kind, f"{self.name} failed:\n{text}" if kind == OTHER_ERROR else text)
+
+    def _death(self) -> OSError:
+        status = self._child.end(_MOMENT)
+        if status == -signal.SIGKILL:
+            return OSError(
+                f"{self.name} was killed (exit status {status}), as the kernel does when memory runs out: give the "
+                "job more memory, or set fewer data.workers"
+            )
+        return OSError(f"{self.name} ended with exit status {status}: standard error may say why")
+
+
+def main(rows: int) -> None:
+    """The worker process: rows into the pipe `rows` without end, until the trainer closes one or reading fails."""
+    job: _Job = pickle.load(sys.stdin.buffer)
+    end_with_the_parent()
+    messages = Messages(rows, job.rows_ahead)
+    try:
+        stream = _open_stream(job)
+        stream.load_state_dict(job.state)
+        _give_rows(stream, messages)
+    except BaseException as error:
+        kind, text = describe_error(error)
+    utf8 = text.encode("utf-8", "replace")
+    header = _HEADER.pack(kind, len(utf8), *[0] * 7)
+    messages.put(header, utf8.ljust(4 * (job.config.model.sequence_length + 1)))
+    messages.finish()
+
+
+def _open_stream(job: _Job) -> TokenStream:
+    config = job.config
+    return TokenStream(
+        config.data,
+        job.tokenizer,
+        config.model.sequence_length,
+        config.training.global_batch_size,
+        job.data_rank,
+        job.data_size,
+        job.worker,
+        job.workers,
+        job.sources,
+    )
+
+
+def _give_rows(stream: TokenStream, messages: Messages) -> None:
+    """Puts the stream's rows, without end."""
+    while True:
+        number, source, position, tokens = stream.next_row()
+        messages.put(_HEADER.pack(_ROW, number, source, *position), tokens.data.cast("B"))

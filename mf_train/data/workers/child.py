@@ -1,4 +1,4 @@
-"""A process that works for this one: told by pickles on its standard input, heard through a pipe of its own.
+"""A child process that receives pickled tasks on standard input and answers through a pipe of its own.
 
 The pipes are all that the two share: nothing stays behind when either is killed, and each notices at once.
 """
@@ -14,7 +14,9 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections import deque
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from mf_train.errors import TrainingError, UserError
@@ -99,6 +101,48 @@ def end_with_the_parent() -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+class Messages:
+    """In the child: messages on their way into the pipe, and up to `ahead` that wait in front of it.
+
+    A pipe whose other end is closed ends the process.
+    """
+
+    def __init__(self, pipe: int, ahead: int) -> None:
+        self._pipe = pipe
+        self._most = 2 * ahead
+        self._waiting: deque[memoryview] = deque()
+        self._poll = select.poll()
+        self._poll.register(pipe, select.POLLOUT)
+        os.set_blocking(pipe, False)
+
+    def put(self, header: bytes, body: bytes | memoryview) -> None:
+        """Sends a message, or holds it back; waits while more than `ahead` messages are held back."""
+        self._waiting += (memoryview(header), memoryview(body))
+        self._send(self._most)
+
+    def finish(self) -> None:
+        """Waits until everything is sent."""
+        self._send(0)
+
+    def _send(self, most: int) -> None:
+        while self._waiting:
+            try:
+                sent = os.writev(self._pipe, list(islice(self._waiting, 16)))
+            except BlockingIOError:
+                if len(self._waiting) <= most:
+                    return
+                self._poll.poll()
+                continue
+            except BrokenPipeError:
+                os._exit(0)
+            while sent:
+                part = self._waiting.popleft()
+                if sent < len(part):
+                    self._waiting.appendleft(part[sent:])
+                    break
+                sent -= len(part)
 
 
 def describe_error(error: BaseException) -> tuple[int, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mf_train.data.files.retry import OpenFiles, read_exactly, read_into, with_retries
+from mf_train.data.files.access import OpenFiles, read_exactly, read_into, with_retries
 from mf_train.errors import UserError
 
 
@@ -95,7 +95,7 @@ def test_a_low_limit_of_descriptors_is_kept(tmp_path: Path, repository: Path) ->
     code = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-from mf_train.data.files.retry import OpenFiles, read_exactly
+from mf_train.data.files.access import OpenFiles, read_exactly
 files = OpenFiles(limit=1000)
 for number in range(100):
     assert read_exactly(files, "{tmp_path}/" + str(number), 0, 1) == b"x"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mf_train.data.files.retry import OpenFiles
+from mf_train.data.files.access import OpenFiles
 from mf_train.data.shards.shard import TokenShardWriter, open_shard, token_dtype
 from mf_train.errors import UserError
 

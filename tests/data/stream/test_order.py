@@ -19,8 +19,7 @@ from mf_train.data.stream.digest import (
     rows_digest,
     to_int64,
 )
-from mf_train.data.stream.mixture import Mixture
-from mf_train.data.stream.order import EpochOrder, WindowOrder
+from mf_train.data.stream.order import EpochOrder, Mixture, WindowOrder
 
 
 @given(st.integers(0, 2**40), st.integers(0, 9), st.integers(1, 300), st.integers(0, 2**40))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mf_train.config import DataConfig, SourceConfig
-from mf_train.data.segments import SEGMENT_BYTES
+from mf_train.data.documents import SEGMENT_BYTES
 from mf_train.data.stream.digest import batch_digest, format_digest
 from mf_train.data.stream.order import EpochOrder
 from mf_train.data.stream.stream import State, TokenStream, merge_states

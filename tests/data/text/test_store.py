@@ -21,19 +21,21 @@ import zstandard
 
 from mf_train.data.files.input_files import InputFile, find_files
 from mf_train.data.text import store as text_store
-from mf_train.data.text.store import Documents, open_documents, parts_of, prepare_part
+from mf_train.data.text.store import StoredDocuments, open_documents, parts_of, prepare_part
 from mf_train.errors import UserError
 from tests.data.texts import json_lines, random_documents, write_json_lines
 
 TEXTS = ["2024-01-01 12:00:00", "é🎉\n\tz\u2028 \u2581", "17", "null"]
 
 
-def open_path(path: Path | str, cache: Path, on_error: str = "raise", text_field: str = "text") -> Documents:
+def open_path(
+    path: Path | str, cache: Path, on_error: str = "raise", text_field: str = "text"
+) -> StoredDocuments:
     files = find_files(str(path), "data.train[0]")
     return open_documents(files, text_field, on_error, cache, str(path), "data.train[0]")  # type: ignore[arg-type]
 
 
-def texts_of(documents: Documents) -> list[str]:
+def texts_of(documents: StoredDocuments) -> list[str]:
     return [documents.text(i).decode() for i in range(len(documents))]
 
 
@@ -134,7 +136,7 @@ def test_one_part_of_its_own(tmp_path: Path) -> None:
     (group,) = parts_of(find_files(str(tmp_path), "k"))
     part = prepare_part(group, "text", "raise", tmp_path / "work")
     assert (part.documents, part.num_bytes) == (4, sum(len(text.encode()) for text in TEXTS))
-    assert texts_of(Documents("x", [part], 1)) == TEXTS
+    assert texts_of(StoredDocuments("x", [part], 1)) == TEXTS
     assert prepare_part(group, "text", "raise", tmp_path / "work") == part
     part.remove()
     assert list((tmp_path / "work").iterdir()) == []

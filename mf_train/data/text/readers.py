@@ -21,10 +21,10 @@ from mf_train.data.files.input_files import (
     compression,
     file_format,
 )
-from mf_train.data.text.json_stream import JsonError, read_text
 from mf_train.errors import UserError
 
-PIECE_BYTES = 1 << 20  # longer lines and texts are read in pieces of this size
+LONGEST_LINE_BYTES = 256_000_000  # of JSON: parsing a line takes some ten times the memory of its text
+PIECE_BYTES = 1 << 20  # of plain text, which is read in pieces
 _DAMAGE_BYTES = 1 << 16  # text before a damaged place that may be lost with it (zstd)
 
 
@@ -37,11 +37,8 @@ class Sink(Protocol):
     def end(self) -> None:
         """The current document is complete."""
 
-    def restart(self) -> None:
-        """Forget what was written of the current document."""
-
     def bad(self, error: UserError) -> None:
-        """Leave out the current document, or raise the error."""
+        """Leave out the current document, and what was written of it, or raise the error."""
 
 
 class DamagedFileError(UserError):
@@ -55,14 +52,15 @@ def read_documents(file: InputFile, text_field: str, sink: Sink) -> None:
     anything). Parquet: the column `text_field`. Plain text: the whole file is one document.
     A byte-order mark at the beginning is dropped; line ends stay as they are.
 
-    Memory does not depend on the length of a line or a text; a Parquet value is decoded with its page.
+    Memory does not depend on the length of a text; a line of JSON is parsed as a whole and has at most 256 MB, its
+    end of line counted; a Parquet value is decoded with its page.
     `sink.bad` gets a UserError for every wrong line or row, naming the file, the line and what is wrong, and one
     for the rest of a truncated or damaged file, or one that is gone. What is no fault of the file is raised, whatever
     `sink.bad` does: UserError when it may not be read or changes meanwhile, OSError when the machine fails (after
     retries, or out of memory or descriptors).
     """
     try:
-        with _naming_damage(file.name):
+        with _damage_errors(file.name):
             with file.open() as raw:
                 kind = file_format(file.name)
                 if kind in PARQUET:
@@ -103,26 +101,32 @@ def _read_text(name: str, file: BinaryIO, sink: Sink) -> None:
 
 def _read_json_lines(name: str, file: BinaryIO, text_field: str, sink: Sink) -> None:
     number = 0
-    while line := file.readline(PIECE_BYTES):
+    while line := file.readline(LONGEST_LINE_BYTES + 1):
         number += 1
-        long = len(line) == PIECE_BYTES and not line.endswith(b"\n")
+        where = f"{name}: line {number}"
+        if len(line) > LONGEST_LINE_BYTES:
+            _skip_line(line, file)
+            sink.bad(UserError(_too_long(where)))
+            continue
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        where = f"{name}: line {number}"
+        if not line.strip():
+            continue
         try:
-            if long:
-                if not _write_long_line(name, number, _pieces(line, file), text_field, sink):
-                    continue
-            elif line.strip():
-                sink.write(_json_text(where, line, text_field))
-            else:
-                continue
+            text = _json_text(where, line, text_field)
         except _LineError as error:
             sink.bad(UserError(str(error)))
         except UnicodeDecodeError:
             sink.bad(UserError(_not_utf8(name, number)))
         else:
+            sink.write(text)
             sink.end()
+
+
+def _skip_line(piece: bytes, file: BinaryIO) -> None:
+    """Reads to the end of the line that begins with `piece`."""
+    while piece and not piece.endswith(b"\n"):
+        piece = file.readline(PIECE_BYTES)
 
 
 class _LineError(Exception):
@@ -132,8 +136,7 @@ class _LineError(Exception):
 def _json_text(where: str, line: bytes, text_field: str) -> bytes:
     """The text of a line. Raises _LineError and UnicodeDecodeError."""
     try:
-        text = line.decode("utf-8")
-        record = json.loads(text)
+        record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
@@ -149,51 +152,6 @@ def _json_text(where: str, line: bytes, text_field: str) -> bytes:
         return value.encode("utf-8")
     except UnicodeEncodeError:
         raise _half_surrogate(where, text_field) from None
-
-
-def _write_long_line(name: str, number: int, pieces: Iterator[bytes], text_field: str, sink: Sink) -> bool:
-    """Writes the text of a line that comes in pieces: False when it is blank. Raises as `_json_text`."""
-    where = f"{name}: line {number}"
-    characters = _decoded(pieces)
-    try:
-        outcome = read_text(characters, text_field, sink.write, sink.restart)
-    except JsonError as error:
-        for _ in pieces:  # to the end of the line, which need not be UTF-8
-            pass
-        raise _not_json(where, str(error)) from None
-    except UnicodeDecodeError:
-        for _ in pieces:
-            pass
-        raise
-    if outcome.kind is None:
-        return False
-    if outcome.kind != "an object":
-        raise _not_an_object(where, outcome.kind, text_field)
-    if outcome.text_kind is None:
-        raise _lacks_field(where, text_field, list(outcome.keys))
-    if outcome.text_kind != "text":
-        raise _not_text(where, text_field, outcome.text_kind)
-    if outcome.half_surrogate:
-        raise _half_surrogate(where, text_field)
-    return True
-
-
-def _pieces(first: bytes, file: BinaryIO) -> Iterator[bytes]:
-    """The rest of a line that is longer than its first piece."""
-    piece = first
-    while piece:
-        yield piece
-        if piece.endswith(b"\n"):
-            return
-        piece = file.readline(PIECE_BYTES)
-
-
-def _decoded(pieces: Iterator[bytes]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for piece in pieces:
-        if text := decoder.decode(piece):
-            yield text
-    decoder.decode(b"", final=True)
 
 
 # Parquet and compression ---------------------------------------------------------------------------------------------
@@ -250,7 +208,7 @@ class _Gunzipped(io.RawIOBase):
 
 
 @contextmanager
-def _naming_damage(name: str) -> Iterator[None]:
+def _damage_errors(name: str) -> Iterator[None]:
     """Turns what decoders and the file system raise into one line that names the file.
 
     Only damage and a file that is gone are DamagedFileErrors: what another try may read must not be left out.
@@ -291,6 +249,14 @@ def _bad_parquet(name: str, error: Exception) -> DamagedFileError:
 
 def _not_utf8(name: str, line: int) -> str:
     return f"{name}: line {line} is not valid UTF-8: convert the file, for example with iconv -t UTF-8"
+
+
+def _too_long(where: str) -> str:
+    most = f"{LONGEST_LINE_BYTES / 1e6:g} MB"
+    return (
+        f"{where} is longer than {most}, the most for a line of JSON: split its document into several lines, or "
+        "write its text to a .txt file, which may have any length"
+    )
 
 
 def _not_json(where: str, reason: str) -> _LineError:

@@ -307,17 +307,14 @@ class _PartWriter:
         if len(self._ends) >= _ENDS_AT_ONCE:
             self._write_ends()
 
-    def restart(self) -> None:
+    def bad(self, error: UserError) -> None:
+        if self._on_error == "raise":
+            raise error
         if self._end > self._begin:
             with cache_errors(self._path.parent):
                 self._text_file.seek(self._begin)
                 self._text_file.truncate()
             self._end = self._begin
-
-    def bad(self, error: UserError) -> None:
-        if self._on_error == "raise":
-            raise error
-        self.restart()
         self._skipped[self.file] = self._skipped.get(self.file, 0) + 1
         self._reason = self._reason or str(error)
 

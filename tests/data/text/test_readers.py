@@ -52,9 +52,6 @@ class Kept:
         self.documents.append(b"".join(self._pieces).decode())
         self._pieces = []
 
-    def restart(self) -> None:
-        self._pieces = []
-
     def bad(self, error: UserError) -> None:
         if not self._skip:
             raise error
@@ -108,7 +105,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("piece_bytes", [7, 40, 64])
 def test_long_lines_and_texts(piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines longer than a piece are read as short ones are, whatever comes before and after them."""
+    """Whatever comes before and after them, and wherever a text is cut."""
     monkeypatch.setattr(readers, "PIECE_BYTES", piece_bytes)
     content = b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n \r\n" + b" " * 100 + b"\n") + LINES
     (tmp_path / "a.jsonl").write_bytes(content)
@@ -214,34 +211,61 @@ def test_a_bad_file_is_skipped(case: str, tmp_path: Path) -> None:
         assert len(kept.errors) == (3 if case == "pretty JSON" else 1)
 
 
-@pytest.mark.parametrize("case", [case for case in BAD_FILES if "JSON" in case or BAD_FILES[case][3] == 5])
-def test_a_long_bad_line_is_named_as_a_short_one(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name, content, message, count = BAD_FILES[case]
-    monkeypatch.setattr(readers, "PIECE_BYTES", 9)
-    (tmp_path / name).write_bytes(content + (b"\n" if case != "cut JSON" else b"") + LINES[:40])
-    with pytest.raises(UserError, match=message):
-        read(tmp_path / name)
-    kept = read(tmp_path / name, skip=True)
-    assert len(kept.documents) == count
-
-
-def test_a_long_line_that_ends_inside_a_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "PIECE_BYTES", 9)
+def test_a_line_that_ends_inside_a_character(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES + b'{"text": "a"}\xc3')
     with pytest.raises(UserError, match=r"a\.jsonl: line 6 is not valid UTF-8"):
         read(tmp_path / "a.jsonl")
 
 
-def test_the_rest_of_a_long_bad_line_is_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is no JSON, and then not UTF-8 either."""
-    monkeypatch.setattr(readers, "PIECE_BYTES", 9)
-    ghost = b'{"text": oops' + b" " * 50 + b"\xff" + b" " * 50 + b'{"text": "GHOST"}\n'
-    (tmp_path / "a.jsonl").write_bytes(ghost + b'{"text": "real"}\n')
-    kept = read(tmp_path / "a.jsonl", skip=True)
-    assert kept.documents == ["real"]
-    assert len(kept.errors) == 1 and "a.jsonl: line 1 is not JSON" in kept.errors[0]
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
+@pytest.mark.parametrize("case", [case for case in BAD_FILES if "JSON" in case or BAD_FILES[case][3] == 5])
+def test_a_long_bad_line_is_named_as_a_short_one(case: str, end: bytes, tmp_path: Path) -> None:
+    """Behind 3 MB of spaces, which JSON allows."""
+    name, content, message, count = BAD_FILES[case]
+    lines = (gzip.decompress(content) if name.endswith(".gz") else content).splitlines(keepends=True)
+    content = b"".join(lines[:-1]) + b" " * 3_000_000 + lines[-1].rstrip(b"\n") + end
+    (tmp_path / name).write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+    assert len(read(tmp_path / name, skip=True).documents) == count
+
+
+def _line_of(size: int, text: str) -> bytes:
+    """A line of `size` bytes with its end of line."""
+    return json.dumps({"text": text.ljust(size - len(json_lines([""])), ".")}).encode() + b"\n"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("over", [1, 2, 19, 1000])
+def test_a_line_over_the_limit_is_left_out_whole(
+    name: str, over: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines of the limit are read. What follows the limit in a longer line is no line, whatever it looks like."""
+    monkeypatch.setattr(readers, "LONGEST_LINE_BYTES", 100)
+    monkeypatch.setattr(readers, "PIECE_BYTES", 7)
+    ghost = (b" " * 101 + b'{"text": "GHOST"}' + b"\xff" * 2000)[: 99 + over] + b"\n"
+    assert len(ghost) == 100 + over
+    content = _line_of(100, "first") + ghost + _line_of(100 + over, "long") + _line_of(100, "last").rstrip()
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(compress(content))
+    with pytest.raises(UserError, match=rf"{name}: line 2 is longer than 0\.0001 MB, the most .* \.txt file"):
+        read(tmp_path / name)
+    kept = read(tmp_path / name, skip=True)
+    assert [text.rstrip(".") for text in kept.documents] == ["first", "last"]
+    assert [error.split(" is ")[0] for error in kept.errors] == [
+        f"{tmp_path / name}: line 2",
+        f"{tmp_path / name}: line 3",
+    ]
+
+
+def test_a_last_line_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an end of line; and a text file has no limit."""
+    monkeypatch.setattr(readers, "LONGEST_LINE_BYTES", 100)
+    (tmp_path / "a.jsonl").write_bytes(_line_of(102, "long").rstrip())
+    (tmp_path / "b.txt").write_bytes(b"long" * 1000)
+    kept = read(tmp_path, skip=True)
+    assert kept.documents == ["long" * 1000]
+    assert len(kept.errors) == 1 and "a.jsonl: line 1 is longer than" in kept.errors[0]
 
 
 def test_all_lines_before_the_damage_are_kept(tmp_path: Path) -> None:

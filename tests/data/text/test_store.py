@@ -20,6 +20,7 @@ import pytest
 import zstandard
 
 from mf_train.data.files.input_files import InputFile, find_files
+from mf_train.data.text import readers
 from mf_train.data.text import store as text_store
 from mf_train.data.text.store import StoredDocuments, open_documents, parts_of, prepare_part
 from mf_train.errors import UserError
@@ -359,8 +360,10 @@ def test_an_unusable_cache_is_named(tmp_path: Path) -> None:
 MEMORY = """
 import resource, sys
 from mf_train.data.files.input_files import find_files
+from mf_train.data.text import readers
 from mf_train.data.text.store import open_documents, prepare_part
 paths, cache = sys.argv[1].split(":"), sys.argv[2]
+readers.LONGEST_LINE_BYTES = LIMIT
 import pyarrow, filelock, fsspec, mf_train.data.text.arrow
 def peak():
     with open("/proc/self/status") as status:
@@ -373,8 +376,8 @@ for path in paths:
 """
 
 
-def _write_long_documents(folder: Path, size: int) -> list[Path]:
-    """A document of `size` bytes in every format, among short ones; and a line with as much in other fields."""
+def _write_long_documents(folder: Path, size: int) -> tuple[list[Path], list[Path]]:
+    """Files of text and of lines: a document of `size` bytes, among short ones; a line with as much in other fields."""
     sentence = 'naïve "quoted" back\\slash,\nline 🎉 '
     long = sentence * (size // len(sentence.encode()))
     line, ascii_line = (json.dumps({"text": long}, ensure_ascii=ascii) + "\n" for ascii in (False, True))
@@ -392,28 +395,52 @@ def _write_long_documents(folder: Path, size: int) -> list[Path]:
         "g.txt.gz": gzip.compress(long.encode(), 1),
         "h.jsonl.zst": zstandard.compress(short + line.encode()),
     }
-    paths = []
+    texts, lines = [], []
     for name, content in contents.items():
-        paths.append(folder / name)
-        paths[-1].write_bytes(content)
-    return paths
+        (texts if ".txt" in name else lines).append(folder / name)
+        (folder / name).write_bytes(content)
+    return texts, lines
+
+
+def _growth(
+    limit: int, paths: list[Path], cache: Path, repository: Path
+) -> tuple[list[int], list[int], list[int]]:
+    """Of each file: documents, the bytes of the longest, and kB by which opening it raised the process's peak."""
+    code = MEMORY.replace("LIMIT", str(limit))
+    process = start(repository, Path(":".join(map(str, paths))), cache, code)
+    counts, longest, growth = zip(
+        *[map(int, line.split()) for line in result(process).splitlines()], strict=True
+    )
+    return list(counts), list(longest), list(growth)
 
 
 def _check_memory(size: int, tmp_path: Path, repository: Path) -> None:
-    paths = _write_long_documents(tmp_path, size)
-    process = start(repository, Path(":".join(map(str, paths))), tmp_path / "cache", MEMORY)
-    lines = [list(map(int, line.split())) for line in result(process).splitlines()]
-    counts, longest, growth = zip(*lines, strict=True)
-    assert counts == (3, 3, 2, 2, 2, 1, 1, 2)
-    assert [length > 0.95 * size for length in longest] == [True, True, False, False, True, True, True, True]
-    assert max(growth) < 64 << 10, f"kB: {growth}"
-    assert sum(growth) < 64 << 10, f"kB: {growth}"
+    texts, lines = _write_long_documents(tmp_path, size)
+    counts, longest, growth = _growth(10_000_000, texts + lines, tmp_path / "limited", repository)
+    assert counts == [1, 1, 2, 2, 1, 2, 1, 1]  # the long lines are left out
+    assert [length > 0.95 * size for length in longest] == [True] * 2 + [False] * 6
+    assert sum(growth) < 96 << 10, f"kB: {growth}"
+    counts, longest, growth = _growth(readers.LONGEST_LINE_BYTES, lines, tmp_path / "cache", repository)
+    assert counts == [3, 3, 2, 2, 2, 2]
+    assert [length > 0.95 * size for length in longest] == [True, True, False, False, True, True]
+    assert sum(growth) < 15 * size >> 10, f"kB: {growth}"
 
 
-def test_long_documents_need_little_memory(tmp_path: Path, repository: Path) -> None:
+def test_long_documents_need_bounded_memory(tmp_path: Path, repository: Path) -> None:
     _check_memory(30_000_000, tmp_path, repository)
 
 
 @pytest.mark.slow
-def test_very_long_documents_need_little_memory(tmp_path: Path, repository: Path) -> None:
-    _check_memory(200_000_000, tmp_path, repository)
+def test_very_long_documents_need_bounded_memory(tmp_path: Path, repository: Path) -> None:
+    _check_memory(150_000_000, tmp_path, repository)
+
+
+def test_a_line_over_the_limit_counts_as_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert readers.LONGEST_LINE_BYTES == 256_000_000
+    monkeypatch.setattr(readers, "LONGEST_LINE_BYTES", 1000)
+    path = write_json_lines(tmp_path / "a.jsonl", ["a", "b" * 1000, "c", "d" * 5000, "e"])
+    with pytest.raises(UserError, match=r"a\.jsonl: line 2 is longer than 0\.001 MB"):
+        open_documents(find_files(path, "k"), "text", "raise", tmp_path / "cache", path, "k")
+    documents = open_documents(find_files(path, "k"), "text", "skip", tmp_path / "cache", path, "k")
+    assert [documents.text(i) for i in range(len(documents))] == [b"a", b"c", b"e"]
+    assert documents.skipped == {path: 2}

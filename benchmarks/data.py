@@ -31,10 +31,10 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.tables import table
 from mf_train.config import Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainingConfig
-from mf_train.data.prefetch import BatchReader
-from mf_train.data.stream import TokenStream
-from mf_train.data.token_shards import TokenShardWriter, token_dtype
+from mf_train.data.shards.shard import TokenShardWriter, token_dtype
+from mf_train.data.stream.stream import TokenStream
 from mf_train.data.tokenizer import Tokenizer
+from mf_train.data.workers.batches import BatchReader
 
 SEQUENCE, BATCH = 2048, 8
 STEP_TOKENS = SEQUENCE * BATCH

@@ -98,7 +98,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
-    from mf_train.data.tokenizer import train_tokenizer
+    from mf_train.data.tokenizer_training import train_tokenizer
 
     train_tokenizer(options.input, options.vocab_size, options.output)
     return 0
@@ -106,7 +106,7 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
 
 def _data_inspect(options: argparse.Namespace) -> int:
     from mf_train.config.loading import load_config
-    from mf_train.data.inspect import inspect_data
+    from mf_train.data.show import inspect_data
     from mf_train.training.folder import stream_state_before
 
     config = load_config(options.config, options.overrides)
@@ -117,7 +117,7 @@ def _data_inspect(options: argparse.Namespace) -> int:
 
 def _data_tokenize(options: argparse.Namespace) -> int:
     from mf_train.config.loading import load_config
-    from mf_train.data.tokenize import tokenize
+    from mf_train.data.tokenize.command import tokenize
 
     config = load_config(options.config, options.overrides)
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers

@@ -7,10 +7,10 @@ import os
 import threading
 import warnings
 
-import mf_train.standalone.conversion.convert
 import torch
 
 import mf_train.launch.torch_elastic
+import mf_train.standalone.conversion.convert
 import mf_train.training.run  # noqa: F401
 from mf_train.parallel.engine import _import_deepspeed
 

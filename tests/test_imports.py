@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,8 @@ ONE_FILE_EACH = [
 ONE_FOLDER_EACH = {"pyarrow": "data", "transformers": "standalone", "triton": "kernels"}
 # Parts whose modules import nothing of other projects but these.
 THIRD_PARTY = {"errors": set(), "config": {"yaml"}, "kernels": {"torch", "triton"}, "model": {"torch"}}
+# Parts that still have modules that import each other in a circle.
+CIRCULAR = {"inspection"}
 CORE_DISTRIBUTIONS = ["torch", "numpy", "pyyaml", "safetensors"]  # those that pip installs without an extra
 
 
@@ -209,6 +212,55 @@ def test_imports_inside_standalone(module: str) -> None:
     assert not wrong, (
         f"{module} may import {sorted(STANDALONE[part])} of standalone only, but imports {sorted(wrong)}"
     )
+
+
+def inside_a_part(part: str) -> dict[str, set[str]]:
+    """The part's modules, and which others of the part each imports, wherever in its file."""
+    modules = [module for module in MODULES if part_of(module) == part]
+    graph: dict[str, set[str]] = {}
+    for module in modules:
+        found = set()
+        for name in imported_modules(module, MODULES[module]):
+            while name and name not in MODULES:
+                name = name.rpartition(".")[0]  # the module that the imported thing is in
+            found.add(name)
+        # `from package import module` says nothing of the package's own file
+        packages = {name for name in found if any(other.startswith(f"{name}.") for other in found)}
+        graph[module] = {name for name in found - packages if part_of(name) == part} - {module}
+    return graph
+
+
+def folder_of(module: str) -> str:
+    """`mf_train.data.text.readers` -> `mf_train.data.text`; a module of no folder in its part stays."""
+    return ".".join(module.split(".")[:3])
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A circle of the graph, [] if there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_circles_are_found() -> None:
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("part", LAYERS)
+def test_no_circles_inside_a_part(part: str) -> None:
+    """Neither of modules nor of a part's folders; an import inside a function counts."""
+    graph = inside_a_part(part)
+    folders: dict[str, set[str]] = defaultdict(set)
+    for module, found in graph.items():
+        folders[folder_of(module)] |= {folder_of(name) for name in found} - {folder_of(module)}
+    if part in CIRCULAR:
+        assert circle(graph), f"{part} has no circle any more: take it out of CIRCULAR"
+    else:
+        assert not circle(graph), " -> ".join(circle(graph))
+        assert not circle(folders), " -> ".join(circle(folders))
 
 
 @pytest.mark.parametrize("name", ONE_FILE_EACH)

@@ -33,7 +33,7 @@ def write_tokens(folder: Path, vocabulary: int, sequences: int, length: int) -> 
     """A token shard of random tokens, low ids more frequent than high ones."""
     import numpy as np
 
-    from mf_train.data.token_shards import TokenShardWriter, token_dtype
+    from mf_train.data.shards.shard import TokenShardWriter, token_dtype
 
     random = np.random.default_rng(0)
     prefix = folder / "random"

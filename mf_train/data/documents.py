@@ -1,4 +1,4 @@
-"""What the stream reads: numbered documents as tokens, whether they are text or token shards."""
+"""Numbered documents as tokens, which the stream reads: the interface `Source`, and text that is tokenised for it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mf_train.data.segments import SEGMENT_BYTES, segment_end
 from mf_train.data.tokenizer import Tokenizer
+
+SEGMENT_BYTES = 16384  # changing it changes the batches of documents that have longer runs without a space
+
+_SPACE = 0x20
 
 Tokens = npt.NDArray[np.int32]
 
@@ -53,7 +56,7 @@ class Source(Protocol):
         """
 
 
-class Documents(Protocol):
+class TextDocuments(Protocol):
     """Random access to the text of numbered documents, none of them empty."""
 
     name: str
@@ -78,7 +81,7 @@ class TextSource:
 
     starts_are_tokens = False
 
-    def __init__(self, documents: Documents, tokenizer: Tokenizer) -> None:
+    def __init__(self, documents: TextDocuments, tokenizer: Tokenizer) -> None:
         self.name = documents.name
         self.num_files = documents.files
         self.num_documents = len(documents)
@@ -105,7 +108,7 @@ class TextSource:
         return Chunk(tokens, [0, len(tokens)], [(0, start)], (1, 0))
 
 
-def segments_of(documents: Documents, i: int, limit: int = SEGMENT_BYTES) -> Iterator[str]:
+def segments_of(documents: TextDocuments, i: int, limit: int = SEGMENT_BYTES) -> Iterator[str]:
     """The segments of document i, of at most `limit` bytes; joined, they are its text."""
     start, length = 0, documents.length(i)
     while start < length:
@@ -113,3 +116,26 @@ def segments_of(documents: Documents, i: int, limit: int = SEGMENT_BYTES) -> Ite
         size = segment_end(utf8, limit)
         yield utf8[:size].decode("utf-8")
         start += size
+
+
+def segment_end(utf8: bytes, limit: int = SEGMENT_BYTES) -> int:
+    """Bytes of the first segment of a UTF-8 text, at most `limit` (which is 4, the longest character, or more).
+
+    Documents are cut there, so that a long one is tokenised in bounded memory: part of the stream's contract.
+
+    `utf8` is the text, or at least its first limit + 1 bytes. The segment ends before the last space that follows
+    something else than a space. Pieces of a BPE vocabulary never hold a space after another character, so the
+    tokens of the segments, concatenated, are the tokens of the whole text. Only a run of `limit` bytes without such
+    a space is cut inside a word, then between two characters.
+    """
+    if len(utf8) <= limit:
+        return len(utf8)
+    end = utf8.rfind(b" ", 1, limit + 1)
+    while end > 0 and utf8[end - 1] == _SPACE:
+        end -= 1
+    if end > 0:
+        return end
+    end = limit
+    while utf8[end] & 0xC0 == 0x80:  # a continuation byte: its character began earlier
+        end -= 1
+    return end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mf_train.config import DataConfig, SourceConfig
-from mf_train.data.documents import Documents, Source, TextSource
+from mf_train.data.documents import Source, TextDocuments, TextSource
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 
@@ -14,13 +14,13 @@ def open_source(source: SourceConfig, key: str, data: DataConfig, tokenizer: Tok
     Text of local and remote files is written to the cache (`data.cache`) by whoever opens it first, which checks
     every document. Raises UserError naming the file, line and remedy, or OSError for what a machine failed at.
     """
-    from mf_train.data.files import find_files, is_token_shard
+    from mf_train.data.files.input_files import find_files, is_token_shard
 
     if source.hub is None:
         files = find_files(source.path or "", key)
         if is_token_shard(files[0]):
-            from mf_train.data.fetch import local_files
-            from mf_train.data.token_files import open_token_files
+            from mf_train.data.shards.fetch import local_files
+            from mf_train.data.shards.token_files import open_token_files
 
             return open_token_files(
                 local_files(files, data.cache),
@@ -34,16 +34,16 @@ def open_source(source: SourceConfig, key: str, data: DataConfig, tokenizer: Tok
     return TextSource(open_text(source, key, data), tokenizer)
 
 
-def open_text(source: SourceConfig, key: str, data: DataConfig) -> Documents:
+def open_text(source: SourceConfig, key: str, data: DataConfig) -> TextDocuments:
     """Open a source of text, as `open_source` does. Raises UserError for token shards, too."""
-    documents: Documents
+    documents: TextDocuments
     if source.hub is not None:
-        from mf_train.data.hub import open_hub
+        from mf_train.data.text.hub import open_hub
 
         documents = open_hub(source, data.on_error, key)
     else:
-        from mf_train.data.files import find_files, is_token_shard
-        from mf_train.data.text_store import open_documents
+        from mf_train.data.files.input_files import find_files, is_token_shard
+        from mf_train.data.text.store import open_documents
 
         files = find_files(source.path or "", key)
         if is_token_shard(files[0]):

@@ -1,26 +1,19 @@
-"""The tokenizer: a sentencepiece model, used and trained. The only file that imports sentencepiece."""
+"""The tokenizer: a sentencepiece model, text to ids and back. The only file that imports sentencepiece."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import itertools
-import json
-import os
-import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mf_train.config import DataConfig, SourceConfig, TokenizerConfig
+from mf_train.config import TokenizerConfig
 from mf_train.errors import UserError
-
-if TYPE_CHECKING:
-    from mf_train.data.documents import Documents
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
@@ -28,10 +21,7 @@ UNKNOWN_ID = 1  # never produced: what has no piece is written as bytes
 FIRST_BYTE_ID = 2  # <0x00> ... <0xFF> are ids 2 ... 257
 SMALLEST_VOCABULARY = FIRST_BYTE_ID + 256 + 1
 
-_SPACE_MARK = "\u2581"  # how sentencepiece writes a space inside pieces
-_UNKNOWN_MARK = "\u2585"  # sentencepiece drops training sentences that hold it
-_TRAINING_SEGMENT_BYTES = 4096
-_FERTILITY_BYTES = 1_000_000
+SPACE_MARK = "\u2581"  # how sentencepiece writes a space inside pieces
 
 
 class Tokenizer:
@@ -46,10 +36,10 @@ class Tokenizer:
         self.path = find_model(path)
         self.model_bytes = self.path.read_bytes()
         self.fingerprint = hashlib.blake2b(self.model_bytes, digest_size=8).hexdigest()
-        self._processor = _load_processor(self.model_bytes, self.path)
+        self._processor = load_processor(self.model_bytes, self.path)
         self.vocab_size: int = self._processor.vocab_size()
         self.end_of_text_id = self._find_end_of_text()
-        self._space_mark_ids = self._find_bytes(_SPACE_MARK.encode("utf-8"))
+        self._space_mark_ids = self._find_bytes(SPACE_MARK.encode("utf-8"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.path,)  # sentencepiece's processor stays in its process
@@ -61,10 +51,10 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> npt.NDArray[np.int32]:
         """As `encode`, as an int32 array [T]."""
-        if _SPACE_MARK not in text or self._space_mark_ids is None:
+        if SPACE_MARK not in text or self._space_mark_ids is None:
             return self._encode(text)
         # sentencepiece would read the mark itself as a space and lose it: write it as its three bytes
-        parts = [self._encode(part) for part in text.split(_SPACE_MARK)]
+        parts = [self._encode(part) for part in text.split(SPACE_MARK)]
         joined = [parts[0]]
         for part in parts[1:]:
             joined += [self._space_mark_ids, part]
@@ -89,7 +79,7 @@ class Tokenizer:
                 sizes[token] = 1
             elif not (self._processor.is_control(token) or self._processor.is_unknown(token)):
                 sizes[token] = len(
-                    self._processor.id_to_piece(token).replace(_SPACE_MARK, " ").encode("utf-8")
+                    self._processor.id_to_piece(token).replace(SPACE_MARK, " ").encode("utf-8")
                 )
         return sizes
 
@@ -171,138 +161,6 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
         )
 
 
-def train_tokenizer(
-    inputs: Sequence[str],
-    vocab_size: int,
-    output_dir: str | Path,
-    *,
-    text_field: str = "text",
-    max_bytes: int = 256_000_000,
-    cache: str | None = None,
-) -> Path:
-    """Train a lossless byte-fallback BPE model on documents; writes and returns `output_dir/tokenizer.model`.
-
-    `inputs` are files, folders, globs or URLs of the formats of training sources. When they hold more than
-    `max_bytes` of text, documents are drawn in a fixed pseudo-random order up to that size; `tokenizer_info.json`
-    beside the model says how much was read, and the tokens that a byte of each input makes ("fertility").
-    The same inputs and versions give the same bytes. Raises UserError when the inputs cannot be read or do not
-    support the vocabulary size.
-    """
-    import sentencepiece
-
-    from mf_train.data.sources import open_text
-
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"--vocab-size {vocab_size}: bytes and special ids alone need {SMALLEST_VOCABULARY} or more"
-        )
-    sources = [
-        open_text(SourceConfig(path=i, text_field=text_field), "--input", DataConfig(cache=cache))
-        for i in inputs
-    ]
-    used = {"documents": 0, "bytes": 0}
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_segments(sources, max_bytes, used),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            character_coverage=0.9999,
-            max_sentence_length=4 * _TRAINING_SEGMENT_BYTES,
-            eos_id=END_OF_TEXT_ID,
-            eos_piece=END_OF_TEXT,
-            unk_id=UNKNOWN_ID,
-            unk_piece="<unk>",
-            bos_id=-1,
-            pad_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise _vocabulary_error(error, vocab_size) from error
-    trained = _load_processor(model.getvalue(), Path(output_dir))
-    info = {
-        "vocab_size": vocab_size,
-        "inputs": list(inputs),
-        "documents": used["documents"],
-        "bytes": used["bytes"],
-        "tokens_per_byte": [round(_fertility(trained, source), 4) for source in sources],
-        "sentencepiece": sentencepiece.__version__,
-    }
-    return _write_model(Path(output_dir), model.getvalue(), info)
-
-
-def _training_segments(sources: list[Documents], max_bytes: int, used: dict[str, int]) -> Iterator[str]:
-    """Short segments of the documents: sentencepiece skips what is longer than max_sentence_length."""
-    from mf_train.data.documents import segments_of
-    from mf_train.data.order import EpochOrder
-
-    total = sum(source.num_bytes for source in sources)
-    for index, source in enumerate(sources):
-        budget = source.num_bytes if total <= max_bytes else source.num_bytes * max_bytes // total
-        order = EpochOrder(seed=0, source=index, size=len(source))
-        for number in range(len(source)):
-            if budget <= 0:
-                break
-            document = number if total <= max_bytes else order[number]
-            size = source.length(document)
-            budget -= size
-            used["documents"] += 1
-            used["bytes"] += size
-            for segment in segments_of(source, document, _TRAINING_SEGMENT_BYTES):
-                for mark in (_SPACE_MARK, _UNKNOWN_MARK):
-                    segment = segment.replace(mark, "")
-                yield segment
-
-
-def _fertility(processor: Any, source: Documents) -> float:
-    """Tokens a byte of text, over the source's first megabyte."""
-    from mf_train.data.documents import segments_of
-
-    tokens = size = 0
-    for segment in itertools.chain.from_iterable(segments_of(source, i) for i in range(len(source))):
-        tokens += len(processor.encode(segment))
-        size += len(segment.encode("utf-8"))
-        if size >= _FERTILITY_BYTES:
-            break
-    return tokens / size
-
-
-def _vocabulary_error(error: RuntimeError, vocab_size: int) -> Exception:
-    message = " ".join(str(error).split())
-    if too_high := re.search(r"value <= (\d+)", message):
-        return UserError(
-            f"--vocab-size {vocab_size}: this text supports {too_high[1]} at most; give more text or less"
-        )
-    if too_low := re.search(r"required_chars\. (\d+) vs (\d+)", message):
-        return UserError(f"--vocab-size {vocab_size}: the characters of this text need {too_low[2]} or more")
-    return error
-
-
-def _write_model(output_dir: Path, proto: bytes, info: dict[str, Any]) -> Path:
-    """Both files, each complete or absent, the model last."""
-    info_bytes = (json.dumps(info, indent=2) + "\n").encode("utf-8")
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for name, content in (("tokenizer_info.json", info_bytes), ("tokenizer.model", proto)):
-            partial = output_dir / f".{name}.{os.getpid()}"
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(output_dir / name)
-    except OSError as error:
-        raise UserError(f"--output {output_dir}: cannot be written ({error.strerror})") from None
-    return output_dir / "tokenizer.model"
-
-
 def find_model(path: str | Path) -> Path:
     """The sentencepiece model that `tokenizer.path` means: a file, or its folder's. Raises UserError."""
     if not str(path):
@@ -321,7 +179,8 @@ def find_model(path: str | Path) -> Path:
     return found
 
 
-def _load_processor(proto: bytes, path: Path) -> Any:
+def load_processor(proto: bytes, path: Path) -> Any:
+    """sentencepiece's processor of a model's bytes, which came from `path`. Raises UserError."""
     import sentencepiece
 
     if proto:
@@ -332,3 +191,36 @@ def _load_processor(proto: bytes, path: Path) -> Any:
     raise UserError(
         f"tokenizer.path: {path} is not a sentencepiece model: give the .model file that was trained"
     )
+
+
+def train_model(sentences: Iterator[str], vocab_size: int, longest_sentence: int) -> bytes:
+    """A lossless byte-fallback BPE model of `sentences`; those of more than `longest_sentence` bytes are left out.
+
+    Raises sentencepiece's RuntimeError when the text does not support the vocabulary size.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        character_coverage=0.9999,
+        max_sentence_length=longest_sentence,
+        eos_id=END_OF_TEXT_ID,
+        eos_piece=END_OF_TEXT,
+        unk_id=UNKNOWN_ID,
+        unk_piece="<unk>",
+        bos_id=-1,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()

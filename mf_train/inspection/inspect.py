@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mf_train.checkpoint.files import write_whole
-from mf_train.data.validation import validation_tokens
+from mf_train.data.stream.validation import validation_tokens
 from mf_train.errors import UserError
 from mf_train.inspection.source import Inspected, open_inspected
 from mf_train.inspection.terminal import reads_lines

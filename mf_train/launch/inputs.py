@@ -50,6 +50,6 @@ def _find_tokenizer(path: str) -> None:
 
 @cache
 def _find_data(path: str, key: str) -> None:
-    from mf_train.data.files import find_files
+    from mf_train.data.files.input_files import find_files
 
     find_files(path, key)

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from mf_train.config import Config
-from mf_train.data.stream import TokenStream
+from mf_train.data.stream.stream import TokenStream
+from mf_train.data.stream.validation import ValidationBlocks, validation_tokens
 from mf_train.data.tokenizer import Tokenizer, open_tokenizer
-from mf_train.data.validation import ValidationBlocks, validation_tokens
 from mf_train.errors import PeerError, UserError
 from mf_train.parallel.degrees import Degrees
 from mf_train.training.folder import check_folder

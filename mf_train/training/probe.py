@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mf_train.checkpoint.probe import code_tensors, probe_length, probe_tensors, random_tokens
-from mf_train.data.validation import ValidationBlocks
+from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.model.memory import record_codes
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange

@@ -18,10 +18,10 @@ from mf_train.checkpoint.load import load_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import Config
-from mf_train.data.digest import format_digest, from_int64, rows_digest, to_int64
-from mf_train.data.prefetch import BatchReader
-from mf_train.data.stream import merge_states
-from mf_train.data.validation import ValidationBlocks
+from mf_train.data.stream.digest import format_digest, from_int64, rows_digest, to_int64
+from mf_train.data.stream.stream import merge_states
+from mf_train.data.stream.validation import ValidationBlocks
+from mf_train.data.workers.batches import BatchReader
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.model import MemoryFormer
 from mf_train.model.initialise import initialise

@@ -4,7 +4,7 @@ import torch
 
 from mf_train import kernels
 from mf_train.config import Config
-from mf_train.data.validation import ValidationBlocks
+from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import Degrees
 from mf_train.training.inputs import Inputs

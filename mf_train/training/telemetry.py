@@ -11,7 +11,7 @@ from torch import Tensor
 from mf_train.checkpoint.probe import CODES, read_codes
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import LoggingConfig
-from mf_train.data.validation import ValidationBlocks
+from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.telemetry.alarms import Alarms

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from mf_train.data.validation import IGNORED, ValidationBlocks
+from mf_train.data.stream.validation import IGNORED, ValidationBlocks
 from mf_train.parallel.engine import Engine
 
 

@@ -7,11 +7,26 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from hypothesis import strategies as st
+
 WORDS = (
     "the Congress of these United States\n\n shall  be 1848 naïve 🎉 \t and — provided for, by law. ".split(
         " "
     )
 )
+NASTY = "".join(map(chr, range(0, 300))) + "\u2581\u2585\u2047\u2028\ufeff\u200d🎉👩‍🚀é\r\n\t   ａ１"
+_PIECES = ["<|endoftext|>", "<unk>", "<0x0A>", "  ", "\n\n", "\u2581", " the", "2024", "\r\n"]
+
+
+def any_text() -> st.SearchStrategy[str]:
+    """Texts of what tokenizers trip over, and of anything else."""
+    return st.lists(
+        st.one_of(
+            st.sampled_from(_PIECES),
+            st.sampled_from(NASTY),
+            st.text(st.characters(exclude_categories=["Cs"])),
+        )
+    ).map("".join)
 
 
 def random_documents(count: int, seed: int, longest: int = 120) -> list[str]:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file  # noqa: E402
 from mf_train.checkpoint.layout import step_name  # noqa: E402
 from mf_train.checkpoint.probe import CODES, read_codes  # noqa: E402
 from mf_train.checkpoint.read import CheckpointReader  # noqa: E402
-from mf_train.data.token_shards import TokenShardWriter  # noqa: E402
+from mf_train.data.shards.shard import TokenShardWriter  # noqa: E402
 from tests.checkpoint.elastic import whole_tensors  # noqa: E402
 from tests.parallel.test_engine import largest_error, largest_relative  # noqa: E402
 from tests.training.runs import REPOSITORY, command_line, environment, read_metrics  # noqa: E402

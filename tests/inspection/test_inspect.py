@@ -10,8 +10,8 @@ import torch
 
 from mf_train.cli import main
 from mf_train.config import DataConfig, ModelConfig, SourceConfig
+from mf_train.data.stream.validation import validation_tokens
 from mf_train.data.tokenizer import Tokenizer
-from mf_train.data.validation import validation_tokens
 from mf_train.inspection.terminal import sparkline
 from mf_train.model import MemoryFormer
 from mf_train.model.memory import record_codes

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mf_train.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from mf_train.data.stream.validation import IGNORED, ValidationBlocks
 from mf_train.data.tokenizer import TokenIds
-from mf_train.data.validation import IGNORED, ValidationBlocks
 from mf_train.model import MemoryFormer
 from mf_train.model.head import Head
 from mf_train.model.initialise import initialise, split_dimension

@@ -13,8 +13,8 @@ from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import ModelConfig
 from mf_train.config.loading import load_config
+from mf_train.data.stream.validation import validation_tokens
 from mf_train.data.tokenizer import Tokenizer
-from mf_train.data.validation import validation_tokens
 from mf_train.standalone.conversion.streamed_model import CheckpointWeights, compute, streamed_model
 from tests.training.runs import small_config, train, write_text
 

@@ -17,7 +17,8 @@ from mf_train.checkpoint.layout import CONFIG, MANIFEST, Manifest, list_checkpoi
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import CheckpointConfig, Config, ModelConfig, TrainingConfig
 from mf_train.config.loading import config_to_tree
-from mf_train.data.tokenizer import Tokenizer, train_tokenizer
+from mf_train.data.tokenizer import Tokenizer
+from mf_train.data.tokenizer_training import train_tokenizer
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.parallel.groups import start_processes, stop_processes
 from mf_train.parallel.processes import find_process

@@ -15,10 +15,10 @@ import torch
 import yaml
 
 from mf_train.config import Config, DataConfig, SourceConfig
-from mf_train.data.digest import batch_digest
+from mf_train.data.shards.shard import TokenShardWriter
 from mf_train.data.sources import open_source
-from mf_train.data.stream import TokenStream
-from mf_train.data.token_shards import TokenShardWriter
+from mf_train.data.stream.digest import batch_digest
+from mf_train.data.stream.stream import TokenStream
 from mf_train.data.tokenizer import TokenIds, Tokenizer
 from mf_train.errors import PeerError, UserError
 from mf_train.parallel.groups import start_processes
@@ -118,7 +118,7 @@ def workers_of(run: subprocess.Popen[str] | Running) -> list[int]:
         worker
         for rank in ranks_of(run)
         for worker in children(rank)
-        if b"mf_train.data.worker" in command(worker)
+        if b"mf_train.data.workers" in command(worker)
     ]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from mf_train.config import DataConfig, SourceConfig
+from mf_train.data.stream.validation import ValidationBlocks, validation_tokens
 from mf_train.data.tokenizer import Tokenizer
-from mf_train.data.validation import ValidationBlocks, validation_tokens
 from mf_train.errors import UserError
 from mf_train.model.attention import document_numbers
 from mf_train.model.model import MemoryFormer

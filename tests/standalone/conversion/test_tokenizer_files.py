@@ -10,7 +10,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mf_train.data.tokenizer import Tokenizer, train_tokenizer
+from mf_train.data.tokenizer import Tokenizer
+from mf_train.data.tokenizer_training import train_tokenizer
 from mf_train.errors import UserError
 from mf_train.standalone.conversion.sentencepiece_file import (
     BPE,

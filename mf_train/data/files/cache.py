@@ -1,0 +1,110 @@
+"""The cache folder of unpacked text and fetched shards: locks, and files that are complete or absent."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from mf_train.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds between looks at what other processes hold
+
+T = TypeVar("T")
+
+
+def cache_folder(setting: str | Path | None) -> Path:
+    """`data.cache`, or else mf_train in the user's cache ($XDG_CACHE_HOME, ~/.cache)."""
+    if setting is not None:
+        return Path(setting).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mf_train"
+
+
+@contextmanager
+def cache_errors(folder: Path) -> Iterator[None]:
+    """Turns an OSError of using the cache into a UserError that names the folder and the setting."""
+    try:
+        yield
+    except OSError as error:
+        reason, wanted = error.strerror or str(error), "with enough free space"
+        if error.errno in _FULL:
+            reason = "it is full"
+        elif error.errno in _NO_LOCKS:
+            reason, wanted = f"flock: {reason}", "on a disk of the node, or on a file system that has flock"
+        raise UserError(
+            f"the cache {folder} cannot be used ({reason}): set data.cache to a folder {wanted}"
+        ) from error
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Whether this process now holds the lock file `path` alone. A process that ends, however, gives it back."""
+    from filelock import FileLock, Timeout
+
+    with cache_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # a soft lock, where there is no flock, would stay for ever when its process is killed
+        lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            pass
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
+def do_each_once(count: int, attempt: Callable[[int], T | None]) -> list[T]:
+    """Call attempt(0) ... attempt(count - 1) and return their results.
+
+    An attempt that returns None is being done by another process and is repeated later. Every process begins
+    with another number, so that those that start together do not wait for each other.
+    """
+    results: dict[int, T] = {}
+    start = zlib.crc32(f"{socket.gethostname()} {os.getpid()}".encode()) % max(1, count)
+    waiting = [*range(start, count), *range(start)]
+    pause = _SHORTEST_PAUSE
+    while waiting:
+        left = []
+        for number in waiting:
+            result = attempt(number)
+            if result is None:
+                left.append(number)
+            else:
+                results[number] = result
+        pause = _SHORTEST_PAUSE if len(left) < len(waiting) else min(2 * pause, _LONGEST_PAUSE)
+        waiting = left
+        if waiting:
+            time.sleep(pause)
+    return [results[number] for number in range(count)]
+
+
+def temporary_name(final: Path) -> Path:
+    """The name under which `final` is written. Each node has its own: some file systems lock within a node only."""
+    return final.with_name(f"{final.name}.{socket.gethostname()}.tmp")
+
+
+def publish(file: BinaryIO, temporary: Path, final: Path) -> None:
+    """Makes the written `file` durable and gives it its name at once. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    temporary.replace(final)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,116 @@
+"""A dataset of the Hugging Face hub as documents, in place. The only file that imports HF `datasets`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import datasets
+import numpy as np
+
+from mf_train.config import OnError, SourceConfig
+from mf_train.data.text.arrow import as_text, text_buffers
+from mf_train.data.text.store import content_fingerprint
+from mf_train.errors import UserError
+
+
+class HubDocuments:
+    """The documents of a text column of Arrow arrays (memory-mapped, not copied); empty ones are left out."""
+
+    files = 0
+
+    def __init__(self, name: str, chunks: Sequence[Any]) -> None:
+        self.name = name
+        self.opened_by: tuple[SourceConfig, OnError, str] | None = None  # the arguments of `open_hub`
+        self.skipped: dict[str, int] = {}
+        self._chunks = [text_buffers(chunk) for chunk in chunks if len(chunk)]
+        self._ends = np.cumsum([0, *(len(offsets) - 1 for offsets, _ in self._chunks)], dtype=np.int64)
+        self.num_bytes = sum(int(offsets[-1]) - int(offsets[0]) for offsets, _ in self._chunks)
+        empty = [
+            np.flatnonzero(offsets[1:] == offsets[:-1]) + begin
+            for (offsets, _), begin in zip(self._chunks, self._ends, strict=False)
+        ]
+        rows = np.concatenate(empty) if empty else np.zeros(0, np.int64)
+        self._before_empty = rows - np.arange(len(rows))  # documents before each empty row
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert self.opened_by is not None
+        return open_hub, self.opened_by  # another process maps the same arrays
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) - len(self._before_empty)
+
+    def length(self, i: int) -> int:
+        """UTF-8 bytes of document i. Raises IndexError outside [0, len)."""
+        _, begin, end = self._find(i)
+        return end - begin
+
+    def text(self, i: int, start: int = 0, size: int | None = None) -> bytes:
+        """UTF-8 bytes start ... start + size (default: all) of document i. Raises IndexError outside [0, len)."""
+        data, begin, end = self._find(i)
+        begin = min(begin + start, end)
+        return bytes(data[begin : end if size is None else min(begin + size, end)])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """As `content_fingerprint`."""
+        return content_fingerprint(self)
+
+    def _find(self, i: int) -> tuple[memoryview, int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.name} has {len(self)} documents: there is no document {i}")
+        row = i + int(np.searchsorted(self._before_empty, i, side="right"))
+        chunk = int(np.searchsorted(self._ends, row, side="right")) - 1
+        offsets, data = self._chunks[chunk]
+        local = row - int(self._ends[chunk])
+        return data, int(offsets[local]), int(offsets[local + 1])
+
+
+def open_hub(source: SourceConfig, on_error: OnError, key: str) -> HubDocuments:
+    """The text column of a hub dataset. Raises UserError when it cannot be had or is not text.
+
+    Rows without a text are refused, or left out and counted (`on_error` "skip").
+    """
+    what = f"{key}.hub: {source.hub}"
+    with _quiet_unless_interactive():
+        try:
+            dataset = datasets.load_dataset(source.hub, source.hub_config, split=source.split)
+        except Exception as error:  # datasets, huggingface_hub and their HTTP clients raise dozens of types
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+            raise UserError(
+                f"{what} (configuration {source.hub_config or 'default'}, split {source.split}) cannot be "
+                f"loaded: {reason}; check the name, hub_config, split and the network"
+            ) from error
+    if source.text_field not in dataset.column_names:
+        columns = ", ".join(map(repr, dataset.column_names[:8]))
+        raise UserError(
+            f"{what}: has no column {source.text_field!r} (it has {columns}): set {key}.text_field"
+        )
+    column = dataset.data.column(source.text_field)
+    column = as_text(column, f"{what}: column {source.text_field!r}", f"{key}.text_field")
+    if column.null_count and on_error == "raise":
+        raise UserError(
+            f"{what}: {column.null_count} rows have no {source.text_field!r}: filter them out first, or set "
+            "data.on_error=skip"
+        )
+    documents = HubDocuments(str(source.hub), column.chunks)  # where a null has no bytes: an empty document
+    documents.opened_by = (source, on_error, key)
+    if column.null_count:
+        documents.skipped[documents.name] = column.null_count
+    return documents
+
+
+@contextmanager
+def _quiet_unless_interactive() -> Iterator[None]:
+    """Progress bars of `datasets` only on a terminal; its state is put back."""
+    if sys.stderr.isatty() or datasets.utils.are_progress_bars_disabled():
+        yield
+        return
+    datasets.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.utils.enable_progress_bars()

@@ -1,0 +1,296 @@
+"""Reads the documents of one file, strictly and in bounded memory: what is wrong is named with its line."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Protocol
+
+from mf_train.data.files.input_files import (
+    JSON_LINES,
+    PARQUET,
+    InputFile,
+    UnreadableFileError,
+    compression,
+    file_format,
+)
+from mf_train.errors import UserError
+
+LONGEST_LINE_BYTES = 256_000_000  # of JSON: parsing a line takes some ten times the memory of its text
+PIECE_BYTES = 1 << 20  # of plain text, which is read in pieces
+_DAMAGE_BYTES = 1 << 16  # text before a damaged place that may be lost with it (zstd)
+
+
+class Sink(Protocol):
+    """Where documents go, in pieces."""
+
+    def write(self, piece: bytes) -> None:
+        """More UTF-8 of the current document; complete characters only from `end` to `end`."""
+
+    def end(self) -> None:
+        """The current document is complete."""
+
+    def bad(self, error: UserError) -> None:
+        """Leave out the current document, and what was written of it, or raise the error."""
+
+
+class DamagedFileError(UserError):
+    """A file whose content is damaged, or which is gone."""
+
+
+def read_documents(file: InputFile, text_field: str, sink: Sink) -> None:
+    """Hand the documents of a file to `sink` in order, as UTF-8.
+
+    JSON Lines: the value of `text_field` of each line's object (blank lines are skipped, other fields may be
+    anything). Parquet: the column `text_field`. Plain text: the whole file is one document.
+    A byte-order mark at the beginning is dropped; line ends stay as they are.
+
+    Memory does not depend on the length of a text; a line of JSON is parsed as a whole and has at most 256 MB, its
+    end of line counted; a Parquet value is decoded with its page.
+    `sink.bad` gets a UserError for every wrong line or row, naming the file, the line and what is wrong, and one
+    for the rest of a truncated or damaged file, or one that is gone. What is no fault of the file is raised, whatever
+    `sink.bad` does: UserError when it may not be read or changes meanwhile, OSError when the machine fails (after
+    retries, or out of memory or descriptors).
+    """
+    try:
+        with _damage_errors(file.name):
+            with file.open() as raw:
+                kind = file_format(file.name)
+                if kind in PARQUET:
+                    _read_parquet(file.name, raw, text_field, sink)
+                elif kind in JSON_LINES:
+                    _read_json_lines(file.name, _decompressed(file.name, raw), text_field, sink)
+                else:
+                    _read_text(file.name, _decompressed(file.name, raw), sink)
+    except DamagedFileError as error:
+        sink.bad(error)
+
+
+# Plain text ----------------------------------------------------------------------------------------------------------
+
+
+def _read_text(name: str, file: BinaryIO, sink: Sink) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    lines, first = 1, True
+    while True:
+        piece = file.read(PIECE_BYTES)
+        content = piece.removeprefix(codecs.BOM_UTF8) if first else piece
+        try:
+            decoder.decode(content, final=not piece)
+        except UnicodeDecodeError as error:
+            raise DamagedFileError(
+                _not_utf8(name, lines + error.object.count(b"\n", 0, error.start))
+            ) from None
+        if not piece:
+            sink.end()
+            return
+        sink.write(content)
+        lines += content.count(b"\n")
+        first = False
+
+
+# JSON Lines ----------------------------------------------------------------------------------------------------------
+
+
+def _read_json_lines(name: str, file: BinaryIO, text_field: str, sink: Sink) -> None:
+    number = 0
+    while line := file.readline(LONGEST_LINE_BYTES + 1):
+        number += 1
+        where = f"{name}: line {number}"
+        if len(line) > LONGEST_LINE_BYTES:
+            _skip_line(line, file)
+            sink.bad(UserError(_too_long(where)))
+            continue
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        try:
+            text = _json_text(where, line, text_field)
+        except _LineError as error:
+            sink.bad(UserError(str(error)))
+        except UnicodeDecodeError:
+            sink.bad(UserError(_not_utf8(name, number)))
+        else:
+            sink.write(text)
+            sink.end()
+
+
+def _skip_line(piece: bytes, file: BinaryIO) -> None:
+    """Reads to the end of the line that begins with `piece`."""
+    while piece and not piece.endswith(b"\n"):
+        piece = file.readline(PIECE_BYTES)
+
+
+class _LineError(Exception):
+    """The message of a line that is left out."""
+
+
+def _json_text(where: str, line: bytes, text_field: str) -> bytes:
+    """The text of a line. Raises _LineError and UnicodeDecodeError."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _not_json(where, getattr(error, "msg", "nested too deeply or a number too long")) from None
+    if not isinstance(record, dict):
+        raise _not_an_object(where, _json_name(record), text_field)
+    if text_field not in record:
+        raise _lacks_field(where, text_field, list(record)[:5])
+    value = record[text_field]
+    if not isinstance(value, str):
+        raise _not_text(where, text_field, _json_name(value))
+    try:
+        return value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _half_surrogate(where, text_field) from None
+
+
+# Parquet and compression ---------------------------------------------------------------------------------------------
+
+
+def _read_parquet(name: str, raw: BinaryIO, text_field: str, sink: Sink) -> None:
+    for value in _parquet_values(name, raw, text_field):
+        if isinstance(value, UserError):
+            sink.bad(value)
+        else:
+            sink.write(value)
+            sink.end()
+
+
+def _parquet_values(name: str, raw: BinaryIO, text_field: str) -> Iterator[bytes | UserError]:
+    from mf_train.data.text.arrow import ArrowError, read_parquet_text
+
+    try:
+        yield from read_parquet_text(raw, name, text_field)
+    except (UnreadableFileError, MemoryError):  # Arrow's own is an ArrowError, too
+        raise
+    except UserError as error:
+        raise DamagedFileError(str(error)) from None
+    except ArrowError as error:
+        raise _bad_parquet(name, error) from None
+
+
+def _decompressed(name: str, raw: BinaryIO) -> BinaryIO:
+    if compression(name) == ".gz":
+        return io.BufferedReader(_Gunzipped(raw), PIECE_BYTES)
+    if compression(name) == ".zst":
+        from mf_train.data.text.arrow import open_zstd
+
+        return io.BufferedReader(open_zstd(raw), _DAMAGE_BYTES)
+    return raw
+
+
+class _Gunzipped(io.RawIOBase):
+    """Decompressed bytes, all of them that come before a damaged place (a GzipFile may drop the last it read)."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._file = gzip.GzipFile(fileobj=raw, mode="rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+# What goes wrong -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _damage_errors(name: str) -> Iterator[None]:
+    """Turns what decoders and the file system raise into one line that names the file.
+
+    Only damage and a file that is gone are DamagedFileErrors: what another try may read must not be left out.
+    """
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DamagedFileError(
+            f"{name}: truncated or damaged gzip ({_first_line(error)}): copy or compress it again"
+        ) from None
+    except MemoryError as error:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), name) from error
+    except FileNotFoundError as error:
+        raise DamagedFileError(f"{name}: cannot be read ({error.strerror or _first_line(error)})") from None
+    except PermissionError as error:
+        raise UserError(
+            f"{name}: cannot be read ({error.strerror or _first_line(error)}): "
+            "give this user the right to read it, or renew its credentials"
+        ) from None
+    except OSError as error:
+        if type(error) is OSError and error.errno is None:  # a decoder's: files' errors have a number
+            if compression(name) == ".zst":
+                raise DamagedFileError(
+                    f"{name}: truncated or damaged zstd ({_first_line(error)}): copy or compress it again"
+                ) from None
+            if file_format(name) in PARQUET:
+                raise _bad_parquet(name, error) from None
+        if error.errno is None or error.filename is None:
+            raise OSError(error.errno or errno.EIO, error.strerror or _first_line(error), name) from error
+        raise
+
+
+def _bad_parquet(name: str, error: Exception) -> DamagedFileError:
+    return DamagedFileError(
+        f"{name}: damaged or not a Parquet file ({_first_line(error)}): write or copy it again"
+    )
+
+
+def _not_utf8(name: str, line: int) -> str:
+    return f"{name}: line {line} is not valid UTF-8: convert the file, for example with iconv -t UTF-8"
+
+
+def _too_long(where: str) -> str:
+    most = f"{LONGEST_LINE_BYTES / 1e6:g} MB"
+    return (
+        f"{where} is longer than {most}, the most for a line of JSON: split its document into several lines, or "
+        "write its text to a .txt file, which may have any length"
+    )
+
+
+def _not_json(where: str, reason: str) -> _LineError:
+    return _LineError(f"{where} is not JSON ({reason}): write one complete object a line")
+
+
+def _not_an_object(where: str, kind: str, text_field: str) -> _LineError:
+    return _LineError(
+        f'{where} is {kind}, not a JSON object: write one object a line, such as {{"{text_field}": "..."}}'
+    )
+
+
+def _lacks_field(where: str, text_field: str, keys: list[str]) -> _LineError:
+    shown = ", ".join(repr(key[:80]) for key in keys) or "nothing"
+    return _LineError(
+        f"{where} lacks the field {text_field!r} (it has {shown}): "
+        "correct the line or set the source's text_field"
+    )
+
+
+def _not_text(where: str, text_field: str, kind: str) -> _LineError:
+    return _LineError(
+        f"{where}: {text_field!r} is {kind}, not text: correct the line or set the source's text_field"
+    )
+
+
+def _half_surrogate(where: str, text_field: str) -> _LineError:
+    return _LineError(f"{where}: {text_field!r} holds half of a surrogate pair, not text: correct it")
+
+
+def _json_name(value: object) -> str:
+    names = {dict: "an object", list: "an array", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,356 @@
+"""`memoryformer data tokenize`: the text sources of a configuration to token shards, the same whoever works on them.
+
+DIR/train-0, DIR/validation-0 and so on hold a source's shards and a manifest of them; DIR/manifest.json says what
+was made of what. Finished shards are noted in DIR/train-0/.finished.jsonl: a command that was killed continues there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import numpy as np
+import yaml
+
+from mf_train import __version__
+from mf_train.config import Config, OnError, SourceConfig
+from mf_train.data.files.cache import publish, try_lock
+from mf_train.data.files.input_files import InputFile, find_files, is_token_shard
+from mf_train.data.shards.shard import index_bytes, token_dtype
+from mf_train.data.shards.token_files import MANIFEST, MANIFEST_FORMAT
+from mf_train.data.text.store import parts_of
+from mf_train.data.tokenize.shards import Place, ShardMaker, Work
+from mf_train.data.tokenize.worker import TokenizeWorker, open_prepared
+from mf_train.data.tokenizer import Tokenizer
+from mf_train.errors import UserError
+
+SHARD_BYTES = 256 << 20  # of text
+_FORMAT = "memoryformer tokenisation 1"
+_FINISHED = ".finished.jsonl"
+_TEXT = ".text"  # prepared parts, and nothing after the end
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    key: str  # data.train[0]
+    folder: str  # train-0
+    config: SourceConfig
+    files: list[InputFile]
+    inputs: str  # digest of what is read and how
+
+    @property
+    def name(self) -> str:
+        return str(self.config.hub or self.config.path)
+
+
+def tokenize(config: Config, output: Path, workers: int, shard_bytes: int = SHARD_BYTES) -> Iterator[str]:
+    """Write every training and validation source of `config` to a folder of shards in `output`; lines that say so.
+
+    The bytes depend on the text, the tokenizer and `shard_bytes` (of text a shard) alone. Continues an
+    unfinished `output`. Needs disk space for the shards and for the text of a few files.
+    Raises UserError for what cannot be read, an output that holds something else or cannot be written, OSError,
+    and TrainingError when one of the `workers` processes dies.
+    """
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least one process has to work")
+    tokenizer = Tokenizer(config.tokenizer.path)
+    with _output_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        (output / _LOCK).touch()
+    with try_lock(output / _LOCK) as mine:
+        if not mine:
+            raise UserError(
+                f"--output {output}: another process writes there: wait for it, or name another folder"
+            )
+        sources = _find_sources(config)
+        manifest = _describe(config, tokenizer, sources, shard_bytes)
+        _claim(output, manifest)
+        with ExitStack() as stack:
+            pool: list[TokenizeWorker] = []
+            for source, described in zip(sources, manifest["sources"], strict=True):
+                log = _Log(output / source.folder, np.dtype(manifest["dtype"]).itemsize)
+                if not log.done:
+                    while len(pool) < workers:
+                        pool.append(TokenizeWorker(str(tokenizer.path)))
+                        stack.callback(pool[-1].close)
+                    _make(source, config, output, manifest, log, pool)
+                described.update(log.totals())
+                _write_json(
+                    output / source.folder / MANIFEST, _source_manifest(manifest, described, log, True)
+                )
+                yield _summary(output / source.folder, described)
+        rmtree(output / _TEXT, ignore_errors=True)
+        _write_json(output / MANIFEST, {**manifest, "complete": True})
+    yield "train on it with:"
+    yield from _config_lines(config, output, sources)
+
+
+def _find_sources(config: Config) -> list[_Source]:
+    sources = []
+    for part in ("train", "validation"):
+        for index, source in enumerate(getattr(config.data, part)):
+            key = f"data.{part}[{index}]"
+            sources.append(_find_source(source, key, f"{part}-{index}", config.data.on_error))
+    if not sources:
+        raise UserError("data.train is empty: name at least one source of text")
+    return sources
+
+
+def _find_source(source: SourceConfig, key: str, folder: str, on_error: OnError) -> _Source:
+    files = []
+    identity: list[Any] = [source.text_field, on_error]
+    if source.hub is not None:
+        identity += [
+            source.hub,
+            source.hub_config,
+            source.split,
+            open_prepared(source, on_error, key).fingerprint,
+        ]
+    else:
+        files = find_files(source.path or "", key)
+        if is_token_shard(files[0]):
+            raise UserError(f"{key}: {source.path} holds token shards already: leave the source out")
+        identity += [[file.identity, file.size, file.stamp] for file in files]
+    inputs = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+    return _Source(key, folder, source, files, inputs)
+
+
+def _describe(
+    config: Config, tokenizer: Tokenizer, sources: Sequence[_Source], shard_bytes: int
+) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "complete": False,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text_id": tokenizer.end_of_text_id,
+        "dtype": str(np.dtype(token_dtype(tokenizer.vocab_size))),
+        "shard_bytes": shard_bytes,
+        "on_error": config.data.on_error,
+        "versions": {"mf_train": __version__, "sentencepiece": version("sentencepiece")},
+        "sources": [
+            {
+                "folder": source.folder,
+                "name": source.name,
+                "text_field": source.config.text_field,
+                "files": len(source.files),
+                "inputs": source.inputs,
+            }
+            for source in sources
+        ],
+    }
+
+
+def _claim(output: Path, manifest: dict[str, Any]) -> None:
+    """Refuses a folder that holds something else, and puts the manifest into an empty one."""
+    path = output / MANIFEST
+    if not path.exists():
+        others = sorted(
+            child.name for child in output.iterdir() if child.name not in (_LOCK, f"{MANIFEST}.tmp")
+        )
+        if others:
+            raise UserError(
+                f"--output {output}: holds {others[0]} and no tokenisation: name an empty or new folder"
+            )
+        _write_json(path, manifest)
+        return
+    try:
+        before = json.loads(path.read_bytes())
+    except ValueError:
+        before = {}
+    if not isinstance(before, dict) or before.get("format") != _FORMAT:
+        raise UserError(f"{path}: is not of this command: name an empty or new folder")
+    for what, was, now in _differences(before, manifest):
+        raise UserError(
+            f"--output {output}: holds another tokenisation ({what} was {was} and is {now}): "
+            "name another folder, or remove this one"
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in ("tokenizer", "shard_bytes", "dtype", "on_error"):
+        if before[key] != now[key]:
+            yield key, before[key], now[key]
+    library = "sentencepiece"
+    if before["versions"][library] != now["versions"][library]:
+        yield library, before["versions"][library], now["versions"][library]
+    folders = [[source["folder"] for source in manifest["sources"]] for manifest in (before, now)]
+    if folders[0] != folders[1]:
+        yield "the list of sources", " ".join(folders[0]), " ".join(folders[1])
+        return
+    for was, source in zip(before["sources"], now["sources"], strict=True):
+        if was["inputs"] != source["inputs"]:
+            changed = [key for key in ("name", "text_field", "files") if was[key] != source[key]]
+            key = (
+                changed[0] if changed else "inputs"
+            )  # a file's size or time of change, or a data set's content
+            yield f"{source['folder']}: {key}", was[key], source[key]
+
+
+class _Log:
+    """What is finished of a source: a line a part and a shard, good for as long as the shards are there."""
+
+    def __init__(self, folder: Path, itemsize: int) -> None:
+        self.after: Place = (0, 0)  # the place after the last finished shard
+        self.done = False
+        self._records: list[dict[str, Any]] = []
+        self._folder = folder
+        self._path = folder / _FINISHED
+        with _output_errors(folder):
+            folder.mkdir(exist_ok=True)
+            self._read(itemsize)
+            self._remove_unfinished()
+            with (temporary := folder / f"{_FINISHED}.tmp").open("wb") as file:
+                file.write(b"".join(map(_line, self._records)))
+                publish(file, temporary, self._path)
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        return [record["shard"] for record in self._records if "shard" in record]
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Note a part, a shard or, as {"done": true}, the end: durably."""
+        self._take(record)
+        with _output_errors(self._folder), self._path.open("ab") as file:
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over the shards, and what was skipped of each file."""
+        shards = self.shards
+        sums = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "text_bytes")}
+        skipped = {file: count for part in self._parts() for file, count in part["skipped"].items()}
+        return {**sums, "shards": len(shards), "skipped": skipped}
+
+    def reason(self) -> str | None:
+        """Why the first document that was skipped was."""
+        return next((part["reason"] for part in self._parts() if part["reason"]), None)
+
+    def _parts(self) -> list[dict[str, Any]]:
+        return sorted((record for record in self._records if "part" in record), key=lambda part: part["part"])
+
+    def _read(self, itemsize: int) -> None:
+        lines = self._path.read_bytes().split(b"\n")[:-1] if self._path.exists() else []
+        for record in map(json.loads, lines):
+            if "shard" in record and not self._is_there(record["shard"], itemsize):
+                break
+            self._take(record)
+        if not self.done:  # parts from here on are prepared again
+            self._records = [r for r in self._records if "part" not in r or r["part"] < self.after[0]]
+
+    def _is_there(self, shard: dict[str, Any], itemsize: int) -> bool:
+        sizes = {".bin": shard["tokens"] * itemsize, ".idx": index_bytes(shard["documents"])}
+        paths = {self._folder / f"{shard['name']}{suffix}": size for suffix, size in sizes.items()}
+        return all(path.exists() and path.stat().st_size == size for path, size in paths.items())
+
+    def _take(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+        self.done = self.done or "done" in record
+        if "after" in record:
+            part, document = record["after"]
+            self.after = part, document
+
+    def _remove_unfinished(self) -> None:
+        names = {shard["name"] for shard in self.shards}
+        for path in self._folder.iterdir():
+            if path.suffix == ".partial" or (path.suffix in (".bin", ".idx") and path.stem not in names):
+                path.unlink()
+
+
+def _make(
+    source: _Source,
+    config: Config,
+    output: Path,
+    manifest: dict[str, Any],
+    log: _Log,
+    pool: Sequence[TokenizeWorker],
+) -> None:
+    folder = output / source.folder
+    described = next(item for item in manifest["sources"] if item["folder"] == source.folder)
+    _write_json(
+        folder / MANIFEST, _source_manifest(manifest, described, log, False)
+    )  # not to be trained on yet
+    rmtree(output / _TEXT, ignore_errors=True)
+    work = Work(
+        key=source.key,
+        source=source.config,
+        parts=parts_of(source.files) if source.files else [[]],
+        on_error=config.data.on_error,
+        dtype=manifest["dtype"],
+        folder=folder,
+        text_folder=output / _TEXT,
+        shard_bytes=manifest["shard_bytes"],
+        first_shard=len(log.shards),
+        first=log.after,
+    )
+    ShardMaker(work, pool, log.add).run()
+    if not log.totals()["documents"]:
+        reason = log.reason()
+        raise UserError(
+            f"{source.key}: no document of {source.name} can be read: {reason}"
+            if reason
+            else f"{source.key}: {source.name} holds no text: remove the source or fill it"
+        )
+    log.add({"done": True})
+
+
+def _source_manifest(
+    manifest: dict[str, Any], described: dict[str, Any], log: _Log, complete: bool
+) -> dict[str, Any]:
+    """What lies beside the shards: `open_token_files` reads it."""
+    common = {key: value for key, value in manifest.items() if key != "sources"}
+    return {**common, "format": MANIFEST_FORMAT, "complete": complete, **described, "shards": log.shards}
+
+
+def _summary(folder: Path, described: dict[str, Any]) -> str:
+    documents, tokens, size = described["documents"], described["tokens"], described["text_bytes"]
+    line = (
+        f"{folder}: {documents:,} documents, {tokens:,} tokens, {size:,} bytes of text "
+        f"({size / tokens:.2f} a token), {described['shards']} shards"
+    )
+    if described["skipped"]:
+        line += f"; {sum(described['skipped'].values()):,} documents left out of {len(described['skipped'])} files"
+    return line
+
+
+def _config_lines(config: Config, output: Path, sources: Sequence[_Source]) -> list[str]:
+    data: dict[str, Any] = {}
+    for source in sources:
+        entry: dict[str, Any] = {"path": str(output / source.folder)}
+        part = source.folder.split("-")[0]
+        if part == "train":
+            entry["weight"] = source.config.weight
+        data.setdefault(part, []).append(entry)
+    return yaml.safe_dump({"data": data}, sort_keys=False, allow_unicode=True, width=1000).splitlines()
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record) + "\n").encode()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with _output_errors(path.parent), temporary.open("wb") as file:
+        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        publish(file, temporary, path)
+
+
+@contextmanager
+def _output_errors(folder: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--output: {folder} cannot be written ({error.strerror or error}): free space there, or name another"
+        ) from None

@@ -76,7 +76,9 @@ def command_line(arguments: list[str], processes: int = 1) -> list[str]:
 def environment() -> dict[str, str]:
     outside = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in outside}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    # first this tree, then what the machine keeps outside its Python
+    paths = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
 def train(

@@ -164,10 +164,8 @@ def describe(machine: dict[str, Any], rehearse: bool) -> str:
         lines.append(
             f"not installed: {', '.join(machine['missing'])}; docs/kernels.md says how to bring them without a network"
         )
-    if not machine.get("compilers", {}).get("c") and not rehearse:
-        lines.append(
-            "no C compiler with Python.h: Triton cannot compile (Debian: apt-get install gcc python3-dev)"
-        )
+    if machine.get("compiler") and not rehearse:
+        lines.append(f"this machine {machine['compiler']}")
     return "\n".join(lines)
 
 

@@ -6,31 +6,31 @@ Run in a process of its own, so that nothing of CUDA is in the process that star
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 import warnings
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from benchmarks.gpu.parts import is_installed, missing_packages
+from mf_train.launch.machine import compiler_problem
 
 _PACKAGES = ("torch", "triton", "transformers", "deepspeed")
 
 
 def look() -> dict[str, Any]:
-    """Facts about this machine; "problem" is why nothing can run on a GPU here, "" where it can."""
+    """Facts about this machine.
+
+    "problem" is why nothing can run on a GPU here, and "compiler" why Triton cannot compile; "" where they can.
+    """
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES if is_installed(name)},
         "missing": missing_packages(),
-        "compilers": {
-            "c": c_compiler(),
-            "nvcc": shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin"),
-        },
+        "compiler": compiler_problem() or "",
+        "nvcc": shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin"),
         "driver": driver(),
     }
     if "torch" not in found["packages"]:
@@ -78,16 +78,7 @@ def driver() -> str | None:
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
-def c_compiler() -> str | None:
-    """The compiler that Triton calls at its first kernel, where Python.h is there too."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    return compiler if compiler and header.is_file() else None
-
-
 def _version(name: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(name)
     except PackageNotFoundError:

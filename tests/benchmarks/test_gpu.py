@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.gpu import report
+from benchmarks.gpu import look, report
+from benchmarks.gpu.__main__ import describe as describe_machine
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.runner import Outcome, Runner
@@ -190,6 +192,36 @@ def test_every_test_is_a_step(tmp_path: Path) -> None:
     outcome = runner(tmp_path).run(part(*arguments, module="benchmarks.gpu.tests"))
     [step] = outcome.steps
     assert "no_such_module" in step["error"]
+
+
+# ---------------------------------------------------------------- what is looked for
+
+
+def test_what_keeps_a_gpu_from_computing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 11040).\nPlease update it"
+        )
+
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert look.find_device() == (
+        None,
+        f"torch {torch.__version__} is built without CUDA: install its CUDA build",
+    )
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    assert look.find_device() == (None, "The NVIDIA driver on your system is too old (found version 11040).")
+
+
+def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.look"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    machine = json.loads(found.stdout)
+    assert "has no C compiler (gcc or clang), which Triton needs" in machine["compiler"]
+    assert "this machine has no C compiler" in describe_machine(machine, rehearse=False)
 
 
 # ---------------------------------------------------------------- the command

@@ -21,20 +21,21 @@ TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
 LONGEST = (
     "parallel/test_engine.py",
-    "training/test_run.py",
+    "kernels/test_triton.py",
     "checkpoint/test_elastic.py",
-    "standalone/test_decoding.py",
-    "standalone/test_check.py",
-    "kernels/test_cuda.py",
+    "training/test_run.py",
+    "study/test_bootstrap.py",
     "launch/test_agent.py",
     "parallel/test_watch.py",
-    "standalone/test_convert.py",
-    "test_imports.py",
-    "kernels/test_cpu.py",
-    "standalone/test_int8.py",
-    "test_cli.py",
-    "training/test_run_data.py",
     "study/test_run.py",
+    "test_imports.py",
+    "training/test_run_data.py",
+    "model/test_documents.py",
+    "standalone/test_check.py",
+    "study/test_analysis.py",
+    "kernels/test_cuda.py",
+    "standalone/test_convert.py",
+    "kernels/test_lookup.py",
 )
 
 

@@ -42,6 +42,7 @@ def drill_kills(run: Run, drill: Drill, moments: list[Moment], *, one: bool) -> 
     drill.recovered(run.finish())
 
 
+@pytest.mark.slow
 def test_one_rank_killed_in_a_save(make_run: MakeRun, drill: Drill) -> None:
     drill.case("kill -9 of one rank of two, in a save")
     drill_kills(make_run(2, 12), drill, [Moment("saving", 2, drill.random.uniform(0, 0.1))], one=True)

@@ -345,7 +345,8 @@ REPORT = "from mf_train.kernels import cpu; print(cpu.library() is not None, cpu
 
 
 def report(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
+    inherited = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    variables = {**inherited, "XDG_CACHE_HOME": str(cache), **environment}
     command = [sys.executable, "-c", REPORT]
     return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=True)
 

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,18 @@ from typing import Any
 _SECONDS_TO_END = 30.0  # that torchrun gives the other ranks once one has failed
 
 
-def warm_context() -> ForkServerContext:
-    """multiprocessing's context whose processes have what `tests.preloaded` imports."""
+def start_warm(target: Callable[..., Any], *args: Any, daemon: bool = False) -> BaseProcess:
+    """`target(*args)` in a process of its own, with what `tests.preloaded` imports.
+
+    The tests for a GPU start from nothing: a fork of a process that has looked for a GPU cannot use it.
+    """
+    if "MF_GPU_TESTS" in os.environ:
+        process: BaseProcess = get_context("spawn").Process(target=target, args=args, daemon=daemon)
+        process.start()
+        return process
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
-    return context
-
-
-def start_warm(target: Callable[..., Any], *args: Any, daemon: bool = False) -> BaseProcess:
-    """`target(*args)` in a process of its own."""
-    process = warm_context().Process(target=target, args=args, daemon=daemon)
+    process = context.Process(target=target, args=args, daemon=daemon)
     with _for_the_server():
         process.start()
     return process

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -40,13 +39,3 @@ def test_cases(tmp_path: Path) -> None:
 )
 def test_compiles_for_sm_90(value: str, codes: str, tmp_path: Path) -> None:
     run([str(COMPILE), value, codes], tmp_path, interpret=False)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_benchmark_without_a_gpu_says_so_in_a_line(tmp_path: Path) -> None:
-    for arguments in (["-m", "benchmarks.gpu"], ["benchmarks/gpu.py"]):
-        done = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert (
-            done.stderr.strip() == f"benchmarks.gpu needs a CUDA device; torch {torch.__version__} finds none"
-        )

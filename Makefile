@@ -48,7 +48,7 @@ quickstart: $(STAMP)
 
 # Tests of one file stay on one worker. More workers than processors: some tests mostly wait. One thread each: those of
 # BLAS and OpenMP spin while they wait for a processor; tests of threads set their number.
-WORKERS := $(if $(findstring no:xdist,$(PYTEST_ARGS)),,-n $(shell expr $$(nproc) + 2) --dist loadfile --no-loadscope-reorder)
+WORKERS := $(if $(findstring no:xdist,$(PYTEST_ARGS)),,-n $(shell expr $$(nproc) + 1) --dist loadfile --no-loadscope-reorder)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 

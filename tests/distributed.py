@@ -75,7 +75,7 @@ def run_distributed(
 def _gather(
     processes: list[BaseProcess], pipes: list[Connection], deadline: float, timeout: float, folder: str
 ) -> list[Any]:
-    """The ranks' results in order; raises at the first failure."""
+    """The ranks' results in order; raises the first failure. A rank sends the moment of its failure, or None."""
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         unfinished = [rank for rank in range(len(pipes)) if rank not in results]
@@ -85,19 +85,22 @@ def _gather(
                 f"ranks {unfinished} did not finish in {timeout:g} s; their stacks:\n"
                 + "\n".join(_stack(processes[rank], rank, folder) for rank in unfinished)
             )
+        failures: list[tuple[float, str]] = []
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                succeeded, value = pickle.loads(pipes[rank].recv_bytes())
+                failed_at, value = pickle.loads(pipes[rank].recv_bytes())
             except EOFError:
                 processes[rank].join(_SECONDS_TO_LEAVE)
                 stack = Path(_stack_file(folder, rank)).read_text()
-                raise DistributedError(
-                    f"rank {rank} died with exit code {processes[rank].exitcode}\n{stack}"
-                ) from None
-            if not succeeded:
-                raise DistributedError(f"rank {rank} raised:\n{value}")
-            results[rank] = value
+                failures.append((0.0, f"rank {rank} died with exit code {processes[rank].exitcode}\n{stack}"))
+                continue
+            if failed_at is None:
+                results[rank] = value
+            else:
+                failures.append((failed_at, f"rank {rank} raised:\n{value}"))
+        if failures:  # a rank that misses another in a collective raises too, and both may be heard at once
+            raise DistributedError(min(failures)[1])
     for process in processes:
         process.join(_SECONDS_TO_LEAVE)
     return [results[rank] for rank in range(len(pipes))]
@@ -122,9 +125,9 @@ def _run_rank(
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         if init:
             dist.init_process_group("gloo", rank=rank, world_size=world_size)
-        message = pickle.dumps((True, fn(rank, world_size, *args)))
+        message = pickle.dumps((None, fn(rank, world_size, *args)))
     except BaseException:
-        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        pipe.send_bytes(pickle.dumps((time.monotonic(), traceback.format_exc())))
         pipe.close()
         sys.exit(1)
     pipe.send_bytes(message)

@@ -1,6 +1,6 @@
 """Bytes and FLOPs of a training step, from the configuration alone: the one place where they are counted.
 
-Three users: the planner's step time (`planning.time`), a study's cost (`study.cost`), and every step's efficiency in
+Three users: the planner's step time (`planning.time`), a study's cost (`study.cells`), and every step's efficiency in
 metrics.jsonl (`planning.efficiency`).
 
 FLOPs. The paper counts a multiply-add as 1 and the forward pass of the blocks alone (Table 1, `model.counts`):

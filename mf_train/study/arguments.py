@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,12 +105,12 @@ def _run(given: argparse.Namespace) -> int:
 def _collect(given: argparse.Namespace) -> int:
     from mf_train.study.cells import make_grid
     from mf_train.study.collect import collect, write_results
-    from mf_train.study.plan import count_states
     from mf_train.study.study import load_study
 
     study = load_study(given.study)
-    rows = collect(study, make_grid(study))
-    print(f"{write_results(study, rows)}: {count_states(rows)}")
+    rows = collect(make_grid(study))
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(rows["state"]).items())
+    print(f"{write_results(study.folder, rows)}: {len(rows)} cells: {counts}")
     return 0
 
 

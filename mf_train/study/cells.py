@@ -17,17 +17,29 @@ from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree, load_config, parse_config, read_tree
 from mf_train.errors import UserError
 from mf_train.parallel.degrees import check_degrees
+from mf_train.model.counts import count_parameters
 from mf_train.planning.memory import peak_bytes
 from mf_train.planning.plan import USABLE
 from mf_train.planning.time import estimate_step
-from mf_train.planning.work import model_flops, step_tokens
-from mf_train.study.cost import Cost, run_cost
+from mf_train.planning.work import model_flops, step_bytes, step_tokens
 from mf_train.study.study import LENGTHS, Study, Value
 
 _PLACE = "this place of the grid"
 CELLS = "cells"  # folder of the cells' configurations, NUMBER.yaml
 # The dense peer does without these, so cells that differ in them alone are one run.
 _MEMORY_KEYS = ("bits", "expand_bits", "score", "temperature", "ffn_inner_norm", "ffn_activation")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size and cost of all steps of a run, from its configuration alone."""
+
+    tokens: int
+    flops: float  # training FLOPs: `planning.work.model_flops`, the LM head's among them
+    bytes_moved: float  # see `planning.work.step_bytes`
+    parameters: int  # all
+    table_parameters: int
+    block_parameters: int  # without embedding and LM head
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,20 @@ def make_grid(study: Study) -> Grid:
         )
     kept, over = _within_budget(study, list(cells.values()))
     return Grid(tuple(kept), (*left_out, *over), len(numbers.keys() - cells.keys()))
+
+
+def run_cost(config: Config) -> Cost:
+    """Cost of all steps of a run."""
+    counts = count_parameters(config.model)
+    tokens = config.training.steps * step_tokens(config)
+    return Cost(
+        tokens=tokens,
+        flops=float(tokens * model_flops(config.model)),
+        bytes_moved=float(config.training.steps * step_bytes(config)),
+        parameters=counts.total,
+        table_parameters=counts.tables,
+        block_parameters=counts.total - counts.embedding - counts.head,
+    )
 
 
 def dump_tree(tree: dict[str, Any]) -> str:

@@ -103,7 +103,7 @@ ONE_FOLDER_EACH = {"pyarrow": "data", "transformers": "standalone", "triton": "k
 # Parts whose modules import nothing of other projects but these.
 THIRD_PARTY = {"errors": set(), "config": {"yaml"}, "kernels": {"torch", "triton"}, "model": {"torch"}}
 # Parts that still have modules that import each other in a circle.
-CIRCULAR = {"inspection"}
+CIRCULAR: set[str] = set()
 CORE_DISTRIBUTIONS = ["torch", "numpy", "pyyaml", "safetensors"]  # those that pip installs without an extra
 
 

@@ -43,7 +43,7 @@ def add_inspect(commands: Any) -> None:
 
 
 def _inspect(given: argparse.Namespace) -> int:
-    from mf_train.inspection.inspect import inspect
+    from mf_train.inspection.run import inspect
 
     for line in inspect(given.source, given.data, given.sequences, given.output, given.json):
         print(line, flush=True)

@@ -16,9 +16,9 @@ import yaml
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree, load_config, parse_config, read_tree
 from mf_train.errors import UserError
-from mf_train.parallel.degrees import check_degrees
 from mf_train.model.counts import count_parameters
-from mf_train.planning.memory import peak_bytes
+from mf_train.parallel.degrees import check_degrees
+from mf_train.planning.device_memory import peak_bytes
 from mf_train.planning.plan import USABLE
 from mf_train.planning.time import estimate_step
 from mf_train.planning.work import model_flops, step_bytes, step_tokens

@@ -21,7 +21,7 @@ from mf_train.launch.job import (
     time_seconds,
     warnings,
 )
-from mf_train.planning.memory import estimate_memory, peak_bytes
+from mf_train.planning.device_memory import estimate_memory, peak_bytes
 
 GPUS = JobOptions(nodes=2, gpus_per_node=4, time="1:00:00")
 

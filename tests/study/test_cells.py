@@ -80,7 +80,7 @@ def test_the_dense_peer_ignores_the_table_s_axes(tmp_path: Path) -> None:
 
 
 def test_memory_that_does_not_fit_is_listed(tmp_path: Path) -> None:
-    from mf_train.planning.memory import estimate_memory
+    from mf_train.planning.device_memory import estimate_memory
 
     axes = {"size": {"depths": [1, 64], "width": 16, "head_size": 16}}
     small, large = grid(tmp_path, axes).cells

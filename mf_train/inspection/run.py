@@ -52,7 +52,7 @@ def inspect(
     if output is not None:
         from mf_train.inspection.figure import draw_reads
 
-        picture = draw_reads(reads)
+        picture = draw_reads(reads.counts, reads.hashes)
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / PICTURE, picture, "partial")
         write_whole(output / NUMBERS, (json.dumps(tree, indent=1) + "\n").encode(), "partial")

@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 
-from mf_train.config.loading import config_to_tree
+from mf_train.config.loading import config_to_tree, load_config
 from mf_train.errors import UserError
+from mf_train.planning.device_memory import estimate_memory
+from mf_train.planning.devices import find_device
+from mf_train.planning.time import estimate_step
 from mf_train.planning.work import model_flops
 from mf_train.study.cells import CELLS, Grid, dump_tree, make_grid
 from mf_train.study.study import load_study
-from tests.study.studies import study_file, write_metrics
+from tests.study.studies import finish, make_study, study_file, write_metrics
 
 
 def grid(folder: Path, axes: dict[str, Any], **other: Any) -> Grid:
-    return make_grid(load_study(study_file(folder, axes, **other)))
+    return make_study(folder, axes, **other)[1]
 
 
 def record(folder: Path, made: Grid) -> None:
@@ -80,8 +83,6 @@ def test_the_dense_peer_ignores_the_table_s_axes(tmp_path: Path) -> None:
 
 
 def test_memory_that_does_not_fit_is_listed(tmp_path: Path) -> None:
-    from mf_train.planning.device_memory import estimate_memory
-
     axes = {"size": {"depths": [1, 64], "width": 16, "head_size": 16}}
     small, large = grid(tmp_path, axes).cells
     for cell in (small, large):
@@ -93,9 +94,6 @@ def test_memory_that_does_not_fit_is_listed(tmp_path: Path) -> None:
 
 
 def test_a_device_s_memory_and_rates_count(tmp_path: Path) -> None:
-    from mf_train.planning.devices import find_device
-    from mf_train.planning.time import estimate_step
-
     measured = tmp_path / "mine.yaml"
     measured.write_text("base: cpu\nmemory: 7.0e+8\ncopy: 2.0e+10\n")
     axes = {"size": {"depths": [1, 64], "width": 16, "head_size": 16}}
@@ -143,7 +141,7 @@ def test_what_has_run_stays_and_is_charged_first(tmp_path: Path) -> None:
     limit = {"flops": small.cost.flops + large.cost.flops + 1}
     before = grid(tmp_path, axes, budget=limit)
     record(tmp_path, before)
-    write_metrics(small.folder, {4: 2.0}, {4: 2.0})
+    finish(small, 2.0)
     write_metrics(large.folder, {3: 2.0}, {})  # stopped: it goes on
     made = grid(tmp_path, axes | {"seed": [0, 1]}, budget=limit)
     assert [cell.number for cell in made.cells] == [0, 1]
@@ -187,8 +185,6 @@ def test_a_wrong_base_is_a_mistake(tmp_path: Path) -> None:
 
 def test_flops_of_the_paper_s_tiny_model(tmp_path: Path) -> None:
     """Table 1 has 4.7e9 multiply-adds for a block of 2048 tokens."""
-    from mf_train.config.loading import load_config
-
     config = load_config("configs/tiny.yaml")
     blocks = model_flops(config.model) / 6 - config.model.hidden_size * config.model.vocab_size
     assert blocks * 2048 / 6 == pytest.approx(4.7e9, rel=0.01)

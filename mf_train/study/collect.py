@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mf_train.checkpoint.files import write_whole
 from mf_train.config.loading import config_to_tree
 from mf_train.errors import UserError
+from mf_train.files import write_whole
+from mf_train.run_folder import read_metrics
 from mf_train.study.cells import Cell, Grid
-from mf_train.study.state import State, cell_state, read_metrics
+from mf_train.study.state import State, cell_state
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # imported by functions: it takes half a second
@@ -71,7 +72,7 @@ def write_results(folder: Path, rows: DataFrame) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # as text: pandas would write a loss of nan as if there were none
     text = rows.map(lambda value: "" if value is None else str(value))
-    write_whole(folder / RESULTS, text.to_csv(index=False, lineterminator="\n").encode(), "partial")
+    write_whole(folder / RESULTS, text.to_csv(index=False, lineterminator="\n").encode())
     return folder / RESULTS
 
 

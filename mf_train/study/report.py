@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mf_train.checkpoint.files import write_whole
+from mf_train.files import write_whole
 from mf_train.study.analysis import LOSS, Series, analyse, measure
 from mf_train.study.bootstrap import LEVEL, LawFit
 from mf_train.study.collect import AXIS, RESULTS, read_results
@@ -51,7 +51,7 @@ def fit_study(
         REPORT: render(folder.name, rows, lines, notes, tables, pictures).encode(),
     }
     for name, data in files.items():
-        write_whole(folder / name, data, "partial")
+        write_whole(folder / name, data)
     yield from notes
     yield from lines
     yield f"{folder / REPORT}, {SUMMARY}, {FITS}: {len(tables)} tables, {len(pictures)} plots"

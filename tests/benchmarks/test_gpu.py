@@ -18,7 +18,7 @@ from benchmarks.gpu import look, report
 from benchmarks.gpu.__main__ import describe as describe_machine
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.parts import PARTS, Part
-from benchmarks.gpu.runner import Outcome, Runner
+from benchmarks.gpu.runner import PartResult, Runner
 from benchmarks.gpu.steps import describe
 from mf_train.run_folder import read_records
 
@@ -34,7 +34,7 @@ def runner(folder: Path, seconds: float = 60, **settings: Any) -> Runner:
     return Runner(folder, time.monotonic() + seconds, **settings)
 
 
-def by_step(outcome: Outcome) -> dict[str, str]:
+def by_step(outcome: PartResult) -> dict[str, str]:
     """Of each step its error, or "" where it has values."""
     return {step["step"]: step.get("error", "") for step in outcome.steps}
 
@@ -310,7 +310,7 @@ def test_rehearsal_goes_through(tmp_path: Path) -> None:
     tree = json.loads((tmp_path / "results.json").read_text())
     assert tree["rehearsal"] and not any(one["failed"] for one in tree["parts"])
     values = {
-        one["name"]: report.values_of(Outcome(one["name"], steps=one["steps"])) for one in tree["parts"]
+        one["name"]: report.values_of(PartResult(one["name"], steps=one["steps"])) for one in tree["parts"]
     }
     assert set(values["training"]) == {"tiny", "dense-tiny", "small", "dense-small"}
     assert set(values["decoding"]) == {"tiny", "base"}

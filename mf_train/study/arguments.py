@@ -7,11 +7,15 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mf_train.commands import add_command
 from mf_train.errors import UserError
 from mf_train.launch.arguments import add_job_options, options_from
+
+if TYPE_CHECKING:
+    from mf_train.study.cells import Grid
+    from mf_train.study.study import Study
 
 Run = Callable[[argparse.Namespace], int]
 _X = ("flops", "bytes_moved", "parameters", "table_parameters", "block_parameters", "tokens")
@@ -62,27 +66,29 @@ def _add_fit_options(parser: argparse.ArgumentParser) -> None:
     fits.add_argument("--samples", type=int, default=200, metavar="N", help="of the bootstrap (200)")
 
 
-def _plan(given: argparse.Namespace) -> int:
+def _open(given: argparse.Namespace) -> tuple[Study, Grid]:
     from mf_train.study.cells import make_grid
-    from mf_train.study.plan import plan_lines
     from mf_train.study.study import load_study
 
     study = load_study(given.study)
-    for line in plan_lines(study, make_grid(study)):
+    return study, make_grid(study)
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from mf_train.study.plan import plan_lines
+
+    for line in plan_lines(*_open(given)):
         print(line)
     return 0
 
 
 def _run(given: argparse.Namespace) -> int:
     from mf_train.exit_status import STOPPED
-    from mf_train.study.cells import make_grid
     from mf_train.study.run import run_here, submit_array
-    from mf_train.study.study import load_study
 
     if given.at_once is not None and given.at_once < 1:
         raise UserError(f"--at-once {given.at_once}: it must be at least 1")
-    study = load_study(given.study)
-    grid = make_grid(study)
+    study, grid = _open(given)
     if given.slurm:
         return submit_array(
             study,
@@ -103,12 +109,10 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _collect(given: argparse.Namespace) -> int:
-    from mf_train.study.cells import make_grid
     from mf_train.study.collect import collect, write_results
-    from mf_train.study.study import load_study
 
-    study = load_study(given.study)
-    rows = collect(make_grid(study))
+    study, grid = _open(given)
+    rows = collect(grid)
     counts = ", ".join(f"{count} {state}" for state, count in Counter(rows["state"]).items())
     print(f"{write_results(study.folder, rows)}: {len(rows)} cells: {counts}")
     return 0

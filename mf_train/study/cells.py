@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,11 @@ class Grid:
     cells: tuple[Cell, ...]
     left_out: tuple[LeftOut, ...]
     earlier: int = 0  # cells in the study's folder that are of none of its places
+
+
+def describe_values(values: Mapping[str, str]) -> str:
+    """The axes' labels of a place of the grid, in a line."""
+    return " ".join(f"{name}={label}" for name, label in values.items())
 
 
 def cell_folder(study: Study, number: int | str) -> Path:
@@ -216,19 +221,14 @@ def _within_budget(study: Study, cells: Sequence[Cell]) -> tuple[list[Cell], lis
         cells, key=lambda cell: (cell.number not in has_run, _price(study, cell), cell.number)
     ):
         flops, seconds = flops + cell.cost.flops, seconds + (cell.seconds or 0.0)
-        if cell.number in has_run:
+        if cell.number in has_run or (flops <= limits[0] and seconds <= limits[1]):
             kept.add(cell.number)
-            continue
-        if flops > limits[0]:
-            reason = f"over the budget: {flops:.3g} FLOPs with it, budget.flops is {limits[0]:.3g}"
-        elif seconds > limits[1]:
-            reason = (
-                f"over the budget: {seconds / 3600:.3g} hours with it, budget.hours is {study.budget.hours:g}"
-            )
+        elif flops > limits[0]:
+            reason = f"{flops:.3g} FLOPs with it, budget.flops is {limits[0]:.3g}"
+            over.append(LeftOut(cell.values, f"over the budget: {reason}"))
         else:
-            kept.add(cell.number)
-            continue
-        over.append(LeftOut(cell.values, reason))
+            reason = f"{seconds / 3600:.3g} hours with it, budget.hours is {study.budget.hours:g}"
+            over.append(LeftOut(cell.values, f"over the budget: {reason}"))
     return [cell for cell in cells if cell.number in kept], over
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mf_train.launch.progress import duration
-from mf_train.study.cells import Cell, Grid
+from mf_train.study.cells import Cell, Grid, describe_values
 from mf_train.study.state import cell_state
 from mf_train.study.study import Study
 
@@ -32,7 +32,7 @@ def plan_lines(study: Study, grid: Grid) -> Iterator[str]:
     if grid.left_out:
         yield f"left out: {len(grid.left_out)}"
     for one in grid.left_out:
-        yield "  " + " ".join(f"{name}={label}" for name, label in one.values.items()) + f": {one.reason}"
+        yield f"  {describe_values(one.values)}: {one.reason}"
 
 
 def _row(cell: Cell, names: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mf_train.commands import add_command
+from mf_train.commands import add_command, add_config, print_lines
 
 
 def add_plan(commands: Any) -> None:
@@ -17,10 +17,7 @@ def add_plan(commands: Any) -> None:
         "plan configs/base.yaml --nodes 4 --gpus-per-node 8 --device h100",
         _plan,
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/base.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="replace the file's settings"
-    )
+    add_config(parser)
     parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="default: 1")
     parser.add_argument(
         "--gpus-per-node", type=_positive, default=8, metavar="G", help="processes a node (8)"
@@ -77,10 +74,8 @@ def _plan(given: argparse.Namespace) -> int:
         title = f"{given.config} on {device.name}, nodes of {per_node}"
         _write(given.plot, draw_scaling(plan.base, title, curves))
     if given.json:
-        print(json.dumps(report.plan_tree(plan, curves, measured, given.cost_per_hour)))
-    else:
-        print("\n".join(report.plan_lines(plan, curves, measured, given.cost_per_hour, given.rows)))
-    return 0
+        return print_lines([json.dumps(report.plan_tree(plan, curves, measured, given.cost_per_hour))])
+    return print_lines(report.plan_lines(plan, curves, measured, given.cost_per_hour, given.rows))
 
 
 def _write(path: Path, picture: bytes) -> None:

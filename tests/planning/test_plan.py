@@ -79,6 +79,7 @@ def test_scaling_keeps_or_grows_the_batch() -> None:
     assert curves["weak"][-1]["global_batch_size"] == 512 * 256  # 1024 sequences on 4 data-parallel ranks
     seconds = [point["step_seconds"] for point in curves["strong"]]
     assert seconds == sorted(seconds, reverse=True)
+    assert [point["micro_batch_size"] for point in curves["strong"]] == [32, 32, 16, 2]
     assert [point["logical_streams"] for point in curves["weak"]] == [64, 64, 64, 512]
 
 
@@ -116,7 +117,8 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_launch_line_is_one_that_launch_takes(capsys: pytest.CaptureFixture[str]) -> None:
     path = str(CONFIGS / "base.yaml")
-    _, out, _ = run_plan(capsys, path, "training.steps=9", "parallel.tensor=8", "--nodes", "4", "--json")
+    overrides = ("training.steps=9", "training.micro_batch_size=1", "parallel.tensor=8")
+    _, out, _ = run_plan(capsys, path, *overrides, "--nodes", "4", "--json")
     found = json.loads(out)
     program, verb, *words = shlex.split(found["launch"])
     assert (program, verb) == ("memoryformer", "launch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,13 @@ def test_rows_of_every_state(tmp_path: Path) -> None:
 
 
 def test_the_file_gives_the_rows_back(tmp_path: Path) -> None:
-    study, grid = make_study(tmp_path, {"seed": [0], "bits": [2, 4]})
-    write_metrics(grid.cells[0].folder, {4: 2.0}, {4: 2.25, 2: float("nan")})
+    study, grid = make_study(tmp_path, {"seed": [0], "bits": [2, 4, 8]})
+    for cell, loss in zip(grid.cells, (2.25, math.nan), strict=False):
+        write_metrics(cell.folder, {4: 2.0}, {4: loss})
     rows = read_results(write_results(study.folder, collect(grid))).to_dict("records")
-    assert [row["axis.bits"] for row in rows] == ["2", "4"] and rows[0]["final_validation_loss"] == "2.25"
-    assert rows[1]["final_validation_loss"] == "" and rows[1]["model.bits"] == "4"
+    assert [row["axis.bits"] for row in rows] == [row["model.bits"] for row in rows] == ["2", "4", "8"]
+    assert [row["final_validation_loss"] for row in rows] == ["2.25", "nan", ""]
+    assert [row["best_step"] for row in rows] == ["4", "4", ""]
     assert rows[0]["optimizer.betas"] == "[0.9, 0.95]" and rows[0]["state"] == "done"
 
 

@@ -114,12 +114,14 @@ def test_a_study_without_fits_has_a_report(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("axes", [{}, {"bits": [4]}], ids=["seeds alone", "an axis of one value"])
 def test_a_study_with_one_configuration(tmp_path: Path, axes: dict[str, list[int]]) -> None:
-    study, grid = make_study(tmp_path, axes | {"seed": [0, 1]})
-    for cell, loss in zip(grid.cells, (2.0, 3.0), strict=True):
+    study, grid = make_study(tmp_path, axes | {"seed": [0, 1, 2, 3]})
+    for cell, loss in zip(grid.cells, (2.0, 3.0), strict=False):
         finish(cell, loss)
+    write_metrics(grid.cells[2].folder, {1: 5.0}, {})
     write_results(study.folder, collect(grid))
     lines = report(study.folder)
     assert any("nothing to fit" in line for line in lines)
+    assert "left out: 2 cells that are not done; run memoryformer study run" in lines
     assert any("1 configurations, 2 runs" in line for line in lines)
     text = (study.folder / "summary.md").read_text()
     assert "## configurations" in text and "| 2 | 2.5000 | 0.7071 | 2.0000 to 3.0000 |" in text

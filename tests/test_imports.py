@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -212,6 +213,15 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     except CycleError as error:
         return list(error.args[1])
     return []
+
+
+def test_files_beside_the_modules_are_installed_with_them() -> None:
+    tree = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    patterns = tree["tool"]["setuptools"]["package-data"][PACKAGE]
+    folder = REPOSITORY / PACKAGE
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    shipped = {path for pattern in patterns for path in folder.glob(pattern)}
+    assert files and not set(files) - shipped
 
 
 def test_circles_are_found() -> None:

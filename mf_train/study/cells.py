@@ -6,12 +6,10 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree, load_config, parse_config, read_tree
@@ -140,12 +138,6 @@ def run_cost(config: Config) -> Cost:
     )
 
 
-def dump_tree(tree: dict[str, Any]) -> str:
-    """YAML of a configuration."""
-    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    return text
-
-
 def _resolve(study: Study, base: dict[str, Any], values: Sequence[Value]) -> Config:
     """The configuration of one place of the grid. Raises UserError where it cannot be run."""
     for value in values:
@@ -240,13 +232,10 @@ def _price(study: Study, cell: Cell) -> float:
 def _recorded(study: Study) -> dict[str, int]:
     """Numbers of the cells that the study's folder holds, by what they train. Raises UserError."""
     found: dict[str, int] = {}
-    for path in sorted(_numbered(study.folder / CELLS), key=lambda path: int(path.stem)):
+    paths = [path for path in (study.folder / CELLS).glob("*.yaml") if path.stem.isdigit()]
+    for path in sorted(paths, key=lambda path: int(path.stem)):
         found.setdefault(_identity(load_config(path)), int(path.stem))
     return found
-
-
-def _numbered(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.glob("*.yaml") if path.stem.isdigit())
 
 
 def _identity(config: Config) -> str:

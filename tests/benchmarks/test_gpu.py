@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu import look, report
 from benchmarks.gpu.__main__ import describe as describe_machine
-from benchmarks.gpu.device import Device
+from benchmarks.gpu.device import TimedDevice
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.runner import PartResult, Runner
 from benchmarks.gpu.steps import describe
@@ -119,7 +119,7 @@ def test_errors_take_one_line() -> None:
 
 
 def test_too_little_memory_is_said_with_the_numbers() -> None:
-    device = Device(rehearse=True)
+    device = TimedDevice(rehearse=True)
     device.require(2**20, "a small layer")
     words = r"too little memory: a layer needs 1000\.0 GB, and 8\.6 GB are free"
     with pytest.raises(RuntimeError, match=words):

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from mf_train.config.loading import config_to_tree, load_config
+from mf_train.config.loading import load_config
 from mf_train.errors import UserError
 from mf_train.planning.device_memory import estimate_memory
 from mf_train.planning.devices import find_device
 from mf_train.planning.time import estimate_step
 from mf_train.planning.work import model_flops
-from mf_train.study.cells import CELLS, Grid, dump_tree, make_grid
+from mf_train.study.cells import Grid, make_grid
+from mf_train.study.run import write_cells
 from mf_train.study.study import load_study
 from tests.study.studies import finish, make_study, study_file, write_metrics
 
@@ -24,9 +25,7 @@ def grid(folder: Path, axes: dict[str, Any], **other: Any) -> Grid:
 
 def record(folder: Path, made: Grid) -> None:
     """What `study run` leaves of the cells that it starts."""
-    (folder / "out" / CELLS).mkdir(parents=True, exist_ok=True)
-    for cell in made.cells:
-        (folder / "out" / CELLS / f"{cell.number}.yaml").write_text(dump_tree(config_to_tree(cell.config)))
+    write_cells(load_study(folder / "study.yaml"), made.cells)
 
 
 def test_cells_are_numbered_and_resolved(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def _first_error(folder: Path, start: int | None) -> Iterator[str]:
         return
     yield f"start {failed.number} of job {failed.job} ended with status {failed.status}: {failed.next}"
     if (place := _logs_of(folder, failed)).is_dir():
-        yield from report(place)
+        yield from report(place, failed.ranks)
     yield ""
 
 
@@ -231,8 +231,8 @@ def _error_line(folder: Path) -> Iterator[str]:
     """The same in one line."""
     failed = _failed_start(read_starts(folder), None)
     if failed is not None and (place := _logs_of(folder, failed)).is_dir():
-        if (error := first_error(place)) is not None:
-            who = "an agent" if error.rank is None else f"rank {error.rank}"
+        if (error := first_error(place, failed.ranks)) is not None:
+            who = "a process" if error.rank is None else f"rank {error.rank}"
             last = error.lines[-1].strip() if error.lines else "no word"
             yield f"error       {who} on {error.host} {error.how}: {last}"
 

@@ -32,6 +32,10 @@ class Start:
     next: str = ""  # what the script did then
     checkpoint_after: str = ""
 
+    @property
+    def ranks(self) -> int:
+        return int(self.processes) if self.processes.isdigit() else 0
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -94,5 +94,5 @@ def _failure(folder: Path) -> str:
 def _first_error(folder: Path, start: Start) -> str:
     """What the first rank that failed said last; '' where its log has gone or says nothing."""
     logs = folder / LAUNCH / LOGS / f"{start.job}-{start.number}"
-    error = first_error(logs) if logs.is_dir() else None
+    error = first_error(logs, start.ranks) if logs.is_dir() else None
     return error.lines[-1].strip().removeprefix("memoryformer: ") if error and error.lines else ""

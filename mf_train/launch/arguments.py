@@ -9,7 +9,7 @@ from typing import Any
 
 from mf_train.commands import add_command
 from mf_train.errors import UserError
-from mf_train.launch.job import JobOptions, check_options
+from mf_train.launch.options import JobOptions, check_options
 
 VERBS = ("status", "stop", "logs")
 

@@ -18,7 +18,8 @@ import mf_train
 from mf_train.config import Config
 from mf_train.errors import TrainingError, UserError
 from mf_train.launch import slurm
-from mf_train.launch.job import TASK, JobOptions, checkpoint_bytes, notice_seconds
+from mf_train.launch.limits import checkpoint_bytes, notice_seconds
+from mf_train.launch.options import TASK, JobOptions
 from mf_train.launch.preflight import MARK
 from mf_train.launch.render import Place, container
 from mf_train.launch.verdict import Expected, collect, judge, list_names, summary, table

@@ -13,18 +13,8 @@ from mf_train.config.loading import config_to_tree, load_config, parse_config
 from mf_train.errors import UserError
 from mf_train.launch import slurm
 from mf_train.launch.inputs import check_inputs
-from mf_train.launch.job import (
-    TASK,
-    JobOptions,
-    array_tasks,
-    check_job,
-    check_options,
-    left_out,
-    memory_warnings,
-    notice_seconds,
-    time_seconds,
-    warnings,
-)
+from mf_train.launch.limits import check_job, left_out, memory_warnings, notice_seconds, warnings
+from mf_train.launch.options import TASK, JobOptions, array_tasks, check_options, time_seconds
 from mf_train.launch.render import Place
 
 

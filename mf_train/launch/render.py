@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mf_train.errors import UserError
-from mf_train.launch.job import TASK, JobOptions
+from mf_train.launch.options import TASK, JobOptions
 
 TEMPLATE = Path(__file__).with_name("train.sbatch")
 _BEGIN, _END = "# --- settings ---", "# --- end of settings ---"

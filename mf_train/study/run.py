@@ -17,7 +17,7 @@ from types import FrameType
 from mf_train.checkpoint.files import write_whole
 from mf_train.config.loading import config_to_tree
 from mf_train.errors import UserError
-from mf_train.launch.job import TASK, JobOptions
+from mf_train.launch.options import TASK, JobOptions
 from mf_train.study.cells import CELLS, Cell, Grid, cell_folder, dump_tree
 from mf_train.study.state import DONE, FAILED, LOG, STOPPED, Outcome, State, cell_state, write_outcome
 from mf_train.study.study import Study

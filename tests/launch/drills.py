@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from mf_train.checkpoint.verify import verify
-from mf_train.launch.job import TASK
+from mf_train.launch.options import TASK
 from tests.faults.drill import check_checkpoint, list_steps, newest_step, partials, step_of_partial
 from tests.launch.cluster import FINISHED, Cluster
 from tests.training.runs import REPOSITORY, environment, read_metrics, small_config

@@ -11,7 +11,7 @@ import pytest
 
 from mf_train.cli import main
 from mf_train.launch.arguments import add_launch, join_verb, options_from
-from mf_train.launch.job import JobOptions
+from mf_train.launch.options import JobOptions
 
 
 def parse(*words: str) -> JobOptions:

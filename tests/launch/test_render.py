@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mf_train.errors import UserError
-from mf_train.launch.job import JobOptions
+from mf_train.launch.options import JobOptions
 from mf_train.launch.render import TEMPLATE, Place, quote, render, render_job
 
 OPTIONS = JobOptions(nodes=2, gpus_per_node=4, time="1:00:00")

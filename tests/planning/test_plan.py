@@ -14,7 +14,8 @@ from mf_train.config import Config
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
 from mf_train.launch.arguments import add_launch
-from mf_train.launch.job import JobOptions, check_job
+from mf_train.launch.limits import check_job
+from mf_train.launch.options import JobOptions
 from mf_train.planning.devices import find_device
 from mf_train.planning.plan import choose, make_layout, search
 from mf_train.planning.scaling import scaling

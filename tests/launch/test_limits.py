@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,17 +9,15 @@ import pytest
 from mf_train.config import Config
 from mf_train.config.loading import parse_config
 from mf_train.errors import UserError
-from mf_train.launch.job import (
-    JobOptions,
-    array_tasks,
+from mf_train.launch.limits import (
     check_job,
     checkpoint_bytes,
     left_out,
     memory_warnings,
     notice_seconds,
-    time_seconds,
     warnings,
 )
+from mf_train.launch.options import JobOptions
 from mf_train.planning.memory import estimate_memory, peak_bytes
 
 GPUS = JobOptions(nodes=2, gpus_per_node=4, time="1:00:00")
@@ -42,49 +39,6 @@ def config(**sections: dict[str, object]) -> Config:
 
 
 BASE = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "vocab_size": 50304}
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("30", 1800),
-        ("30:15", 1815),
-        ("1:30:15", 5415),
-        ("2-3", 2 * 86400 + 3 * 3600),
-        ("2-3:04", 2 * 86400 + 3 * 3600 + 240),
-        ("2-03:04:05", 2 * 86400 + 3 * 3600 + 245),
-        ("0", math.inf),
-        ("UNLIMITED", math.inf),
-    ],
-)
-def test_time_is_read_as_sbatch_reads_it(text: str, seconds: float) -> None:
-    assert time_seconds(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "1h", "1:2:3:4", "-5", "1.5", "2-", "1:00 "])
-def test_a_time_that_sbatch_does_not_read(text: str) -> None:
-    with pytest.raises(UserError, match="--time"):
-        time_seconds(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "tasks"),
-    [
-        ("0-2", [0, 1, 2]),
-        ("1,3,5-7%2", [1, 3, 5, 6, 7]),
-        ("0-10:4", [0, 4, 8]),
-        ("7", [7]),
-        ("2,1-2", [1, 2]),
-    ],
-)
-def test_array_is_read_as_sbatch_reads_it(text: str, tasks: list[int]) -> None:
-    assert array_tasks(text) == tasks
-
-
-@pytest.mark.parametrize("text", ["", "a", "2-1", "0-2%", "0-2%0", "0-9:0", "1,,2", "0-1000000"])
-def test_an_array_that_sbatch_does_not_read(text: str) -> None:
-    with pytest.raises(UserError, match="--array"):
-        array_tasks(text)
 
 
 def test_a_size_that_fits_is_one_number() -> None:

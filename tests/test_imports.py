@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -17,64 +18,28 @@ BareEnvironment = Callable[[list[str]], Path]
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "mf_train"
 
-# Each part of the package, and the parts that it may import. It goes down only.
+# Each part of the package, and the parts that it may import. It goes down only. BASE is for all but the lowest.
+BASE = {"errors", "exit_status", "files", "progress", "run_folder", "text", "versions", "commands", "config"}
 LAYERS = {
+    **{
+        name: set()
+        for name in ("exit_status", "files", "progress", "run_folder", "text", "versions", "drawing")
+    },
     "errors": set(),
-    "config": {"errors"},
-    "kernels": set(),
+    "commands": {"errors"},
+    "config": {"errors", "text"},
+    "kernels": {"files"},
     "model": {"kernels", "config"},
-    "parallel": {"model", "config", "errors"},
-    "data": {"config", "errors"},
-    "checkpoint": {"parallel", "model", "config", "errors"},
+    "parallel": BASE | {"model"},
+    "checkpoint": BASE | {"parallel", "model"},
+    "data": BASE | {"checkpoint"},
     "telemetry": {"model", "kernels", "config"},
-    "training": {
-        "telemetry",
-        "planning",
-        "checkpoint",
-        "data",
-        "parallel",
-        "model",
-        "kernels",
-        "config",
-        "errors",
-    },
-    "planning": {"checkpoint", "drawing", "parallel", "model", "config", "commands", "errors"},
-    "launch": {
-        "training",
-        "checkpoint",
-        "data",
-        "parallel",
-        "planning",
-        "model",
-        "config",
-        "commands",
-        "errors",
-    },
-    "study": {
-        "launch",
-        "planning",
-        "checkpoint",
-        "parallel",
-        "model",
-        "config",
-        "commands",
-        "drawing",
-        "errors",
-    },
-    "standalone": {"checkpoint", "data", "model", "kernels", "config", "errors"},
-    "inspection": {
-        "standalone",
-        "telemetry",
-        "checkpoint",
-        "data",
-        "model",
-        "config",
-        "commands",
-        "drawing",
-        "errors",
-    },
-    "commands": set(),
-    "drawing": set(),
+    "planning": BASE | {"checkpoint", "drawing", "parallel", "model"},
+    "training": BASE | {"telemetry", "planning", "checkpoint", "data", "parallel", "model", "kernels"},
+    "launch": BASE | {"training", "checkpoint", "data", "parallel", "planning", "model"},
+    "study": BASE | {"launch", "planning", "checkpoint", "parallel", "model", "drawing"},
+    "standalone": BASE | {"checkpoint", "data", "model", "kernels"},
+    "inspection": BASE | {"standalone", "telemetry", "checkpoint", "data", "model", "drawing"},
     "__main__": {"cli"},
 }
 LAYERS["cli"] = set(LAYERS) - {"__main__"}
@@ -85,6 +50,7 @@ STANDALONE = {
     "folder": {"exported"},
     "conversion": {"folder", "exported"},
     "use": {"folder", "exported", "decoding"},
+    "arguments": {"conversion", "use"},
 }
 
 # Dependencies that are heavy, change often or are hard to install: one file each, or one folder.
@@ -261,6 +227,12 @@ def test_no_circles_inside_a_part(part: str) -> None:
     else:
         assert not circle(graph), " -> ".join(circle(graph))
         assert not circle(folders), " -> ".join(circle(folders))
+
+
+@pytest.mark.parametrize("part", sorted({part_of(module) for module in MODULES} - {"", "__main__"}))
+def test_the_layout_names_every_part(part: str) -> None:
+    layout = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Layout")[2]
+    assert re.search(rf"`(mf_train/)?{part}(/|\.py)`", layout), f"{part} is not in CONTRIBUTING.md's layout"
 
 
 @pytest.mark.parametrize("name", ONE_FILE_EACH)

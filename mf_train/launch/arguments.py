@@ -3,22 +3,12 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mf_train.commands import add_command
+from mf_train.commands import add_command, print_lines
 from mf_train.errors import UserError
 from mf_train.launch.options import JobOptions, check_options
-
-VERBS = ("status", "stop", "logs")
-
-
-def join_verb(arguments: Sequence[str]) -> list[str]:
-    """`launch status RUN` as `"launch status" RUN`: the two words are one command beside `launch CONFIG`."""
-    if len(arguments) > 1 and arguments[0] == "launch" and arguments[1] in VERBS:
-        return [" ".join(arguments[:2]), *arguments[2:]]
-    return list(arguments)
 
 
 def add_launch(commands: Any) -> None:
@@ -41,7 +31,10 @@ def add_launch(commands: Any) -> None:
     )
     add_job_options(parser)
     _add_what(parser)
-    _add_verbs(commands)
+    parser.add_argument_group(
+        "verbs", "instead of CONFIG: status RUN, stop RUN, logs RUN (each has a --help)"
+    )
+    _add_verbs(parser.add_verbs_beside())
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
@@ -170,22 +163,16 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_verbs(commands: Any) -> None:
+def _add_verbs(verbs: Any) -> None:
     example = "launch status runs/base"
-    verb = add_command(
-        commands, "launch status", "show where a launched run or array stands", example, _status
-    )
+    verb = add_command(verbs, "status", "show where a launched run or array stands", example, _status)
     _add_run(verb)
 
     example = "launch stop runs/base"
-    _add_run(
-        add_command(commands, "launch stop", "have a launched run or array save and end", example, _stop)
-    )
+    _add_run(add_command(verbs, "stop", "have a launched run or array save and end", example, _stop))
 
     example = "launch logs runs/base --rank 3 --follow"
-    verb = add_command(
-        commands, "launch logs", "show a launched run's output, its first error first", example, _logs
-    )
+    verb = add_command(verbs, "logs", "show a launched run's output, its first error first", example, _logs)
     _add_run(verb)
     verb.add_argument("--rank", type=int, metavar="N", help="one rank's own log (default: the job's output)")
     verb.add_argument("--start", type=int, metavar="K", help="of the job's K-th start (default: the newest)")
@@ -233,22 +220,16 @@ def _launch(given: argparse.Namespace) -> int:
 def _status(given: argparse.Namespace) -> int:
     from mf_train.launch.control import status
 
-    return _print(status(given.run_folder))
+    return print_lines(status(given.run_folder))
 
 
 def _stop(given: argparse.Namespace) -> int:
     from mf_train.launch.control import stop
 
-    return _print(stop(given.run_folder))
+    return print_lines(stop(given.run_folder))
 
 
 def _logs(given: argparse.Namespace) -> int:
     from mf_train.launch.control import logs
 
-    return _print(logs(given.run_folder, given.rank, given.start, given.lines, given.follow))
-
-
-def _print(lines: Any) -> int:
-    for line in lines:
-        print(line, flush=True)
-    return 0
+    return print_lines(logs(given.run_folder, given.rank, given.start, given.lines, given.follow))

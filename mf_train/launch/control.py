@@ -9,18 +9,19 @@ from typing import Any
 
 from mf_train.errors import UserError
 from mf_train.launch import slurm
-from mf_train.launch.logs import rank_log
-from mf_train.launch.progress import (
+from mf_train.launch.launch_folder import (
+    LOGS,
     Progress,
     Start,
-    duration,
     read_progress,
+    read_record,
     read_starts,
     seconds_between,
 )
-from mf_train.launch.records import LAUNCH, LOGS, read_record
+from mf_train.launch.logs import rank_log
 from mf_train.launch.report import first_error, report
-from mf_train.run_folder import tail_lines
+from mf_train.run_folder import LAUNCH, tail_lines
+from mf_train.text import duration
 
 _SHOWN_STARTS = 10
 _STOP_SECONDS = 30.0  # in which a job that is leaving its nodes settles

@@ -1,4 +1,4 @@
-"""Whether a run can work on the nodes that are asked for: degrees, memory, notice. Raises before anything is written."""
+"""Whether a run can work on the nodes that are asked for: its degrees, memory and notice. Nothing is written."""
 
 import math
 

@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 75
+from mf_train.exit_status import DONE, STOPPED
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00"  # whole, or the line was cut
 _ENDING = re.compile(

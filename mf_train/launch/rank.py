@@ -23,12 +23,9 @@ from typing import NoReturn
 
 import mf_train
 from mf_train.errors import UserError
+from mf_train.exit_status import DONE, FAILED, MISTAKE, STOPPED
 from mf_train.launch.logs import (
-    DONE,
-    FAILED,
-    MISTAKE,
     STOP_SIGNALS,
-    STOPPED,
     Ending,
     format_ending,
     format_head,

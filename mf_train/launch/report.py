@@ -29,11 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mf_train.errors import UserError
+from mf_train.exit_status import DONE, FAILED, MISTAKE, STOPPED
 from mf_train.launch.logs import (
-    DONE,
-    FAILED,
-    MISTAKE,
-    STOPPED,
     Ending,
     format_time,
     is_request,

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mf_train.launch.progress import duration
 from mf_train.study.cells import Cell, Grid
 from mf_train.study.state import cell_state
 from mf_train.study.study import Study
+from mf_train.text import duration
 
 
 def plan_lines(study: Study, grid: Grid) -> Iterator[str]:

@@ -12,9 +12,10 @@ import pytest
 
 from mf_train.errors import UserError
 from mf_train.launch.control import logs, status, stop
+from mf_train.launch.launch_folder import read_starts
 from mf_train.launch.logs import Ending, format_ending, format_head, node_log, rank_log
-from mf_train.launch.progress import duration, read_starts
 from mf_train.run_folder import last_metrics
+from mf_train.text import duration
 from tests.launch.cluster import Cluster
 from tests.launch.launching import SIZE, Launcher, on_cluster, stand_in, without_slurm
 

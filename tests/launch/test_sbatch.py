@@ -30,7 +30,7 @@ import json, os, runpy, signal, sys, time
 from pathlib import Path
 program = {program!r}
 _, module, *sys.argv[1:] = [word for word in sys.argv[1:] if word != "-u"]
-if module == "mf_train.launch.run_folder":
+if module == "mf_train.launch.launch_folder":
     print("run")
 elif module != "mf_train.launch.rank":
     os.environ["PYTHON_EXEC"] = sys.argv[0]  # torchrun starts its ranks with it

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from mf_train.launch.logs import STOPPED, stop_file
+from mf_train.exit_status import STOPPED
+from mf_train.launch.logs import stop_file
 from mf_train.launch.report import judge
 from tests.distributed import _free_port
 from tests.warm import start_warm

@@ -153,7 +153,7 @@ def test_the_launch_line_is_one_that_launch_takes(capsys: pytest.CaptureFixture[
     program, verb, *words = shlex.split(found["launch"])
     assert (program, verb) == ("memoryformer", "launch")
     given = argparse.ArgumentParser()
-    add_launch(given.add_subparsers())
+    add_launch(given.add_subparsers(parser_class=CommandParser))
     parsed = given.parse_args([verb, *words])
     config = load_config(parsed.config, parsed.overrides)
     assert config.training.steps == 9

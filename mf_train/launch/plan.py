@@ -18,7 +18,7 @@ from mf_train.errors import UserError
 from mf_train.launch import slurm
 from mf_train.launch.limits import check_job, left_out, memory_warnings, notice_seconds, warnings
 from mf_train.launch.options import TASK, JobOptions, array_tasks, check_options, time_seconds
-from mf_train.launch.render import Place
+from mf_train.launch.render import JobFolders
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Plan:
     """A checked job, before anything is written."""
 
     runs: tuple[Run, ...]
-    place: Place
+    folders: JobFolders
     node_counts: list[int]
     notice: int
     warnings: list[str]
 
     @property
     def common(self) -> Path:
-        return Path(self.place.common)
+        return Path(self.folders.common)
 
 
 def make_plan(config_path: str, overrides: Sequence[str], options: JobOptions) -> Plan:
@@ -74,8 +74,8 @@ def make_plan(config_path: str, overrides: Sequence[str], options: JobOptions) -
         raise UserError(
             f"training.output_dir is {pattern}: a folder in PYTHONPATH must have no ':' in its name"
         )
-    place = Place(run=pattern, common=common, directory=os.getcwd())
-    return Plan(tuple(runs), place, usable, notice, list(dict.fromkeys(found)))
+    folders = JobFolders(run=pattern, common=common, directory=os.getcwd())
+    return Plan(tuple(runs), folders, usable, notice, list(dict.fromkeys(found)))
 
 
 def _check_partition(options: JobOptions) -> float | None:

@@ -142,7 +142,7 @@ def _script(plan: Plan, options: JobOptions) -> str:
     )
     python = options.python or ("python" if options.container else sys.executable)
     return render_job(
-        options, plan.place, notice=plan.notice, node_counts=plan.node_counts, python=python, head=head
+        options, plan.folders, notice=plan.notice, node_counts=plan.node_counts, python=python, head=head
     )
 
 

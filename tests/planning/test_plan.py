@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mf_train.cli import main
+from mf_train.commands import CommandParser
 from mf_train.config import Config
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError

@@ -37,7 +37,8 @@ from mf_train.launch.logs import (
 from mf_train.parallel.processes import find_process
 
 _FORWARDED = (*STOP_SIGNALS, signal.SIGINT)
-_LOOK_SECONDS = 2.0  # between looks for LOGS/stop
+# Between looks for LOGS/stop. Rank 0 is on the node of the job's script; ranks that train hear of it from rank 0.
+_LOOK_SECONDS_OF_FIRST, _LOOK_SECONDS = 0.2, 2.0
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -80,7 +81,10 @@ def run_rank(folder: Path, action: Callable[[], None]) -> int:
     if child == 0:
         _end_with(parent)
         _work(log, rank, host, action)
-    code = _wait_for(child, stop_file(folder), lambda number: _write(log, format_request(rank, host, number)))
+    look = _LOOK_SECONDS if rank else _LOOK_SECONDS_OF_FIRST
+    code = _wait_for(
+        child, stop_file(folder), look, lambda number: _write(log, format_request(rank, host, number))
+    )
     note = "out of memory?" if code == -signal.SIGKILL else ""
     ending = Ending(rank, host, code if code >= 0 else 128 - code, time.time(), note)
     _write(log, format_ending(ending))
@@ -89,14 +93,14 @@ def run_rank(folder: Path, action: Callable[[], None]) -> int:
     return DONE if ending.status in (DONE, STOPPED) else ending.status
 
 
-def _wait_for(child: int, stop: Path, note: Callable[[int], None]) -> int:
+def _wait_for(child: int, stop: Path, look: float, note: Callable[[int], None]) -> int:
     """Hand signals on to the child until it ends; its exit code, or -n for signal n."""
     asked = False
     while True:
         number = None
         if not asked and os.path.exists(stop):
             number, asked = signal.SIGUSR1, True
-        elif taken := signal.sigtimedwait({*_FORWARDED, signal.SIGCHLD}, _LOOK_SECONDS):
+        elif taken := signal.sigtimedwait({*_FORWARDED, signal.SIGCHLD}, look):
             number = signal.Signals(taken.si_signo)
         if number in _FORWARDED:
             os.kill(child, number)

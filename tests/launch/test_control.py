@@ -21,22 +21,18 @@ from tests.launch.launching import SIZE, Launcher, on_cluster, stand_in, without
 
 # Trains until it is asked to stop; saves and ends with 75 then. A later start is done at once.
 TRAINER = """
-import os, signal, sys, time
-from pathlib import Path
-if "train" in sys.argv:
-    run = Path(sys.argv[-1]).parent.parent
-    rank = os.environ["SLURM_PROCID"]
-    def stop(number, frame):
-        (run / f"saved-{rank}").touch()
-        sys.exit(75)
-    signal.signal(signal.SIGUSR1, stop)
-    signal.signal(signal.SIGTERM, stop)
-    if (run / f"saved-{rank}").exists():
-        sys.exit(0)
-    (run / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5, "tokens_per_second": 1234.5}\\n')
-    (run / f"started-{rank}").touch()
-    print("training", flush=True)
-    time.sleep(120)
+run = Path(sys.argv[-1]).parent.parent
+def stop(number, frame):
+    (run / f"saved-{process.rank}").touch()
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, stop)
+signal.signal(signal.SIGTERM, stop)
+if (run / f"saved-{process.rank}").exists():
+    sys.exit(0)
+(run / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5, "tokens_per_second": 1234.5}\\n')
+(run / f"started-{process.rank}").touch()
+print("training", flush=True)
+time.sleep(120)
 """
 
 

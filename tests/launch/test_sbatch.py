@@ -18,29 +18,12 @@ from pathlib import Path
 import pytest
 
 from tests.launch.cluster import Cluster
+from tests.launch.launching import stand_in
 
 pytestmark = pytest.mark.slurm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "launch" / "train.sbatch"
-
-# In the place of the job's python (MF_PYTHON): the starters, the ranks' own processes and the report are real.
-STAND_IN = """
-import json, os, runpy, signal, sys, time
-from pathlib import Path
-program = {program!r}
-_, module, *sys.argv[1:] = [word for word in sys.argv[1:] if word != "-u"]
-if module == "mf_train.launch.launch_folder":
-    print("run")
-elif module != "mf_train.launch.rank":
-    os.environ["PYTHON_EXEC"] = sys.argv[0]  # torchrun starts its ranks with it
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-else:
-    from mf_train.launch.rank import run_rank
-    from mf_train.parallel.processes import find_process
-    logs, process = Path(sys.argv[1]), find_process()
-    sys.exit(run_rank(logs, lambda: exec(program, globals())))
-"""
 
 # Writes down which process it is and what it sees.
 RECORDER = """
@@ -84,14 +67,6 @@ sys.exit(int(end))
 """
 
 
-def stand_in(folder: Path, program: str) -> str:
-    """Writes an executable that runs `program` as a rank, for MF_PYTHON."""
-    path = folder / "stand-in"
-    path.write_text(f"#!{sys.executable}\n{STAND_IN.replace('{program!r}', repr(program))}")
-    path.chmod(0o755)
-    return str(path)
-
-
 def output(folder: Path) -> str:
     """What the jobs of this folder wrote."""
     return "".join(path.read_text() for path in sorted(folder.glob("memoryformer-*.out")))
@@ -131,7 +106,7 @@ def test_starts_one_process_per_task_or_gpu(
         SCRIPT,
         *arguments,
         cwd=tmp_path,
-        MF_PYTHON=stand_in(tmp_path, RECORDER),
+        MF_PYTHON=str(stand_in(tmp_path, RECORDER)),
         MF_STARTER=starter,
         RANK="7",
     )
@@ -157,7 +132,7 @@ def test_starts_one_process_per_task_or_gpu(
 def test_saves_and_requeues_itself_on_notice(slurm_cluster: Cluster, tmp_path: Path, starter: str) -> None:
     python = stand_in(tmp_path, STOPPABLE)
     number = slurm_cluster.submit(
-        "--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, MF_STARTER=starter
+        "--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python), MF_STARTER=starter
     )
     wait_for_files(tmp_path, {"started-0", "started-1"})
     slurm_cluster.run("scancel", "--batch", "--signal=USR1", str(number))
@@ -175,7 +150,7 @@ def test_saves_and_requeues_itself_on_notice(slurm_cluster: Cluster, tmp_path: P
 
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm_cluster: Cluster, tmp_path: Path) -> None:
     python = stand_in(tmp_path, STOPPABLE)
-    number = slurm_cluster.submit("--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python)
+    number = slurm_cluster.submit("--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python))
     wait_for_files(tmp_path, {"started-0", "started-1"})
     slurm_cluster.run("scancel", str(number))
     wait_for_files(tmp_path, {"saved-0", "saved-1"}, timeout=30)
@@ -186,7 +161,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm_cluster: Cluster, tmp_p
 
 def test_stopped_on_request_it_stays_out_of_the_queue(slurm_cluster: Cluster, tmp_path: Path) -> None:
     python = stand_in(tmp_path, STOPPABLE)
-    number = slurm_cluster.submit("--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python)
+    number = slurm_cluster.submit("--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python))
     wait_for_files(tmp_path, {"started-0", "started-1"})
     (tmp_path / f"run/launch/stop-{number}").touch()
     slurm_cluster.run("scancel", "--batch", "--signal=USR1", str(number))
@@ -198,7 +173,7 @@ def test_stopped_on_request_it_stays_out_of_the_queue(slurm_cluster: Cluster, tm
 def test_a_request_that_came_before_the_script_counts(slurm_cluster: Cluster, tmp_path: Path) -> None:
     """As while a node was made ready, or where SLURM requeued the job before it could look."""
     python = stand_in(tmp_path, STOPPABLE)
-    number = slurm_cluster.submit("--hold", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python)
+    number = slurm_cluster.submit("--hold", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python))
     (tmp_path / "run/launch").mkdir(parents=True)
     (tmp_path / f"run/launch/stop-{number}").touch()
     slurm_cluster.run("scontrol", "release", str(number))
@@ -249,7 +224,13 @@ def test_goes_on_as_long_as_there_is_progress(
     (tmp_path / "ends").write_text(ends)
     python = stand_in(tmp_path, SCRIPTED)
     number = slurm_cluster.submit(
-        "--nodes=2", "--time=10", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, MF_STARTER="srun"
+        "--nodes=2",
+        "--time=10",
+        SCRIPT,
+        "config.yaml",
+        cwd=tmp_path,
+        MF_PYTHON=str(python),
+        MF_STARTER="srun",
     )
     submitted = time.time()
     job = slurm_cluster.wait_for_end(number, 120)
@@ -278,7 +259,7 @@ while not Path("go").exists():
 def test_a_task_of_an_array_requeues_itself_alone(slurm_cluster: Cluster, tmp_path: Path) -> None:
     """The task that starts last has the whole array's number."""
     python = stand_in(tmp_path, TASK)
-    array = slurm_cluster.submit("--array=0-2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python)
+    array = slurm_cluster.submit("--array=0-2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python))
     wait_for_files(tmp_path, {f"started-{task}-0" for task in range(3)})
     numbers = {task: slurm_cluster.job(f"{array}_{task}")["JobId"] for task in range(3)}
     (last,) = [task for task, number in numbers.items() if number == str(array)]
@@ -304,7 +285,7 @@ def test_a_request_to_stop_counts_while_the_start_is_prepared(slurm_cluster: Clu
     path = slurm_with(tmp_path, 'echo "$@" >> asked; sleep 1; exec $real "$@"')
     python = stand_in(tmp_path, STOPPABLE)
     number = slurm_cluster.submit(
-        "--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, PATH=path
+        "--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python), PATH=path
     )
     wait_for_files(tmp_path, {"asked"})
     time.sleep(1.5)  # it has asked for the nodes' names and now asks for the job's end
@@ -321,7 +302,7 @@ def test_waits_for_a_controller_that_does_not_answer(slurm_cluster: Cluster, tmp
     (tmp_path / "ends").write_text("+75 0")
     python = stand_in(tmp_path, SCRIPTED)
     number = slurm_cluster.submit(
-        "--nodes=2", "--time=10", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, PATH=path
+        "--nodes=2", "--time=10", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python), PATH=path
     )
     job = slurm_cluster.wait_for_end(number, 120)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(tmp_path)

@@ -178,7 +178,9 @@ def _add_verbs(verbs: Any) -> None:
     verb.add_argument("--start", type=int, metavar="K", help="of the job's K-th start (default: the newest)")
     verb.add_argument("--lines", type=int, default=40, metavar="N", help="the last N lines (default: 40)")
     verb.add_argument(
-        "--follow", action="store_true", help="go on with what is written, until the job has ended"
+        "--follow",
+        action="store_true",
+        help="show what is written from now on as well, until the job has ended",
     )
 
 

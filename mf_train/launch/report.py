@@ -211,21 +211,16 @@ def _read_ends(path: Path) -> tuple[list[str], list[str], float]:
 
 def _first(logs: list[_Log], folder: Path) -> _Log | None:
     """The log with the first error."""
-    ended = [log for log in logs if log.ending is not None]
-    failed = [log for log in ended if log.ending is not None and log.ending.failed]
-    # where a stop was asked for and a rank did not listen yet, none had begun to train, and none is lost
-    early = stop_file(folder).exists() and any(
-        log.ending is not None and log.ending.on_request for log in ended
-    )
-    if not (early and not failed):
+    failed = [log for log in logs if log.ending is not None and log.ending.failed]
+    early = any(log.ending is not None and log.ending.on_request for log in logs)
+    # where a stop was asked for and a rank did not listen yet, none had begun to train: none is lost
+    if failed or not (early and stop_file(folder).exists()):
         failed += [log for log in logs if log.ending is None]
     return min(failed, key=lambda log: (_weigh(log), log.time), default=None)
 
 
 def _weigh(log: _Log) -> Weight:
     ending = log.ending
-    if ending is not None and ending.on_request:
-        return Weight.SILENT
     if ending is not None and ending.status - 128 in _FATAL:
         return Weight.CAUSE
     lines = _marked_lines(log)
@@ -248,8 +243,8 @@ def _weigh(log: _Log) -> Weight:
 def _marked_lines(log: _Log) -> list[str]:
     """From the last line that starts an error: the command's own, or a traceback; empty where there is none.
 
-    A run goes on for some steps after the watch's verdict. A rank that has not ended, or was killed, has outlived what
-    stands before its last step.
+    A run does some more steps after the watch's verdict. A rank without an ending, or one that was killed, has outlived
+    what stands before its last step.
     """
     ending = log.ending
     outlived = log.rank is not None and (ending is None or ending.status - 128 in _FATAL)

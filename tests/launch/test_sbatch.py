@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 import time
@@ -28,7 +29,9 @@ SCRIPT = REPOSITORY / "launch" / "train.sbatch"
 # Writes down which process it is and what it sees.
 RECORDER = """
 names = "SLURM_NODEID OMP_NUM_THREADS CUDA_VISIBLE_DEVICES".split()
-seen = {**vars(process), **{name: os.environ.get(name) for name in names}, "host": os.uname().nodename}
+import resource
+seen = {"open_files": resource.getrlimit(resource.RLIMIT_NOFILE)}
+seen |= {**vars(process), **{name: os.environ.get(name) for name in names}, "host": os.uname().nodename}
 Path(f"rank-{process.rank}.json").write_text(json.dumps({**seen, "arguments": sys.argv[1:]}))
 """
 
@@ -126,6 +129,22 @@ def test_starts_one_process_per_task_or_gpu(
             assert rank["CUDA_VISIBLE_DEVICES"] == ",".join(
                 map(str, range(hosts.split().count(rank["host"])))
             )
+
+
+def test_the_limit_of_open_files_is_raised(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    """SLURM hands on that of the shell that submitted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        python = str(stand_in(tmp_path, RECORDER))
+        number = slurm_cluster.submit(
+            SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, MF_STARTER="srun"
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    slurm_cluster.wait_for_end(number, 60)
+    raised, most = json.loads((tmp_path / "rank-0.json").read_text())["open_files"]
+    assert raised == (65536 if most == resource.RLIM_INFINITY else min(65536, most))
 
 
 @pytest.mark.parametrize("starter", [pytest.param("srun", marks=pytest.mark.slow), "torchrun"])

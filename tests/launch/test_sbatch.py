@@ -266,6 +266,21 @@ def test_goes_on_as_long_as_there_is_progress(
     assert all(line[2] == "120" for line in seen)
 
 
+def test_a_container_leaves_time_to_be_started_once_more(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "ends").write_text("0")
+    script = tmp_path / "script"
+    script.write_text(SCRIPT.read_text().replace("srun_options=()", "srun_options=(--quiet)"))
+    python = str(stand_in(tmp_path, SCRIPTED))
+    submitted = time.time()
+    options = ["--time=10", "--job-name=memoryformer"]
+    number = slurm_cluster.submit(
+        *options, script, "config.yaml", cwd=tmp_path, MF_PYTHON=python, MF_STARTER="srun"
+    )
+    assert slurm_cluster.wait_for_end(number, 60)["JobState"] == "COMPLETED", output(tmp_path)
+    _, end, notice = (tmp_path / "seen").read_text().split()
+    assert notice == "90" and submitted + 560 < int(end) < time.time() + 580
+
+
 TASK = """
 task = os.environ["SLURM_ARRAY_TASK_ID"]
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))

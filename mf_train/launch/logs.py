@@ -1,7 +1,7 @@
 """The logs of one start of a job, and the lines in them that other tools read.
 
     LOGS/rank-00003.log   what rank 3 and its children wrote, between a head and an ending line
-    LOGS/node-001.log     what else was written by the start's processes on node 1: torchrun's own words
+    LOGS/node-001.log     what else was written by the start's processes on node 1: torchrun's own words (by srun)
     LOGS/stop             made by the job's script: the ranks are to save and end
 
 Every rank appends to a file of its own with `O_APPEND`, so that none waits for another.
@@ -50,11 +50,6 @@ class Ending(NamedTuple):
 
 def rank_log(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.log"
-
-
-def node_log(folder: Path, node: int) -> Path:
-    """The job's script has srun write it."""
-    return folder / f"node-{node:03d}.log"
 
 
 def stop_file(folder: Path) -> Path:

@@ -13,7 +13,7 @@ import pytest
 from mf_train.errors import UserError
 from mf_train.launch.control import logs, status, stop
 from mf_train.launch.launch_folder import read_starts
-from mf_train.launch.logs import Ending, format_ending, format_head, node_log, rank_log
+from mf_train.launch.logs import Ending, format_ending, format_head, rank_log
 from mf_train.run_folder import last_metrics
 from mf_train.text import duration
 from tests.launch.cluster import Cluster
@@ -88,7 +88,7 @@ class TestWithoutSlurm:
         for rank, words in ((0, "Connection reset"), (1, "memoryformer: no luck")):
             end = format_ending(Ending(rank, "n1", 1, time.time()))
             rank_log(folder, rank).write_text(f"{format_head(rank, 'n1', 'pid 1')}\n{words}\n{end}\n")
-        node_log(folder, 0).touch()
+        (folder / "node-000.log").touch()
 
     def test_status(self, run: Path) -> None:
         told = list(status(run))

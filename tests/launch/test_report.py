@@ -17,7 +17,6 @@ from mf_train.launch.logs import (
     format_ending,
     format_request,
     format_time,
-    node_log,
     rank_log,
     stop_file,
 )
@@ -75,7 +74,7 @@ class Logs:
         os.utime(path, (START + after, START + after))
 
     def node(self, node: int, lines: list[str]) -> None:
-        node_log(self.folder, node).write_text("\n".join(lines) + "\n")
+        (self.folder / f"node-{node:03d}.log").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
@@ -235,7 +234,7 @@ def test_what_kept_ranks_from_starting_is_in_the_logs_of_their_nodes(logs: Logs)
     assert error is not None
     assert (error.rank, error.host, error.how) == (None, "node-001", "failed")
     assert error.lines == ["/usr/bin/python: No module named mf_train"]
-    assert error.path == node_log(logs.folder, 1)
+    assert error.path == logs.folder / "node-001.log"
     logs.node(
         0, [*GLOO[:2], "torch.distributed.DistStoreError: Timed out after 301 seconds waiting for clients."]
     )
@@ -277,7 +276,7 @@ def test_files_that_are_cut_empty_strange_or_gone(logs: Logs) -> None:
     rank_log(logs.folder, 4).symlink_to(logs.folder / "nowhere")
     rank_log(logs.folder, 5).write_text("rank 5 on n3 ended with status 1 at 2027-01-15T08:0")
     (logs.folder / "rank-notes.log").write_text("mine")
-    node_log(logs.folder, 0).write_bytes(b"\xff\xfe")
+    (logs.folder / "node-000.log").write_bytes(b"\xff\xfe")
     error = first_error(logs.folder)
     assert error is not None and error.rank == 0
     report(logs.folder)

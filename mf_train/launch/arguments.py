@@ -80,14 +80,14 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--elastic",
         metavar="MIN:MAX",
-        help="numbers of nodes: when some fail the run goes on with fewer, and the same batches",
+        help="numbers of nodes: when some fail the run continues with fewer, and the same batches",
     )
     size.add_argument(
         "--gpu-memory",
         type=float,
         default=80.0,
         metavar="GB",
-        help="of one GPU, to refuse what cannot fit (80)",
+        help="memory of one GPU, to refuse what cannot fit (default: 80)",
     )
     size.add_argument(
         "--no-exclusive", action="store_true", help="share nodes with other jobs; needs --cpus-per-task"
@@ -120,13 +120,13 @@ def _add_behaviour(parser: argparse.ArgumentParser) -> None:
         "--starter",
         choices=("torchrun", "srun"),
         default="torchrun",
-        help="of the processes (default: torchrun)",
+        help="what starts the processes (default: torchrun)",
     )
     job.add_argument(
         "--notice",
         type=int,
         metavar="SECONDS",
-        help="between the signal to save and the time limit (default: 120, and 2 for each GB of a checkpoint)",
+        help="time between the signal to save and the time limit (default: 120, and 2 for each GB of a checkpoint)",
     )
     job.add_argument(
         "--retries",
@@ -136,7 +136,7 @@ def _add_behaviour(parser: argparse.ArgumentParser) -> None:
         help="restarts in a row without a new checkpoint (default: 2)",
     )
     job.add_argument(
-        "--python", metavar="PATH", help="on the nodes (default: this one; in a container: python)"
+        "--python", metavar="PATH", help="the python of the nodes (default: this one; in a container: python)"
     )
     job.add_argument(
         "--container",
@@ -148,7 +148,7 @@ def _add_behaviour(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FROM:TO",
-        help="beside the working directory and the run's folder; may be repeated",
+        help="mounts beside the working directory and the run's folder; may be repeated",
     )
 
 
@@ -175,7 +175,9 @@ def _add_verbs(verbs: Any) -> None:
     verb = add_command(verbs, "logs", "show a launched run's output, its first error first", example, _logs)
     _add_run(verb)
     verb.add_argument("--rank", type=int, metavar="N", help="one rank's own log (default: the job's output)")
-    verb.add_argument("--start", type=int, metavar="K", help="of the job's K-th start (default: the newest)")
+    verb.add_argument(
+        "--start", type=int, metavar="K", help="log of the job's K-th start (default: the newest)"
+    )
     verb.add_argument("--lines", type=int, default=40, metavar="N", help="the last N lines (default: 40)")
     verb.add_argument(
         "--follow",

@@ -169,7 +169,7 @@ def _answering(job: str, names: Sequence[str]) -> list[str]:
 def _measure(
     job: str, options: JobOptions, nodes: Sequence[str], folder: Path, run: Path, size: int
 ) -> list[dict[str, Any]]:
-    """What the nodes' processes print, a dictionary for a line; what else they say is printed where one fails."""
+    """The measurements that the nodes' processes print. Where one fails, what else they said is printed."""
     package = Path(mf_train.__file__).resolve().parents[1]
     environment = dict(os.environ) | {
         "MASTER_ADDR": nodes[0],

@@ -136,7 +136,7 @@ def _array_status(folder: Path, record: dict[str, Any]) -> Iterator[str]:
 
 
 def _name(number: str, job: slurm.Job) -> str:
-    """What scancel is to be told of a job found under a number: a task, several that wait, or the job itself."""
+    """The name by which scancel knows a job that was found under a number: a task, several that wait, or the job."""
     if "_" in number or not job.task:
         return number
     return f"{number}_{job.task}" if job.task.isdigit() else f"{number}_[{job.task.split('%')[0]}]"
@@ -218,7 +218,7 @@ def _stop_job(job: slurm.Job, name: str, run: Path) -> str:
 
 
 def _first_error(folder: Path, start: int | None) -> Iterator[str]:
-    """What the report says of the last start that ended, or the one asked for, if it failed."""
+    """The report on the last start that ended, or on the one with this number, if it failed."""
     failed = _failed_start(read_starts(folder), start)
     if failed is None:
         return
@@ -229,7 +229,7 @@ def _first_error(folder: Path, start: int | None) -> Iterator[str]:
 
 
 def _error_line(folder: Path) -> Iterator[str]:
-    """The same in one line."""
+    """The first error of the last start in one line, if that failed."""
     failed = _failed_start(read_starts(folder), None)
     if failed is not None and (place := _logs_of(folder, failed)).is_dir():
         if (error := first_error(place, failed.ranks)) is not None:

@@ -48,7 +48,7 @@ def left_out(options: JobOptions, node_counts: list[int]) -> list[int]:
 
 
 def warnings(config: Config, options: JobOptions) -> list[str]:
-    """What is allowed and seldom meant."""
+    """Warnings about settings that are allowed and seldom meant."""
     found = []
     if not config.checkpoint.interval:
         found.append(
@@ -97,7 +97,7 @@ def _usable(config: Config, options: JobOptions, node_memory: float | None) -> l
 
 
 def memory_warnings(config: Config, options: JobOptions, nodes: int, node_memory: float | None) -> list[str]:
-    """Whether the planner predicts more memory on so many nodes than there is: a model of it, not a measurement."""
+    """A warning where the planner predicts more memory on so many nodes than there is: a model, no measurement."""
     from mf_train.planning.memory import estimate_memory
 
     there, place, kind = _memory_there(options, node_memory)

@@ -22,7 +22,7 @@ _MOST_TASKS = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
-    """What `memoryformer launch` asks of SLURM. Names are those of sbatch's options where there is one."""
+    """The job that `memoryformer launch` asks SLURM for. Names are those of sbatch's options where there is one."""
 
     nodes: int = 1  # the largest number where `elastic` is given
     gpus_per_node: int | None = None  # processes a node, one a GPU

@@ -84,7 +84,7 @@ class FirstError(NamedTuple):
 
 @dataclass(frozen=True)
 class _Log:
-    """What is known of a rank, or of a node's other processes (rank None), once the start is over."""
+    """The log of a rank, or of a node's other processes (rank None), as read once the start is over."""
 
     rank: int | None
     host: str

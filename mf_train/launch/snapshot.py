@@ -75,7 +75,7 @@ def _git_state(package: Path) -> tuple[str | None, bytes]:
 
 
 def _git(folder: Path, *arguments: str, expect: tuple[int, ...] = (0,)) -> bytes | None:
-    """What git prints; None where it cannot say."""
+    """The output of git; None where it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],
@@ -134,7 +134,7 @@ class Changes:
             os.rename(new, target)
 
     def write(self, target: Path, text: str) -> None:
-        """Have a file hold `text`."""
+        """Replace a file by one with this text."""
         new = target.with_name(f".new-{self._token}-{target.name}")
         try:
             new.write_text(text, encoding="utf-8")
@@ -143,12 +143,12 @@ class Changes:
             new.unlink(missing_ok=True)
 
     def keep(self) -> None:
-        """What was replaced is deleted."""
+        """Delete what was replaced."""
         for _, before in self._replaced:
             _remove(before)
 
     def undo(self) -> None:
-        """All is as it was."""
+        """Put everything back as it was."""
         for target, before in reversed(self._replaced):
             if before.exists():
                 _remove(target)

@@ -35,8 +35,7 @@ from mf_train.parallel.processes import Process
 from mf_train.parallel.tensor import shard_model
 from mf_train.parallel.watch import Watch
 from mf_train.planning.devices import find_peak
-from mf_train.planning.efficiency import step_efficiency
-from mf_train.planning.work import step_tokens
+from mf_train.planning.work import step_efficiency, step_tokens
 from mf_train.telemetry.alarms import alarm_lines
 from mf_train.training.deadline import find_deadline
 from mf_train.training.device import find_device, keep_freed_memory

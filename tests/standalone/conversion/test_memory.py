@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.memory import BARE, LIMITED
 from mf_train.config import ModelConfig
 from mf_train.config.loading import load_config
 from tests.standalone.checkpoints import write_large
@@ -20,24 +21,6 @@ SMALL = ModelConfig(
     hidden_size=512, num_layers=2, num_heads=8, bits=8, vocab_size=32_768, sequence_length=256
 )
 WIDE = ModelConfig(hidden_size=32, num_layers=1, num_heads=4, bits=2, vocab_size=262_144, sequence_length=128)
-
-_MEASURE = """
-def measure(key):
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
-"""
-_BARE = f"import torch{_MEASURE}print(measure('VmHWM'), measure('VmData'))"
-_RUN = f"""
-import resource, sys
-limit = int(sys.argv.pop(1))
-if limit:
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-from mf_train.cli import main
-{_MEASURE}
-try:
-    main(sys.argv[1:])
-finally:
-    print(measure("VmHWM"))
-"""
 
 
 def run_python(code: str, *arguments: str) -> list[int]:
@@ -56,7 +39,7 @@ def run_python(code: str, *arguments: str) -> list[int]:
 @pytest.fixture(scope="module")
 def bare() -> tuple[int, int]:
     """Peak resident and writable private memory of a Python that has imported torch, in bytes."""
-    peak, data = run_python(_BARE)
+    peak, data = run_python(BARE)
     return peak, data
 
 
@@ -70,11 +53,17 @@ def check(checkpoint: Path, folder: Path, bare: tuple[int, int], limit: float) -
         "check": [str(checkpoint), str(model), "--check"],
         "to-checkpoint": [str(model), str(back), "--to-checkpoint", "--tensor", "2"],
     }.items():
-        (peak,) = run_python(_RUN, "0", "convert", *arguments)
+        (peak,) = run_python(LIMITED, "0", "convert", *arguments)
         assert peak - bare[0] < limit, f"{name}: {(peak - bare[0]) / 1e6:.0f} MB above import torch"
     for dtype in ("bfloat16", "int8"):
         run_python(
-            _RUN, str(bare[1] + int(limit)), "convert", str(checkpoint), str(folder / dtype), "--dtype", dtype
+            LIMITED,
+            str(bare[1] + int(limit)),
+            "convert",
+            str(checkpoint),
+            str(folder / dtype),
+            "--dtype",
+            dtype,
         )
 
 
@@ -88,7 +77,7 @@ def test_a_large_vocabulary(tmp_path: Path, bare: tuple[int, int]) -> None:
     checkpoint = write_large(tmp_path / "step-000000007", WIDE, 1)
     for dtype in ("float32", "bfloat16"):
         arguments = [str(checkpoint), str(tmp_path / dtype), "--dtype", dtype]
-        (peak,) = run_python(_RUN, "0", "convert", *arguments)
+        (peak,) = run_python(LIMITED, "0", "convert", *arguments)
         assert peak - bare[0] < SMALL_LIMIT, f"{dtype}: {(peak - bare[0]) / 1e6:.0f} MB above import torch"
 
 

@@ -118,6 +118,14 @@ def segments_of(documents: TextDocuments, i: int, limit: int = SEGMENT_BYTES) ->
         start += size
 
 
+def last_cut(documents: TextDocuments, i: int, start: int, size: int) -> int:
+    """Where the last segment of document i ends that lies within `size` bytes from `start`, an end of a segment."""
+    end = start
+    while end + SEGMENT_BYTES <= start + size:
+        end += segment_end(documents.text(i, end, SEGMENT_BYTES + 1))
+    return end
+
+
 def segment_end(utf8: bytes, limit: int = SEGMENT_BYTES) -> int:
     """Bytes of the first segment of a UTF-8 text, at most `limit` (which is 4, the longest character, or more).
 

@@ -27,7 +27,7 @@ from mf_train.data.files.input_files import InputFile, find_files, is_token_shar
 from mf_train.data.shards.shard import index_bytes, token_dtype
 from mf_train.data.shards.token_files import MANIFEST, MANIFEST_FORMAT
 from mf_train.data.text.store import parts_of
-from mf_train.data.tokenize.shards import Place, ShardMaker, Work
+from mf_train.data.tokenize.shards import Place, ShardMaker, SourceWork
 from mf_train.data.tokenize.worker import TokenizeWorker, open_prepared
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
@@ -281,7 +281,7 @@ def _make(
         folder / MANIFEST, _source_manifest(manifest, described, log, False)
     )  # not to be trained on yet
     rmtree(output / _TEXT, ignore_errors=True)
-    work = Work(
+    work = SourceWork(
         key=source.key,
         source=source.config,
         parts=parts_of(source.files) if source.files else [[]],

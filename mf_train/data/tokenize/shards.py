@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import pickle
-import select
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mf_train.config import OnError, SourceConfig
-from mf_train.data.documents import TextDocuments
+from mf_train.data.documents import TextDocuments, last_cut
 from mf_train.data.files.input_files import InputFile
 from mf_train.data.shards.shard import TokenShardWriter, WrittenShard
 from mf_train.data.text.store import Part
-from mf_train.data.tokenize.worker import TOKENS, Encode, Prepare, TokenizeWorker, open_prepared
+from mf_train.data.tokenize.worker import Encode, Encoded, Prepare, TokenizeWorker, open_prepared
 
-_RANGE_BYTES = 1 << 20  # of text, for one task
-_HELD_BYTES = 8 << 20  # of tokens of one task that is ahead of its turn
+_RANGE_BYTES = 1 << 20  # of text, for one task: a little more, or a piece of a longer document
 _RANGES_AHEAD = 4  # a worker
 _SHARDS_FINISHING = 2
+_LONGEST_WAIT = 0.5  # seconds until the progress is looked at again
 
 Record = Callable[[dict[str, Any]], None]
 Place = tuple[int, int]  # a part, and a document in it
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class SourceWork:
     """What becomes of one source."""
 
     key: str  # such as data.train[0]
@@ -50,26 +48,23 @@ class Work:
 
 @dataclass(slots=True)
 class _Range:
-    """Consecutive documents of a part that are a worker's task, in the order of the source."""
+    """Neighbouring text of a part that is a worker's task, in the order of the source."""
 
-    documents: int
     text_bytes: int
     ends_shard: bool
     after: Place
-    frames: list[bytes] = field(default_factory=list)
-    held: int = 0  # bytes in them
-    lengths: npt.NDArray[np.int64] | None = None  # when it is done
+    encoded: Encoded | None = None  # when it is done
 
 
 class ShardMaker:
     """Runs a source's work on `workers`.
 
     `record` gets {"part": i, "documents": n, "skipped": {file: n}, "reason": text} when a part's text is read, and
-    {"shard": {...}, "after": place} when a shard is complete, in order. Memory: a few ranges a worker, however long
-    a document is.
+    {"shard": {...}, "after": place} when a shard is complete, in order. Memory: the tokens of a few ranges a worker,
+    and a range is a piece of a document where that is long.
     """
 
-    def __init__(self, work: Work, workers: Sequence[TokenizeWorker], record: Record) -> None:
+    def __init__(self, work: SourceWork, workers: Sequence[TokenizeWorker], record: Record) -> None:
         self._work = work
         self._workers = workers
         self._record = record
@@ -77,7 +72,8 @@ class ShardMaker:
         self._opened: dict[int, tuple[Part | SourceConfig, TextDocuments]] = {}
         self._unprepared = work.first[0]  # the next part to prepare
         self._part, self._document = work.first  # where the next range begins
-        self._shard_text = 0  # bytes of text of the shard's ranges so far
+        self._start = 0  # byte of the document
+        self._shard_text = 0  # bytes of text of the shard's documents so far
         self._ranges: deque[_Range] = deque()  # given out and not written
         self._tasks: dict[TokenizeWorker, int | _Range] = {}
         self._writer: TokenShardWriter | None = None
@@ -89,46 +85,43 @@ class ShardMaker:
 
     def run(self) -> None:
         """Make the shards. Raises UserError, OSError, or TrainingError when a worker dies; no shard is half there."""
-        if self._work.source.hub is not None:
-            self._opened[0] = (
-                self._work.source,
-                open_prepared(self._work.source, self._work.on_error, self._work.key),
-            )
+        work = self._work
+        if work.source.hub is not None:
+            self._opened[0] = work.source, open_prepared(work.source, work.on_error, work.key)
             self._unprepared = 1
         try:
-            while True:
-                self._give_tasks()
-                if not self._tasks:
-                    break
-                self._receive_some()
+            while self._give_tasks():
+                at_work: dict[Any, TokenizeWorker] = {worker.answers: worker for worker in self._tasks}
+                for answers in wait([*at_work], _LONGEST_WAIT):
+                    self._receive(at_work[answers])
                 self._record_finished(_SHARDS_FINISHING)
                 self._progress.show()
             if self._writer is not None:
                 self._finish_shard((self._part, self._document))
             self._record_finished(0)
-            self._remove_parts(len(self._work.parts))
+            self._remove_parts(len(work.parts))
         finally:
             if self._writer is not None:
                 self._writer.abort()
             self._finisher.shutdown()
             self._progress.close()
 
-    def _give_tasks(self) -> None:
+    def _give_tasks(self) -> bool:
+        """Gives every worker without a task the next one, if there is one. Whether any is at work."""
+        work = self._work
         for worker in self._workers:
             if worker in self._tasks:
                 continue
-            if self._unprepared < len(self._work.parts) and self._unprepared <= self._part + self._ahead:
-                files = self._work.parts[self._unprepared]
-                task = Prepare(
-                    files, self._work.source.text_field, self._work.on_error, self._work.text_folder
-                )
+            if self._unprepared < len(work.parts) and self._unprepared <= self._part + self._ahead:
                 self._tasks[worker] = self._unprepared
+                files = work.parts[self._unprepared]
+                worker.start(Prepare(files, work.source.text_field, work.on_error, work.text_folder))
                 self._unprepared += 1
-                worker.start(task)
             elif (found := self._cut()) is not None:
                 self._tasks[worker] = found[0]
                 self._ranges.append(found[0])
                 worker.start(found[1])
+        return bool(self._tasks)
 
     def _cut(self) -> tuple[_Range, Encode] | None:
         """The next range, if its text is there and not too many are under way."""
@@ -138,77 +131,50 @@ class ShardMaker:
             self._part, self._document = self._part + 1, 0
         if self._part not in self._opened:
             return None
-        text, documents = self._opened[self._part]
-        first, size = self._document, 0
-        while (
-            self._document < len(documents)
-            and size < _RANGE_BYTES
-            and self._shard_text < self._work.shard_bytes
-        ):
+        work, (text, documents) = self._work, self._opened[self._part]
+        begin, size = (self._document, self._start), 0
+        while self._document < len(documents) and size < _RANGE_BYTES and self._shard_text < work.shard_bytes:
             length = documents.length(self._document)
-            size += length
+            if length - self._start > _RANGE_BYTES:  # the rest of it is the next ranges'
+                stop = last_cut(documents, self._document, self._start, _RANGE_BYTES - size)
+                size += stop - self._start
+                self._start = stop
+                break
+            size += length - self._start
             self._shard_text += length
-            self._document += 1
-        ends_shard = self._shard_text >= self._work.shard_bytes
+            self._document, self._start = self._document + 1, 0
+        ends_shard = self._shard_text >= work.shard_bytes
         if ends_shard:
             self._shard_text = 0
-        work = self._work
-        task = Encode(text, work.key, work.on_error, first, self._document, work.dtype)
-        return _Range(self._document - first, size, ends_shard, (self._part, self._document)), task
-
-    def _waits(self, worker: TokenizeWorker) -> bool:
-        """Whether the worker shall wait for its turn with more tokens than the command wants to hold."""
-        task = self._tasks[worker]
-        return isinstance(task, _Range) and task.held > _HELD_BYTES and task is not self._ranges[0]
-
-    def _receive_some(self) -> None:
-        """A frame of every worker that has one, or nothing after half a second."""
-        workers = {worker.fileno(): worker for worker in self._tasks if not self._waits(worker)}
-        ready = select.poll()
-        for file in workers:
-            ready.register(file, select.POLLIN)
-        for file, _ in ready.poll(500):
-            self._receive(workers[file])
+        end = self._document, self._start
+        task = Encode(text, work.key, work.on_error, begin, end, work.dtype)
+        return _Range(size, ends_shard, (self._part, self._document)), task
 
     def _receive(self, worker: TokenizeWorker) -> None:
-        kind, content = worker.read()
-        task = self._tasks[worker]
-        if kind == TOKENS:
-            assert isinstance(task, _Range)
-            task.frames.append(content)
-            task.held += len(content)
+        result = worker.result()
+        task = self._tasks.pop(worker)
+        if isinstance(task, _Range):
+            task.encoded = result
+            self._write()
         else:
-            del self._tasks[worker]
-            if isinstance(task, _Range):
-                task.lengths = np.frombuffer(content, np.int64)
-            else:
-                self._open_part(task, pickle.loads(content))
-        self._write()
-
-    def _open_part(self, number: int, part: Part) -> None:
-        facts = {"documents": part.documents, "skipped": part.skipped, "reason": part.reason}
-        self._record({"part": number, **facts})
-        self._opened[number] = (part, open_prepared(part, self._work.on_error, self._work.key))
+            facts = {"documents": result.documents, "skipped": result.skipped, "reason": result.reason}
+            self._record({"part": task, **facts})
+            self._opened[task] = result, open_prepared(result, self._work.on_error, self._work.key)
 
     def _write(self) -> None:
         """Writes what has its turn."""
-        while self._ranges:
-            turn = self._ranges[0]
+        while self._ranges and (encoded := self._ranges[0].encoded) is not None:
+            written = self._ranges.popleft()
             if self._writer is None:
                 self._writer = TokenShardWriter(self._prefix(self._shard), self._work.dtype)
-            for frame in turn.frames:
-                self._writer.write(frame)
-            self._progress.tokens += turn.held // np.dtype(self._work.dtype).itemsize
-            turn.frames, turn.held = [], 0
-            if turn.lengths is None:
-                return
-            self._writer.end_documents(turn.lengths)
-            self._written_text += turn.text_bytes
-            self._progress.advance(turn.text_bytes, turn.after[0], self._opened[turn.after[0]][1].num_bytes)
-            self._ranges.popleft()
-            if turn.ends_shard:
-                self._finish_shard(turn.after)
-            self._remove_parts(turn.after[0])
+            self._writer.write(*encoded)
+            self._written_text += written.text_bytes
+            part, _ = written.after
+            self._progress.tokens += len(encoded.tokens) // np.dtype(self._work.dtype).itemsize
+            self._progress.advance(written.text_bytes, part, self._opened[part][1].num_bytes)
+            if written.ends_shard:
+                self._finish_shard(written.after)
+            self._remove_parts(part)
 
     def _remove_parts(self, before: int) -> None:
         for number in [number for number in self._opened if number < before]:
@@ -242,7 +208,7 @@ def _finish(writer: TokenShardWriter) -> WrittenShard:
 class _Progress:
     """One line that changes on a terminal, and otherwise a line every ten seconds."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: SourceWork) -> None:
         self.tokens = 0
         self._key = work.key
         self._sizes = [sum(max(0, file.size) for file in part) for part in work.parts]

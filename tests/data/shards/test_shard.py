@@ -63,12 +63,13 @@ def test_the_type_is_the_one_megatron_chooses(megatron: Any) -> None:
 
 
 def test_pieces_of_documents(tmp_path: Path) -> None:
-    """`write` and `end_documents` give the file that `add` gives, with the same hashes."""
-    stored = np.concatenate([np.array(document, "<u2") for document in DOCUMENTS]).tobytes()
+    """`write` gives the file that `add` gives, with the same hashes."""
+    stored = np.concatenate([np.array(document, "<u2") for document in DOCUMENTS])
+    ends = np.cumsum([len(document) for document in DOCUMENTS])
     with TokenShardWriter(tmp_path / "pieces", "<u2") as writer:
-        for begin in range(0, len(stored), 6):
-            writer.write(stored[begin : begin + 6])
-        writer.end_documents(np.array([len(document) for document in DOCUMENTS]))
+        for begin in range(0, len(stored), 3):
+            inside = ends[(ends > begin) & (ends <= begin + 3)]
+            writer.write(stored[begin : begin + 3].tobytes(), inside - begin)
         pieces = writer.finish()
     with TokenShardWriter(tmp_path / "whole", "<u2") as writer:
         for document in DOCUMENTS:
@@ -99,7 +100,7 @@ def test_ids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
                 writer.add(wrong)
     with TokenShardWriter(tmp_path / "a", "uint16") as writer:
         with pytest.raises(UserError, match="a document of 2147483648 tokens is longer"):
-            writer.end_documents(np.array([3, 1 << 31]))
+            writer.write(b"", np.array([3, 3 + (1 << 31)]))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

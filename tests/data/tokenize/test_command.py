@@ -123,11 +123,11 @@ def test_both_roads_give_the_same_batches(
 
 
 def test_long_documents_are_cut_into_the_segments_of_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Two megabytes without a space: where it is cut shows in the tokens."""
+    """Several megabytes without a space: where it is cut shows in the tokens, also between two workers' ranges."""
     random_state = np.random.default_rng(0)
-    long = "".join(random_state.choice(list("abcdé"), 700_000).tolist())
+    long = "".join(random_state.choice(list("abcdé"), 2_000_000).tolist())
     path = write_json_lines(tmp_path / "a.jsonl", ["short", long, "last one"])
-    make(configure(tokenizer, [path]), tmp_path / "out")
+    make(configure(tokenizer, [path]), tmp_path / "out", workers=2)
     raw = open_source(SourceConfig(path=path), "k", DataConfig(cache=str(tmp_path / "cache")), tokenizer)
     assert documents_of(open_output(tmp_path / "out" / "train-0", tokenizer)) == documents_of(raw)
 
@@ -196,7 +196,6 @@ import sys
 from pathlib import Path
 from mf_train.config import Config, DataConfig, SourceConfig, TokenizerConfig
 from mf_train.data.tokenize.command import tokenize
-from mf_train.data.tokenize.worker import Encode, TokenizeWorker
 tokenizer, text, output, shard_bytes = sys.argv[1:]
 config = Config(data=DataConfig(train=(SourceConfig(path=text),)), tokenizer=TokenizerConfig(path=tokenizer))
 try:
@@ -327,7 +326,8 @@ peaks = []
 """ + RUN + "print(peak('self'), max(peaks))"  # fmt: skip
     peaks = []
     for name, size in (("small", 10_000), ("large", 30_000_000)):
-        path = write_json_lines(tmp_path / f"{name}.jsonl", ["a few words of it " * (size // 18)] * 2)
+        path = str(tmp_path / f"{name}.txt")  # a line of JSON is parsed as a whole
+        Path(path).write_text("a few words of it " * (size // 18))
         command = [sys.executable, "-c", code, str(tokenizer.path), path, str(tmp_path / name), "1000000"]
         done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
         peaks.append([int(kilobytes) for kilobytes in done.stdout.splitlines()[-1].split()])
@@ -543,13 +543,13 @@ def test_errors_of_workers_keep_their_kind(tokenizer: Tokenizer, text: str, tmp_
     gone = dataclasses.replace(part, path=tmp_path / "gone")
     cases: list[tuple[Encode, type[Exception], str]] = [
         (
-            Encode(SourceConfig(hub=str(tmp_path / "no")), "data.train[0]", "raise", 0, 1, "<u2"),
+            Encode(SourceConfig(hub=str(tmp_path / "no")), "data.train[0]", "raise", (0, 0), (1, 0), "<u2"),
             UserError,
             r"data.train\[0\].hub: .* cannot be loaded",
         ),
-        (Encode(gone, "data.train[0]", "raise", 0, 1, "<u2"), OSError, "No such file .*gone"),
+        (Encode(gone, "data.train[0]", "raise", (0, 0), (1, 0), "<u2"), OSError, "No such file .*gone"),
         (
-            Encode(part, "k", "raise", 0, 1, "words"),
+            Encode(part, "k", "raise", (0, 0), (1, 0), "words"),
             TrainingError,
             "a process failed while it tokenised documents 0 to 0",
         ),
@@ -559,7 +559,7 @@ def test_errors_of_workers_keep_their_kind(tokenizer: Tokenizer, text: str, tmp_
         for task, kind, message in cases:
             worker.start(task)
             with pytest.raises(kind, match=message):
-                worker.read()
+                worker.result()
             worker.task = None
     finally:
         worker.close()

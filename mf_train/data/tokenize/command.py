@@ -28,7 +28,7 @@ from mf_train.data.shards.shard import index_bytes, token_dtype
 from mf_train.data.shards.token_files import MANIFEST, MANIFEST_FORMAT
 from mf_train.data.text.store import parts_of
 from mf_train.data.tokenize.shards import Place, ShardMaker, SourceWork
-from mf_train.data.tokenize.worker import TokenizeWorker, open_prepared
+from mf_train.data.tokenize.worker import Workers, open_prepared
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 
@@ -75,13 +75,11 @@ def tokenize(config: Config, output: Path, workers: int, shard_bytes: int = SHAR
         manifest = _describe(config, tokenizer, sources, shard_bytes)
         _claim(output, manifest)
         with ExitStack() as stack:
-            pool: list[TokenizeWorker] = []
+            pool = Workers(workers, str(tokenizer.path))
+            stack.callback(pool.close)
             for source, described in zip(sources, manifest["sources"], strict=True):
                 log = _Log(output / source.folder, np.dtype(manifest["dtype"]).itemsize)
                 if not log.done:
-                    while len(pool) < workers:
-                        pool.append(TokenizeWorker(str(tokenizer.path)))
-                        stack.callback(pool[-1].close)
                     _make(source, config, output, manifest, log, pool)
                 described.update(log.totals())
                 _write_json(
@@ -273,7 +271,7 @@ def _make(
     output: Path,
     manifest: dict[str, Any],
     log: _Log,
-    pool: Sequence[TokenizeWorker],
+    pool: Workers,
 ) -> None:
     folder = output / source.folder
     described = next(item for item in manifest["sources"] if item["folder"] == source.folder)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from mf_train.data.documents import TextDocuments, last_cut
 from mf_train.data.files.input_files import InputFile
 from mf_train.data.shards.shard import TokenShardWriter, WrittenShard
 from mf_train.data.text.store import Part
-from mf_train.data.tokenize.worker import Encode, Encoded, Prepare, TokenizeWorker, open_prepared
+from mf_train.data.tokenize.worker import Encode, Encoded, Prepare, Workers, open_prepared
 
 _RANGE_BYTES = 1 << 20  # of text, for one task: a little more, or a piece of a longer document
 _RANGES_AHEAD = 4  # a worker
@@ -28,6 +27,7 @@ _LONGEST_WAIT = 0.5  # seconds until the progress is looked at again
 
 Record = Callable[[dict[str, Any]], None]
 Place = tuple[int, int]  # a part, and a document in it
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,36 +46,31 @@ class SourceWork:
     first: Place  # where the first shard begins
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Range:
     """Neighbouring text of a part that is a worker's task, in the order of the source."""
 
+    after: Place
     text_bytes: int
     ends_shard: bool
-    after: Place
-    encoded: Encoded | None = None  # when it is done
+    encoded: Future[Encoded]
 
 
 class ShardMaker:
-    """Runs a source's work on `workers`.
+    """Has `workers` do a source's work.
 
     `record` gets {"part": i, "documents": n, "skipped": {file: n}, "reason": text} when a part's text is read, and
     {"shard": {...}, "after": place} when a shard is complete, in order. Memory: the tokens of a few ranges a worker,
     and a range is a piece of a document where that is long.
     """
 
-    def __init__(self, work: SourceWork, workers: Sequence[TokenizeWorker], record: Record) -> None:
+    def __init__(self, work: SourceWork, workers: Workers, record: Record) -> None:
         self._work = work
         self._workers = workers
         self._record = record
-        self._ahead = 1 + len(workers) // 16  # preparing text is some twenty times as fast as tokenising it
         self._opened: dict[int, tuple[Part | SourceConfig, TextDocuments]] = {}
-        self._unprepared = work.first[0]  # the next part to prepare
-        self._part, self._document = work.first  # where the next range begins
-        self._start = 0  # byte of the document
-        self._shard_text = 0  # bytes of text of the shard's documents so far
         self._ranges: deque[_Range] = deque()  # given out and not written
-        self._tasks: dict[TokenizeWorker, int | _Range] = {}
+        self._cut_text = 0  # bytes of text of the shard's documents that are given out
         self._writer: TokenShardWriter | None = None
         self._shard = work.first_shard
         self._written_text = 0  # of the current shard
@@ -85,86 +80,73 @@ class ShardMaker:
 
     def run(self) -> None:
         """Make the shards. Raises UserError, OSError, or TrainingError when a worker dies; no shard is half there."""
-        work = self._work
-        if work.source.hub is not None:
-            self._opened[0] = work.source, open_prepared(work.source, work.on_error, work.key)
-            self._unprepared = 1
         try:
-            while self._give_tasks():
-                at_work: dict[Any, TokenizeWorker] = {worker.answers: worker for worker in self._tasks}
-                for answers in wait([*at_work], _LONGEST_WAIT):
-                    self._receive(at_work[answers])
-                self._record_finished(_SHARDS_FINISHING)
-                self._progress.show()
+            for part in self._open_parts():
+                for piece in self._cut(part):
+                    self._write(_RANGES_AHEAD * self._workers.count - 1)
+                    self._ranges.append(piece)
+            self._write(0)
             if self._writer is not None:
-                self._finish_shard((self._part, self._document))
+                self._finish_shard((len(self._work.parts), 0))
             self._record_finished(0)
-            self._remove_parts(len(work.parts))
+            self._remove_parts(len(self._work.parts))
         finally:
             if self._writer is not None:
                 self._writer.abort()
             self._finisher.shutdown()
             self._progress.close()
 
-    def _give_tasks(self) -> bool:
-        """Gives every worker without a task the next one, if there is one. Whether any is at work."""
+    def _open_parts(self) -> Iterator[int]:
+        """The parts that are not in shards yet, in order; those that come next are prepared meanwhile."""
         work = self._work
-        for worker in self._workers:
-            if worker in self._tasks:
-                continue
-            if self._unprepared < len(work.parts) and self._unprepared <= self._part + self._ahead:
-                self._tasks[worker] = self._unprepared
-                files = work.parts[self._unprepared]
-                worker.start(Prepare(files, work.source.text_field, work.on_error, work.text_folder))
-                self._unprepared += 1
-            elif (found := self._cut()) is not None:
-                self._tasks[worker] = found[0]
-                self._ranges.append(found[0])
-                worker.start(found[1])
-        return bool(self._tasks)
+        if work.source.hub is not None:
+            self._opened[0] = work.source, open_prepared(work.source, work.on_error, work.key)
+            yield 0
+            return
+        preparing: deque[Future[Part]] = deque()
+        ahead = 2 + self._workers.count // 16  # preparing text is some twenty times as fast as tokenising it
+        for number in range(work.first[0], len(work.parts)):
+            for files in work.parts[number + len(preparing) : number + ahead]:
+                task = Prepare(files, work.source.text_field, work.on_error, work.text_folder)
+                preparing.append(self._workers.submit(task))
+            part = self._wait(preparing.popleft())
+            facts = {"documents": part.documents, "skipped": part.skipped, "reason": part.reason}
+            self._record({"part": number, **facts})
+            self._opened[number] = part, open_prepared(part, work.on_error, work.key)
+            yield number
 
-    def _cut(self) -> tuple[_Range, Encode] | None:
-        """The next range, if its text is there and not too many are under way."""
-        if len(self._ranges) >= _RANGES_AHEAD * len(self._workers):
-            return None
-        while self._part in self._opened and self._document == len(self._opened[self._part][1]):
-            self._part, self._document = self._part + 1, 0
-        if self._part not in self._opened:
-            return None
-        work, (text, documents) = self._work, self._opened[self._part]
-        begin, size = (self._document, self._start), 0
-        while self._document < len(documents) and size < _RANGE_BYTES and self._shard_text < work.shard_bytes:
-            length = documents.length(self._document)
-            if length - self._start > _RANGE_BYTES:  # the rest of it is the next ranges'
-                stop = last_cut(documents, self._document, self._start, _RANGE_BYTES - size)
-                size += stop - self._start
-                self._start = stop
-                break
-            size += length - self._start
-            self._shard_text += length
-            self._document, self._start = self._document + 1, 0
-        ends_shard = self._shard_text >= work.shard_bytes
-        if ends_shard:
-            self._shard_text = 0
-        end = self._document, self._start
-        task = Encode(text, work.key, work.on_error, begin, end, work.dtype)
-        return _Range(size, ends_shard, (self._part, self._document)), task
+    def _cut(self, part: int) -> Iterator[_Range]:
+        """The ranges of a part, each given out when it is asked for."""
+        work, (text, documents) = self._work, self._opened[part]
+        document, start = work.first[1] if part == work.first[0] else 0, 0
+        while document < len(documents):
+            begin, size = (document, start), 0
+            while document < len(documents) and size < _RANGE_BYTES and self._cut_text < work.shard_bytes:
+                left = documents.length(document) - start
+                if left > _RANGE_BYTES:  # the rest of it is the next ranges'
+                    stop = last_cut(documents, document, start, _RANGE_BYTES - size)
+                    size += stop - start
+                    start = stop
+                    break
+                size += left
+                self._cut_text += start + left
+                document, start = document + 1, 0
+            ends_shard = self._cut_text >= work.shard_bytes
+            if ends_shard:
+                self._cut_text = 0
+            task = Encode(text, work.key, work.on_error, begin, (document, start), work.dtype)
+            yield _Range((part, document), size, ends_shard, self._workers.submit(task))
 
-    def _receive(self, worker: TokenizeWorker) -> None:
-        result = worker.result()
-        task = self._tasks.pop(worker)
-        if isinstance(task, _Range):
-            task.encoded = result
-            self._write()
-        else:
-            facts = {"documents": result.documents, "skipped": result.skipped, "reason": result.reason}
-            self._record({"part": task, **facts})
-            self._opened[task] = result, open_prepared(result, self._work.on_error, self._work.key)
+    def _wait(self, future: Future[T]) -> T:
+        while not wait([future], _LONGEST_WAIT).done:
+            self._progress.show()
+        return future.result()
 
-    def _write(self) -> None:
-        """Writes what has its turn."""
-        while self._ranges and (encoded := self._ranges[0].encoded) is not None:
+    def _write(self, most_left: int) -> None:
+        """Writes the ranges whose turn it is, until `most_left` are left."""
+        while len(self._ranges) > most_left:
             written = self._ranges.popleft()
+            encoded = self._wait(written.encoded)
             if self._writer is None:
                 self._writer = TokenShardWriter(self._prefix(self._shard), self._work.dtype)
             self._writer.write(*encoded)
@@ -172,8 +154,10 @@ class ShardMaker:
             part, _ = written.after
             self._progress.tokens += len(encoded.tokens) // np.dtype(self._work.dtype).itemsize
             self._progress.advance(written.text_bytes, part, self._opened[part][1].num_bytes)
+            self._progress.show()
             if written.ends_shard:
                 self._finish_shard(written.after)
+            self._record_finished(_SHARDS_FINISHING)
             self._remove_parts(part)
 
     def _remove_parts(self, before: int) -> None:

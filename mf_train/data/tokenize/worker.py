@@ -1,13 +1,16 @@
-"""A process that prepares text and tokenises ranges of it, and the command's end of the pipes to it."""
+"""Processes that prepare text and tokenise ranges of it, and the command's end of the pipes to them."""
 
 from __future__ import annotations
 
 import pickle
 import signal
+import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -73,50 +76,60 @@ class Encoded(NamedTuple):
     ends: npt.NDArray[np.int64]
 
 
-class TokenizeWorker:
-    """A running process and the task it has, if any."""
+class Workers:
+    """`count` processes that work on tasks, each for a thread that waits for it. They start with the first task."""
 
-    def __init__(self, tokenizer_path: str) -> None:
-        self.task: Prepare | Encode | None = None
-        self._child = Child(__name__, MOST_PIPE_BYTES)
-        self.process = self._child.process
-        self.answers = self._child.answers  # readable when the task is done, or the process has died
-        self._child.send(tokenizer_path)
+    def __init__(self, count: int, tokenizer_path: str) -> None:
+        self.count = count
+        self._tokenizer_path = tokenizer_path
+        self._children: list[Child] = []
+        self._idle: SimpleQueue[Child] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(count)
 
-    def start(self, task: Prepare | Encode) -> None:
-        """Give a task to a process that has none."""
-        assert self.task is None
-        self.task = task
-        self._child.send(task)
+    def submit(self, task: Prepare | Encode) -> Future[Any]:
+        """The task's result, once it is there.
 
-    def result(self) -> Any:
-        """Wait for the task's result.
-
-        Raises what the task raised (UserError, OSError), and TrainingError when the process has died.
+        The future raises what the task raised (UserError, OSError), and TrainingError when its process has died.
         """
-        try:
-            kind, content = self.answers.recv()
-        except (EOFError, OSError):  # the end of the pipe, between two answers or within one
-            raise self._death() from None
-        if kind != _RESULT:
-            raise error_of(
-                kind, f"a process failed while it {self.task}:\n{content}" if kind == OTHER_ERROR else content
-            )
-        self.task = None
-        return content
+        while len(self._children) < self.count:
+            child = Child(__name__, MOST_PIPE_BYTES)
+            self._children.append(child)
+            child.send(self._tokenizer_path)
+            self._idle.put(child)
+        return self._threads.submit(self._run, task)
 
     def close(self) -> None:
-        """End the process, whatever it does."""
-        self._child.close(patience=0.0)
+        """End the processes, whatever they do."""
+        for child in self._children:
+            child.process.kill()  # which ends the waiting of its thread
+        self._threads.shutdown(cancel_futures=True)
+        for child in self._children:
+            child.close(patience=0.0)
 
-    def _death(self) -> TrainingError:
-        status = self.process.wait()
-        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-        hint = ", as the system does when memory runs out" if status == -signal.SIGKILL else ""
-        return TrainingError(
-            f"process {self.process.pid} {how}{hint} while it {self.task}: finished shards are kept; "
-            "run the command again to go on"
-        )
+    def _run(self, task: Prepare | Encode) -> Any:
+        child = self._idle.get()
+        try:
+            child.send(task)
+            kind, content = child.answers.recv()
+        except (EOFError, OSError):  # the end of the pipe, between two answers or within one
+            raise _death(child.process, task) from None
+        finally:
+            self._idle.put(child)
+        if kind == OTHER_ERROR:
+            content = f"a process failed while it {task}:\n{content}"
+        if kind != _RESULT:
+            raise error_of(kind, content)
+        return content
+
+
+def _death(process: subprocess.Popen[bytes], task: Prepare | Encode) -> TrainingError:
+    status = process.wait()
+    how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+    hint = ", as the system does when memory runs out" if status == -signal.SIGKILL else ""
+    return TrainingError(
+        f"process {process.pid} {how}{hint} while it {task}: finished shards are kept; "
+        "run the command again to go on"
+    )
 
 
 def main(answers: int) -> None:

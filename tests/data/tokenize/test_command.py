@@ -29,7 +29,7 @@ from mf_train.data.sources import open_source
 from mf_train.data.stream.stream import TokenStream
 from mf_train.data.text.store import prepare_part
 from mf_train.data.tokenize.command import tokenize
-from mf_train.data.tokenize.worker import Encode, TokenizeWorker
+from mf_train.data.tokenize.worker import Encode, Workers
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import TrainingError, UserError
 from tests.data.texts import json_lines, random_documents, write_json_lines
@@ -314,14 +314,14 @@ def test_an_interrupted_run_ends_its_workers(
 @pytest.mark.slow
 def test_memory_does_not_grow_with_a_document(repository: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     code = """
-from mf_train.data.tokenize.worker import TokenizeWorker
+from mf_train.data.tokenize.worker import Workers
 def peak(process):
     (line,) = (line for line in open(f"/proc/{process}/status") if line.startswith("VmHWM"))
     return int(line.split()[1])
-def close(self, close=TokenizeWorker.close):
-    peaks.append(peak(self.process.pid))
+def close(self, close=Workers.close):
+    peaks.extend(peak(child.process.pid) for child in self._children)
     close(self)
-TokenizeWorker.close = close
+Workers.close = close
 peaks = []
 """ + RUN + "print(peak('self'), max(peaks))"  # fmt: skip
     peaks = []
@@ -554,12 +554,10 @@ def test_errors_of_workers_keep_their_kind(tokenizer: Tokenizer, text: str, tmp_
             "a process failed while it tokenised documents 0 to 0",
         ),
     ]
-    worker = TokenizeWorker(str(tokenizer.path))
+    workers = Workers(1, str(tokenizer.path))
     try:
         for task, kind, message in cases:
-            worker.start(task)
             with pytest.raises(kind, match=message):
-                worker.result()
-            worker.task = None
+                workers.submit(task).result()
     finally:
-        worker.close()
+        workers.close()

@@ -23,6 +23,7 @@ from mf_train.data.stream.stream import merge_states
 from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.data.workers.batches import BatchReader
 from mf_train.errors import PeerError, TrainingError, UserError
+from mf_train.exit_status import DONE, STOPPED
 from mf_train.model import MemoryFormer
 from mf_train.model.initialise import initialise
 from mf_train.parallel.agreement import agree, of_first_rank, together, together_slowly
@@ -56,7 +57,6 @@ from mf_train.training.warm_up import compile_kernels
 if TYPE_CHECKING:
     from mf_train.training.profile import Part, Profile
 
-DONE, STOPPED = 0, 75
 _PROFILED = {  # what a profile calls the time in these methods of a run
     "_next_batch": "read batch",
     "_agree_on_batch": "agree on batch",
@@ -466,7 +466,7 @@ class _Run:
             self.metrics.write(metrics | self.saving.take_metrics())
         except TrainingError as error:
             self.unwritten = error  # the other ranks learn of it when they save or agree on the next batch
-        self.line.show(metrics)
+        self.line.show_step(metrics)
         for warning in alarm_lines(self.step, metrics.get("alarms", ())):
             self.line.say(warning)
         if "validation_loss" in metrics:

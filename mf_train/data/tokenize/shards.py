@@ -19,6 +19,7 @@ from mf_train.data.files.input_files import InputFile
 from mf_train.data.shards.shard import TokenShardWriter, WrittenShard
 from mf_train.data.text.store import Part
 from mf_train.data.tokenize.worker import Encode, Encoded, Prepare, Workers, open_prepared
+from mf_train.progress import ProgressLine
 
 _RANGE_BYTES = 1 << 20  # of text, for one task: a little more, or a piece of a longer document
 _RANGES_AHEAD = 4  # a worker
@@ -139,7 +140,7 @@ class ShardMaker:
 
     def _wait(self, future: Future[T]) -> T:
         while not wait([future], _LONGEST_WAIT).done:
-            self._progress.show()
+            self._progress.show_rate()
         return future.result()
 
     def _write(self, most_left: int) -> None:
@@ -154,7 +155,7 @@ class ShardMaker:
             part, _ = written.after
             self._progress.tokens += len(encoded.tokens) // np.dtype(self._work.dtype).itemsize
             self._progress.advance(written.text_bytes, part, self._opened[part][1].num_bytes)
-            self._progress.show()
+            self._progress.show_rate()
             if written.ends_shard:
                 self._finish_shard(written.after)
             self._record_finished(_SHARDS_FINISHING)
@@ -189,18 +190,17 @@ def _finish(writer: TokenShardWriter) -> WrittenShard:
         return writer.finish()
 
 
-class _Progress:
+class _Progress(ProgressLine):
     """One line that changes on a terminal, and otherwise a line every ten seconds."""
 
     def __init__(self, work: SourceWork) -> None:
+        super().__init__(sys.stderr)
         self.tokens = 0
         self._key = work.key
         self._sizes = [sum(max(0, file.size) for file in part) for part in work.parts]
         self._text_bytes = 0
-        self._terminal = sys.stderr.isatty()
         self._started = time.monotonic()
-        self._next = self._started + (0.5 if self._terminal else 10)
-        self._shown = False
+        self._next = self._started + (0.5 if self.terminal else 10)
         self._input = self._first_input = float(sum(self._sizes[: work.first[0]]))
 
     def advance(self, text_bytes: int, part: int, part_text_bytes: int) -> None:
@@ -208,12 +208,11 @@ class _Progress:
         self._text_bytes += text_bytes
         self._input += self._sizes[part] * text_bytes / part_text_bytes
 
-    def show(self) -> None:
+    def show_rate(self) -> None:
         now = time.monotonic()
         if now < self._next:
             return
-        self._next = now + (0.5 if self._terminal else 10)
-        self._shown = True
+        self._next = now + (0.5 if self.terminal else 10)
         seconds = now - self._started
         line = (
             f"{self._key}: {self._text_bytes / 1e6:,.0f} MB of text, {self.tokens / 1e6:,.1f} M tokens, "
@@ -223,11 +222,4 @@ class _Progress:
             total = sum(self._sizes)
             left = seconds * (total - self._input) / (self._input - self._first_input)
             line += f", {self._input / total:.0%}, {left / 60:,.0f} minutes left"
-        if self._terminal:
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._shown and self._terminal:
-            print(file=sys.stderr)
+        self.show(line)

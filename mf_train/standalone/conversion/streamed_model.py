@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,21 +114,9 @@ def streamed_model(config: ModelConfig, weights: Weights) -> MemoryFormer:
     with torch.device("meta"):
         model = MemoryFormer(config).to(weights.dtype)
     for name, module in list(model.named_modules()):
-        swapped: nn.Module
-        if type(module) is Lookup:
-            swapped = _StreamedLookup(name, module, weights)
-        elif type(module) is Embedding:
-            swapped = _StreamedEmbedding(name, weights)
-        elif type(module) is Head:
-            swapped = _StreamedHead(name, module, weights)
-        elif type(module) is nn.Linear:
-            swapped = _StreamedLinear(name, module, weights)
-        elif type(module) is Hash:
-            swapped = _PlainHash(module.bits, module.temperature, module.score)
-        else:
-            continue
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, swapped)
+        if (streamed := _STREAMED.get(type(module))) is not None:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, streamed(name, module, weights))
     small = {name: weights.rows(name, torch.zeros(1, dtype=torch.long))[0][0] for name in model.state_dict()}
     model.load_state_dict(small, assign=True)
     return model.requires_grad_(False).eval()
@@ -157,21 +146,22 @@ def _force_codes(model: nn.Module, forced: Mapping[str, Tensor]) -> Iterator[Non
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, Hash) and name in forced:
-                codes = forced[name].unsqueeze(0)
-
-                def replace(
-                    module: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor], codes: Tensor = codes
-                ) -> tuple[Tensor, Tensor]:
-                    return codes, outputs[1]
-
-                hooks.enter_context(module.register_forward_hook(replace))
+                hook = partial(_replace_codes, forced[name].unsqueeze(0))
+                hooks.enter_context(module.register_forward_hook(hook))
         yield
+
+
+def _replace_codes(codes: Tensor, module: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]) -> Any:
+    return codes, outputs[1]
 
 
 class _PlainHash(Hash):
     """A Hash that calls the backend without torch's custom operator, whose first call imports torch's compiler: 150 MB
     and more than a second.
     """
+
+    def __init__(self, name: str, plain: Hash, source: Weights) -> None:
+        super().__init__(plain.bits, plain.temperature, plain.score)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         codes, weights = find_backend("auto", x).hash_codes(
@@ -235,7 +225,7 @@ def _gather(
 class _StreamedEmbedding(nn.Module):
     """An Embedding: integers [...] -> [..., D]."""
 
-    def __init__(self, name: str, source: Weights) -> None:
+    def __init__(self, name: str, plain: Embedding, source: Weights) -> None:
         super().__init__()
         self.name, self.source = f"{name}.weight", source
 
@@ -281,6 +271,15 @@ class _StreamedLinear(nn.Module):
             weight = self.source.rows(self.name, rows)[0]
             parts.append(F.linear(x, weight, self.bias[rows[0] : rows[-1] + 1]))
         return torch.cat(parts, dim=-1)
+
+
+_STREAMED: dict[type[nn.Module], Callable[[str, Any, Weights], nn.Module]] = {
+    Hash: _PlainHash,
+    Lookup: _StreamedLookup,
+    Embedding: _StreamedEmbedding,
+    Head: _StreamedHead,
+    nn.Linear: _StreamedLinear,
+}
 
 
 def _slices(height: int, step: int, width: int) -> Iterator[Tensor]:

@@ -22,10 +22,11 @@ from mf_train.errors import TrainingError, UserError
 from mf_train.standalone.conversion import check, weights
 from mf_train.standalone.conversion.certificate import hash_files
 from mf_train.standalone.conversion.check import (
+    BY_CERTIFICATE,
     check_conversion,
+    differing,
     differing_figures,
     differing_from_checkpoint,
-    differing_hashes,
 )
 from mf_train.standalone.conversion.convert import convert, open_checkpoint
 from mf_train.standalone.conversion.proof import prove
@@ -139,7 +140,9 @@ def good(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.fixture(scope="module")
 def converted(checkpoint: Path) -> dict[str, dict[str, str]]:
     """The tensors' hashes that the checkpoint gives in each dtype."""
-    return {dtype: check.converted_hashes(CheckpointReader(checkpoint), dtype) for dtype in DTYPES}
+    reader = CheckpointReader(checkpoint)
+    tensors = {dtype: weights.stored_tensors(reader.shapes, getattr(torch, dtype)) for dtype in DTYPES}
+    return {dtype: weights.convert_weights(reader, tensors[dtype], lambda *_: None) for dtype in DTYPES}
 
 
 def repair_manifest(checkpoint: Path) -> None:
@@ -180,14 +183,14 @@ def by_hash(model: Path) -> list[str]:
     """First line of defence."""
     tree = certificate_of(model)
     found = check.hash_tensors(model) | dict(hash_files(model))
-    return list(differing_hashes(tree["tensors"] | tree["files"], found))
+    return list(differing(found, tree["tensors"] | tree["files"], BY_CERTIFICATE))
 
 
 def by_conversion(checkpoint: Path, model: Path) -> list[str]:
     """Second line of defence."""
     reader, config = open_checkpoint(checkpoint)
-    tensors, files = check.hash_tensors(model), dict(hash_files(model))
-    return list(differing_from_checkpoint(reader, config, certificate_of(model), tensors, files))
+    found = check.hash_tensors(model) | dict(hash_files(model))
+    return list(differing_from_checkpoint(reader, config, certificate_of(model), found))
 
 
 def by_results(checkpoint: Path, model: Path) -> str:

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -23,6 +24,7 @@ from mf_train.checkpoint.layout import (
     Manifest,
     assign_parts,
     part_name,
+    read_manifest,
 )
 from mf_train.checkpoint.probe import probe_tensors, random_tokens
 from mf_train.checkpoint.read import CheckpointReader
@@ -33,6 +35,7 @@ from mf_train.model import MemoryFormer
 from mf_train.model.memory import record_codes
 from mf_train.model.sharding import slice_of_rank, split_dimension
 from mf_train.standalone.conversion.streamed_model import CheckpointWeights, compute, streamed_model
+from mf_train.standalone.folder import CERTIFICATE
 from tests.training.runs import TOKENIZER as SHIPPED
 
 
@@ -116,6 +119,19 @@ def records(folder: Path) -> dict[str, FileRecord]:
     """Sizes and checksums of the files of a checkpoint, but the manifest's own."""
     contents = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     return {name: FileRecord(len(data), zlib.crc32(data)) for name, data in contents.items()}
+
+
+def renew_manifest(checkpoint: Path) -> None:
+    """Have the manifest hold the files of a checkpoint as they are now."""
+    manifest = read_manifest(checkpoint, check_sizes=False)
+    manifest.files.clear()
+    manifest.files.update(records(checkpoint))
+    (checkpoint / MANIFEST).write_text(manifest.to_json())
+
+
+def certificate_of(model: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads((model / CERTIFICATE).read_text())
+    return tree
 
 
 def random_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -74,30 +74,28 @@ def tokenize(config: Config, output: Path, workers: int, shard_bytes: int = SHAR
         sources = _find_sources(config)
         manifest = _describe(config, tokenizer, sources, shard_bytes)
         _claim(output, manifest)
-        with ExitStack() as stack:
-            pool = Workers(workers, str(tokenizer.path))
-            stack.callback(pool.close)
+        with closing(Workers(workers, str(tokenizer.path))) as pool:
             for source, described in zip(sources, manifest["sources"], strict=True):
-                log = _Log(output / source.folder, np.dtype(manifest["dtype"]).itemsize)
+                folder = output / source.folder
+                log = _Log(folder, np.dtype(manifest["dtype"]).itemsize)
                 if not log.done:
-                    _make(source, config, output, manifest, log, pool)
+                    _write_source_manifest(folder, manifest, described, log, complete=False)
+                    _make(source, folder, manifest, log, pool)
                 described.update(log.totals())
-                _write_json(
-                    output / source.folder / MANIFEST, _source_manifest(manifest, described, log, True)
-                )
-                yield _summary(output / source.folder, described)
+                _write_source_manifest(folder, manifest, described, log, complete=True)
+                yield _summary(folder, described)
         rmtree(output / _TEXT, ignore_errors=True)
         _write_json(output / MANIFEST, {**manifest, "complete": True})
     yield "train on it with:"
-    yield from _config_lines(config, output, sources)
+    yield from _config_lines(output, sources)
 
 
 def _find_sources(config: Config) -> list[_Source]:
-    sources = []
-    for part in ("train", "validation"):
-        for index, source in enumerate(getattr(config.data, part)):
-            key = f"data.{part}[{index}]"
-            sources.append(_find_source(source, key, f"{part}-{index}", config.data.on_error))
+    sources = [
+        _find_source(source, f"data.{part}[{index}]", f"{part}-{index}", config.data.on_error)
+        for part in ("train", "validation")
+        for index, source in enumerate(getattr(config.data, part))
+    ]
     if not sources:
         raise UserError("data.train is empty: name at least one source of text")
     return sources
@@ -107,12 +105,8 @@ def _find_source(source: SourceConfig, key: str, folder: str, on_error: OnError)
     files = []
     identity: list[Any] = [source.text_field, on_error]
     if source.hub is not None:
-        identity += [
-            source.hub,
-            source.hub_config,
-            source.split,
-            open_prepared(source, on_error, key).fingerprint,
-        ]
+        documents = open_prepared(source, on_error, key)
+        identity += [source.hub, source.hub_config, source.split, documents.fingerprint]
     else:
         files = find_files(source.path or "", key)
         if is_token_shard(files[0]):
@@ -186,10 +180,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[
         return
     for was, source in zip(before["sources"], now["sources"], strict=True):
         if was["inputs"] != source["inputs"]:
-            changed = [key for key in ("name", "text_field", "files") if was[key] != source[key]]
-            key = (
-                changed[0] if changed else "inputs"
-            )  # a file's size or time of change, or a data set's content
+            # "inputs": a file's size or time of change, or a data set's content
+            key = next((key for key in ("name", "text_field", "files") if was[key] != source[key]), "inputs")
             yield f"{source['folder']}: {key}", was[key], source[key]
 
 
@@ -261,49 +253,36 @@ class _Log:
                 path.unlink()
 
 
-def _make(
-    source: _Source,
-    config: Config,
-    output: Path,
-    manifest: dict[str, Any],
-    log: _Log,
-    pool: Workers,
-) -> None:
-    folder = output / source.folder
-    described = next(item for item in manifest["sources"] if item["folder"] == source.folder)
-    _write_json(
-        folder / MANIFEST, _source_manifest(manifest, described, log, False)
-    )  # not to be trained on yet
-    rmtree(output / _TEXT, ignore_errors=True)
+def _make(source: _Source, folder: Path, manifest: dict[str, Any], log: _Log, workers: Workers) -> None:
+    text_folder = folder.parent / _TEXT
+    rmtree(text_folder, ignore_errors=True)
     work = SourceWork(
         key=source.key,
         source=source.config,
         parts=parts_of(source.files) if source.files else [[]],
-        on_error=config.data.on_error,
+        on_error=manifest["on_error"],
         dtype=manifest["dtype"],
         folder=folder,
-        text_folder=output / _TEXT,
+        text_folder=text_folder,
         shard_bytes=manifest["shard_bytes"],
         first_shard=len(log.shards),
         first=log.after,
     )
-    ShardMaker(work, pool, log.add).run()
+    ShardMaker(work, workers, log.add).run()
     if not log.totals()["documents"]:
-        reason = log.reason()
-        raise UserError(
-            f"{source.key}: no document of {source.name} can be read: {reason}"
-            if reason
-            else f"{source.key}: {source.name} holds no text: remove the source or fill it"
-        )
+        if reason := log.reason():
+            raise UserError(f"{source.key}: no document of {source.name} can be read: {reason}")
+        raise UserError(f"{source.key}: {source.name} holds no text: remove the source or fill it")
     log.add({"done": True})
 
 
-def _source_manifest(
-    manifest: dict[str, Any], described: dict[str, Any], log: _Log, complete: bool
-) -> dict[str, Any]:
-    """What lies beside the shards: `open_token_files` reads it."""
+def _write_source_manifest(
+    folder: Path, manifest: dict[str, Any], described: dict[str, Any], log: _Log, *, complete: bool
+) -> None:
+    """What lies beside the shards: `open_token_files` reads it, and trains on none that is not complete."""
     common = {key: value for key, value in manifest.items() if key != "sources"}
-    return {**common, "format": MANIFEST_FORMAT, "complete": complete, **described, "shards": log.shards}
+    own = {"format": MANIFEST_FORMAT, "complete": complete, **described, "shards": log.shards}
+    _write_json(folder / MANIFEST, common | own)
 
 
 def _summary(folder: Path, described: dict[str, Any]) -> str:
@@ -317,7 +296,7 @@ def _summary(folder: Path, described: dict[str, Any]) -> str:
     return line
 
 
-def _config_lines(config: Config, output: Path, sources: Sequence[_Source]) -> list[str]:
+def _config_lines(output: Path, sources: Sequence[_Source]) -> list[str]:
     data: dict[str, Any] = {}
     for source in sources:
         entry: dict[str, Any] = {"path": str(output / source.folder)}

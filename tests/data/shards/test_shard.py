@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 from mf_train.data.files.access import OpenFiles
 from mf_train.data.shards.shard import TokenShardWriter, open_shard, token_dtype
 from mf_train.errors import UserError
+from tests.processes import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron")
 DOCUMENTS = [[5, 0, 7], [0], [], [1, 2, 3, 4, 100], [], [9, 0]]
@@ -110,7 +109,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("limit", "documents"), [(100_000, 1), (100_000, 60_000)])
-def test_a_full_disk_leaves_nothing(tmp_path: Path, repository: Path, limit: int, documents: int) -> None:
+def test_a_full_disk_leaves_nothing(tmp_path: Path, limit: int, documents: int) -> None:
     """The system refuses files over `limit` bytes: first the .bin is too large, then only the index."""
     code = """
 import resource, signal, sys
@@ -127,7 +126,6 @@ try:
 except UserError as error:
     print(error)
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "a"), str(limit), str(documents)]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
-    assert f"{tmp_path / 'a'}: cannot be written (File too large)" in done.stdout
+    said = run_python(code, tmp_path / "a", limit, documents)
+    assert f"{tmp_path / 'a'}: cannot be written (File too large)" in said
     assert list(tmp_path.iterdir()) == []

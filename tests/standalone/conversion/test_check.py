@@ -40,7 +40,13 @@ from mf_train.standalone.conversion.weights import Stored
 from mf_train.standalone.exported.names import PARAMETER_PREFIX
 from mf_train.standalone.folder import CERTIFICATE, DTYPES, SINGLE, open_tensors
 from mf_train.standalone.use.load import load_model
-from tests.standalone.checkpoints import random_weights, records, write_checkpoint, write_tensors
+from tests.standalone.checkpoints import (
+    certificate_of,
+    random_weights,
+    renew_manifest,
+    write_checkpoint,
+    write_tensors,
+)
 
 SMALL = ModelConfig(
     hidden_size=32, num_layers=2, num_heads=4, bits=2, vocab_size=4096, sequence_length=24, temperature=1.5
@@ -124,7 +130,7 @@ def bfloat16_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
     tree = yaml.safe_load((folder / CONFIG).read_text())
     tree["training"]["precision"] = "bfloat16"
     (folder / CONFIG).write_text(yaml.safe_dump(tree))
-    repair_manifest(folder)
+    renew_manifest(folder)
     return folder
 
 
@@ -143,13 +149,6 @@ def converted(checkpoint: Path) -> dict[str, dict[str, str]]:
     reader = CheckpointReader(checkpoint)
     tensors = {dtype: weights.stored_tensors(reader.shapes, getattr(torch, dtype)) for dtype in DTYPES}
     return {dtype: weights.convert_weights(reader, tensors[dtype], lambda *_: None) for dtype in DTYPES}
-
-
-def repair_manifest(checkpoint: Path) -> None:
-    manifest = read_manifest(checkpoint, check_sizes=False)
-    manifest.files.clear()
-    manifest.files.update(records(checkpoint))
-    (checkpoint / MANIFEST).write_text(manifest.to_json())
 
 
 def damage_tensors(model: Path, damage: Damage) -> set[str]:
@@ -172,11 +171,6 @@ def repair_certificate(model: Path) -> None:
     tree["tensors"] = check.hash_tensors(model)
     tree["files"] = dict(hash_files(model))
     (model / CERTIFICATE).write_text(json.dumps(tree))
-
-
-def certificate_of(model: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads((model / CERTIFICATE).read_text())
-    return tree
 
 
 def by_hash(model: Path) -> list[str]:

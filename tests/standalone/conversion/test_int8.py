@@ -7,8 +7,6 @@ import json
 import math
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,9 +33,9 @@ from mf_train.standalone.use.evaluate import evaluate
 from mf_train.standalone.use.generate import generate
 from mf_train.standalone.use.load import load_model
 from tests.model.reference import logits_of
-from tests.standalone.checkpoints import random_weights, write_checkpoint
+from tests.processes import run_python
+from tests.standalone.checkpoints import certificate_of, random_weights, write_checkpoint
 from tests.standalone.conftest import Trained
-from tests.training.runs import environment
 
 CONFIG = ModelConfig(
     hidden_size=64, num_layers=2, num_heads=4, bits=4, vocab_size=4096, sequence_length=24, temperature=1.5
@@ -148,7 +146,7 @@ def test_the_rows_stand_for_the_models_weights(folder: Path) -> None:
 
 
 def test_the_certificate_gives_the_loss(folder: Path, checkpoint: Path, said: list[str]) -> None:
-    certificate = json.loads((folder / CERTIFICATE).read_text())
+    certificate = certificate_of(folder)
     assert certificate["dtype"] == "int8"
     tensors = load_file(folder / SINGLE)
     assert certificate["tensors"] == {
@@ -177,7 +175,7 @@ def test_the_certificate_gives_the_loss(folder: Path, checkpoint: Path, said: li
 
 def test_a_trained_model_keeps_its_loss(float32_one: Trained, tmp_path: Path) -> None:
     list(convert(float32_one.run, tmp_path / "model", "int8"))
-    probe = json.loads((tmp_path / "model" / CERTIFICATE).read_text())["probe"]
+    probe = certificate_of(tmp_path / "model")["probe"]
     assert abs(probe["loss_difference"]) < 0.01 and 0 < probe["divergence"] < 1e-3
     losses = [
         float(next(evaluate(folder, [str(float32_one.text)], sequences=4)).split()[1])
@@ -213,7 +211,7 @@ def test_shards(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
         if path.name != SINGLE:
             (tmp_path / path.name).symlink_to(path)
     digests = copy_weights(CheckpointReader(checkpoint), tmp_path, torch.int8, shard_bytes=150_000)
-    assert digests == json.loads((folder / CERTIFICATE).read_text())["tensors"]
+    assert digests == certificate_of(folder)["tensors"]
     index = json.loads((tmp_path / INDEX).read_text())
     whole = load_file(folder / SINGLE)
     assert len(set(index["weight_map"].values())) > 3
@@ -259,15 +257,7 @@ def test_files_are_mapped_and_shared(dtype: str, checkpoint: Path, tmp_path: Pat
     total = sum(
         int(tensor.view(torch.uint8).max() >= 0) * tensor.nbytes for tensor in held.state_dict().values()
     )
-    done = subprocess.run(
-        [sys.executable, "-c", MAPPED, str(tmp_path / "model")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    loaded, used = json.loads(done.stdout)
+    loaded, used = json.loads(run_python(MAPPED, tmp_path / "model"))
     assert loaded["Rss:"] * 1024 < total < used["Rss:"] * 1024  # nothing is read before it is used
     assert used["Anonymous:"] == 0  # no page was copied
     assert used["Shared_Clean:"] + used["Shared_Dirty:"] >= 0.9 * used["Rss:"]

@@ -24,7 +24,13 @@ from mf_train.standalone.conversion.check import check_conversion
 from mf_train.standalone.conversion.convert import convert, open_checkpoint
 from mf_train.standalone.conversion.proof import Results, compare, prove, read_probe, subtract
 from mf_train.standalone.conversion.streamed_model import CheckpointWeights, compute, streamed_model
-from tests.standalone.checkpoints import random_weights, records, write_checkpoint, write_tensors
+from tests.standalone.checkpoints import (
+    certificate_of,
+    random_weights,
+    renew_manifest,
+    write_checkpoint,
+    write_tensors,
+)
 
 SMALL = ModelConfig(
     hidden_size=64, num_layers=3, num_heads=4, bits=4, vocab_size=4096, sequence_length=64, temperature=1.5
@@ -106,18 +112,11 @@ def trained_elsewhere(folder: Path, precision: str, size: float) -> Path:
     return folder
 
 
-def renew_manifest(checkpoint: Path) -> None:
-    manifest = read_manifest(checkpoint, check_sizes=False)
-    manifest.files.clear()
-    manifest.files.update(records(checkpoint))
-    (checkpoint / MANIFEST).write_text(manifest.to_json())
-
-
 @pytest.mark.parametrize(("precision", "size"), [("bfloat16", 2**-9), ("float32", 2**-11)])
 def test_another_processors_rounding_is_no_damage(precision: str, size: float, tmp_path: Path) -> None:
     checkpoint = trained_elsewhere(tmp_path / "step-000000007", precision, size)
     said = list(convert(checkpoint, tmp_path / "model"))
-    tree = json.loads((tmp_path / "model" / "certificate.json").read_text())
+    tree = certificate_of(tmp_path / "model")
     replay, probe = tree["replay"], tree["probe"]
     assert not replay["exact"] and 0 < replay["relative_logit_error"] <= replay["allowed_logit_error"] < 0.1
     assert 0 < max(replay["changed_codes"].values()) <= replay["allowed_changed_codes"] < 0.1
@@ -172,7 +171,7 @@ def test_a_float32_run_on_another_cpu_may_round_otherwise(share: float, tmp_path
     renew_manifest(checkpoint)
     if share < 2**-20:
         list(convert(checkpoint, tmp_path / "model"))
-        replay = json.loads((tmp_path / "model" / "certificate.json").read_text())["replay"]
+        replay = certificate_of(tmp_path / "model")["replay"]
         assert replay["exact"] and 1e-5 < replay["largest_logit_difference"] <= replay["allowed_logit_error"]
         said = list(check_conversion(checkpoint, tmp_path / "model"))
         assert said[-1].endswith("in float32")

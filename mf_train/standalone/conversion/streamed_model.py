@@ -19,16 +19,15 @@ from torch import Tensor, nn
 
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import ModelConfig
-from mf_train.errors import UserError
 from mf_train.kernels import lookup_int8
 from mf_train.kernels.backends import find_backend
 from mf_train.model.head import Head
 from mf_train.model.memory import Hash, Lookup, record_codes
 from mf_train.model.model import Embedding, MemoryFormer
-from mf_train.model.quantized import quantize_rows, scales_name, use_int8
+from mf_train.model.quantized import quantize_rows, scales_name
 from mf_train.model.sums import num_chunks
 from mf_train.standalone.exported.names import INT8, PARAMETER_PREFIX
-from mf_train.standalone.folder import CONFIG, REMEDY, check_layers, open_tensors, read_config
+from mf_train.standalone.folder import empty_model, open_tensors, read_config
 
 READ_BYTES = 4 << 20  # float32 rows that are wanted at a time
 TABLE_BYTES = 96 << 20  # a lookup's rows, of as many tokens as fit
@@ -62,26 +61,18 @@ class CheckpointWeights:
 class FolderWeights:
     """The weights of a standalone folder as they are stored; `config` is its config.json's model section.
 
+    `files` has the file of each tensor by outside name, `shapes` those of the parameters (not of int8 tensors).
+
     Raises UserError naming the file where it is damaged or another tensor than config.json asks for.
     """
 
     def __init__(self, folder: Path) -> None:
         self.config, self.dtype, int8 = read_config(folder)
-        self._files = open_tensors(folder)
-        check_layers(self.config, len(self._files), folder / CONFIG)
-        with torch.device("meta"):
-            model = MemoryFormer(self.config).to(self.dtype)
-            expected = (use_int8(model) if int8 else model).state_dict()
-        wanted = {f"{PARAMETER_PREFIX}{name}": tensor for name, tensor in expected.items()}
-        for name in sorted({*wanted, *self._files}):
-            found = self._files[name].tensors[name] if name in self._files else None
-            here = "missing" if found is None else f"{found.dtype} {found.shape}"
-            asked = f"{wanted[name].dtype} {tuple(wanted[name].shape)}" if name in wanted else "none"
-            if here != asked:
-                path = self._files[name].path if name in self._files else folder
-                raise UserError(
-                    f"{path}: tensor {name} is {here}, and config.json asks for {asked}; {REMEDY}"
-                )
+        self.files = open_tensors(folder)
+        tensors = {name: file.tensors[name] for name, file in self.files.items()}
+        paths = {name: file.path for name, file in self.files.items()}
+        model = empty_model(folder, self.config, self.dtype, int8, tensors, paths)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def rows(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         values, scales = self._read(name, indices), scales_name(name)
@@ -91,11 +82,11 @@ class FolderWeights:
 
     def _read(self, name: str, indices: Tensor) -> Tensor:
         outside = PARAMETER_PREFIX + name
-        return _read_dense(self._files[outside].rows, outside, indices)
+        return _read_dense(self.files[outside].rows, outside, indices)
 
     def _read_elements(self, name: str, indices: Tensor) -> Tensor:
         """Elements of a tensor whose rows are short beside what is read of the values that they scale."""
-        width = self._files[PARAMETER_PREFIX + name].tensors[PARAMETER_PREFIX + name].shape[-1]
+        width = self.files[PARAMETER_PREFIX + name].tensors[PARAMETER_PREFIX + name].shape[-1]
         first = indices.min() // width
         rows = self._read(name, torch.arange(int(first), int(indices.max()) // width + 1))
         return rows.flatten()[indices - first * width]

@@ -31,7 +31,6 @@ from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, Tok
 from mf_train.config.loading import config_to_tree
 from mf_train.errors import UserError
 from mf_train.files import write_synced
-from mf_train.model.model import MemoryFormer
 from mf_train.model.sharding import ranks_of_span, slice_shape, split_dimension
 from mf_train.model.sums import MAX_CHUNKS
 from mf_train.standalone.conversion.convert import check_output, new_folder
@@ -40,7 +39,7 @@ from mf_train.standalone.conversion.streamed_model import FolderWeights, compute
 from mf_train.standalone.conversion.tokenizer_files import tokenizer_files
 from mf_train.standalone.conversion.weights import SLICE_BYTES, Shape, in_threads, whole_rows
 from mf_train.standalone.exported.names import DOCUMENT_ATTENTION, PARAMETER_PREFIX
-from mf_train.standalone.folder import CERTIFICATE, open_tensors, read_config
+from mf_train.standalone.folder import CERTIFICATE, read_config
 from mf_train.standalone.folder import CONFIG as MODEL_CONFIG
 from mf_train.text import human_bytes
 
@@ -63,7 +62,7 @@ def to_checkpoint(model: Path, output: Path, tensor: int) -> Iterator[str]:
     config, tokenizer = _configuration(model, tensor)
     weights = FolderWeights(model)  # every tensor is there as config.json says
     with new_folder(output) as folder:
-        manifest = _write_weights(model, config, folder)
+        manifest = _write_weights(model, weights, config, folder)
         tokens = random_tokens(config.model)
         results = compute(streamed_model(config.model, weights), tokens)
         probe = probe_tensors(tokens, results.logits, results.codes, validation=False)
@@ -137,12 +136,9 @@ def _read_tokenizer(folder: Path, sequence_length: int) -> bytes:
     return path.read_bytes()
 
 
-def _write_weights(model: Path, config: Config, folder: Path) -> Manifest:
+def _write_weights(model: Path, weights: FolderWeights, config: Config, folder: Path) -> Manifest:
     """Every parameter's slices; returns the manifest with the records of their files."""
-    with torch.device("meta"):
-        plain = MemoryFormer(config.model)
-    shapes: dict[str, Shape] = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()}
-    ranks = config.parallel.tensor
+    shapes, ranks = weights.shapes, config.parallel.tensor
     local = {name: torch.Size(slice_shape(name, shape, ranks)) for name, shape in shapes.items()}
     parts = assign_parts({name: 4 * shape.numel() for name, shape in local.items()})
     layouts = {
@@ -153,7 +149,7 @@ def _write_weights(model: Path, config: Config, folder: Path) -> Manifest:
     shares = {
         file: share(layout.header, layout.size - len(layout.header)) for file, layout in layouts.items()
     }
-    certified, files, lock = _certified_hashes(model), open_tensors(model), threading.Lock()
+    certified, files, lock = _certified_hashes(model), weights.files, threading.Lock()
     with ShardWriter(folder, layouts) as writer:
 
         def copy(name: str, buffer: Tensor) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mf_train.kernels import build, cpu, reference
+from tests.closeness import assert_close
 from tests.examples import examples
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason=cpu.reason())
@@ -23,13 +24,6 @@ SCORES = ["probability", "scaled_probability"]
 # Relative to the largest entry: a few roundings of the dtype.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected.double()).abs().max() if actual.numel() else 0
-    scale = expected.double().abs().max() if actual.numel() else 1
-    assert error <= tolerance * scale, (float(error), float(scale))
 
 
 def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:

@@ -9,21 +9,13 @@ from torch import Tensor
 from mf_train.kernels import cpu, cpu_loss, cpu_norm, fast_loss, fast_norm
 from mf_train.model import loss_steps, norm_steps
 from mf_train.model.sums import num_chunks, pairwise_moments, pairwise_sum
+from tests.closeness import TOLERANCE, assert_close
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=cpu.reason())
 
-# Relative to the largest entry.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SIZES = pytest.mark.parametrize("size", [5, 8, 24, 40, 192, 1000])
 LEADS = pytest.mark.parametrize("lead", [(), (0,), (1,), (3, 70)], ids=str)
-
-
-def assert_close(actual: Tensor, exact: Tensor, tolerance: float) -> None:
-    assert actual.shape == exact.shape
-    if exact.numel():
-        error, scale = (actual.double() - exact).abs().max(), exact.abs().max()
-        assert error <= tolerance * scale, (float(error), float(scale))
 
 
 def on_one_and_two_threads(function: Callable[[], Tensor | tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -14,22 +14,13 @@ from torch import Tensor
 from mf_train.kernels import reference, triton_grouping, triton_lookup
 from mf_train.kernels import triton_backend as backend
 from mf_train.kernels.composition import code_dtype
+from tests.closeness import TOLERANCE, assert_close
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="needs the compiled kernels on a GPU")
 
 SCORES = ["probability", "scaled_probability"]
-# Relative to the largest entry. The interpreter truncates to bfloat16 where a GPU rounds.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected.double()).abs().max() if actual.numel() else torch.zeros(())
-    scale = expected.double().abs().max() if actual.numel() else torch.ones(())
-    allowed = TOLERANCE[dtype] * scale
-    assert error <= allowed, f"largest error {error:.2e}, allowed {allowed:.2e}; largest entry {scale:.2e}"
 
 
 def generator(seed: int) -> torch.Generator:

@@ -22,6 +22,7 @@ from mf_train.model.sharding import slice_of_rank
 from mf_train.parallel.exchange import Exchange, gather_codes
 from mf_train.parallel.tensor import shard_model
 from tests.distributed import run_distributed
+from tests.models import random_model
 
 pytestmark = pytest.mark.distributed
 
@@ -45,16 +46,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 BATCH, LENGTH = 2, 24
 END_OF_TEXT = 3
-
-
-def random_model(config: ModelConfig, dtype: torch.dtype) -> MemoryFormer:
-    """Every parameter random, so that biases and affine maps matter."""
-    model, generator = MemoryFormer(config), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            middle = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(middle + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.to(dtype)
 
 
 def random_tokens(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -108,7 +99,7 @@ def outputs_of(model: MemoryFormer, config: ModelConfig, documents: bool) -> tup
 def compare(rank: int, group: dist.ProcessGroup, model: str, dtype: torch.dtype) -> Any:
     """What one rank sees of one case."""
     config, documents, size = ModelConfig(**SIZES | MODELS[model]), model == "documents", group.size()
-    plain = random_model(config, dtype)
+    plain = random_model(config, 1, dtype, std=0.2)
     exchange = Exchange(group)
     sharded = shard_model(copy.deepcopy(plain), exchange)
     kinds = {type(module) for module in sharded.modules()}

@@ -36,6 +36,7 @@ from mf_train.model.memory import record_codes
 from mf_train.model.sharding import slice_of_rank, split_dimension
 from mf_train.standalone.conversion.streamed_model import CheckpointWeights, compute, streamed_model
 from mf_train.standalone.folder import CERTIFICATE
+from tests.models import random_model
 from tests.training.runs import TOKENIZER as SHIPPED
 
 
@@ -136,12 +137,7 @@ def certificate_of(model: Path) -> dict[str, Any]:
 
 def random_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """Weights far from the initial ones: biases and norms differ from 0 and 1, and tables are large."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, parameter in MemoryFormer(config).state_dict().items():
-        noise = torch.randn(parameter.shape, generator=generator)
-        weights[name] = 1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise
-    return weights
+    return random_model(config, seed, torch.float32, std=0.3).state_dict()
 
 
 def _probe(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:

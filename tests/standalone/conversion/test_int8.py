@@ -18,17 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mf_train.checkpoint.layout import PROBE
-from mf_train.checkpoint.read import CheckpointReader
 from mf_train.cli import main
 from mf_train.config import ModelConfig
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import TrainingError, UserError
-from mf_train.model import MemoryFormer
 from mf_train.model.quantized import Int8Head, Int8Lookup, quantize_rows, scales_name
 from mf_train.standalone.conversion.convert import convert
-from mf_train.standalone.conversion.weights import copy_weights
 from mf_train.standalone.exported.names import PARAMETER_PREFIX
-from mf_train.standalone.folder import CERTIFICATE, INDEX, SINGLE
+from mf_train.standalone.folder import CERTIFICATE, SINGLE
 from mf_train.standalone.use.evaluate import evaluate
 from mf_train.standalone.use.generate import generate
 from mf_train.standalone.use.load import load_model
@@ -204,23 +201,6 @@ def test_every_degree_converts_to_the_same_bytes(config: ModelConfig, tmp_path: 
         assert start % math.gcd(end - start, 64) == start % tensor.element_size() == 0, name
         assert (tensor.data_ptr() - start) % 64 == 0  # mapped, and aligned in memory as in the file
     assert any(start % 64 for start in starts) == (config is ODD)
-
-
-def test_shards(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
-    for path in folder.iterdir():
-        if path.name != SINGLE:
-            (tmp_path / path.name).symlink_to(path)
-    digests = copy_weights(CheckpointReader(checkpoint), tmp_path, torch.int8, shard_bytes=150_000)
-    assert digests == certificate_of(folder)["tensors"]
-    index = json.loads((tmp_path / INDEX).read_text())
-    whole = load_file(folder / SINGLE)
-    assert len(set(index["weight_map"].values())) > 3
-    assert index["metadata"] == {
-        "total_size": sum(value.nbytes for value in whole.values()),
-        "total_parameters": sum(parameter.numel() for parameter in MemoryFormer(CONFIG).parameters()),
-    }
-    loaded = load_model(tmp_path).state_dict()
-    assert all(torch.equal(loaded[name.removeprefix(PARAMETER_PREFIX)], whole[name]) for name in whole)
 
 
 MAPPED = """

@@ -17,10 +17,11 @@ from mf_train.config import OnError, SourceConfig
 from mf_train.data.documents import TextDocuments, last_cut
 from mf_train.data.files.input_files import InputFile
 from mf_train.data.shards.shard import TokenShardWriter, WrittenShard
-from mf_train.data.text.store import Part
+from mf_train.data.text.store import Part, parts_of
 from mf_train.data.tokenize.worker import Encode, Encoded, Prepare, Workers, open_prepared
 from mf_train.progress import ProgressLine
 
+TEXT_FOLDER = ".text"  # prepared parts, each for as long as it is needed
 _RANGE_BYTES = 1 << 20  # of text, for one task: a little more, or a piece of a longer document
 _RANGES_AHEAD = 4  # a worker
 _SHARDS_FINISHING = 2
@@ -33,18 +34,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class SourceWork:
-    """What becomes of one source."""
+    """A source of text, and what becomes of it."""
 
     key: str  # such as data.train[0]
-    source: SourceConfig
-    parts: Sequence[list[InputFile]]  # one empty one for the hub
+    config: SourceConfig
+    files: Sequence[InputFile]  # none for the hub
+    inputs: str  # digest of what is read and how
+    folder: Path  # of the shards; beside it is the text, in TEXT_FOLDER
     on_error: OnError
     dtype: str
-    folder: Path  # of the shards
-    text_folder: Path  # of the text, for as long as it is needed
     shard_bytes: int  # of text: a shard ends with the document that reaches it
-    first_shard: int
-    first: Place  # where the first shard begins
+
+    @property
+    def name(self) -> str:
+        return str(self.config.hub or self.config.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +61,30 @@ class _Range:
 
 
 class ShardMaker:
-    """Has `workers` do a source's work.
+    """Has `workers` do a source's work from shard number `first_shard` on, which begins at `first`.
 
     `record` gets {"part": i, "documents": n, "skipped": {file: n}, "reason": text} when a part's text is read, and
     {"shard": {...}, "after": place} when a shard is complete, in order. Memory: the tokens of a few ranges a worker,
     and a range is a piece of a document where that is long.
     """
 
-    def __init__(self, work: SourceWork, workers: Workers, record: Record) -> None:
+    def __init__(
+        self, work: SourceWork, workers: Workers, first_shard: int, first: Place, record: Record
+    ) -> None:
         self._work = work
+        self._parts: list[list[InputFile]] = parts_of(work.files) if work.files else [[]]
+        self._first = first
         self._workers = workers
         self._record = record
         self._opened: dict[int, tuple[Part | SourceConfig, TextDocuments]] = {}
         self._ranges: deque[_Range] = deque()  # given out and not written
         self._cut_text = 0  # bytes of text of the shard's documents that are given out
         self._writer: TokenShardWriter | None = None
-        self._shard = work.first_shard
+        self._shard = first_shard
         self._written_text = 0  # of the current shard
         self._finisher = ThreadPoolExecutor(1)
         self._finishing: deque[tuple[Future[WrittenShard], int, int, Place]] = deque()
-        self._progress = _Progress(work)
+        self._progress = _Progress(work.key, self._parts, first[0])
 
     def run(self) -> None:
         """Make the shards. Raises UserError, OSError, or TrainingError when a worker dies; no shard is half there."""
@@ -88,9 +95,9 @@ class ShardMaker:
                     self._ranges.append(piece)
             self._write(0)
             if self._writer is not None:
-                self._finish_shard((len(self._work.parts), 0))
+                self._finish_shard((len(self._parts), 0))
             self._record_finished(0)
-            self._remove_parts(len(self._work.parts))
+            self._remove_parts(len(self._parts))
         finally:
             if self._writer is not None:
                 self._writer.abort()
@@ -100,15 +107,17 @@ class ShardMaker:
     def _open_parts(self) -> Iterator[int]:
         """The parts that are not in shards yet, in order; those that come next are prepared meanwhile."""
         work = self._work
-        if work.source.hub is not None:
-            self._opened[0] = work.source, open_prepared(work.source, work.on_error, work.key)
+        if work.config.hub is not None:
+            self._opened[0] = work.config, open_prepared(work.config, work.on_error, work.key)
             yield 0
             return
         preparing: deque[Future[Part]] = deque()
         ahead = 2 + self._workers.count // 16  # preparing text is some twenty times as fast as tokenising it
-        for number in range(work.first[0], len(work.parts)):
-            for files in work.parts[number + len(preparing) : number + ahead]:
-                task = Prepare(files, work.source.text_field, work.on_error, work.text_folder)
+        for number in range(self._first[0], len(self._parts)):
+            for files in self._parts[number + len(preparing) : number + ahead]:
+                task = Prepare(
+                    files, work.config.text_field, work.on_error, work.folder.with_name(TEXT_FOLDER)
+                )
                 preparing.append(self._workers.submit(task))
             part = self._wait(preparing.popleft())
             facts = {"documents": part.documents, "skipped": part.skipped, "reason": part.reason}
@@ -119,7 +128,7 @@ class ShardMaker:
     def _cut(self, part: int) -> Iterator[_Range]:
         """The ranges of a part, each given out when it is asked for."""
         work, (text, documents) = self._work, self._opened[part]
-        document, start = work.first[1] if part == work.first[0] else 0, 0
+        document, start = self._first[1] if part == self._first[0] else 0, 0
         while document < len(documents):
             begin, size = (document, start), 0
             while document < len(documents) and size < _RANGE_BYTES and self._cut_text < work.shard_bytes:
@@ -193,15 +202,15 @@ def _finish(writer: TokenShardWriter) -> WrittenShard:
 class _Progress(ProgressLine):
     """One line that changes on a terminal, and otherwise a line every ten seconds."""
 
-    def __init__(self, work: SourceWork) -> None:
+    def __init__(self, key: str, parts: Sequence[list[InputFile]], first_part: int) -> None:
         super().__init__(sys.stderr)
         self.tokens = 0
-        self._key = work.key
-        self._sizes = [sum(max(0, file.size) for file in part) for part in work.parts]
+        self._key = key
+        self._sizes = [sum(max(0, file.size) for file in part) for part in parts]
         self._text_bytes = 0
         self._started = time.monotonic()
         self._next = self._started + (0.5 if self.terminal else 10)
-        self._input = self._first_input = float(sum(self._sizes[: work.first[0]]))
+        self._input = self._first_input = float(sum(self._sizes[:first_part]))
 
     def advance(self, text_bytes: int, part: int, part_text_bytes: int) -> None:
         """So much more of a part's text is written."""

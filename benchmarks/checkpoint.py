@@ -286,9 +286,8 @@ def load_worker(checkpoint: str, tensor: str, stage: str, results: str, target: 
         saver.start(
             reader.manifest.step,
             Extras(reader.state(), (Path(checkpoint) / "config.yaml").read_text(), b"", {}),
-            copy=False,
+            wait=True,
         )
-        saver.finish()
     stop_processes()
 
 

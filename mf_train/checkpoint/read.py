@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mf_train.checkpoint.checksum import share, whole
+from mf_train.checkpoint.checksum import crc_of_file, crc_of_piece
 from mf_train.checkpoint.layout import KINDS, MANIFEST, STATE, DamageError, Manifest, part_name, read_manifest
 from mf_train.checkpoint.safetensors_file import Region, TensorFile, bytes_of
 from mf_train.model.initialise import split_dimension
@@ -204,7 +204,7 @@ class Checksums:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._shares: dict[TensorFile, int] = {}
+        self._crcs: dict[TensorFile, int] = {}
         self._bytes: Counter[TensorFile] = Counter()
 
     def add(self, file: TensorFile, name: str, region: Region, values: Tensor) -> None:
@@ -213,18 +213,18 @@ class Checksums:
         starts = [part.start for part in region]
         first = sum(start * math.prod(shape[index + 1 :]) for index, start in enumerate(starts))
         end = offset + first * values.itemsize + values.nbytes
-        mine = share(bytes_of(values), file.size - end)
+        mine = crc_of_piece(bytes_of(values), file.size - end)
         with self._lock:
-            self._shares[file] = self._shares.get(file, 0) ^ mine
+            self._crcs[file] = self._crcs.get(file, 0) ^ mine
             self._bytes[file] += values.nbytes
 
     def check(self, manifest: Manifest) -> None:
         """Raises DamageError naming the file whose bytes, header included, are not what the manifest says."""
-        for file, shares in self._shares.items():
+        for file, crc in self._crcs.items():
             header = file.header()
             assert self._bytes[file] + len(header) == file.size, f"{file.path}: not read once"
             record = manifest.files.get(file.path.name)
-            total = whole(shares ^ share(header, file.size - len(header)), file.size)
+            total = crc_of_file(crc ^ crc_of_piece(header, file.size - len(header)), file.size)
             if record is None or total != record.crc32:
                 raise DamageError(file.path, f"damaged (its checksum differs from {MANIFEST}'s)")
 

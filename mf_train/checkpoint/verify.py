@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mf_train.checkpoint.checksum import read_shares, whole
+from mf_train.checkpoint.checksum import crc_of_file, read_crcs
 from mf_train.checkpoint.layout import (
     CONFIG,
     KINDS,
@@ -124,13 +124,13 @@ def _checksums(folder: Path, sizes: Mapping[str, int]) -> dict[str, int | str]:
                 found[name] = problem
                 continue
             readers = -(-size // _TASK_BYTES)
-            tasks[name] = [pool.submit(read_shares, folder, {name: size}, i, readers) for i in range(readers)]
-        for name, shares in tasks.items():
+            tasks[name] = [pool.submit(read_crcs, folder, {name: size}, i, readers) for i in range(readers)]
+        for name, crcs in tasks.items():
             combined = 0
             try:
-                for share in shares:
-                    combined ^= share.result()[0]
-                found[name] = whole(combined, sizes[name])
+                for crc in crcs:
+                    combined ^= crc.result()[0]
+                found[name] = crc_of_file(combined, sizes[name])
             except OSError as error:
                 found[name] = f"cannot be read ({error.strerror})"
     return found

@@ -1,8 +1,8 @@
 """Watching over a run: a rank that stops answering ends it in bounded time, with one line that names the rank.
 
-The main thread of each process says where it goes (`Watch.at`). Two more threads do the rest. One talks to the c10d
-store through a connection of its own: every period it posts the rank's sign of life and looks whether a verdict has
-been reached. The other never waits for anything; it measures how long the main thread has stood still, and ends the
+The main thread of each process says where it goes (`Watch.entering`). Two more threads do the rest. One talks to the
+c10d store through a connection of its own: every period it posts the rank's sign of life and looks whether a verdict
+has been reached. The other never waits for anything; it measures how long the main thread has stood still, and ends the
 process when there is a verdict. Only in trouble does one rank read the signs of all. Where every rank has stood still
 for the limit, those whose signs have stopped coming are to blame (stopped, dead, their node gone), else those that
 stand at an earlier place than the others, else those that are in no collective while others are.
@@ -69,10 +69,10 @@ class Watch:
 
     Made by the main thread, on every rank, after the process group, whose store (at the process's master address) it
     uses. From the moment when the last rank stood still, the end comes after the limit and at most 12 periods, a period
-    being 2 s or a twelfth of the limit. A rank that moves, by `at` or `beat`, is at work, and those that wait for it
-    wait on: their collectives have a timeout of their own. Time in which a process was itself stopped (Ctrl-Z) or
-    starved does not count. With `stacks`, each process leaves its threads' stacks in `rank-N.txt` in that folder when
-    the run ends for want of progress.
+    being 2 s or a twelfth of the limit. A rank that moves, by `entering` or `still_alive`, is at work, and those that
+    wait for it wait on: their collectives have a timeout of their own. Time in which a process was itself stopped
+    (Ctrl-Z) or starved does not count. With `stacks`, each process leaves its threads' stacks in `rank-N.txt` in that
+    folder when the run ends for want of progress.
     """
 
     def __init__(self, process: Process, limit_seconds: float, stacks: Path | None = None) -> None:
@@ -84,7 +84,7 @@ class Watch:
         self._host = socket.gethostname()
         self._main_thread = threading.get_ident()
         self._stand = (0, "starting")
-        self._beats = 0
+        self._moves = 0
         self._age = 0.0
         self._signs = 0
         # When the store last did. The first time may be late: its server looks up the name of each host that connects,
@@ -103,17 +103,17 @@ class Watch:
 
     # for the main thread
 
-    def at(self, place: str) -> None:
+    def entering(self, place: str) -> None:
         """Say what the main thread does next, as in "reading the batch of step 18".
 
-        Every rank says the same places in the same order, also where it has nothing to do there: who stands earlier
-        than the others is found by the count.
+        All ranks call this with the same places in the same order, even where a rank has nothing to do. The number of
+        calls then shows which rank is behind.
         """
         self._stand = (self._stand[0] + 1, place)
 
-    def beat(self) -> None:
-        """Move without another place: in long work that the main thread does, or that it waits for."""
-        self._beats += 1
+    def still_alive(self) -> None:
+        """Say that work at this place advances: work that the main thread does, or that it waits for."""
+        self._moves += 1
 
     @property
     def connected(self) -> bool:
@@ -153,7 +153,7 @@ class Watch:
         before = time.monotonic()
         while not self._closing.wait(self.period) or self._verdict is not None:
             now = time.monotonic()
-            moved = (self._stand[0], self._beats)
+            moved = (self._stand[0], self._moves)
             self._age = self._age + min(now - before, 2 * self.period) if moved == seen else 0.0
             seen, before = moved, now
             if self._verdict is None and (self._asked or self._age >= self.limit):

@@ -40,7 +40,7 @@ def open_profile(
     step: int,
     parts: Sequence[Part],
     say: Callable[[str], None],
-    beat: Callable[[], None],
+    still_alive: Callable[[], None],
 ) -> "Profile | None":
     """This rank's profile of the steps that `training.profile` names, or None where it has none after `step`."""
     wanted, rank = config.training.profile, engine.groups.degrees.rank
@@ -52,13 +52,13 @@ def open_profile(
         )
     if step >= last or rank not in wanted.ranks:
         return None
-    return Profile(config, engine, parts, say, beat)
+    return Profile(config, engine, parts, say, still_alive)
 
 
 class Profile:
     """Records this rank's steps from `training.profile.start` on, and then writes what was recorded.
 
-    `turn` is called between steps. Of `parts` each method's time gets the name. `beat` is called while it writes.
+    `turn` is called between steps. `parts` are methods, whose time gets a name. `still_alive` is called between files.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Profile:
         engine: Engine,
         parts: Sequence[Part],
         say: Callable[[str], None],
-        beat: Callable[[], None],
+        still_alive: Callable[[], None],
     ) -> None:
         wanted = config.training.profile
         self.first, self.last = wanted.start, wanted.start + wanted.steps - 1
         self.folder = Path(config.training.output_dir)
         self.engine = engine
         self.parts = [*parts, (engine, "update", "optimizer")]
-        self.say, self.beat = say, beat
+        self.say, self.still_alive = say, still_alive
         self._ranges: ExitStack | None = None  # while steps are recorded
         self._step = ExitStack()  # the current step's range
         self._began_at = 0
@@ -147,12 +147,12 @@ class Profile:
         if device == "cuda":
             self._write_snapshot()
         exported = self._export()
-        self.beat()
+        self.still_alive()
         names = {name for _, _, name in self.parts}
         trace = Trace(exported["traceEvents"], names.union(MODEL_PARTS))
         summary = trace.summarise(device)
         exported["traceEvents"] += trace.backward_ranges()
-        self.beat()
+        self.still_alive()
         _write(self._path("trace.json.gz"), gzip.compress(json.dumps(exported).encode(), compresslevel=5))
         steps = self.last - self._began_at + 1
         about = {

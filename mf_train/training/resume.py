@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mf_train.checkpoint.checksum import read_shares, whole
+from mf_train.checkpoint.checksum import crc_of_file, read_crcs
 from mf_train.checkpoint.fence import Fence, claim, set_aside
 from mf_train.checkpoint.files import write_whole
 from mf_train.checkpoint.layout import (
@@ -28,7 +28,7 @@ from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
-from mf_train.parallel.agreement import exclusive_or, of_first_rank, together, together_slowly
+from mf_train.parallel.agreement import exclusive_or, run_long_on_all, run_on_all, run_on_first
 
 DAMAGED, ABANDONED = "damaged", "abandoned"
 
@@ -54,7 +54,7 @@ def look_ahead(config: Config, fits: Callable[[CheckpointReader], None]) -> int:
 
 
 def choose_checkpoint(
-    config: Config, device: torch.device, stop: Callable[[], bool], beat: Callable[[], None]
+    config: Config, device: torch.device, stop: Callable[[], bool], still_alive: Callable[[], None]
 ) -> tuple[Fence, CheckpointReader | None] | None:
     """Claim the run's `checkpoints/` and find what to go on from; None where `stop()` was set on any rank.
 
@@ -62,33 +62,35 @@ def choose_checkpoint(
     error. Collective over all ranks; raises on rank 0 UserError or OSError, on the others PeerError.
     """
     folder = Path(config.training.output_dir) / "checkpoints"
-    fence = Fence(folder, of_first_rank(lambda: claim(folder).token, device))
+    fence = Fence(folder, run_on_first(lambda: claim(folder).token, device))
     candidates = _Candidates(config, fence)
-    while (path := of_first_rank(candidates.propose, device)) is not None:
+    while (path := run_on_first(candidates.propose, device)) is not None:
         damage = ""
         if config.checkpoint.verify:
-            found = _find_damage(path, device, stop, beat)
+            found = _find_damage(path, device, stop, still_alive)
             if found is None:
                 return None
             damage = found
-        of_first_rank(partial(candidates.judge, path, damage), device)
+        run_on_first(partial(candidates.judge, path, damage), device)
         if not damage:
-            return fence, together(partial(CheckpointReader, path, check_sizes=False), device)
+            return fence, run_on_all(partial(CheckpointReader, path, check_sizes=False), device)
     return fence, None
 
 
 def _find_damage(
-    checkpoint: Path, device: torch.device, stop: Callable[[], bool], beat: Callable[[], None]
+    checkpoint: Path, device: torch.device, stop: Callable[[], bool], still_alive: Callable[[], None]
 ) -> str | None:
     """What is wrong with a checkpoint's checksums, "" if nothing; None where `stop()` was set. Collective."""
-    manifest = together(lambda: read_manifest(checkpoint, check_sizes=False), device)
+    manifest = run_on_all(lambda: read_manifest(checkpoint, check_sizes=False), device)
     sizes = {name: record.size for name, record in manifest.files.items()}
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    shares = together_slowly(lambda: read_shares(checkpoint, sizes, rank, ranks, beat), device, stop, _ignore)
+    shares = run_long_on_all(
+        lambda: read_crcs(checkpoint, sizes, rank, ranks, still_alive), device, stop, _ignore
+    )
     if shares is None:
         return None
     for (name, record), total in zip(manifest.files.items(), exclusive_or(shares, device), strict=True):
-        if whole(total, record.size) != record.crc32:
+        if crc_of_file(total, record.size) != record.crc32:
             return f"{name}: its checksum is not the manifest's"
     return ""
 

@@ -21,7 +21,7 @@ from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import CheckpointConfig
 from mf_train.model import MemoryFormer
 from mf_train.model.initialise import initialise
-from mf_train.parallel.agreement import of_first_rank
+from mf_train.parallel.agreement import run_on_first
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import start_processes, stop_processes
@@ -91,13 +91,13 @@ def write(case: Case, process: Process, folder: Path, device: torch.device = CPU
     for step in range(1, SAVED_STEP + 1):
         train_step(engine, step)
     place = folder / str(case)
-    fence = Fence(place, of_first_rank(lambda: claim(place).token, device))
+    fence = Fence(place, run_on_first(lambda: claim(place).token, device))
     saver = Saver(engine, fence, CheckpointConfig(keep=0, asynchronous=case.stage % 2 == 0))
     extras = Extras(state={}, config_yaml="", tokenizer=b"", probe={})
-    saver.start(SAVED_STEP, extras if process.rank == 0 else None, copy=True)
-    path = saver.finish()
-    assert path is not None and path == checkpoint_of(case, folder)
-    wrong = differing(engine, whole_tensors(path, case.tensor))
+    saver.start(SAVED_STEP, extras if process.rank == 0 else None, wait=False)
+    saver.finish()
+    assert saver.last == checkpoint_of(case, folder)
+    wrong = differing(engine, whole_tensors(saver.last, case.tensor))
     engine.engine.destroy()
     return wrong
 

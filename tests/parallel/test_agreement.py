@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mf_train.errors import PeerError, UserError
-from mf_train.parallel.agreement import together, together_slowly
+from mf_train.parallel.agreement import run_long_on_all, run_on_all
 from mf_train.parallel.groups import start_processes
 from mf_train.parallel.processes import find_process
 from tests.distributed import run_distributed
@@ -33,7 +33,7 @@ def outcome_of(rank: int, failing: dict[int, str], slowly: bool) -> str:
         return rank
 
     try:
-        return f"result {together_slowly(act, CPU, never, lambda: None) if slowly else together(act, CPU)}"
+        return f"result {run_long_on_all(act, CPU, never, lambda: None) if slowly else run_on_all(act, CPU)}"
     except PeerError as error:
         return f"peer {error.status}"
     except (UserError, OSError) as error:
@@ -77,7 +77,7 @@ def busy(rank: int, world_size: int) -> tuple[str, float]:
 
     started = time.monotonic()
     try:
-        together_slowly(act, CPU, never, lambda: None)
+        run_long_on_all(act, CPU, never, lambda: None)
     except (UserError, PeerError) as error:
         return str(error), time.monotonic() - started
     raise AssertionError
@@ -96,7 +96,7 @@ def slow(rank: int, world_size: int) -> int | None:
         time.sleep(8 * rank)
         return rank
 
-    return together_slowly(act, CPU, never, lambda: None)
+    return run_long_on_all(act, CPU, never, lambda: None)
 
 
 def test_a_rank_may_take_longer_than_a_collective_may_wait() -> None:
@@ -106,7 +106,7 @@ def test_a_rank_may_take_longer_than_a_collective_may_wait() -> None:
 def stopped(rank: int, world_size: int) -> tuple[int | None, float]:
     """Rank 1 is asked to stop while rank 0 is busy for a minute."""
     started = time.monotonic()
-    result = together_slowly(lambda: time.sleep(60 * (rank == 0)) or 1, CPU, lambda: rank == 1, lambda: None)
+    result = run_long_on_all(lambda: time.sleep(60 * (rank == 0)) or 1, CPU, lambda: rank == 1, lambda: None)
     return result, time.monotonic() - started
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mf_train.checkpoint.checksum import read_shares, whole
+from mf_train.checkpoint.checksum import crc_of_file, read_crcs
 from mf_train.checkpoint.layout import PROBE, DamageError
 from mf_train.checkpoint.probe import CODES
 from mf_train.checkpoint.read import CheckpointReader
@@ -112,8 +112,8 @@ def read_probe(reader: CheckpointReader, config: Config) -> Probe:
     if record is None:
         raise DamageError(path, "not in the checkpoint's manifest")
     with TensorFile(path, "use another checkpoint") as file:
-        shares = read_shares(reader.checkpoint, {PROBE: record.size}, 0, 1)
-        if whole(shares[0], record.size) != record.crc32:
+        (crc,) = read_crcs(reader.checkpoint, {PROBE: record.size}, 0, 1)
+        if crc_of_file(crc, record.size) != record.crc32:
             raise DamageError(path, "damaged (its checksum differs from the manifest's)")
         tensors = {name: file.read(name) for name in file.tensors}
     codes = {name.removeprefix(CODES): value for name, value in tensors.items() if name.startswith(CODES)}

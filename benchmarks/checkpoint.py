@@ -26,6 +26,7 @@ import yaml
 
 from benchmarks import machine
 from benchmarks.tables import table
+from mf_train.run_folder import read_metrics
 
 PARTS = ("save", "load", "convert", "large")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -184,8 +185,7 @@ def train(config: Path, run: Path, interval: int, asynchronous: bool) -> list[di
         f"training.output_dir={run}",
     ]
     torchrun(2, arguments)
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_metrics(run)
 
 
 # Loading -------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from mf_train.data.shards.shard import TokenShardWriter, token_dtype
 from mf_train.data.stream.stream import TokenStream
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.data.workers.batches import BatchReader
+from mf_train.run_folder import read_metrics
 
 SEQUENCE, BATCH = 2048, 8
 STEP_TOKENS = SEQUENCE * BATCH
@@ -377,9 +378,7 @@ def _resident(key: str) -> int:
 
 
 def wait(run: Path) -> list[str]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    steps = [record for record in records if "data_wait_seconds" in record][1:]
+    steps = [record for record in read_metrics(run) if "data_wait_seconds" in record][1:]
     waited, took = (sum(step[key] for step in steps) for key in ("data_wait_seconds", "step_seconds"))
     return [
         f"wait: {waited:.3f} s of {took:.1f} s of {len(steps)} steps without the first: {waited / took:.2%}"

@@ -5,7 +5,6 @@ hash, lookup, norms and cross-entropy run as torch operations. Runs take turns; 
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.tables import table
+from mf_train.run_folder import read_metrics
 
 WARM_UP = 5  # steps left out of each run
 
@@ -66,8 +66,7 @@ def run(options: argparse.Namespace, kind: str, folder: Path) -> list[float]:
     expected = "hash and lookup: " + ("C++" if kind == "C++ operation" else "torch")
     if done.returncode or expected not in done.stdout:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}\nended with {done.returncode}")
-    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["step_seconds"] for line in lines][WARM_UP:]
+    return [record["step_seconds"] for record in read_metrics(folder / "run")][WARM_UP:]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mf_train.kernels.build import cache_folder
+from mf_train.files import user_cache
 from tests.environments import make_bare_environment
 
 with suppress(ImportError):  # on a machine that has what tests/gpu needs alone
@@ -50,7 +50,7 @@ LONGEST = (
 def pytest_configure(config: pytest.Config) -> None:
     """What tests and the processes they start read is cached apart from the user's; compiled kernels are shared."""
     folder = Path(tempfile.mkdtemp(prefix="memoryformer-tests-"))
-    kernels = cache_folder()
+    kernels = user_cache() / "kernels"
     kernels.mkdir(parents=True, exist_ok=True)
     (folder / "mf_train").mkdir()
     (folder / "mf_train" / "kernels").symlink_to(kernels.resolve())

@@ -17,64 +17,28 @@ BareEnvironment = Callable[[list[str]], Path]
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "mf_train"
 
-# Each part of the package, and the parts that it may import. It goes down only.
+# Each part of the package, and the parts that it may import. It goes down only. BASE is for all but the lowest.
+BASE = {"errors", "exit_status", "files", "progress", "run_folder", "text", "versions", "commands", "config"}
 LAYERS = {
+    **{
+        name: set()
+        for name in ("exit_status", "files", "progress", "run_folder", "text", "versions", "drawing")
+    },
     "errors": set(),
-    "config": {"errors"},
-    "kernels": set(),
+    "commands": {"errors"},
+    "config": {"errors", "text"},
+    "kernels": {"files"},
     "model": {"kernels", "config"},
-    "parallel": {"model", "config", "errors"},
-    "data": {"config", "errors"},
-    "checkpoint": {"parallel", "model", "config", "errors"},
+    "parallel": BASE | {"model"},
+    "checkpoint": BASE | {"parallel", "model"},
+    "data": BASE | {"checkpoint"},
     "telemetry": {"model", "kernels", "config"},
-    "training": {
-        "telemetry",
-        "planning",
-        "checkpoint",
-        "data",
-        "parallel",
-        "model",
-        "kernels",
-        "config",
-        "errors",
-    },
-    "planning": {"checkpoint", "drawing", "parallel", "model", "config", "commands", "errors"},
-    "launch": {
-        "training",
-        "checkpoint",
-        "data",
-        "parallel",
-        "planning",
-        "model",
-        "config",
-        "commands",
-        "errors",
-    },
-    "study": {
-        "launch",
-        "planning",
-        "checkpoint",
-        "parallel",
-        "model",
-        "config",
-        "commands",
-        "drawing",
-        "errors",
-    },
-    "standalone": {"checkpoint", "data", "model", "kernels", "config", "errors"},
-    "inspection": {
-        "standalone",
-        "telemetry",
-        "checkpoint",
-        "data",
-        "model",
-        "config",
-        "commands",
-        "drawing",
-        "errors",
-    },
-    "commands": set(),
-    "drawing": set(),
+    "planning": BASE | {"checkpoint", "drawing", "parallel", "model"},
+    "training": BASE | {"telemetry", "planning", "checkpoint", "data", "parallel", "model", "kernels"},
+    "launch": BASE | {"training", "checkpoint", "data", "parallel", "planning", "model"},
+    "study": BASE | {"launch", "planning", "checkpoint", "parallel", "model", "drawing"},
+    "standalone": BASE | {"checkpoint", "data", "model", "kernels"},
+    "inspection": BASE | {"standalone", "telemetry", "checkpoint", "data", "model", "drawing"},
     "__main__": {"cli"},
 }
 LAYERS["cli"] = set(LAYERS) - {"__main__"}
@@ -85,6 +49,7 @@ STANDALONE = {
     "folder": {"exported"},
     "conversion": {"folder", "exported"},
     "use": {"folder", "exported", "decoding"},
+    "arguments": {"conversion", "use"},
 }
 
 # Dependencies that are heavy, change often or are hard to install: one file each, or one folder.

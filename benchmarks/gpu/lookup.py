@@ -19,9 +19,9 @@ from benchmarks.gpu.steps import (
     describe,
     leave_if_device_lost,
     part_arguments,
-    read_lines,
 )
 from mf_train.kernels import composition, cuda, triton_backend, triton_lookup
+from mf_train.run_folder import read_records
 
 TAU = 8
 DTYPE = torch.bfloat16
@@ -134,7 +134,7 @@ def main() -> None:
             steps.run(f"sweep D {size}", lambda size=size: sweep(device, size, tokens[0]))
         return
     steps.run("CUDA kernel", build_cuda_kernel)
-    built = [line for line in read_lines(options.results) if "library" in line.get("values", {})]
+    built = [line for line in read_records(options.results) if "library" in line.get("values", {})]
     without = () if built else ("cuda",)
     for number in tokens:
         for size in hidden:

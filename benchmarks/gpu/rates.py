@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.device import Device
-from benchmarks.gpu.steps import Steps, part_arguments, read_lines
+from benchmarks.gpu.steps import Steps, part_arguments
+from mf_train.run_folder import read_records
 
 DEVICE_FILE = "device.yaml"
 
@@ -84,7 +85,7 @@ def write_device_file(path: Path, results: Path, device: Device) -> Mapping[str,
     from mf_train.planning.devices import find_device
 
     found: dict[str, Mapping[str, float]] = {}
-    for line in read_lines(results):
+    for line in read_records(results):
         found[line["step"]] = found.get(line["step"], {}) | line.get("values", {})
     rates: dict[str, object] = {"base": base_device(device)}
     if memory := found.get("copy", {}).get("memory"):

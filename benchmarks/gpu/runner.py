@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.gpu.parts import Part
-from benchmarks.gpu.steps import DEVICE_LOST, Line, Steps, read_lines
+from benchmarks.gpu.steps import DEVICE_LOST, Line, Steps
+from mf_train.run_folder import read_records
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _POLL_SECONDS = 0.1
@@ -85,14 +86,14 @@ class Runner:
         results.unlink(missing_ok=True)
         with (self.folder / "output.log").open("ab") as log:
             while True:
-                known = len(read_lines(results))
+                known = len(read_records(results))
                 outcome.starts += 1
                 ending = self._run_once(part, results, log, end)
                 outcome.steps = _settle(results, ending)
                 if not ending:
                     break
                 _note(log, f"{part.name}: {ending}")
-                got_on = len(read_lines(results)) > known
+                got_on = len(read_records(results)) > known
                 if self.lost:
                     outcome.reason = self.lost
                 elif not self.device_answers():
@@ -178,13 +179,13 @@ class Runner:
 def _settle(results: Path, ending: str) -> list[Line]:
     """The last line of each step; one that began and did not end gets its process's ending as its error."""
     found: dict[str, Line] = {}
-    for line in read_lines(results):
+    for line in read_records(results):
         found[line["step"]] = line
     for name, line in found.items():
         if "began" in line:
             seconds = time.time() - line["began"]
             Steps(results).end(name, seconds, error=ending or "its process ended within it")
-            found[name] = read_lines(results)[-1]
+            found[name] = read_records(results)[-1]
     return list(found.values())
 
 

@@ -16,23 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mf_train.run_folder import read_records
+
 Line = dict[str, Any]
 DEVICE_LOST = 3  # exit status: an error of CUDA after which every later call in this process fails too
-
-
-def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a results file, in order; none where it does not exist."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    lines = []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue  # cut off with its process
-    return lines
 
 
 class PartialError(Exception):
@@ -52,7 +39,7 @@ class Steps:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.known = {line["step"] for line in read_lines(path)}
+        self.known = {line["step"] for line in read_records(path)}
 
     def run(self, name: str, step: Callable[[], Mapping[str, Any]]) -> None:
         """Run a step, unless an earlier process of this part began it. An exception becomes the step's error."""

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.steps import Line, Steps, part_arguments, read_lines
+from benchmarks.gpu.steps import Line, Steps, part_arguments
+from mf_train.run_folder import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = ("tiny", "dense-tiny", "small", "dense-small")
@@ -97,7 +98,7 @@ def train(name: str, kept: Path, rehearse: bool) -> Mapping[str, Any]:
         for trace in (run / "profile").glob("*.trace.json.gz"):
             shutil.copy(trace, kept / f"{name}.trace.json.gz")
         profile = json.loads(summaries(run)[0].read_text(encoding="utf-8"))
-        return measured(read_lines(run / "metrics.jsonl"), keys) | {
+        return measured(read_metrics(run), keys) | {
             "first_step_seconds": first_step,
             "profile": profile,
         }

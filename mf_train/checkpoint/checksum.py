@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mf_train.checkpoint.files import naming
+from mf_train.files import path_in_errors
 
 PIECE_BYTES = 4 << 20
 _POLYNOMIAL = 0xEDB88320  # bits reversed: the coefficient of x^0 is the highest bit
@@ -70,7 +70,7 @@ def _read_crc(path: Path, first: int, last: int, size: int) -> int:
     """`crc_of_piece` of bytes [first, last) of a file of `size` bytes."""
     register, file = 0, os.open(path, os.O_RDONLY)
     try:
-        with naming(path):
+        with path_in_errors(path):
             while first < last and (piece := os.pread(file, min(PIECE_BYTES, last - first), first)):
                 register = continue_crc(register, piece)
                 first += len(piece)

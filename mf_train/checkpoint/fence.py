@@ -14,9 +14,9 @@ import socket
 import time
 from pathlib import Path
 
-from mf_train.checkpoint.files import remove_folder, write_whole
 from mf_train.checkpoint.layout import LATEST, step_name
 from mf_train.errors import TrainingError
+from mf_train.files import remove_folder, write_whole
 
 WRITER = ".writer"
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_train.errors import UserError
+from mf_train.run_folder import CHECKPOINTS
 
 FORMAT = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -131,7 +132,7 @@ def resolve_checkpoint(path: Path) -> Path:
         return resolve_checkpoint(path.parent)
     if (path / MANIFEST).is_file():
         return path
-    for folder in (path, path / "checkpoints"):
+    for folder in (path, path / CHECKPOINTS):
         if found := list_checkpoints(folder):
             return found[-1]
     if not path.exists():

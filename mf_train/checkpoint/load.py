@@ -5,7 +5,7 @@ from collections.abc import Callable
 from mf_train.checkpoint.layout import KINDS
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.errors import UserError
-from mf_train.model.initialise import split_dimension
+from mf_train.model.sharding import whole_shape
 from mf_train.parallel.agreement import run_on_all
 from mf_train.parallel.engine import Engine
 
@@ -37,11 +37,10 @@ def _read_fragments(engine: Engine, reader: CheckpointReader, still_alive: Calla
 
 
 def _check_shapes(engine: Engine, reader: CheckpointReader) -> None:
-    ours = {}
-    for name, parameter in engine.model.named_parameters():
-        shape = list(engine.local_shape(parameter))
-        shape[split_dimension(name)] *= engine.groups.degrees.tensor
-        ours[name] = tuple(shape)
+    ours = {
+        name: whole_shape(name, engine.local_shape(parameter), engine.groups.degrees.tensor)
+        for name, parameter in engine.model.named_parameters()
+    }
     if ours != reader.shapes:
         differing = sorted(n for n in {*ours, *reader.shapes} if ours.get(n) != reader.shapes.get(n))
         name = differing[0]

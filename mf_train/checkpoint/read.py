@@ -13,9 +13,19 @@ import torch
 from torch import Tensor
 
 from mf_train.checkpoint.checksum import crc_of_file, crc_of_piece
-from mf_train.checkpoint.layout import KINDS, MANIFEST, STATE, DamageError, Manifest, part_name, read_manifest
+from mf_train.checkpoint.layout import (
+    KINDS,
+    MANIFEST,
+    STATE,
+    DamageError,
+    Manifest,
+    list_checkpoints,
+    part_name,
+    read_manifest,
+)
 from mf_train.checkpoint.safetensors_file import Region, TensorFile, bytes_of
-from mf_train.model.initialise import split_dimension
+from mf_train.model.sharding import ranks_of_span, slice_shape, split_dimension
+from mf_train.run_folder import CHECKPOINTS
 
 REMEDY = "use another checkpoint"
 
@@ -88,11 +98,10 @@ class CheckpointReader:
 
         Needs at most safetensors_file.SLAB_BYTES beside its result.
         """
-        shape, split = list(self.shapes[name]), split_dimension(name)
-        shape[split] //= tensor_size
+        shape, split = slice_shape(name, self.shapes[name], tensor_size), split_dimension(name)
         values = torch.empty(numel, dtype=torch.float32)
         done = 0
-        for box in _boxes(tuple(shape), start, start + numel):
+        for box in _boxes(shape, start, start + numel):
             region, sizes = list(box), [part.stop - part.start for part in box]
             first = tensor_rank * shape[split]
             region[split] = slice(box[split].start + first, box[split].stop + first)
@@ -134,12 +143,10 @@ class CheckpointReader:
             return
         shape, split = self.shapes[name], split_dimension(name)
         width = shape[split] // self.manifest.tensor_parallel
-        begin, end = region[split].start, region[split].stop
-        for rank in range(begin // width, -(-end // width)):
-            first, last = max(begin, rank * width), min(end, (rank + 1) * width)
+        for rank, first, last in ranks_of_span(region[split], width):
             local = list(region)
             local[split] = slice(first - rank * width, last - rank * width)
-            part = out.narrow(split, first - begin, last - first)
+            part = out.narrow(split, first - region[split].start, last - first)
             file = self._part(name, kind, rank)
             values = part
             if checksums is not None and not part.is_contiguous():
@@ -173,9 +180,7 @@ class CheckpointReader:
 
     def local_shape(self, name: str) -> tuple[int, ...]:
         """Shape of each of the slices that the checkpoint holds of a parameter."""
-        shape, split = list(self.shapes[name]), split_dimension(name)
-        shape[split] //= self.manifest.tensor_parallel
-        return tuple(shape)
+        return slice_shape(name, self.shapes[name], self.manifest.tensor_parallel)
 
     def _check_manifest(self) -> None:
         """What the other methods rely on: its own checksum says nothing of a manifest made to harm."""
@@ -197,6 +202,16 @@ class CheckpointReader:
         )
         if not sound:
             raise DamageError(self.checkpoint / MANIFEST, "damaged")
+
+
+def stream_state_before(run: Path, step: int) -> dict[str, Any] | None:
+    """The token stream's state in a run's newest checkpoint of a step before `step`; None where there is none."""
+    for checkpoint in reversed(list_checkpoints(run / CHECKPOINTS)):
+        reader = CheckpointReader(checkpoint)
+        if reader.manifest.step < step:
+            state: dict[str, Any] = reader.state()["stream"]
+            return state
+    return None
 
 
 class Checksums:

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from mf_train.checkpoint.checksum import PIECE_BYTES, continue_crc, crc_of_file, shifted
 from mf_train.checkpoint.fence import Fence
-from mf_train.checkpoint.files import beside, naming, prepare_whole, remove_folder, sync, write_synced
 from mf_train.checkpoint.layout import (
     CONFIG,
     FORMAT,
@@ -46,7 +45,8 @@ from mf_train.checkpoint.layout import (
 from mf_train.checkpoint.safetensors_file import FileLayout, bytes_of
 from mf_train.config import CheckpointConfig
 from mf_train.errors import PeerError, TrainingError
-from mf_train.model.initialise import split_dimension
+from mf_train.files import beside, path_in_errors, remove_folder, sync, write_synced
+from mf_train.model.sharding import whole_shape
 from mf_train.parallel.agreement import SIGN_OF_LIFE_SECONDS, Task, any_rank, exclusive_or, run_on_all
 from mf_train.parallel.engine import Engine
 
@@ -115,7 +115,7 @@ class Saver:
         shapes = {name: engine.local_shape(p) for name, p in engine.model.named_parameters()}
         self.parts = assign_parts({name: 4 * shape.numel() for name, shape in shapes.items()})
         layouts = _part_layouts(shapes, self.parts)
-        self.parameters = {name: _global_shape(name, shape, degrees.tensor) for name, shape in shapes.items()}
+        self.parameters = {name: whole_shape(name, shape, degrees.tensor) for name, shape in shapes.items()}
         self.sizes = {
             part_name(kind, rank, degrees.tensor, part): layout.size
             for kind in KINDS
@@ -260,7 +260,7 @@ class Saver:
             path = self.partial / file
             descriptor = os.open(path, os.O_WRONLY)
             try:
-                with naming(path):
+                with path_in_errors(path):
                     if file in self.headers:
                         crcs[file] ^= _write_at(descriptor, memoryview(self.headers[file]), 0, size)
                     for piece in by_file.get(file, ()):
@@ -296,7 +296,8 @@ class Saver:
             if (size := (self.partial / file).stat().st_size) != record.size:
                 raise OSError(f"{file} has {size} bytes instead of {record.size}: check the storage")
         # a newer start deletes both, so that neither can take its place once this one was held up here
-        latest = prepare_whole(folder / LATEST, f"{name}\n".encode(), self.fence.token)
+        latest = beside(folder / LATEST, self.fence.token)
+        write_synced(latest, f"{name}\n".encode())
         self.fence.check()
         os.rename(self.partial, folder / name)
         os.replace(latest, folder / LATEST)
@@ -362,12 +363,6 @@ def _part_layouts(shapes: Mapping[str, torch.Size], parts: Mapping[str, int]) ->
         part: FileLayout({name: (torch.float32, shapes[name]) for name in shapes if parts[name] == part})
         for part in sorted(set(parts.values()))
     }
-
-
-def _global_shape(name: str, local: torch.Size, tensor: int) -> tuple[int, ...]:
-    shape = list(local)
-    shape[split_dimension(name)] *= tensor
-    return tuple(shape)
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int, size: int) -> int:

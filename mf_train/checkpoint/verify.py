@@ -27,6 +27,8 @@ from mf_train.checkpoint.read import REMEDY, CheckpointReader
 from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config.loading import load_config
 from mf_train.errors import TrainingError, UserError
+from mf_train.run_folder import CHECKPOINTS
+from mf_train.text import human_bytes
 
 _TASK_BYTES = 256 << 20  # of a file that one thread reads at a time
 
@@ -48,7 +50,7 @@ def verify(path: Path) -> Iterator[str]:
         else:
             manifest = read_manifest(checkpoint)
             size = sum(record.size for record in manifest.files.values())
-            yield f"{checkpoint}: good: {_describe(manifest)}, {len(manifest.files)} files, {_human(size)}"
+            yield f"{checkpoint}: good: {_describe(manifest)}, {len(manifest.files)} files, {human_bytes(size)}"
     if damaged:
         listed = "; ".join(problem for problems in damaged.values() for problem in problems)
         raise TrainingError(f"{len(damaged)} of {len(checkpoints)} checkpoints are damaged: {listed}")
@@ -101,12 +103,12 @@ def list_lines(run: Path) -> Iterator[str]:
             continue
         size = sum(record.size for record in manifest.files.values())
         written = datetime.datetime.fromtimestamp((checkpoint / MANIFEST).stat().st_mtime)
-        yield f"{checkpoint.name}  {_human(size):>8}  {written:%Y-%m-%d %H:%M}  {_describe(manifest)}{latest}"
+        yield f"{checkpoint.name}  {human_bytes(size):>8}  {written:%Y-%m-%d %H:%M}  {_describe(manifest)}{latest}"
 
 
 def _find(path: Path) -> list[Path]:
     """The checkpoint at `path`, or those of a run or its `checkpoints` folder."""
-    for folder in (path, path / "checkpoints"):
+    for folder in (path, path / CHECKPOINTS):
         if found := list_checkpoints(folder):
             return found
     if path.is_dir() and path.name.startswith("step-"):
@@ -190,10 +192,3 @@ def _describe(manifest: Manifest) -> str:
 def _brief(error: Exception) -> str:
     """Without the remedy, which is one for who resumes."""
     return str(error).removesuffix(f"; {REMEDY}")
-
-
-def _human(size: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1000:.1f} kB"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 from mf_train.config.bounds import problem_of
 from mf_train.config.sections import Config, TrainingConfig
 from mf_train.errors import UserError
+from mf_train.text import did_you_mean
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -71,8 +71,7 @@ def convert_value(key: str, value: Any, origin: str) -> Any:
     for part in key.split("."):
         known = typing.get_type_hints(annotation) if dataclasses.is_dataclass(annotation) else {}
         if part not in known:
-            near = difflib.get_close_matches(part, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "name it as section.key"
+            hint = did_you_mean(part, known, "name it as section.key")
             raise UserError(f"{origin}: unknown key {key!r}: {hint}")
         annotation = known[part]
     if dataclasses.is_dataclass(annotation):
@@ -210,8 +209,7 @@ def _build(section: type, tree: Any, key: str, origin: str) -> Any:
     for name, value in tree.items():
         dotted = f"{key}.{name}" if key else str(name)
         if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(hints)}"
+            hint = did_you_mean(name, hints, f"known keys: {', '.join(hints)}")
             raise UserError(f"{origin}: unknown key {dotted!r}: {hint}")
         values[name] = _convert(hints[name], value, dotted, origin)
         if problem := problem_of(fields[name], values[name]):

@@ -31,9 +31,7 @@ class DataConfig:
     train: tuple[SourceConfig, ...] = ()
     validation: tuple[SourceConfig, ...] = ()
     seed: int = 0
-    logical_streams: int = positive(
-        64
-    )  # that batches are dealt from; data parallelism must divide their number
+    logical_streams: int = positive(64)  # batches are dealt from them; data parallelism must divide them
     block_documents: int = positive(64)  # neighbours that stay together when a source's blocks are shuffled
     window_blocks: int = positive(16)  # blocks of a stream among which documents are shuffled
     document_attention: bool = False  # attention inside documents only, and positions that begin anew in each

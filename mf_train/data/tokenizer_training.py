@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from mf_train.data.sources import open_text
 from mf_train.data.stream.order import EpochOrder
 from mf_train.data.tokenizer import SMALLEST_VOCABULARY, SPACE_MARK, load_processor, train_model
 from mf_train.errors import UserError
+from mf_train.files import write_whole
 
 _UNKNOWN_MARK = "\u2585"  # sentencepiece drops training sentences that hold it
 _TRAINING_SEGMENT_BYTES = 4096
@@ -115,12 +115,7 @@ def _write_model(output_dir: Path, proto: bytes, info: dict[str, Any]) -> Path:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         for name, content in (("tokenizer_info.json", info_bytes), ("tokenizer.model", proto)):
-            partial = output_dir / f".{name}.{os.getpid()}"
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(output_dir / name)
+            write_whole(output_dir / name, content)
     except OSError as error:
         raise UserError(f"--output {output_dir}: cannot be written ({error.strerror})") from None
     return output_dir / "tokenizer.model"

@@ -13,7 +13,7 @@ def add_inspect(commands: Any) -> None:
         commands,
         "inspect",
         "how often each row of a trained model's tables is read",
-        "memoryformer inspect runs/quickstart --output quickstart-tables",
+        "inspect runs/quickstart --output quickstart-tables",
         _inspect,
     )
     parser.add_argument(

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mf_train.checkpoint.files import write_whole
 from mf_train.data.stream.validation import validation_tokens
 from mf_train.errors import UserError
+from mf_train.files import write_whole
 from mf_train.inspection.source import Inspected, open_inspected
 from mf_train.inspection.terminal import reads_lines
 from mf_train.model.attention import document_numbers
@@ -54,8 +54,8 @@ def inspect(
 
         picture = draw_reads(reads)
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / PICTURE, picture, "partial")
-        write_whole(output / NUMBERS, (json.dumps(tree, indent=1) + "\n").encode(), "partial")
+        write_whole(output / PICTURE, picture)
+        write_whole(output / NUMBERS, (json.dumps(tree, indent=1) + "\n").encode())
     if as_json:
         yield json.dumps(tree)
         return

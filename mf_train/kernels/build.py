@@ -11,16 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mf_train.files import user_cache
+
 SOURCES = Path(__file__).parent / "csrc"
 
 
 class BuildError(Exception):
     """A library that could not be compiled; the message says why and what would help."""
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/mf_train/kernels, by default ~/.cache/mf_train/kernels."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mf_train" / "kernels"
 
 
 def compile_once(name: str, sources: Sequence[Path], command: Callable[[Path], list[str]]) -> Path:
@@ -42,7 +39,7 @@ def compile_once(name: str, sources: Sequence[Path], command: Callable[[Path], l
     digest = hashlib.sha256("\0".join([platform.machine(), *words]).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    folder = cache_folder()
+    folder = user_cache() / "kernels"
     library = folder / f"{name}-{digest.hexdigest()[:16]}.so"
     if library.is_file():
         return library

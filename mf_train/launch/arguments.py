@@ -27,7 +27,7 @@ def add_launch(commands: Any) -> None:
         commands,
         "launch",
         "run on a SLURM cluster: check, snapshot, render a job script, submit",
-        "memoryformer launch configs/base.yaml training.steps=100000 --nodes 4 --gpus-per-node 8 --time 24:00:00",
+        "launch configs/base.yaml training.steps=100000 --nodes 4 --gpus-per-node 8 --time 24:00:00",
         _launch,
     )
     parser.add_argument(
@@ -171,18 +171,18 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verbs(commands: Any) -> None:
-    example = "memoryformer launch status runs/base"
+    example = "launch status runs/base"
     verb = add_command(
         commands, "launch status", "show where a launched run or array stands", example, _status
     )
     _add_run(verb)
 
-    example = "memoryformer launch stop runs/base"
+    example = "launch stop runs/base"
     _add_run(
         add_command(commands, "launch stop", "have a launched run or array save and end", example, _stop)
     )
 
-    example = "memoryformer launch logs runs/base --rank 3 --follow"
+    example = "launch logs runs/base --rank 3 --follow"
     verb = add_command(
         commands, "launch logs", "show a launched run's output, its first error first", example, _logs
     )

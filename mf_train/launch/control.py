@@ -17,10 +17,10 @@ from mf_train.launch.progress import (
     read_progress,
     read_starts,
     seconds_between,
-    tail_lines,
 )
 from mf_train.launch.records import LAUNCH, LOGS, read_record
 from mf_train.launch.report import first_error, report
+from mf_train.run_folder import tail_lines
 
 _SHOWN_STARTS = 10
 _STOP_SECONDS = 30.0  # in which a job that is leaving its nodes settles

@@ -1,7 +1,6 @@
 """What a node is, before a run: its versions, memory, limits and names. Needs no torch to say that there is none."""
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -14,18 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import mf_train
-
-PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors", "sentencepiece", "triton")
+from mf_train.versions import package_versions
 
 
 def versions() -> dict[str, str]:
     """Versions of what takes part in a run, by name; what is not installed is missing. `mf_train`: a digest."""
-    found = {"python": platform.python_version(), "mf_train": source_digest()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = package_versions() | {"mf_train": source_digest()}
     found["glibc"] = platform.libc_ver()[1]
     found["kernel"] = platform.release()
     driver = Path("/proc/driver/nvidia/version")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -12,9 +10,8 @@ from typing import Any
 
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
-from mf_train.launch.records import CONFIG, LAUNCH, STARTS
-
-_TAIL_BYTES = 1 << 16
+from mf_train.launch.records import STARTS
+from mf_train.run_folder import CHECKPOINTS, CONFIG, LAUNCH, METRICS, last_metrics
 
 
 @dataclass(frozen=True)
@@ -49,36 +46,13 @@ def read_progress(run: Path) -> Progress:
         steps = load_config(run / LAUNCH / CONFIG).training.steps
     except UserError:
         steps = 0
-    path = run / "metrics.jsonl"
-    metrics = last_record(path)
-    age = max(0.0, time.time() - path.stat().st_mtime) if metrics else None
+    metrics = last_metrics(run)
+    age = max(0.0, time.time() - (run / METRICS).stat().st_mtime) if metrics else None
     try:
-        checkpoint = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+        checkpoint = (run / CHECKPOINTS / "latest").read_text(encoding="utf-8").strip()
     except OSError:
         checkpoint = "none"
     return Progress(steps, metrics, age, checkpoint)
-
-
-def last_record(path: Path) -> dict[str, Any]:
-    """The last whole line of a JSON Lines file that is being written; {} where there is none yet."""
-    for line in reversed(tail_lines(path)):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            return record
-    return {}
-
-
-def tail_lines(path: Path, size: int = _TAIL_BYTES) -> list[str]:
-    """The last lines of a file that lie in its last `size` bytes, the first one perhaps cut; [] if it is not there."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-            return file.read().decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
 
 
 def read_starts(run: Path) -> list[Start]:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mf_train.checkpoint.files import write_whole
 from mf_train.errors import UserError
+from mf_train.files import write_whole
 
 LAUNCH, JOB, SCRIPT, CONFIG, LOGS, STARTS = (
     "launch",
@@ -37,4 +37,4 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write a run's launch/job.json. Raises OSError."""
-    write_whole(folder / LAUNCH / JOB, (json.dumps(record, indent=1) + "\n").encode(), "partial")
+    write_whole(folder / LAUNCH / JOB, (json.dumps(record, indent=1) + "\n").encode())

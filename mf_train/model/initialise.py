@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mf_train.config.model import ModelConfig
+from mf_train.model.sharding import split_dimension
 from mf_train.model.sums import num_chunks
 
 TABLE_STD = 0.02
@@ -34,13 +35,6 @@ def initialise(model: nn.Module, seed: int, rank: int = 0, size: int = 1) -> Non
                 _fill_normal(parameter, std, seed, name, rank, size)
             else:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
-
-
-def split_dimension(name: str) -> int:
-    """The dimension of a parameter that tensor parallelism splits: columns of tables and embedding, else rows."""
-    if name.endswith(".tables"):
-        return 2
-    return 1 if name == "embedding.weight" else 0
 
 
 def _standard_deviation(name: str, config: ModelConfig) -> float:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from mf_train.model import MemoryFormer
 from mf_train.model.head import Head
-from mf_train.model.initialise import split_dimension
 from mf_train.model.memory import Hash
 from mf_train.model.norm import Norm
+from mf_train.model.sharding import slice_of_rank
 from mf_train.parallel.exchange import Exchange, gather_codes, gather_features
 
 
@@ -68,13 +68,6 @@ class TensorParallelHead(Head):
 
     def gather_sums(self, sums: Tensor) -> Tensor:
         return self.exchange.gather_values(sums)
-
-
-def slice_of_rank(tensor: Tensor, name: str, rank: int, size: int) -> Tensor:
-    """The view of a whole parameter that tensor-parallel rank `rank` of `size` holds."""
-    dimension = split_dimension(name)
-    width = tensor.shape[dimension] // size
-    return tensor.narrow(dimension, rank * width, width)
 
 
 def _slice_parameters(model: nn.Module, exchange: Exchange) -> None:

@@ -32,9 +32,9 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from mf_train.exit_status import FAILED
 from mf_train.parallel.processes import Process
 
-_FAILURE = 1  # exit status
 _LONGEST_PERIOD = 2.0
 _PERIODS_IN_LIMIT = 12
 _PERIODS_OF_SILENCE = 3  # in which an answering rank has posted at least twice
@@ -196,7 +196,7 @@ class Watch:
         if not self._alone:
             # all see the verdict before any connection breaks
             time.sleep(_PERIODS_OF_SILENCE * self.period)
-        os._exit(_FAILURE)
+        os._exit(FAILED)
 
     def _briefly(self, action: Callable[[], object]) -> None:
         """Run an action that may hang or fail, as what it writes to may be what hangs."""

@@ -14,7 +14,7 @@ def add_plan(commands: Any) -> None:
         commands,
         "plan",
         "memory, step time, cost and launch line of a run, from its configuration alone",
-        "memoryformer plan configs/base.yaml --nodes 4 --gpus-per-node 8 --device h100",
+        "plan configs/base.yaml --nodes 4 --gpus-per-node 8 --device h100",
         _plan,
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/base.yaml")
@@ -126,9 +126,9 @@ def _plan(given: argparse.Namespace) -> int:
 
 
 def _write(path: Path, picture: bytes) -> None:
-    from mf_train.checkpoint.files import write_whole
     from mf_train.errors import UserError
+    from mf_train.files import write_whole
 
     if not path.parent.is_dir():
         raise UserError(f"--plot {path}: there is no folder {path.parent}: make it first")
-    write_whole(path, picture, "plan")
+    write_whole(path, picture)

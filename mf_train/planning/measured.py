@@ -1,6 +1,5 @@
 """What a run measured, beside what the planner says of it."""
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from mf_train.config import Config
 from mf_train.errors import UserError
 from mf_train.planning.work import step_tokens
+from mf_train.run_folder import METRICS, read_metrics
 
 _WARM_UP = 3  # steps of a start that are left out where there are more
 
@@ -27,20 +27,15 @@ class Measured:
 
 def read_measured(run: Path, config: Config) -> Measured:
     """From the run folder's metrics.jsonl. Raises UserError where there is none, or its steps have another size."""
-    path = run / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"--measured {run}: {path} cannot be read ({error.strerror}): give a run's folder"
-        ) from None
+    path = run / METRICS
+    if not path.is_file():
+        raise UserError(f"--measured {run}: {path} does not exist: give a run's folder")
     records = []
-    for line in lines:
+    for record in read_metrics(run):
         try:
-            record = json.loads(line)
             records.append((float(record["step_seconds"]), record["tokens"] / record["step"], record))
         except (ValueError, KeyError, TypeError, ZeroDivisionError):
-            continue  # an unfinished last line
+            continue  # not a step's
     if not records:
         raise UserError(f"--measured {run}: {path} has no step yet")
     tokens = step_tokens(config)

@@ -22,7 +22,7 @@ def add_study(commands: Any) -> None:
     verbs = study.add_subparsers(metavar="verb", required=True)
 
     def add_verb(name: str, summary: str, options: str, run: Run) -> argparse.ArgumentParser:
-        example = f"memoryformer study {name} configs/studies/sizes-small.yaml{options}"
+        example = f"study {name} configs/studies/sizes-small.yaml{options}"
         parser = add_command(verbs, name, summary, example, run)
         parser.add_argument("study", type=Path, metavar="STUDY", help="a study's YAML file")
         return parser
@@ -73,9 +73,9 @@ def _plan(given: argparse.Namespace) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
+    from mf_train.exit_status import STOPPED
     from mf_train.study.cells import make_grid
     from mf_train.study.run import run_here, submit_array
-    from mf_train.study.state import STOPPED
     from mf_train.study.study import load_study
 
     if given.at_once is not None and given.at_once < 1:

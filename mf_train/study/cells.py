@@ -21,8 +21,10 @@ from mf_train.planning.memory import peak_bytes
 from mf_train.planning.plan import USABLE
 from mf_train.planning.time import estimate_step
 from mf_train.planning.work import model_flops, step_tokens
+from mf_train.run_folder import METRICS
 from mf_train.study.cost import Cost, run_cost
 from mf_train.study.study import LENGTHS, Study, Value
+from mf_train.text import human_bytes
 
 _PLACE = "this place of the grid"
 CELLS = "cells"  # folder of the cells' configurations, NUMBER.yaml
@@ -141,7 +143,7 @@ def _resolve(study: Study, base: dict[str, Any], values: Sequence[Value]) -> Con
         return config
     if (needed := _peak_bytes(study, config)) > limit:
         raise UserError(
-            f"does not fit: a process needs {needed / 1e9:.3g} GB as predicted, and {owner} is {limit / 1e9:.3g} GB"
+            f"does not fit: a process needs {human_bytes(needed)} as predicted, and {owner} is {human_bytes(limit)}"
         )
     return config
 
@@ -183,7 +185,7 @@ def _within_budget(study: Study, cells: Sequence[Cell]) -> tuple[list[Cell], lis
     flops, seconds = 0.0, 0.0
     kept: set[int] = set()
     over: list[LeftOut] = []
-    has_run = {cell.number for cell in cells if (cell.folder / "metrics.jsonl").exists()}
+    has_run = {cell.number for cell in cells if (cell.folder / METRICS).exists()}
     for cell in sorted(
         cells, key=lambda cell: (cell.number not in has_run, _price(study, cell), cell.number)
     ):

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mf_train.checkpoint.files import write_whole
 from mf_train.config.loading import config_to_tree
 from mf_train.errors import UserError
+from mf_train.files import write_whole
+from mf_train.run_folder import read_metrics
 from mf_train.study.cells import Cell, Grid
-from mf_train.study.state import State, cell_state, read_metrics
+from mf_train.study.state import State, cell_state
 from mf_train.study.study import Study
 
 RESULTS = "results.csv"
@@ -86,7 +87,7 @@ def write_results(study: Study, rows: Sequence[dict[str, Any]]) -> Path:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue().encode(), "partial")
+    write_whole(path, text.getvalue().encode())
     return path
 
 

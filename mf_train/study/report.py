@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mf_train.checkpoint.files import write_whole
+from mf_train.files import write_whole
 from mf_train.study.analysis import LOSS, Series, analyse, measure
 from mf_train.study.bootstrap import LEVEL, LawFit
 from mf_train.study.collect import RESULTS, read_results
@@ -41,12 +41,12 @@ def fit_study(
         if path.stem not in pictures:
             path.unlink()  # of an earlier fit
     for name, data in pictures.items():
-        write_whole(folder / PLOTS / f"{name}.png", data, "partial")
+        write_whole(folder / PLOTS / f"{name}.png", data)
     fits = {"x": x, "size": size, "by": by, "level": LEVEL, "series": [asdict(one) for one in series]}
-    write_whole(folder / FITS, (json.dumps(_plain(fits), indent=1) + "\n").encode(), "partial")
-    write_whole(folder / SUMMARY, markdown(folder.name, tables, notes + lines).encode(), "partial")
+    write_whole(folder / FITS, (json.dumps(_plain(fits), indent=1) + "\n").encode())
+    write_whole(folder / SUMMARY, markdown(folder.name, tables, notes + lines).encode())
     page = render(folder.name, rows, lines, notes, to_html(tables), pictures)
-    write_whole(folder / REPORT, page.encode(), "partial")
+    write_whole(folder / REPORT, page.encode())
     yield from notes
     yield from lines
     yield f"{folder / REPORT}, {SUMMARY}, {FITS}: {len(tables)} tables, {len(pictures)} plots"

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from mf_train.checkpoint.files import write_whole
 from mf_train.config.loading import config_to_tree
 from mf_train.errors import UserError
+from mf_train.exit_status import STOPPED
+from mf_train.files import write_whole
 from mf_train.launch.job import TASK, JobOptions
 from mf_train.study.cells import CELLS, Cell, Grid, cell_folder, dump_tree
-from mf_train.study.state import DONE, FAILED, LOG, STOPPED, Outcome, State, cell_state, write_outcome
+from mf_train.study.state import DONE, FAILED, LOG, Outcome, State, cell_state, write_outcome
 from mf_train.study.study import Study
 
 _LOCK = "run.lock"
@@ -48,7 +49,7 @@ def write_cells(study: Study, cells: Sequence[Cell]) -> None:
     for cell in cells:
         path = folder / f"{cell.number}.yaml"
         if not path.exists():
-            write_whole(path, dump_tree(config_to_tree(cell.config)).encode(), "partial")
+            write_whole(path, dump_tree(config_to_tree(cell.config)).encode())
 
 
 def run_here(study: Study, grid: Grid, at_once: int = 1, retry: bool = False) -> int:

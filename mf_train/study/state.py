@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from mf_train.checkpoint.files import write_whole
 from mf_train.errors import UserError
-from mf_train.launch.progress import Start, last_record, read_starts
+from mf_train.exit_status import STOPPED
+from mf_train.files import write_whole
+from mf_train.launch.progress import Start, read_starts
 from mf_train.launch.records import LAUNCH, LOGS
 from mf_train.launch.report import first_error
+from mf_train.run_folder import last_metrics
 from mf_train.study.cells import Cell
 
 OUTCOME, LOG = "outcome.json", "output.log"  # in the run's folder, of a cell that ran here
-STOPPED = 75
 DONE, FAILED, UNFINISHED, MISSING = "done", "failed", "unfinished", "missing"
 
 
@@ -40,7 +40,7 @@ class State:
 def cell_state(cell: Cell) -> State:
     """Where a cell stands."""
     folder, steps = cell.folder, cell.config.training.steps
-    step = int(last_record(folder / "metrics.jsonl").get("step", 0))
+    step = int(last_metrics(folder).get("step", 0))
     if step >= steps:
         return State(DONE, step)
     if failure := _failure(folder):
@@ -50,26 +50,9 @@ def cell_state(cell: Cell) -> State:
     return State(MISSING, 0)
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl; a last line that is not whole is passed over."""
-    try:
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            found.append(record)
-    return found
-
-
 def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Record how a cell's process ended. Raises OSError."""
-    write_whole(folder / OUTCOME, (json.dumps(asdict(outcome)) + "\n").encode(), "partial")
+    write_whole(folder / OUTCOME, (json.dumps(asdict(outcome)) + "\n").encode())
 
 
 def _failure(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -12,6 +11,7 @@ from typing import Any
 from mf_train.config.loading import convert_value, read_tree
 from mf_train.errors import UserError
 from mf_train.planning.devices import Device, find_device
+from mf_train.text import did_you_mean
 
 LENGTHS = ("tokens", "tokens_per_parameter", "flops")  # axes that set training.steps
 # Short names of axes, and the keys that each sets.
@@ -143,8 +143,7 @@ def _axis(name: str, tree: Any, origin: str) -> Axis:
         ]
     else:
         names = ["size", "variant", *LENGTHS, *AXES]
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(names)}, or a dotted key"
+        hint = did_you_mean(name, names, f"choose of {', '.join(names)}, or a dotted key")
         raise UserError(f"{origin}: unknown axis {name!r}: {hint}")
     labels = [value.label for value in values]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
@@ -250,8 +249,7 @@ def _budget(tree: Any, origin: str) -> Budget:
 def _check_keys(tree: dict[Any, Any], known: Sequence[str], origin: str, prefix: str) -> None:
     for key in tree:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            hint = did_you_mean(key, known, f"known keys: {', '.join(known)}")
             raise UserError(f"{origin}: unknown key {prefix}{key}: {hint}")
 
 

@@ -1,14 +1,10 @@
 """The run's folder: whether it may be used, what to resume from, and the configuration recorded in it."""
 
-import importlib.metadata
-import platform
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from mf_train.checkpoint.files import write_whole
 from mf_train.checkpoint.layout import (
     CONFIG,
     TOKENIZER,
@@ -20,8 +16,10 @@ from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree, load_config
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
-
-PACKAGES = ("torch", "deepspeed", "megatron-core", "sentencepiece", "datasets", "safetensors", "numpy")
+from mf_train.files import write_whole
+from mf_train.run_folder import CHECKPOINTS
+from mf_train.run_folder import CONFIG as RUN_CONFIG
+from mf_train.versions import package_versions
 
 
 def check_folder(config: Config) -> None:
@@ -29,10 +27,10 @@ def check_folder(config: Config) -> None:
     folder = Path(config.training.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose another training.output_dir")
-    recorded = folder / "config.yaml"
+    recorded = folder / RUN_CONFIG
     if recorded.is_file():
         _check_same_model(config, recorded)
-    existing = list_checkpoints(folder / "checkpoints")
+    existing = list_checkpoints(folder / CHECKPOINTS)
     if config.checkpoint.resume == "never" and existing:
         raise UserError(
             f"{folder}: holds checkpoints up to {existing[-1].name} and checkpoint.resume is never; choose "
@@ -42,33 +40,17 @@ def check_folder(config: Config) -> None:
         resolve_checkpoint(Path(config.checkpoint.resume))
 
 
-def stream_state_before(config: Config, step: int) -> dict[str, Any] | None:
-    """The token stream's state in the run's newest checkpoint of a step before `step`, if it has one."""
-    for checkpoint in reversed(list_checkpoints(Path(config.training.output_dir) / "checkpoints")):
-        reader = CheckpointReader(checkpoint)
-        if reader.manifest.step < step:
-            state: dict[str, Any] = reader.state()["stream"]
-            return state
-    return None
-
-
 def resolved_yaml(config: Config) -> str:
     """The whole configuration as YAML, with the versions of the packages that matter."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    tree = config_to_tree(config) | {"versions": versions}
+    tree = config_to_tree(config) | {"versions": package_versions()}
     return yaml.safe_dump(tree, sort_keys=False)
 
 
 def record_config(config: Config) -> None:
     """Write config.yaml into the run's folder, creating it. Raises OSError."""
     folder = Path(config.training.output_dir)
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.yaml", resolved_yaml(config).encode(), "partial")
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    write_whole(folder / RUN_CONFIG, resolved_yaml(config).encode())
 
 
 def check_same_run(config: Config, tokenizer: Tokenizer, reader: CheckpointReader) -> None:

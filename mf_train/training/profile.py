@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mf_train.checkpoint.files import beside, write_whole
 from mf_train.checkpoint.layout import step_name
 from mf_train.config import Config
+from mf_train.files import beside, write_whole
 from mf_train.parallel.engine import Engine
+from mf_train.run_folder import PROFILE
 from mf_train.training.profile_ranges import MODEL_PARTS, named_method, named_parts
 from mf_train.training.profile_summary import STEP, Trace, table
 
@@ -31,7 +32,7 @@ Part = tuple[Any, str, str]  # an object, its method, and what the time in it is
 
 def profile_path(folder: Path, step: int, rank: int, kind: str) -> Path:
     """A file of the profile that begins with `step`: `kind` is trace.json.gz, memory.pickle, summary.json, ..."""
-    return folder / "profile" / f"{step_name(step)}-rank-{rank:05d}.{kind}"
+    return folder / PROFILE / f"{step_name(step)}-rank-{rank:05d}.{kind}"
 
 
 def open_profile(

@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from mf_train.checkpoint.checksum import crc_of_file, read_crcs
 from mf_train.checkpoint.fence import Fence, claim, set_aside
-from mf_train.checkpoint.files import write_whole
 from mf_train.checkpoint.layout import (
     CONFIG,
     LATEST,
@@ -28,7 +27,9 @@ from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
+from mf_train.files import write_whole
 from mf_train.parallel.agreement import exclusive_or, run_long_on_all, run_on_all, run_on_first
+from mf_train.run_folder import CHECKPOINTS
 
 DAMAGED, ABANDONED = "damaged", "abandoned"
 
@@ -39,7 +40,7 @@ def look_ahead(config: Config, fits: Callable[[CheckpointReader], None]) -> int:
     Returns the step to go on from, as far as can be seen. `fits` raises UserError for a checkpoint that this
     configuration cannot go on from. For rank 0; changes no file.
     """
-    path = next(_in_order(config, Path(config.training.output_dir) / "checkpoints"), None)
+    path = next(_in_order(config, Path(config.training.output_dir) / CHECKPOINTS), None)
     if path is None:
         return 0
     try:
@@ -61,7 +62,7 @@ def choose_checkpoint(
     A damaged checkpoint of the run is named, renamed and passed over; one that was given as `checkpoint.resume` is an
     error. Collective over all ranks; raises on rank 0 UserError or OSError, on the others PeerError.
     """
-    folder = Path(config.training.output_dir) / "checkpoints"
+    folder = Path(config.training.output_dir) / CHECKPOINTS
     fence = Fence(folder, run_on_first(lambda: claim(folder).token, device))
     candidates = _Candidates(config, fence)
     while (path := run_on_first(candidates.propose, device)) is not None:

@@ -20,6 +20,7 @@ from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import Config
 from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.errors import PeerError, TrainingError
+from mf_train.exit_status import DONE, STOPPED
 from mf_train.model import MemoryFormer
 from mf_train.model.initialise import initialise
 from mf_train.parallel.agreement import run_long_on_all, run_on_all, run_on_first
@@ -53,7 +54,6 @@ from mf_train.training.warm_up import compile_kernels
 if TYPE_CHECKING:
     from mf_train.training.profile import Part, Profile
 
-DONE, STOPPED = 0, 75
 _WATCH_SPEAKS_FIRST_SECONDS = 60  # before a collective's own timeout, which names no rank
 
 
@@ -416,7 +416,7 @@ class _Run:
             self.metrics.write(metrics | self.saver.take_metrics())
         except TrainingError as error:
             self.unwritten = error  # the other ranks learn of it when they save or agree on the next batch
-        self.line.show(metrics)
+        self.line.show_step(metrics)
         for warning in alarm_lines(self.step, metrics.get("alarms", ())):
             self.line.say(warning)
         if "validation_loss" in metrics:

@@ -19,7 +19,8 @@ from benchmarks.gpu.__main__ import describe as describe_machine
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.runner import Outcome, Runner
-from benchmarks.gpu.steps import describe, read_lines
+from benchmarks.gpu.steps import describe
+from mf_train.run_folder import read_records
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -149,8 +150,8 @@ def test_too_little_memory_is_said_with_the_numbers() -> None:
 def test_half_a_line_is_no_result(tmp_path: Path) -> None:
     path = tmp_path / "results"
     path.write_text('{"step": "a", "seconds": 1.0, "values": {}}\n{"step": "b", "sec')
-    assert [line["step"] for line in read_lines(path)] == ["a"]
-    assert read_lines(tmp_path / "none") == []
+    assert [line["step"] for line in read_records(path)] == ["a"]
+    assert read_records(tmp_path / "none") == []
 
 
 # ---------------------------------------------------------------- tests as steps

@@ -21,12 +21,13 @@ from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import CheckpointConfig
 from mf_train.model import MemoryFormer
 from mf_train.model.initialise import initialise
+from mf_train.model.sharding import slice_of_rank
 from mf_train.parallel.agreement import run_on_first
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import start_processes, stop_processes
 from mf_train.parallel.processes import Process
-from mf_train.parallel.tensor import shard_model, slice_of_rank
+from mf_train.parallel.tensor import shard_model
 from tests.parallel.worlds import (
     BATCH,
     CPU,

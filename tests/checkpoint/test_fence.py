@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from mf_train.checkpoint.fence import Fence, claim, set_aside
-from mf_train.checkpoint.files import remove_folder, write_whole
 from mf_train.checkpoint.layout import list_checkpoints
 from mf_train.errors import TrainingError
 
@@ -97,26 +95,7 @@ def test_a_disk_that_an_older_start_filled(tmp_path: Path) -> None:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "latest"
-    write_whole(path, b"old", "0123")
-    script = (
-        "import resource, signal, sys; from pathlib import Path; from mf_train.checkpoint.files import write_whole\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4, 4))\n"
-        "write_whole(Path(sys.argv[1]), b'12345', '4567')"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
-    assert "File too large" in done.stderr and ".latest.4567" in done.stderr
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
 def test_setting_aside_never_overwrites(tmp_path: Path) -> None:
     names = [set_aside(unfinished(tmp_path / "step-000000100"), "damaged").name for _ in range(3)]
     assert names == [f"step-000000100.damaged{end}" for end in ("", "-2", "-3")]
     assert not list_checkpoints(tmp_path)
-
-
-def test_removing_what_is_gone(tmp_path: Path) -> None:
-    remove_folder(tmp_path / "nothing")
-    remove_folder(unfinished(tmp_path / "something"))
-    assert not list(tmp_path.iterdir())

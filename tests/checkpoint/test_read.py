@@ -27,7 +27,7 @@ from mf_train.checkpoint.layout import (
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.safetensors_file import FileLayout
 from mf_train.errors import UserError
-from mf_train.parallel.tensor import slice_of_rank
+from mf_train.model.sharding import slice_of_rank
 from tests.standalone.checkpoints import write_slices
 
 SHAPES = {

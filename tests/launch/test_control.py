@@ -13,7 +13,8 @@ import pytest
 from mf_train.errors import UserError
 from mf_train.launch.control import logs, status, stop
 from mf_train.launch.logs import Ending, format_ending, format_head, node_log, rank_log
-from mf_train.launch.progress import duration, last_record, read_starts
+from mf_train.launch.progress import duration, read_starts
+from mf_train.run_folder import last_metrics
 from tests.launch.cluster import Cluster
 from tests.launch.launching import SIZE, Launcher, on_cluster, stand_in, without_slurm
 
@@ -186,7 +187,7 @@ class TestWithoutSlurm:
     def test_a_line_that_was_cut_is_passed_over(self, tmp_path: Path) -> None:
         path = tmp_path / "metrics.jsonl"
         path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-        assert last_record(path) == {"step": 2}
+        assert last_metrics(tmp_path) == {"step": 2}
         (tmp_path / "launch").mkdir()
         (tmp_path / "launch" / "starts.tsv").write_text(started(1, "none") + started(2, "none")[:30])
         assert [start.number for start in read_starts(tmp_path)] == [1]

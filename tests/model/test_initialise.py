@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mf_train.config import ModelConfig
 from mf_train.model import MemoryFormer
-from mf_train.model.initialise import initialise, split_dimension
+from mf_train.model.initialise import initialise
+from mf_train.model.sharding import split_dimension
 
 CONFIGS = {
     "memoryformer": ModelConfig(hidden_size=96, num_layers=2, num_heads=8, bits=4, vocab_size=200),

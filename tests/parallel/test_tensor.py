@@ -18,8 +18,9 @@ from mf_train.model import MemoryFormer
 from mf_train.model.attention import document_numbers
 from mf_train.model.memory import Hash, Lookup
 from mf_train.model.norm import Norm
+from mf_train.model.sharding import slice_of_rank
 from mf_train.parallel.exchange import Exchange, gather_codes
-from mf_train.parallel.tensor import shard_model, slice_of_rank
+from mf_train.parallel.tensor import shard_model
 from tests.distributed import run_distributed
 
 pytestmark = pytest.mark.distributed

@@ -16,8 +16,9 @@ from mf_train.data.stream.validation import IGNORED, ValidationBlocks
 from mf_train.data.tokenizer import TokenIds
 from mf_train.model import MemoryFormer
 from mf_train.model.head import Head
-from mf_train.model.initialise import initialise, split_dimension
+from mf_train.model.initialise import initialise
 from mf_train.model.memory import record_codes
+from mf_train.model.sharding import split_dimension
 from mf_train.parallel.degrees import Degrees, check_degrees
 from mf_train.parallel.engine import MOMENTS, Engine
 from mf_train.parallel.exchange import Exchange

@@ -30,9 +30,8 @@ from mf_train.checkpoint.safetensors_file import TensorFileWriter
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree
 from mf_train.model import MemoryFormer
-from mf_train.model.initialise import split_dimension
 from mf_train.model.memory import record_codes
-from mf_train.parallel.tensor import slice_of_rank
+from mf_train.model.sharding import slice_of_rank, split_dimension
 from mf_train.standalone.conversion.streamed_model import CheckpointWeights, compute, streamed_model
 from tests.training.runs import TOKENIZER as SHIPPED
 

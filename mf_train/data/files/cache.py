@@ -10,9 +10,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 from mf_train.errors import UserError
+from mf_train.files import user_cache
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -23,9 +24,7 @@ T = TypeVar("T")
 
 def cache_folder(setting: str | Path | None) -> Path:
     """`data.cache`, or else mf_train in the user's cache ($XDG_CACHE_HOME, ~/.cache)."""
-    if setting is not None:
-        return Path(setting).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mf_train"
+    return user_cache() if setting is None else Path(setting).expanduser()
 
 
 @contextmanager
@@ -91,20 +90,3 @@ def do_each_once(count: int, attempt: Callable[[int], T | None]) -> list[T]:
 def temporary_name(final: Path) -> Path:
     """The name under which `final` is written. Each node has its own: some file systems lock within a node only."""
     return final.with_name(f"{final.name}.{socket.gethostname()}.tmp")
-
-
-def publish(file: BinaryIO, temporary: Path, final: Path) -> None:
-    """Makes the written `file` durable and gives it its name at once. Raises OSError."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    temporary.replace(final)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

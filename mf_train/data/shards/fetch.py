@@ -10,12 +10,12 @@ from mf_train.data.files.cache import (
     cache_errors,
     cache_folder,
     do_each_once,
-    publish,
     temporary_name,
     try_lock,
 )
 from mf_train.data.files.input_files import REMOTE_BLOCK_BYTES, InputFile, file_at, files_in, is_token_shard
 from mf_train.errors import UserError
+from mf_train.files import publish
 
 
 def local_files(files: Sequence[InputFile], cache: str | Path | None) -> list[Path]:
@@ -87,6 +87,6 @@ def _download(file: InputFile, folder: Path) -> None:
                     with cache_errors(folder):
                         target.write(piece)
                 with cache_errors(folder):
-                    publish(target, temporary, path)
+                    publish(target, path)
     finally:
         temporary.unlink(missing_ok=True)

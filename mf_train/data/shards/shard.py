@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from mf_train.config import OnError
 from mf_train.data.files.access import OpenFiles, read_exactly
-from mf_train.data.files.cache import sync_folder
 from mf_train.errors import UserError
+from mf_train.files import beside, sync, sync_file
 
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -285,16 +285,16 @@ class TokenShardWriter:
         idx_hash = hashlib.blake2b(digest_size=32)
         partial = self._temporary(".idx")
         try:
-            _sync(self._file)
+            sync_file(self._file)
             with partial.open("wb") as file:
                 for piece in index:
                     idx_hash.update(piece)
                     file.write(piece)
-                _sync(file)
+                sync_file(file)
             self._file.close()
             self._partial.replace(f"{self._prefix}.bin")
             partial.replace(f"{self._prefix}.idx")
-            sync_folder(self._prefix.parent)
+            sync(self._prefix.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise _cannot_write(self._prefix, error) from None
@@ -318,12 +318,7 @@ class TokenShardWriter:
         self.abort()
 
     def _temporary(self, suffix: str) -> Path:
-        return self._prefix.with_name(f".{self._prefix.name}{suffix}.partial")
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        return beside(Path(f"{self._prefix}{suffix}"), "partial")
 
 
 def _cannot_write(prefix: Path, error: OSError) -> UserError:

@@ -24,14 +24,14 @@ from mf_train.data.files.cache import (
     cache_errors,
     cache_folder,
     do_each_once,
-    publish,
-    sync_folder,
     temporary_name,
     try_lock,
 )
 from mf_train.data.files.input_files import InputFile
 from mf_train.data.text.readers import read_documents
 from mf_train.errors import UserError
+from mf_train.files import publish, sync
+from mf_train.progress import ProgressLine
 
 _READER_VERSION = 2  # raise it when the same files give other documents: old caches are then not used
 _PART_BYTES = 64 << 20  # of input
@@ -177,7 +177,7 @@ def open_documents(
     progress = _Progress(name, len(groups))
 
     def prepare(number: int) -> Part | None:
-        part = _prepare_if_free(groups[number], text_field, on_error, folder, progress.show)
+        part = _prepare_if_free(groups[number], text_field, on_error, folder, progress.advance)
         progress.done += part is not None
         return part
 
@@ -324,12 +324,12 @@ class _PartWriter:
         part = Part(self._path, self._documents, self._end, self._skipped, self._reason)
         meta = asdict(part) | {"path": self._path.name}
         with cache_errors(self._path.parent):
-            publish(self._text_file, self._temporary[".text"], Path(part.text))
-            publish(self._ends_file, self._temporary[".ends"], Path(part.ends))
+            publish(self._text_file, Path(part.text))
+            publish(self._ends_file, Path(part.ends))
             with open(self._temporary[".meta"], "wb") as file:
                 file.write(json.dumps(meta).encode())
-                publish(file, self._temporary[".meta"], Path(f"{self._path}.meta"))
-            sync_folder(self._path.parent)
+                publish(file, Path(f"{self._path}.meta"))
+            sync(self._path.parent)
         return part
 
     def close(self) -> None:
@@ -350,25 +350,19 @@ class _PartWriter:
         self._progress(self._end)
 
 
-class _Progress:
-    """One line on a terminal, when preparing takes more than two seconds."""
+class _Progress(ProgressLine):
+    """On a terminal, when preparing takes more than two seconds."""
 
     def __init__(self, name: str, parts: int) -> None:
+        super().__init__(sys.stderr)
+        self.done = 0
         self._name = name
         self._parts = parts
-        self._next = time.monotonic() + 2 if sys.stderr.isatty() else float("inf")
-        self._shown = False
-        self.done = 0
+        self._next = time.monotonic() + 2 if self.terminal else float("inf")
 
-    def show(self, part_bytes: int) -> None:
+    def advance(self, part_bytes: int) -> None:
         """`part_bytes` of the current part are written."""
-        now = time.monotonic()
-        if now >= self._next:
+        if (now := time.monotonic()) >= self._next:
             self._next = now + 0.5
-            self._shown = True
-            line = f"\rpreparing {self._name}: {self.done} of {self._parts} parts, {part_bytes / 1e6:.0f} MB of one"
-            print(line, end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._shown:
-            print(file=sys.stderr)
+            written = f"{self.done} of {self._parts} parts, {part_bytes / 1e6:.0f} MB of one"
+            self.show(f"preparing {self._name}: {written}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import yaml
 
 from mf_train import __version__
 from mf_train.config import Config, OnError, SourceConfig
-from mf_train.data.files.cache import publish, try_lock
+from mf_train.data.files.cache import try_lock
 from mf_train.data.files.input_files import InputFile, find_files, is_token_shard
 from mf_train.data.shards.shard import index_bytes, token_dtype
 from mf_train.data.shards.token_files import MANIFEST, MANIFEST_FORMAT
@@ -31,6 +30,7 @@ from mf_train.data.tokenize.shards import Place, ShardMaker, Work
 from mf_train.data.tokenize.worker import TokenizeWorker, open_prepared
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
+from mf_train.files import beside, sync_file, write_whole
 
 SHARD_BYTES = 256 << 20  # of text
 _FORMAT = "memoryformer tokenisation 1"
@@ -154,9 +154,8 @@ def _claim(output: Path, manifest: dict[str, Any]) -> None:
     """Refuses a folder that holds something else, and puts the manifest into an empty one."""
     path = output / MANIFEST
     if not path.exists():
-        others = sorted(
-            child.name for child in output.iterdir() if child.name not in (_LOCK, f"{MANIFEST}.tmp")
-        )
+        own = (_LOCK, beside(path, "partial").name)
+        others = sorted(child.name for child in output.iterdir() if child.name not in own)
         if others:
             raise UserError(
                 f"--output {output}: holds {others[0]} and no tokenisation: name an empty or new folder"
@@ -209,9 +208,7 @@ class _Log:
             folder.mkdir(exist_ok=True)
             self._read(itemsize)
             self._remove_unfinished()
-            with (temporary := folder / f"{_FINISHED}.tmp").open("wb") as file:
-                file.write(b"".join(map(_line, self._records)))
-                publish(file, temporary, self._path)
+            write_whole(self._path, b"".join(map(_line, self._records)))
 
     @property
     def shards(self) -> list[dict[str, Any]]:
@@ -222,8 +219,7 @@ class _Log:
         self._take(record)
         with _output_errors(self._folder), self._path.open("ab") as file:
             file.write(_line(record))
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
 
     def totals(self) -> dict[str, Any]:
         """Sums over the shards, and what was skipped of each file."""
@@ -339,10 +335,8 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with _output_errors(path.parent), temporary.open("wb") as file:
-        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-        publish(file, temporary, path)
+    with _output_errors(path.parent):
+        write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager

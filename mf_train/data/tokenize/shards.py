@@ -22,6 +22,7 @@ from mf_train.data.files.input_files import InputFile
 from mf_train.data.shards.shard import TokenShardWriter, WrittenShard
 from mf_train.data.text.store import Part
 from mf_train.data.tokenize.worker import TOKENS, Encode, Prepare, TokenizeWorker, open_prepared
+from mf_train.progress import ProgressLine
 
 _RANGE_BYTES = 1 << 20  # of text, for one task
 _HELD_BYTES = 8 << 20  # of tokens of one task that is ahead of its turn
@@ -102,7 +103,7 @@ class ShardMaker:
                     break
                 self._receive_some()
                 self._record_finished(_SHARDS_FINISHING)
-                self._progress.show()
+                self._progress.show_rate()
             if self._writer is not None:
                 self._finish_shard((self._part, self._document))
             self._record_finished(0)
@@ -239,18 +240,17 @@ def _finish(writer: TokenShardWriter) -> WrittenShard:
         return writer.finish()
 
 
-class _Progress:
+class _Progress(ProgressLine):
     """One line that changes on a terminal, and otherwise a line every ten seconds."""
 
     def __init__(self, work: Work) -> None:
+        super().__init__(sys.stderr)
         self.tokens = 0
         self._key = work.key
         self._sizes = [sum(max(0, file.size) for file in part) for part in work.parts]
         self._text_bytes = 0
-        self._terminal = sys.stderr.isatty()
         self._started = time.monotonic()
-        self._next = self._started + (0.5 if self._terminal else 10)
-        self._shown = False
+        self._next = self._started + (0.5 if self.terminal else 10)
         self._input = self._first_input = float(sum(self._sizes[: work.first[0]]))
 
     def advance(self, text_bytes: int, part: int, part_text_bytes: int) -> None:
@@ -258,12 +258,11 @@ class _Progress:
         self._text_bytes += text_bytes
         self._input += self._sizes[part] * text_bytes / part_text_bytes
 
-    def show(self) -> None:
+    def show_rate(self) -> None:
         now = time.monotonic()
         if now < self._next:
             return
-        self._next = now + (0.5 if self._terminal else 10)
-        self._shown = True
+        self._next = now + (0.5 if self.terminal else 10)
         seconds = now - self._started
         line = (
             f"{self._key}: {self._text_bytes / 1e6:,.0f} MB of text, {self.tokens / 1e6:,.1f} M tokens, "
@@ -273,11 +272,4 @@ class _Progress:
             total = sum(self._sizes)
             left = seconds * (total - self._input) / (self._input - self._first_input)
             line += f", {self._input / total:.0%}, {left / 60:,.0f} minutes left"
-        if self._terminal:
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._shown and self._terminal:
-            print(file=sys.stderr)
+        self.show(line)

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from mf_train.checkpoint.files import sync
 from mf_train.checkpoint.layout import CONFIG, TOKENIZER, resolve_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
 from mf_train.config.loading import load_config
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
+from mf_train.files import sync
 from mf_train.model.counts import count_parameters
 from mf_train.model.model import MemoryFormer
 from mf_train.standalone.conversion.certificate import certificate_tree, hash_files, write_certificate
@@ -27,6 +27,7 @@ from mf_train.standalone.conversion.tokenizer_files import tokenizer_files
 from mf_train.standalone.conversion.weights import copy_weights
 from mf_train.standalone.exported.names import INT8
 from mf_train.standalone.folder import CARD, DTYPES, check_layers
+from mf_train.text import human_bytes
 
 _METRICS = ("loss", "validation_loss", "validation_step")
 
@@ -144,7 +145,7 @@ def _describe_result(
     size = sum(path.stat().st_size for path in output.iterdir())
     shown = os.path.relpath(output) if output.is_relative_to(Path.cwd()) else str(output)
     written = "int8 (tables and LM head) and bfloat16" if dtype == INT8 else dtype
-    yield f"wrote {shown}: {len(reader.shapes)} tensors in {written}, {size / 1e6:.1f} MB in all, {seconds:.1f} s"
+    yield f"wrote {shown}: {len(reader.shapes)} tensors in {written}, {human_bytes(size)} in all, {seconds:.1f} s"
     yield from describe_proof(proof, dtype)
     if dtype != config.training.precision:
         yield f"loss on text: memoryformer evaluate {shlex.quote(shown)} --data GLOB"

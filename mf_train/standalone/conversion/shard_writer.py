@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from mf_train.checkpoint.files import naming
 from mf_train.checkpoint.safetensors_file import FileLayout
+from mf_train.files import path_in_errors
 
 SYNC_SECONDS = 0.2
 
@@ -62,11 +62,11 @@ class ShardWriter:
         if self._error is not None:
             raise self._error
         for name, file in self._files.items():
-            with naming(self._folder / name):
+            with path_in_errors(self._folder / name):
                 os.fsync(file.fileno())
 
     def _write(self, file: str, place: int, data: memoryview) -> None:
         while len(data):
-            with naming(self._folder / file):
+            with path_in_errors(self._folder / file):
                 count = os.pwrite(self._files[file].fileno(), data, place)
             data, place = data[count:], place + count

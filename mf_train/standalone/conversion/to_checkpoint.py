@@ -17,7 +17,6 @@ import yaml
 from torch import Tensor
 
 from mf_train.checkpoint.checksum import crc_of_file, crc_of_piece
-from mf_train.checkpoint.files import sync, write_synced
 from mf_train.checkpoint.layout import (
     CONFIG,
     FORMAT,
@@ -36,8 +35,9 @@ from mf_train.checkpoint.verify import find_damage
 from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainingConfig
 from mf_train.config.loading import config_to_tree
 from mf_train.errors import TrainingError, UserError
-from mf_train.model.initialise import split_dimension
+from mf_train.files import sync, write_synced
 from mf_train.model.model import MemoryFormer
+from mf_train.model.sharding import ranks_of_span, slice_shape, split_dimension
 from mf_train.model.sums import MAX_CHUNKS
 from mf_train.standalone.conversion.convert import check_output
 from mf_train.standalone.conversion.shard_writer import ShardWriter
@@ -47,6 +47,7 @@ from mf_train.standalone.conversion.weights import SLICE_BYTES, Shape, in_thread
 from mf_train.standalone.exported.names import DOCUMENT_ATTENTION, PARAMETER_PREFIX
 from mf_train.standalone.folder import CERTIFICATE, open_tensors, read_config
 from mf_train.standalone.folder import CONFIG as MODEL_CONFIG
+from mf_train.text import human_bytes
 
 _STATE = {"step": 0, "tokens": 0, "device": "cpu", "stream": None}
 
@@ -86,7 +87,7 @@ def to_checkpoint(model: Path, output: Path, tensor: int) -> Iterator[str]:
     size = sum(path.stat().st_size for path in output.iterdir())
     yield (
         f"wrote {output}: {len(manifest.parameters)} parameters of a model in {config.training.precision} as float32 "
-        f"masters for {tensor} tensor-parallel ranks, {size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s"
+        f"masters for {tensor} tensor-parallel ranks, {human_bytes(size)}, {time.perf_counter() - started:.1f} s"
     )
     yield f"train from it: memoryformer train CONFIG checkpoint.resume={output}"
 
@@ -156,7 +157,7 @@ def _write_weights(model: Path, config: Config, folder: Path) -> Manifest:
         plain = MemoryFormer(config.model)
     shapes: dict[str, Shape] = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()}
     ranks = config.parallel.tensor
-    local = {name: _local_shape(name, shape, ranks) for name, shape in shapes.items()}
+    local = {name: slice_shape(name, shape, ranks) for name, shape in shapes.items()}
     parts = assign_parts({name: 4 * torch.Size(shape).numel() for name, shape in local.items()})
     layouts = {
         part_name("master", rank, ranks, part): FileLayout(
@@ -217,17 +218,9 @@ def _slices(
 ) -> Iterator[tuple[int, memoryview]]:
     """Bytes of each rank's part of `values`, which covers `span` of the dimension that is split."""
     dimension = split_dimension(name)
-    width = shape[dimension] // ranks
-    for rank in range(span.start // width, -(-span.stop // width)):
-        first, last = max(span.start, rank * width), min(span.stop, (rank + 1) * width)
+    for rank, first, last in ranks_of_span(span, shape[dimension] // ranks):
         part = values.narrow(dimension, first - span.start, last - first)
         yield rank, bytes_of(part.contiguous())
-
-
-def _local_shape(name: str, shape: Shape, ranks: int) -> Shape:
-    local = list(shape)
-    local[split_dimension(name)] //= ranks
-    return tuple(local)
 
 
 def _certified_hashes(model: Path) -> dict[str, str] | None:

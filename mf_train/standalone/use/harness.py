@@ -5,7 +5,6 @@ model, the software and the questions that a score belongs to.
 """
 
 import contextlib
-import difflib
 import hashlib
 import json
 import secrets
@@ -17,9 +16,10 @@ from typing import Any
 
 import torch
 
-from mf_train.checkpoint.files import write_whole
 from mf_train.errors import UserError
+from mf_train.files import write_whole
 from mf_train.standalone.folder import CERTIFICATE, read_config
+from mf_train.text import did_you_mean
 
 SOFTWARE = ("lm_eval", "transformers", "torch", "tokenizers", "datasets")
 # Of the standard error of metrics that are no means, such as perplexity; lm-eval's own 100,000 take a minute.
@@ -95,8 +95,7 @@ def _run(
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
     for task in tasks:
         if task not in manager.all_tasks:
-            near = difflib.get_close_matches(task, manager.all_tasks, 1)
-            hint = f"did you mean {near[0]}?" if near else "'lm_eval ls tasks' lists them"
+            hint = did_you_mean(task, manager.all_tasks, "'lm_eval ls tasks' lists them")
             raise UserError(
                 f"--tasks {task}: no such task; {hint} --include-path names a folder of task files"
             )

@@ -1,0 +1,133 @@
+"""The arguments of `memoryformer convert`, `generate` and `evaluate`, and what they call."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mf_train.commands import add_command, print_lines, refuse_with
+from mf_train.data.arguments import TEXT_FILES
+
+
+def add_convert(commands: Any) -> None:
+    """Add the command to the command line's parser."""
+    parser = add_command(
+        commands,
+        "convert",
+        "turn a checkpoint into a standalone model, prove it again, or turn a model into a checkpoint",
+        "convert runs/quickstart/checkpoints/latest quickstart-model --dtype bfloat16",
+        _convert,
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a checkpoint, its 'latest' file, or a run's folder; with --to-checkpoint a standalone model",
+    )
+    parser.add_argument(
+        "output", type=Path, metavar="OUT", help="a folder that does not exist yet; with --check the model"
+    )
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing: compare the model at OUT with its certificate and with CHECKPOINT",
+    )
+    ways.add_argument(
+        "--to-checkpoint",
+        action="store_true",
+        help="the way back: a checkpoint of a standalone model's weights, to train on from with checkpoint.resume",
+    )
+    parser.add_argument(
+        "--tensor", type=int, metavar="P", help="ranks that a checkpoint is split for (default: 1)"
+    )
+    parser.add_argument(
+        "--dtype",
+        help="of the weights: float32, bfloat16 or, for tables and LM head, int8 (default: the run's precision)",
+    )
+
+
+def add_generate(commands: Any) -> None:
+    """Add the command to the command line's parser."""
+    example = "generate quickstart-model 'The state of the Union'"
+    parser = add_command(commands, "generate", "continue a text with a standalone model", example, _generate)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token each time"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def add_evaluate(commands: Any) -> None:
+    """Add the command to the command line's parser."""
+    parser = add_command(
+        commands,
+        "evaluate",
+        "loss, perplexity and bits per byte of a standalone model, or its scores in lm-eval's tasks",
+        "evaluate quickstart-model --data 'configs/quickstart-text/validation/*'",
+        _evaluate,
+    )
+    parser.add_argument("model", type=Path)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", action="append", metavar="GLOB", help=TEXT_FILES)
+    what.add_argument(
+        "--tasks",
+        metavar="NAME,...",
+        help="tasks of lm-evaluation-harness, such as mf_last_word (docs/evaluation.md)",
+    )
+    parser.add_argument("--sequence-length", type=int, metavar="S", help="default: the model's")
+    parser.add_argument(
+        "--sequences", type=int, default=0, metavar="N", help="only the first N (default: all)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B")
+    tasks = parser.add_argument_group("with --tasks")
+    tasks.add_argument("--include-path", type=Path, metavar="DIR", help="task files, such as configs/eval")
+    tasks.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N items of each task")
+    tasks.add_argument("--output", type=Path, metavar="FILE", help="JSON with scores, versions and hashes")
+
+
+def _convert(given: argparse.Namespace) -> int:
+    from mf_train.standalone.conversion.check import check_conversion
+    from mf_train.standalone.conversion.convert import convert
+    from mf_train.standalone.conversion.to_checkpoint import to_checkpoint
+
+    if given.check:
+        refuse_with(given, "--check", dtype=None, to_checkpoint=False, tensor=None)
+        return print_lines(check_conversion(given.source, given.output))
+    if given.to_checkpoint:
+        refuse_with(given, "--to-checkpoint", dtype=None)
+        return print_lines(to_checkpoint(given.source, given.output, given.tensor or 1))
+    refuse_with(given, "a conversion to a standalone model", tensor=None)
+    return print_lines(convert(given.source, given.output, given.dtype))
+
+
+def _generate(given: argparse.Namespace) -> int:
+    from mf_train.standalone.use.generate import generate
+
+    for piece in generate(given.model, given.prompt, given.max_new_tokens, given.temperature, given.seed):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    from mf_train.standalone.use.evaluate import evaluate
+    from mf_train.standalone.use.harness import evaluate_tasks
+
+    if given.tasks:
+        refuse_with(given, "--tasks", sequence_length=None, sequences=0)
+        return print_lines(
+            evaluate_tasks(
+                given.model,
+                given.tasks.split(","),
+                given.include_path,
+                given.batch_size,
+                given.limit,
+                given.output,
+            )
+        )
+    refuse_with(given, "--data", include_path=None, limit=None, output=None)
+    return print_lines(
+        evaluate(given.model, given.data, given.sequence_length, given.sequences, given.batch_size)
+    )

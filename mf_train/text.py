@@ -1,0 +1,23 @@
+"""Small pieces of the lines that users read."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:
+    """A question that names the nearest of the known words, or `otherwise` where none is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
+def human_bytes(size: float) -> str:
+    """A number of bytes in decimal units, such as 1.5 GB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size / 1e3:.1f} kB"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; the name of its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from mf_train.errors import PeerError, TrainingError, UserError
+from mf_train.exit_status import DONE, FAILED, MISTAKE
 
 T = TypeVar("T")
 SIGN_OF_LIFE_SECONDS = 2.0
-_USER_ERROR = 2  # exit status
 
 
 def run_on_all(action: Callable[[], T], device: torch.device) -> T:
@@ -113,7 +113,7 @@ def fail_together(failure: Exception | None, device: torch.device) -> None:
     """Raise where any rank has a failure, as `run_on_all` does. Collective over all ranks."""
     none = 2**31 - 1
     rank = dist.get_rank()
-    status = 0 if failure is None else _USER_ERROR if isinstance(failure, UserError) else 1
+    status = DONE if failure is None else MISTAKE if isinstance(failure, UserError) else FAILED
     lowest = torch.tensor([rank * 4 + status if status else none], dtype=torch.int32, device=device)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     if int(lowest) == none:
@@ -127,4 +127,4 @@ def fail_together(failure: Exception | None, device: torch.device) -> None:
         dist.broadcast_object_list(message, first, device=device)
     if rank != 0:
         raise PeerError(status)
-    raise UserError(message[0]) if status == _USER_ERROR else OSError(message[0])
+    raise UserError(message[0]) if status == MISTAKE else OSError(message[0])

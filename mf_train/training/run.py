@@ -20,16 +20,14 @@ from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import Config
 from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.errors import PeerError, TrainingError
-from mf_train.exit_status import DONE, STOPPED
-from mf_train.model import MemoryFormer
-from mf_train.model.initialise import initialise
+from mf_train.exit_status import DONE, FAILED, STOPPED
 from mf_train.parallel.agreement import run_long_on_all, run_on_all, run_on_first
 from mf_train.parallel.degrees import Degrees, check_degrees
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import Process
-from mf_train.parallel.tensor import shard_model
+from mf_train.parallel.tensor import build_model
 from mf_train.parallel.watch import Watch
 from mf_train.planning.devices import find_peak
 from mf_train.planning.efficiency import step_efficiency
@@ -176,7 +174,8 @@ class _Run:
         watch.entering("building the model")
         self.exchange = Exchange(groups.tensor) if self.degrees.tensor > 1 else None
         end_of_text = inputs.tokenizer.end_of_text_id if config.data.document_attention else None
-        self.engine = Engine(self._build_model(), config, groups, device, end_of_text)
+        model = build_model(config.model, self.exchange, config.training.seed, device)
+        self.engine = Engine(model, config, groups, device, end_of_text)
         watch.entering("compiling kernels")
         compile_kernels(
             self.engine, config, lambda: stop.requested, watch.still_alive, resumes=checkpoint is not None
@@ -294,7 +293,7 @@ class _Run:
         if not math.isfinite(value):
             self.saver.finish()  # of an earlier step
             if self.degrees.rank != 0:
-                raise PeerError(1)
+                raise PeerError(FAILED)
             good = self.saver.last or "none"
             raise TrainingError(
                 f"step {step}: {name} is {value} (batch {digest}); last good checkpoint: {good}; resume from it with "
@@ -322,15 +321,6 @@ class _Run:
         return interval > 0 and (self.step % interval == 0 or last)
 
     # set-up, saving, showing
-
-    def _build_model(self) -> MemoryFormer:
-        with torch.device("meta"):
-            model = MemoryFormer(self.config.model)
-        if self.exchange is not None:
-            shard_model(model, self.exchange)
-        model.to_empty(device=self.device)
-        initialise(model, self.config.training.seed, self.degrees.tensor_rank, self.degrees.tensor)
-        return model
 
     def _read_state(self, checkpoint: CheckpointReader) -> dict[str, Any]:
         """The checkpoint's state, after a look whether it is this run's."""
@@ -377,9 +367,8 @@ class _Run:
         `before_last`: the last batch that was read has not been trained on.
         """
         self.saver.finish()
-        run_on_all(
-            self._check_written, self.device
-        )  # a run that continues from here needs this step's metrics
+        # a run that continues from here needs this step's metrics
+        run_on_all(self._check_written, self.device)
         self.watch.entering(f"starting to save step {self.step}")
         began = time.perf_counter()
         extras = self._extras(before_last)

@@ -19,15 +19,13 @@ from mf_train.checkpoint.load import load_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import CheckpointConfig
-from mf_train.model import MemoryFormer
-from mf_train.model.initialise import initialise
 from mf_train.model.sharding import slice_of_rank
 from mf_train.parallel.agreement import run_on_first
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import start_processes, stop_processes
 from mf_train.parallel.processes import Process
-from mf_train.parallel.tensor import shard_model
+from mf_train.parallel.tensor import build_model
 from tests.parallel.worlds import (
     BATCH,
     CPU,
@@ -136,12 +134,7 @@ def build(case: Case, process: Process, device: torch.device = CPU) -> Engine:
     micro = BATCH // case.data  # no accumulation
     config = replace(config, training=replace(config.training, micro_batch_size=micro))
     groups = make_groups(process, case.tensor)
-    with torch.device("meta"):
-        model = MemoryFormer(MODEL)
-    if case.tensor > 1:
-        shard_model(model, Exchange(groups.tensor))
-    model.to_empty(device=device)
-    initialise(model, 0, groups.degrees.tensor_rank, case.tensor)
+    model = build_model(MODEL, Exchange(groups.tensor) if case.tensor > 1 else None, 0, device)
     return Engine(model, config, groups, device)
 
 

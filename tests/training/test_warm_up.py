@@ -18,14 +18,12 @@ import torch
 from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.kernels import ops
-from mf_train.model import MemoryFormer
-from mf_train.model.initialise import initialise
 from mf_train.parallel.degrees import Degrees
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import Groups, start_processes
 from mf_train.parallel.processes import find_process
-from mf_train.parallel.tensor import shard_model
+from mf_train.parallel.tensor import build_model
 from mf_train.training.probe import run_probe
 from mf_train.training.warm_up import (
     Pass,
@@ -99,13 +97,8 @@ def compare(rank: int, world_size: int, tensor: int) -> list[str]:
                 global_batch_size=ROWS * world_size // tensor, micro_batch_size=ROWS, precision=precision
             ),
         )
-        with torch.device("meta"):
-            model = MemoryFormer(MODEL)
         exchange = Exchange(groups.tensor) if tensor > 1 else None
-        if exchange is not None:
-            shard_model(model, exchange)
-        model.to_empty(device=CPU)
-        initialise(model, 0, groups.degrees.tensor_rank, tensor)
+        model = build_model(MODEL, exchange, 0, CPU)
         engine = Engine(model, config, groups, CPU)
         step, probe, resume = run_passes(config, resumes=True)
         batch = torch.randint(MODEL.vocab_size, (ROWS, MODEL.sequence_length + 1))

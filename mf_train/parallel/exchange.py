@@ -1,4 +1,4 @@
-"""What tensor-parallel ranks send each other: codes with weights, sums, and features before the head (SPEC 4)."""
+"""What tensor-parallel ranks send each other: codes with weights, sums, and features before the head."""
 
 from typing import Any
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +77,6 @@ def run_world(rank: int, world_size: int, folder: Path, worlds: list[World], ste
     start_processes(process, CPU, 120)
     for case in world.write:
         found[case, None] = write(case, process, folder)
-    gc.freeze()  # ZeRO 3 collects garbage at each load, which else takes longest of all
     for case, sources in world.read.items():
         found |= read(case, process, sources, folder, steps)
     stop_processes()

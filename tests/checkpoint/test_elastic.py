@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.checkpoint.elastic import (
     SAVED_STEP,
@@ -28,6 +27,7 @@ from tests.checkpoint.elastic import (
 from tests.distributed import _free_port, run_distributed
 from tests.parallel.test_engine import BFLOAT16_LOSS, BFLOAT16_NORM, largest_error, largest_relative
 from tests.parallel.worlds import Case, Record, train_plainly
+from tests.threads import threads
 
 pytestmark = pytest.mark.distributed
 
@@ -91,11 +91,8 @@ def results(folder: Path, slow: bool) -> list[Results]:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Record]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    trained = {precision: train_plainly(precision, False) for precision in ("float32", "bfloat16")}
-    torch.set_num_threads(threads)
-    return trained
+    with threads(1):
+        return {precision: train_plainly(precision, False) for precision in ("float32", "bfloat16")}
 
 
 def readers(pairs: Pairs, slow: bool) -> list[object]:

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,14 @@ from torch import Tensor
 
 from mf_train.kernels import build, cpu, reference
 from tests.examples import examples
+from tests.kernels.close import assert_close
+from tests.threads import threads
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason=cpu.reason())
 SCORES = ["probability", "scaled_probability"]
 # Relative to the largest entry: a few roundings of the dtype.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected.double()).abs().max() if actual.numel() else 0
-    scale = expected.double().abs().max() if actual.numel() else 1
-    assert error <= tolerance * scale, (float(error), float(scale))
 
 
 def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
@@ -67,13 +61,6 @@ class Case:
         ys = [reference.lookup(self.codes, weights, t) for t in tables]
         gradients = torch.autograd.grad(ys, [weights, *tables], [dy.double() for dy in self.dys])
         return [*[y.detach() for y in ys], *gradients]
-
-
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @needs_library
@@ -185,17 +172,15 @@ def test_all_tokens_in_one_row(dtype: torch.dtype) -> None:
 @needs_library
 @pytest.mark.parametrize("tokens", [1, 40, 700])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_same_bits_in_every_run_and_for_any_number_of_threads(
-    dtype, tokens: int, restore_threads: None
-) -> None:
+def test_same_bits_in_every_run_and_for_any_number_of_threads(dtype, tokens: int) -> None:
     case = Case(tokens, 7, 18, [200, 64, 128], tokens, dtype)
     x = torch.randn(tokens, 18 * 7, generator=torch.Generator().manual_seed(3)).to(dtype)
     runs = []
-    for threads in (1, 2, 2, 3):
-        torch.set_num_threads(threads)
-        codes, weights = cpu.hash_codes(x, 18)
-        dx = cpu.hash_codes_backward(case.weights, x, 18, 1.0, SCORES[1])
-        runs.append([*case.run(), codes, weights, dx])
+    for number in (1, 2, 2, 3):
+        with threads(number):
+            codes, weights = cpu.hash_codes(x, 18)
+            dx = cpu.hash_codes_backward(case.weights, x, 18, 1.0, SCORES[1])
+            runs.append([*case.run(), codes, weights, dx])
     for run in runs[1:]:
         assert_same_bits(run, runs[0])
 
@@ -329,14 +314,6 @@ def test_more_than_2_to_the_31_elements(dtype: torch.dtype) -> None:
     else:
         (y,) = cpu.lookup(codes, weights, [tables])
     assert_close(y, (weights.double().unsqueeze(-1) * hit.double()).sum(1), 1e-2)
-
-
-def test_what_it_supports() -> None:
-    x = torch.zeros(2)
-    assert cpu.supports(x, x.bfloat16(), x.to(torch.uint8), x.to(torch.int8))
-    assert not cpu.supports(x, x.double())
-    assert not cpu.supports(x.half())
-    assert not cpu.supports(x.to("meta"))
 
 
 # --- The build. Each in its own process, with its own cache.

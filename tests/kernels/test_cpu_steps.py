@@ -9,30 +9,23 @@ from torch import Tensor
 from mf_train.kernels import cpu, cpu_loss, cpu_norm, fast_loss, fast_norm
 from mf_train.model import loss_steps, norm_steps
 from mf_train.model.sums import num_chunks, pairwise_moments, pairwise_sum
+from tests.kernels.close import TOLERANCE, assert_close
+from tests.threads import threads
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=cpu.reason())
 
 # Relative to the largest entry.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SIZES = pytest.mark.parametrize("size", [5, 8, 24, 40, 192, 1000])
 LEADS = pytest.mark.parametrize("lead", [(), (0,), (1,), (3, 70)], ids=str)
 
 
-def assert_close(actual: Tensor, exact: Tensor, tolerance: float) -> None:
-    assert actual.shape == exact.shape
-    if exact.numel():
-        error, scale = (actual.double() - exact).abs().max(), exact.abs().max()
-        assert error <= tolerance * scale, (float(error), float(scale))
-
-
 def on_one_and_two_threads(function: Callable[[], Tensor | tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    before, runs = torch.get_num_threads(), []
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        result = function()
+    runs = []
+    for number in (1, 2, 2):
+        with threads(number):
+            result = function()
         runs.append(result if isinstance(result, tuple) else (result,))
-    torch.set_num_threads(before)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
     return runs[0]

@@ -9,18 +9,11 @@ import torch
 from torch import Tensor
 
 from mf_train.kernels import composition, cpu, hash_codes, ops, reference
+from tests.kernels.close import TOLERANCE, assert_close
 from tests.pairs import in_pairs
 
 SCORES = ["probability", "scaled_probability"]
 # Relative to the largest entry: a few roundings of the dtype.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected.double()).abs().max() if actual.numel() else 0
-    scale = expected.double().abs().max() if actual.numel() else 1
-    assert error <= tolerance * scale, (float(error), float(scale))
 
 
 # Those that run here; what needs a GPU has tests of its own.

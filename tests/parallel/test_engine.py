@@ -7,7 +7,6 @@ start of 4 processes (tests/parallel/worlds.py).
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from tests.parallel.worlds import (
     run_worlds,
     train_plainly,
 )
+from tests.threads import threads
 
 pytestmark = pytest.mark.distributed
 
@@ -123,12 +123,12 @@ Plain = dict[tuple[str, bool], Record]  # by precision, and whether attention st
 
 @pytest.fixture(scope="module")
 def plain() -> Plain:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    kinds = itertools.product(("float32", "bfloat16"), (False, True))
-    trained = {kind: train_plainly(*kind) for kind in kinds}
-    torch.set_num_threads(threads)
-    return trained
+    with threads(1):
+        return {
+            (precision, documents): train_plainly(precision, documents)
+            for precision in ("float32", "bfloat16")
+            for documents in (False, True)
+        }
 
 
 def whole(ranks: list[Record], kind: str) -> dict[str, torch.Tensor]:

@@ -206,7 +206,7 @@ def test_no_parameter_is_replicated(model: str, dtype: str, size: int, results: 
 
 
 def bytes_per_token(config: ModelConfig, width: int, size: int) -> dict[str, float]:
-    """What SPEC.md section 4 says that one rank sends for one token, forward and backward, by hand.
+    """What one rank sends for one token, forward and backward: codes and sums, not activations; counted by hand.
 
     In a ring, an all-gather or a reduce-scatter makes a rank send P - 1 shards. `width`: bytes of a number.
     """

@@ -1,6 +1,7 @@
 """What a run records: metrics.jsonl, TensorBoard, and the line that rank 0 shows."""
 
 import json
+import resource
 import sys
 import time
 from collections import deque
@@ -81,3 +82,8 @@ class LiveLine(ProgressLine):
                 f"data wait {wait:.1f} %  {time.strftime('%H:%M:%S', time.gmtime(left))} left"
             )
         self.first = False
+
+
+def process_peak() -> int:
+    """The largest memory that this process has held at once so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import resource
 import time
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,7 @@ from mf_train.training.device import find_device, keep_freed_memory
 from mf_train.training.environment import set_kernel_cache
 from mf_train.training.folder import check_same_run, record_config, resolved_yaml
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
-from mf_train.training.metrics import LiveLine, MetricsWriter, cut_metrics
+from mf_train.training.metrics import LiveLine, MetricsWriter, cut_metrics, process_peak
 from mf_train.training.probe import run_probe
 from mf_train.training.resume import choose_checkpoint, look_ahead
 from mf_train.training.schedule import learning_rate
@@ -307,7 +306,7 @@ class _Run:
         if self.device.type == "cuda":
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         else:
-            metrics["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            metrics["peak_memory_bytes"] = process_peak()
 
     def _should_stop(self) -> bool:
         """Whether this rank was asked to stop, or, as rank 0, finds that the job's time limit is near."""
@@ -333,7 +332,7 @@ class _Run:
     def _open_profile(self) -> None:
         """Where steps are to be profiled; without, nothing of it is imported."""
         if self.config.training.profile.steps:
-            from mf_train.training.profile import open_profile
+            from mf_train.training.profile import Profile
 
             parts: list[Part] = [  # methods, and what the profile calls the time in them
                 (self.batches, "read", "read batch"),
@@ -346,7 +345,7 @@ class _Run:
                 (self, "_save", "save"),
                 (self.saver, "advance", "save"),
             ]
-            self.profile = open_profile(
+            self.profile = Profile(
                 self.config, self.engine, self.step, parts, self.line.say, self.watch.still_alive
             )
 

@@ -199,9 +199,13 @@ def test_a_shard_that_is_cut_while_it_is_read_ends_all_ranks(tmp_path: Path) -> 
         run.communicate()
 
 
-def reading(rank: int, world_size: int, texts: list[str]) -> str:
-    """What rank 2 r finds as its own text; odd ranks do not read, as in a tensor-parallel group of two."""
+def reading(rank: int, world_size: int, cases: list[list[str]]) -> list[str]:
     start_processes(find_process(), torch.device("cpu"), timeout_seconds=60)
+    return [read_texts(rank, texts) for texts in cases]
+
+
+def read_texts(rank: int, texts: list[str]) -> str:
+    """What rank 2 r finds as its own text; odd ranks do not read, as in a tensor-parallel group of two."""
     config = Config(
         data=DataConfig(train=tuple(SourceConfig(path=path) for path in texts), logical_streams=2)
     )
@@ -225,7 +229,7 @@ def test_ranks_that_see_other_sources_are_refused(tmp_path: Path) -> None:
         write_text(tmp_path / f"a{rank}.jsonl")
         write_text(tmp_path / f"b{rank}.jsonl", documents=39 if rank == 2 else 40)
     same, other = str(tmp_path / "a*.jsonl"), str(tmp_path / "b*.jsonl")
-    assert run_distributed(reading, 4, [same, same]) == ["the same"] * 4
-    first, *rest = run_distributed(reading, 4, [same, other])
+    equal, (first, *rest) = zip(*run_distributed(reading, 4, [[same, same], [same, other]]), strict=True)
+    assert equal == ("the same",) * 4
     assert first.startswith(f"UserError data.train[1] ({other}) is not the same for all ranks")
     assert rest == ["PeerError another rank failed with status 2"] * 3

@@ -1,7 +1,6 @@
 """Imported by the server that warm processes are forked from (tests/warm.py): what takes long, and computes nothing."""
 
 import contextlib
-import gc
 import io
 import logging
 import os
@@ -25,5 +24,3 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
 os.environ.clear()
 os.environ.update(environment)
 assert threading.active_count() == 1, "a thread would be missing in every fork"
-gc.collect()
-gc.freeze()  # else each of a fork's collections, of which ZeRO 3 makes many, goes through all that was imported

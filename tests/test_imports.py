@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -226,6 +227,12 @@ def test_no_circles_inside_a_part(part: str) -> None:
     else:
         assert not circle(graph), " -> ".join(circle(graph))
         assert not circle(folders), " -> ".join(circle(folders))
+
+
+@pytest.mark.parametrize("part", sorted({part_of(module) for module in MODULES} - {"", "__main__"}))
+def test_the_layout_names_every_part(part: str) -> None:
+    layout = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Layout")[2]
+    assert re.search(rf"`(mf_train/)?{part}(/|\.py)`", layout), f"{part} is not in CONTRIBUTING.md's layout"
 
 
 @pytest.mark.parametrize("name", ONE_FILE_EACH)

@@ -32,12 +32,20 @@ class Exchange:
         return gathered
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:
-        """Sum over ranks of parts[rank]: [P, ...] -> [...]."""
+        """Sum over ranks of parts[rank]: [P, ...] -> [...].
+
+        Parts in 16 bits are sent as they are, summed in float32 and rounded once: a collective that adds on the way
+        would round P - 1 times.
+        """
         parts = parts.contiguous()
-        shard = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
-        _reduce_scatter(shard.view(-1), parts.view(-1), group=self.group)
-        self.bytes_sent += (self.size - 1) * shard.nbytes
-        return shard
+        self.bytes_sent += (self.size - 1) * parts[0].nbytes
+        if parts.dtype == torch.float32:
+            shard = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
+            _reduce_scatter(shard.view(-1), parts.view(-1), group=self.group)
+            return shard
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received.view(torch.uint8), parts.view(torch.uint8), group=self.group)
+        return received.sum(0, dtype=torch.float32).to(parts.dtype)
 
     def gather_values(self, values: Tensor) -> Tensor:
         """This rank's [...] -> every rank's in rank order, on a new last dimension [..., P]; without gradient."""

@@ -15,13 +15,13 @@ from mf_train.model.memory import Hash, Lookup, record_codes
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.tensor import shard_model
 from tests.gpu.device import device_or_skip, skip_without
+from tests.models import random_model
 from tests.parallel.test_tensor import (
     DTYPES,
     MODELS,
     SIZES,
     outputs_of,
     packed_documents,
-    random_model,
     random_tokens,
 )
 
@@ -40,7 +40,7 @@ def test_float32_against_float64(kind: str, measured: Measured) -> None:
     A value at rounding distance of zero may change its code, and all behind it; that is no fault, and rare.
     """
     config = ModelConfig(**SIZES | MODELS[kind])
-    plain = random_model(config, torch.float32)
+    plain = random_model(config, 1, torch.float32, std=0.2)
     tokens, targets = (torch.cat([t.roll(i, 1) for i in range(8)]) for t in random_tokens(config))
     numbers = packed_documents(tokens) if kind == "documents" else None
     results, rows = [], torch.ones(len(tokens), dtype=torch.bool)
@@ -136,7 +136,7 @@ def test_column_slices(kind: str, dtype: str, size: int, measured: Measured) -> 
     measured, and bounded in the losses.
     """
     config, documents = ModelConfig(**SIZES | MODELS[kind]), kind == "documents"
-    plain = random_model(config, DTYPES[dtype]).to(DEVICE)
+    plain = random_model(config, 1, DTYPES[dtype], std=0.2).to(DEVICE)
     with torch.no_grad():
         outputs, losses = outputs_of(plain, config, documents)
     expected = outputs | {"losses": losses}

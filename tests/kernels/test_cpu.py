@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mf_train.kernels import build, cpu, reference
+from tests.closeness import assert_close
 from tests.examples import examples
-from tests.kernels.close import assert_close
 from tests.threads import threads
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason=cpu.reason())

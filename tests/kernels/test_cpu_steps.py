@@ -9,12 +9,11 @@ from torch import Tensor
 from mf_train.kernels import cpu, cpu_loss, cpu_norm, fast_loss, fast_norm
 from mf_train.model import loss_steps, norm_steps
 from mf_train.model.sums import num_chunks, pairwise_moments, pairwise_sum
-from tests.kernels.close import TOLERANCE, assert_close
+from tests.closeness import TOLERANCE, assert_close
 from tests.threads import threads
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=cpu.reason())
 
-# Relative to the largest entry.
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SIZES = pytest.mark.parametrize("size", [5, 8, 24, 40, 192, 1000])
 LEADS = pytest.mark.parametrize("lead", [(), (0,), (1,), (3, 70)], ids=str)

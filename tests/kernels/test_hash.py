@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from mf_train.kernels import composition, cpu, hash_codes, ops, reference
-from tests.kernels.close import TOLERANCE, assert_close
+from tests.closeness import TOLERANCE, assert_close
 from tests.pairs import in_pairs
 
 SCORES = ["probability", "scaled_probability"]
-# Relative to the largest entry: a few roundings of the dtype.
-
-
 # Those that run here; what needs a GPU has tests of its own.
 BACKENDS = ["composition", *(["cpu"] if cpu.library() is not None else [])]
 

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from mf_train.kernels import composition, cpu, hash_codes, lookup, lookup_all, lookup_int8, ops, reference
-from tests.kernels.close import TOLERANCE, assert_close
+from tests.closeness import TOLERANCE, assert_close
 from tests.pairs import in_pairs
 from tests.threads import threads
-
-# Relative to the largest entry. A float32 sum of K terms and a few roundings of the narrow types.
 
 
 def random_arguments(

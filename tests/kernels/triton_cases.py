@@ -14,7 +14,7 @@ from torch import Tensor
 from mf_train.kernels import reference, triton_grouping, triton_lookup
 from mf_train.kernels import triton_backend as backend
 from mf_train.kernels.composition import code_dtype
-from tests.kernels.close import TOLERANCE, assert_close
+from tests.closeness import TOLERANCE, assert_close
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -85,8 +85,8 @@ def test_hash(tau: int, dtype: torch.dtype, score: str) -> None:
     (true_dx,) = torch.autograd.grad(true_weights, leaf, d_weights.double())
     assert codes.dtype == true_codes.dtype and weights.dtype == dx.dtype == dtype
     assert torch.equal(codes, true_codes)
-    assert_close(weights, true_weights.detach(), TOLERANCE[dtype])
-    assert_close(dx, true_dx, TOLERANCE[dtype])
+    assert_close(weights, true_weights.detach(), dtype)
+    assert_close(dx, true_dx, dtype)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -129,7 +129,7 @@ def test_every_leading_shape(lead: tuple[int, ...]) -> None:
 
     arguments = random_lookup(1, 3, 4, (6, 3), lead)
     for actual, expected in zip(run(*arguments), run_reference(*arguments), strict=True):
-        assert_close(actual, expected, TOLERANCE[torch.float32])
+        assert_close(actual, expected, torch.float32)
 
 
 # tau, K, the tables' widths, leading shape. The interpreter takes a millisecond for each read of each row.
@@ -157,7 +157,7 @@ def test_lookup(case: tuple, dtype: torch.dtype, blocks: str) -> None:
     actual = run(codes, weights, tables, dys)
     for a, e in zip(actual, run_reference(codes, weights, tables, dys), strict=True):
         assert a.dtype == dtype
-        assert_close(a, e, TOLERANCE[dtype])
+        assert_close(a, e, dtype)
     again = run(codes, weights, tables, dys)
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
@@ -165,10 +165,10 @@ def test_lookup(case: tuple, dtype: torch.dtype, blocks: str) -> None:
 def test_lookup_in_many_rows() -> None:
     arguments = random_lookup(10, 10, 1, (9,), (6,), torch.bfloat16)
     for actual, expected in zip(run(*arguments), run_reference(*arguments), strict=True):
-        assert_close(actual, expected, TOLERANCE[torch.bfloat16])
+        assert_close(actual, expected, torch.bfloat16)
     codes, weights, tables, _ = random_lookup(12, 12, 3, (9,), (6,))
     y = backend.lookup(codes, weights, tables)[0]
-    assert_close(y, reference.lookup(codes, weights.double(), tables[0].double()), TOLERANCE[torch.float32])
+    assert_close(y, reference.lookup(codes, weights.double(), tables[0].double()), torch.float32)
 
 
 def test_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_codes_out_of_range_give_nan_and_read_nothing(codes_dtype: torch.dtype) 
     silent = torch.where(d_weights.isnan(), 0, weights)
     silent_codes = torch.where(d_weights.isnan(), 0, wrong)
     expected = run_reference(silent_codes, silent, tables, dys)[2]
-    assert_close(d_tables, expected, TOLERANCE[torch.float32])
+    assert_close(d_tables, expected, torch.float32)
 
 
 def test_nan_and_infinity_reach_their_readers_only() -> None:
@@ -233,7 +233,7 @@ def test_all_tokens_in_one_row() -> None:
     codes[:, 0] = 3
     actual = run(codes, weights, tables, dys)
     for a, e in zip(actual, run_reference(codes, weights, tables, dys), strict=True):
-        assert_close(a, e, TOLERANCE[torch.float32])
+        assert_close(a, e, torch.float32)
     assert not actual[2][0, :3].any()  # rows that nobody reads
 
 
@@ -247,7 +247,7 @@ def test_weights_are_rounded_to_the_tables_dtype(table_dtype: torch.dtype, weigh
     same = run(codes, weights.to(table_dtype), tables, dys)
     assert [t.dtype for t in mixed] == [table_dtype, weight_dtype, table_dtype]
     assert torch.equal(mixed[0], same[0]) and torch.equal(mixed[2], same[2])
-    assert_close(mixed[1], same[1], TOLERANCE[torch.bfloat16])
+    assert_close(mixed[1], same[1], torch.bfloat16)
 
 
 def test_strided_arguments() -> None:
@@ -259,9 +259,7 @@ def test_strided_arguments() -> None:
         assert torch.equal(a, e)
     summed = run(codes, weights, tables, [torch.ones((), device=DEVICE).expand(8, 10)])
     assert_close(
-        summed[2],
-        run_reference(codes, weights, tables, [torch.ones_like(dys[0])])[2],
-        TOLERANCE[torch.float32],
+        summed[2], run_reference(codes, weights, tables, [torch.ones_like(dys[0])])[2], torch.float32
     )
 
     x = normal(generator(9), 24, 5).t()
@@ -293,7 +291,7 @@ def test_int8(lead: tuple[int, ...], dtype: torch.dtype, blocks: str) -> None:
     y = backend.lookup_int8(codes, weights, tables, scales)
     exact = reference.lookup(codes, weights.double(), tables.double() * scales.double().unsqueeze(-1))
     assert y.dtype == dtype
-    assert_close(y, exact, TOLERANCE[dtype])
+    assert_close(y, exact, dtype)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +331,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     (y,) = backend.lookup(codes, weights, [tables])
     assert torch.equal(y, weights[:, 1:].expand_as(y))
     _, (d_tables,) = backend.lookup_backward([torch.ones_like(y)], codes, weights, [tables])
-    assert_close(d_tables[1, -1], weights[:, 1].double().sum().expand(16640), TOLERANCE[torch.bfloat16])
+    assert_close(d_tables[1, -1], weights[:, 1].double().sum().expand(16640), torch.bfloat16)
 
 
 @compiled_only

@@ -9,7 +9,8 @@ from torch import Tensor
 from mf_train.config import ModelConfig
 from mf_train.model.attention import Attention, causal_mask, rotary_table, rotate
 from tests.model.reference import attention as reference_attention
-from tests.model.test_model import random_model, random_tokens
+from tests.model.test_model import random_tokens
+from tests.models import random_model
 
 
 class ListCache:

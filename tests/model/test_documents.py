@@ -11,7 +11,8 @@ from mf_train.model import MemoryFormer
 from mf_train.model.attention import document_mask, document_numbers, document_positions
 from tests.model.reference import logits_of, losses_of
 from tests.model.test_attention import ListCache
-from tests.model.test_model import TOLERANCE, assert_relative, random_model, random_tokens
+from tests.model.test_model import TOLERANCE, assert_relative, random_tokens
+from tests.models import random_model
 
 END = 3
 LENGTH = 13

@@ -8,22 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mf_train.config import ModelConfig
-from mf_train.model import MemoryFormer
 from tests.model.reference import logits_of, losses_of
+from tests.models import random_model
 
 # The rotary angles are float32 by design; everything else is float64.
 TOLERANCE = 1e-5
-
-
-def random_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float64) -> MemoryFormer:
-    """A model whose every parameter is random, so that biases and affine maps matter."""
-    generator = torch.Generator().manual_seed(seed)
-    model = MemoryFormer(config).to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            middle = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(middle + 0.4 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def random_tokens(config: ModelConfig, seed: int, batch: int, length: int) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from mf_train.model.sharding import slice_of_rank
 from mf_train.parallel.exchange import Exchange, gather_codes
 from mf_train.parallel.tensor import shard_model
 from tests.distributed import run_distributed
+from tests.models import random_model
 
 pytestmark = pytest.mark.distributed
 
@@ -45,16 +46,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 BATCH, LENGTH = 2, 24
 END_OF_TEXT = 3
-
-
-def random_model(config: ModelConfig, dtype: torch.dtype) -> MemoryFormer:
-    """Every parameter random, so that biases and affine maps matter."""
-    model, generator = MemoryFormer(config), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            middle = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(middle + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.to(dtype)
 
 
 def random_tokens(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -108,7 +99,7 @@ def outputs_of(model: MemoryFormer, config: ModelConfig, documents: bool) -> tup
 def compare(rank: int, group: dist.ProcessGroup, model: str, dtype: torch.dtype) -> Any:
     """What one rank sees of one case."""
     config, documents, size = ModelConfig(**SIZES | MODELS[model]), model == "documents", group.size()
-    plain = random_model(config, dtype)
+    plain = random_model(config, 1, dtype, std=0.2)
     exchange = Exchange(group)
     sharded = shard_model(copy.deepcopy(plain), exchange)
     kinds = {type(module) for module in sharded.modules()}
@@ -177,25 +168,12 @@ def test_the_forward_pass_has_the_same_bits(model: str, dtype: str, size: int, r
         assert found["different"] == [] and found["compared"] > 15
 
 
-def bfloat16_bound(config: ModelConfig, size: int) -> float:
-    """Relative, of a gradient: a random walk of as many steps of at most 2^-8 as roundings lie on its longest way.
-
-    That way crosses the exchange of the features before the head and three in each block. In an exchange a rank rounds
-    its part, and the sum size - 1 times; the plain model rounds there once. Between two exchanges both round what the
-    lookup, the hash, the norm and the residual sum give, and each its own values.
-    """
-    exchanges = 1 + 3 * config.num_layers
-    roundings = exchanges * (size + 1 + 2 * 4)
-    return float(2**-8 * roundings**0.5)
-
-
 @every_case
 def test_every_gradient(model: str, dtype: str, size: int, results: Any) -> None:
-    """Float32: 1e-4 is asked for; only the order of sums over ranks differs. bfloat16: as `bfloat16_bound` says."""
+    """Float32: only the order of sums over ranks differs. bfloat16: each part of a sum is rounded."""
     errors = results[0][model, dtype, size]["gradient errors"]
     worst = max(errors, key=errors.__getitem__)
-    bound = 2e-6 if dtype == "float32" else bfloat16_bound(ModelConfig(**SIZES | MODELS[model]), size)
-    assert errors[worst] < bound, (worst, errors[worst])
+    assert errors[worst] < (2e-6 if dtype == "float32" else 2e-2), (worst, errors[worst])
 
 
 @every_case
@@ -206,7 +184,7 @@ def test_no_parameter_is_replicated(model: str, dtype: str, size: int, results: 
 
 
 def bytes_per_token(config: ModelConfig, width: int, size: int) -> dict[str, float]:
-    """What one rank sends for one token, forward and backward: codes and sums, not activations; counted by hand.
+    """What one rank sends for one token, forward and backward, by hand.
 
     In a ring, an all-gather or a reduce-scatter makes a rank send P - 1 shards. `width`: bytes of a number.
     """

@@ -222,7 +222,7 @@ def test_the_picture_is_a_png_and_nothing_is_left_beside_it(
         (["--gpus-per-node", "7"], "no layout of 1 x 7 processes divides.*global_batch_size 1024"),
         (["--plot", "curve.svg"], "--plot curve.svg: the picture is a PNG"),
         (["--plot", "none/curve.png"], "--plot none/curve.png: there is no folder none"),
-        (["--measured", "none"], "--measured none: .*metrics.jsonl cannot be read"),
+        (["--measured", "none"], "--measured none: .*metrics.jsonl does not exist"),
         (["--device", "none.yaml"], "--device none.yaml: cannot be read"),
     ],
 )

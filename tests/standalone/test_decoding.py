@@ -24,6 +24,7 @@ from mf_train.standalone.exported import installed
 from mf_train.standalone.exported.cache import Cache, Growing
 from mf_train.standalone.use.generate import new_tokens
 from tests.model.reference import logits_of
+from tests.models import random_model
 from tests.threads import threads
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"no C++ operation: {cpu.reason()}")
@@ -85,16 +86,10 @@ def exactly_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype, seed: int, std: float = 0.3) -> MemoryFormer:
+def frozen_model(config: ModelConfig, dtype: torch.dtype, seed: int) -> MemoryFormer:
     """Weights far from the initial ones; dtype torch.int8: bfloat16 with int8 tables and head."""
-    model = MemoryFormer(config)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else std * noise)
-    if dtype == torch.int8:
-        return use_int8(model.bfloat16()).requires_grad_(False)
-    return model.to(dtype).requires_grad_(False)
+    model = random_model(config, seed, torch.float32, std=0.3).requires_grad_(False)
+    return use_int8(model.bfloat16()) if dtype == torch.int8 else model.to(dtype)
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, seed: int) -> Tensor:
@@ -111,7 +106,7 @@ def decode(fast: FastPath, model: MemoryFormer, token_ids: Tensor, cache: Cache)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float32_tokens_and_logits_are_the_plain_models(name: str, batch: int) -> None:
     config = CONFIGS[name]
-    model = random_model(config, torch.float32, seed=batch)
+    model = frozen_model(config, torch.float32, seed=batch)
     prompt = random_tokens(config, batch, 1 if batch == 3 else 9, seed=1)
     plain, ours, fast = Cache(config.num_layers), Cache(config.num_layers), FastPath()
     model(prompt, cache=plain)
@@ -134,7 +129,7 @@ def test_float32_tokens_and_logits_are_the_plain_models(name: str, batch: int) -
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_caches_are_equal_to_the_bit(name: str, dtype: torch.dtype, exactly_rounded: None) -> None:
     config = CONFIGS[name]
-    model = random_model(config, dtype, seed=2)
+    model = frozen_model(config, dtype, seed=2)
     prompt = random_tokens(config, 3, 7, seed=3)
     plain, ours, fast = Cache(config.num_layers), Cache(config.num_layers), FastPath()
     token = model(prompt, cache=plain)[:, -1].argmax(-1)
@@ -164,7 +159,7 @@ def test_bfloat16_caches_are_equal_to_the_bit(name: str, dtype: torch.dtype, exa
 @pytest.mark.parametrize("name", CONFIGS)
 def test_against_the_reference_in_float64(name: str) -> None:
     config = CONFIGS[name]
-    model = random_model(config, torch.float32, seed=4)
+    model = frozen_model(config, torch.float32, seed=4)
     tokens = random_tokens(config, 2, 6, seed=5)
     weights = {key: value.double() for key, value in model.state_dict().items()}
     expected = logits_of(weights, config, tokens)
@@ -178,7 +173,7 @@ def test_against_the_reference_in_float64(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
     config = CONFIGS["odd"]
-    model = random_model(config, dtype, seed=6)
+    model = frozen_model(config, dtype, seed=6)
     results = []
     for number in (1, 2, 5):
         with threads(number):
@@ -190,7 +185,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
 
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
     config = CONFIGS["paper"]
-    model = random_model(config, torch.bfloat16, seed=8)
+    model = frozen_model(config, torch.bfloat16, seed=8)
     tokens = random_tokens(config, 13, 12, seed=9)
     caches = [Cache(config.num_layers) for _ in range(3)]
     fast = FastPath()
@@ -203,7 +198,7 @@ def test_a_sequence_does_not_depend_on_its_batch() -> None:
 
 def test_positions_beyond_the_trained_ones_and_a_cache_that_grows() -> None:
     config = CONFIGS["other"]
-    model = random_model(config, torch.float32, seed=10)
+    model = frozen_model(config, torch.float32, seed=10)
     tokens = random_tokens(config, 1, 700, seed=11)
     plain, ours, fast = Cache(config.num_layers), Cache(config.num_layers), FastPath()
     model(tokens[:, :600], cache=plain)
@@ -216,7 +211,7 @@ def test_positions_beyond_the_trained_ones_and_a_cache_that_grows() -> None:
 
 def test_weights_that_change_are_noticed() -> None:
     config = CONFIGS["paper"]
-    model, other = (random_model(config, torch.float32, seed) for seed in (12, 13))
+    model, other = (frozen_model(config, torch.float32, seed) for seed in (12, 13))
     tokens = random_tokens(config, 2, 1, seed=14)[:, 0]
     fast = FastPath()
 
@@ -250,7 +245,7 @@ def test_weights_that_change_are_noticed() -> None:
 
 def test_what_it_does_not_know_takes_the_plain_path() -> None:
     config = CONFIGS["paper"]
-    model = random_model(config, torch.float32, seed=15)
+    model = frozen_model(config, torch.float32, seed=15)
     tokens = torch.tensor([3])
 
     def refused(model: MemoryFormer, tokens: Tensor = tokens) -> bool:
@@ -273,7 +268,7 @@ def test_what_it_does_not_know_takes_the_plain_path() -> None:
         assert refused(MemoryFormer(config))
     fast, uneven = FastPath(), Cache(config.num_layers)
     uneven.keys[1].append(torch.zeros(1, 2, 1, 32))
-    good = random_model(config, torch.float32, seed=15)
+    good = frozen_model(config, torch.float32, seed=15)
     assert fast.logits(good, tokens, uneven.keys, uneven.values) is None
     with pytest.raises(IndexError, match=r"token ids \[97\] must be from 0 to 96"):
         decode(fast, good, torch.tensor([97]), Cache(config.num_layers))
@@ -281,7 +276,7 @@ def test_what_it_does_not_know_takes_the_plain_path() -> None:
 
 def test_new_tokens_are_those_of_the_whole_prefix_each_time() -> None:
     config = CONFIGS["odd"]
-    model = random_model(config, torch.float32, seed=16)
+    model = frozen_model(config, torch.float32, seed=16)
     ids = random_tokens(config, 1, 5, seed=17)[0].tolist()
     expected = list(ids)
     for _ in range(20):
@@ -333,7 +328,7 @@ class TestTransformers:
             hidden_size=64, num_hidden_layers=2, num_attention_heads=2, bits=4, expand_bits=1, vocab_size=97
         )
         model = MemoryFormerForCausalLM(config).eval()
-        model.model.load_state_dict(random_model(model.model.config, torch.float32, seed=19).state_dict())
+        model.model.load_state_dict(frozen_model(model.model.config, torch.float32, seed=19).state_dict())
         return model
 
     def generate(self, model: Any, ids: Tensor, fast: bool, **options: Any) -> Tensor:

@@ -100,7 +100,7 @@ def test_a_device_s_memory_and_rates_count(tmp_path: Path) -> None:
     measured.write_text("base: cpu\nmemory: 7.0e+8\ncopy: 2.0e+10\n")
     axes = {"size": {"depths": [1, 64], "width": 16, "head_size": 16}}
     made = grid(tmp_path, axes, budget={"device": str(measured)})
-    assert "92% of budget.device mine is 0.644 GB" in made.left_out[0].reason
+    assert "92% of budget.device mine is 644.0 MB" in made.left_out[0].reason
     (cell,) = made.cells
     step = estimate_step(cell.config, 1, 1, find_device(str(measured)))
     assert cell.seconds == pytest.approx(4 * step.seconds) and cell.seconds > 0

@@ -18,7 +18,7 @@ _ALL = 0xFFFFFFFF
 
 
 def crc_of_piece(piece: bytes | memoryview, bytes_behind: int) -> int:
-    """What a piece adds by XOR to its file's checksum; `bytes_behind` more bytes of the file follow it."""
+    """A piece's contribution, by XOR, to its file's checksum; `bytes_behind` more bytes of the file follow it."""
     return shifted(continue_crc(0, piece), bytes_behind)
 
 

@@ -183,7 +183,7 @@ class CheckpointReader:
         return slice_shape(name, self.shapes[name], self.manifest.tensor_parallel)
 
     def _check_manifest(self) -> None:
-        """What the other methods rely on: its own checksum says nothing of a manifest made to harm."""
+        """Check what the other methods rely on: its own checksum says nothing of a manifest made to harm."""
         manifest = self.manifest
         ranks = manifest.tensor_parallel
         sound = (

@@ -53,7 +53,7 @@ from mf_train.parallel.engine import Engine
 
 @dataclass(frozen=True)
 class Extras:
-    """What a checkpoint holds beside the tensors."""
+    """The contents of a checkpoint beside the tensors."""
 
     state: Mapping[str, Any]
     config_yaml: str
@@ -142,7 +142,7 @@ class Saver:
     def start(self, step: int, extras: Extras | None, *, wait: bool, began: float | None = None) -> None:
         """Save the engine's state as that of `step`; rank 0 gives `extras`. The last save must be complete.
 
-        With `wait` the save is complete when this returns; without, training may go on meanwhile. `began` is when
+        With `wait` the save is complete when this returns; without, training may continue meanwhile. `began` is when
         (perf_counter) the run left its steps to make `extras`.
         """
         assert self._task is None
@@ -353,7 +353,7 @@ class Saver:
 
 
 def surplus(checkpoints: list[Path], keep: int, keep_every: int) -> list[Path]:
-    """Of checkpoints, oldest first, those to delete: neither the newest `keep` nor one each `keep_every` steps."""
+    """Checkpoints to delete, of all, oldest first: neither the newest `keep` nor one each `keep_every` steps."""
     older = checkpoints[:-keep] if keep else []
     return [path for path in older if not keep_every or step_of(path) % keep_every]
 

@@ -57,7 +57,7 @@ def verify(path: Path) -> Iterator[str]:
 
 
 def find_damage(checkpoint: Path) -> Iterator[str]:
-    """What is wrong with a checkpoint, each problem with its file's path; nothing where it is good."""
+    """The problems of a checkpoint, each with its file's path; none where it is good."""
     try:
         reader = CheckpointReader(checkpoint, check_sizes=False)
     except (UserError, OSError) as error:
@@ -162,7 +162,7 @@ def _expected_parts(reader: CheckpointReader) -> dict[str, dict[str, tuple[int, 
 def _check_contents(
     reader: CheckpointReader, name: str, expected: Mapping[str, Mapping[str, tuple[int, ...]]]
 ) -> Iterator[str]:
-    """What a file whose checksum is right holds: a wrong one was written wrongly, or its manifest was."""
+    """The problems in the contents of a file whose checksum is right: it was written wrongly, or its manifest was."""
     path = reader.checkpoint / name
     try:
         if name == STATE:

@@ -28,7 +28,7 @@ zero_stage = Bound(lambda value: value in (0, 1, 2, 3), "choose 0, 1, 2 or 3")
 
 
 def problem_of(key: Field[Any], value: Any) -> str:
-    """What is wrong with a field's value, as in "is 0: it must be ..."; empty where it fits or is None."""
+    """The end of an error about a field's value, "is 0: it must be ..."; empty where the value fits or is None."""
     bound: Bound | None = key.metadata.get("bound")
     if bound is None or value is None or bound.holds(value):
         return ""

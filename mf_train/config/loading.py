@@ -111,7 +111,7 @@ def _check_together(config: Config, origin: str) -> None:
 
 
 def _profile_problem(training: TrainingConfig) -> str:
-    """What is wrong with `training.profile`, beyond the bounds of its keys; empty where nothing is."""
+    """An error about `training.profile`, beyond the bounds of its keys; empty where it fits."""
     profile = training.profile
     if not profile.steps:
         return ""

@@ -26,7 +26,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, and the seed of its order."""
+    """The sources of documents, and how they are ordered and read."""
 
     train: tuple[SourceConfig, ...] = ()
     validation: tuple[SourceConfig, ...] = ()
@@ -121,7 +121,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What rank 0 shows and writes beside metrics.jsonl."""
+    """Lines, TensorBoard and reports on the tables: rank 0's output beside metrics.jsonl."""
 
     interval: int = positive(10)  # steps between printed lines when the output is not a terminal
     tensorboard: bool = True

@@ -67,7 +67,7 @@ class Task(Generic[T]):
         return bool(self._failures)
 
     def outcome(self) -> T | None:
-        """What the action returned, or raises what it raised; None while it is busy."""
+        """The action's result; None while it is busy. Raises the action's error."""
         if self._failures:
             raise self._failures[0]
         return self._results[0] if self._results else None
@@ -95,7 +95,7 @@ def run_long_on_all(
 
 
 def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Of each flag, whether it is set on any rank. Collective over all ranks."""
+    """For each flag, whether it is set on any rank. Collective over all ranks."""
     state = torch.tensor([int(flag) for flag in flags], dtype=torch.int32, device=device)
     dist.all_reduce(state, op=dist.ReduceOp.MAX)
     return [bool(value) for value in state.tolist()]

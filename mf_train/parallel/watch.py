@@ -10,7 +10,7 @@ stand at an earlier place than the others, else those that are in no collective 
 At W ranks the store serves W / period small sets and as many checks a second; from a limit of 24 s on the period is
 2 s, so 1 000 ranks make 500 of each, where one core served 75 000 pairs. In trouble one reader takes all W signs twice.
 
-A thread that waits in a C++ collective or in a read of a file holds no interpreter lock: the watch goes on beside it.
+A thread that waits in a C++ collective or in a read of a file holds no interpreter lock: the watch continues beside it.
 One that hangs while it holds the lock silences its own watch too. The other ranks then find that it does not answer,
 and the launcher ends it; in a run of one process nothing does.
 """

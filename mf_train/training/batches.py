@@ -110,7 +110,7 @@ class SharedBatches:
         return rows.long()
 
     def state(self, step: int, *, before_last: bool) -> dict[str, Any] | None:
-        """What a checkpoint of `step` holds of the stream, on rank 0; None elsewhere.
+        """The stream's state for a checkpoint of `step`, on rank 0; None elsewhere.
 
         It does not depend on the number of ranks. `before_last`: the last batch that was read has not been trained on.
         """

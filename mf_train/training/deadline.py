@@ -23,7 +23,10 @@ class Deadline:
         self._warned = False
 
     def note_step(self, seconds: float) -> None:
-        """The time between two chances to stop: a step, and a validation where there is one. The first one compiles."""
+        """Record how long one iteration of the loop took: a step and, if due, a validation.
+
+        A stop may have to wait that long. The first iteration does not count, because it includes compilation.
+        """
         self._steps += 1
         if self._steps > 1:
             self._longest = max(self._longest, seconds)
@@ -33,7 +36,7 @@ class Deadline:
         return _RESERVE_SECONDS + (1 + _RESERVE_SHARE) * (self.saves * save_seconds + self._longest)
 
     def warning(self, save_seconds: float) -> str | None:
-        """What to say, once, where the notice is too short."""
+        """The line to show, once, where the notice is too short."""
         needed = self.needed(save_seconds)
         if self._warned or math.isinf(self.end) or needed <= self.notice:
             return None

@@ -1,4 +1,4 @@
-"""What a run reads before it starts, and that all ranks read the same."""
+"""A run's tokenizer, token stream and validation text, and the check that all ranks read the same."""
 
 import json
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from mf_train.training.folder import check_folder
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a rank reads before the run starts."""
+    """Opened before the run starts, by every rank."""
 
     tokenizer: Tokenizer
     stream: TokenStream | None  # on the first rank of each tensor-parallel group, which reads for all of it

@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl, TensorBoard, and the line that rank 0 shows."""
+"""A run's records: metrics.jsonl, TensorBoard, and the line that rank 0 shows."""
 
 import json
 import resource

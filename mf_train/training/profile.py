@@ -177,7 +177,7 @@ class Profile:
 
 
 def _state_bytes(engine: Engine) -> dict[str, int]:
-    """What this rank holds between steps: bytes of the parameters, and of the optimiser's masters and moments."""
+    """Bytes that this rank holds between steps: of the parameters, and of the optimiser's masters and moments."""
     parameters = {p.data_ptr(): p.nbytes for p in engine.model.parameters()}
     masters = {p.data_ptr(): p.nbytes for group in engine.optimizer.param_groups for p in group["params"]}
     moments = [value for state in engine.optimizer.state.values() for value in state.values()]

@@ -1,4 +1,4 @@
-"""What a profiler's trace says of each part: time, calls and memory, so that the parts sum to the whole.
+"""Time, calls and memory of each part, from a profiler's trace, so that the parts sum to the whole.
 
 A trace is the list of events in Chrome's format that torch.profiler exports: times in microseconds, `user_annotation`
 events for named ranges, `cpu_op` events for operations, `kernel` and the like for what a GPU does.
@@ -29,7 +29,7 @@ class Label(NamedTuple):
 
 @dataclass
 class Usage:
-    """Of one part, over the profiled steps: ranges entered; seconds of both passes, and of the backward pass alone.
+    """One part's ranges entered over the profiled steps, and its seconds: of both passes, and of the backward alone.
 
     CPU seconds are those that the trainer's thread spent there, by the clock; device seconds those of the kernels
     and copies that were started there.
@@ -52,7 +52,7 @@ class Usage:
 
 @dataclass
 class Memory:
-    """What the profiled steps allocated, in bytes, at the moment when it was most: whole, and by the part that did.
+    """Bytes that the profiled steps had allocated at the moment of the peak: in all, and by the part that did.
 
     Memory from before the first of these steps (weights, moments) is not in it.
     """

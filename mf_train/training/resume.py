@@ -1,4 +1,4 @@
-"""What a run goes on from: its newest good checkpoint, after its older starts were shut out of the folder.
+"""Choosing the checkpoint to resume from: the newest good one, after older starts were shut out of the folder.
 
 Rank 0 looks and decides; all ranks share the reading of checksums.
 """
@@ -35,10 +35,10 @@ DAMAGED, ABANDONED = "damaged", "abandoned"
 
 
 def look_ahead(config: Config, fits: Callable[[CheckpointReader], None]) -> int:
-    """Refuse a start that could not go on, before it shuts out an older one that may still be running.
+    """Refuse a start that could not resume, before it shuts out an older one that may still be running.
 
-    Returns the step to go on from, as far as can be seen. `fits` raises UserError for a checkpoint that this
-    configuration cannot go on from. For rank 0; changes no file.
+    Returns the step to resume from, as far as can be seen. `fits` raises UserError for a checkpoint that this
+    configuration cannot resume from. For rank 0; changes no file.
     """
     path = next(_in_order(config, Path(config.training.output_dir) / CHECKPOINTS), None)
     if path is None:
@@ -57,7 +57,7 @@ def look_ahead(config: Config, fits: Callable[[CheckpointReader], None]) -> int:
 def choose_checkpoint(
     config: Config, device: torch.device, stop: Callable[[], bool], still_alive: Callable[[], None]
 ) -> tuple[Fence, CheckpointReader | None] | None:
-    """Claim the run's `checkpoints/` and find what to go on from; None where `stop()` was set on any rank.
+    """Claim the run's `checkpoints/` and find what to resume from; None where `stop()` was set on any rank.
 
     A damaged checkpoint of the run is named, renamed and passed over; one that was given as `checkpoint.resume` is an
     error. Collective over all ranks; raises on rank 0 UserError or OSError, on the others PeerError.
@@ -81,7 +81,7 @@ def choose_checkpoint(
 def _find_damage(
     checkpoint: Path, device: torch.device, stop: Callable[[], bool], still_alive: Callable[[], None]
 ) -> str | None:
-    """What is wrong with a checkpoint's checksums, "" if nothing; None where `stop()` was set. Collective."""
+    """The first file whose checksum is wrong, "" if none is; None where `stop()` was set. Collective."""
     manifest = run_on_all(lambda: read_manifest(checkpoint, check_sizes=False), device)
     sizes = {name: record.size for name, record in manifest.files.items()}
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -101,7 +101,7 @@ def _ignore() -> None:
 
 
 class _Candidates:
-    """Rank 0's choice among the checkpoints to go on from."""
+    """Rank 0's choice among the checkpoints to resume from."""
 
     def __init__(self, config: Config, fence: Fence) -> None:
         self.folder = fence.folder
@@ -135,7 +135,7 @@ class _Candidates:
         be trained again. Raises UserError for a damaged one that was asked for.
         """
         own = list_checkpoints(self.folder)
-        if damage and not (path in own and _goes_on(self._resume, own)):
+        if damage and not (path in own and _resumes_own(self._resume, own)):
             raise UserError(f"{path}: {damage}; choose another checkpoint.resume")
         self._fence.check()  # a newer start's checkpoints are not this one's to rename
         if damage:
@@ -157,9 +157,9 @@ class _Candidates:
 
 
 def _in_order(config: Config, folder: Path) -> Iterator[Path]:
-    """Checkpoints to go on from, the best first. Raises UserError where `checkpoint.resume` does not fit the folder."""
+    """Checkpoints to resume from, best first. Raises UserError where `checkpoint.resume` does not fit the folder."""
     own, resume = list_checkpoints(folder), config.checkpoint.resume
-    if _goes_on(resume, own):
+    if _resumes_own(resume, own):
         yield from reversed(own)
         return
     path = resolve_checkpoint(Path(resume))
@@ -171,8 +171,8 @@ def _in_order(config: Config, folder: Path) -> Iterator[Path]:
     yield next((mine for mine in own if mine.resolve() == path.resolve()), path)
 
 
-def _goes_on(resume: str, own: list[Path]) -> bool:
-    """Whether the run goes on from its own newest checkpoint: also where it is started again with the command that
+def _resumes_own(resume: str, own: list[Path]) -> bool:
+    """Whether the run resumes from its own newest checkpoint: also where it is started again with the command that
     made it start from another, as a launcher does.
     """
     return resume in ("auto", "never") or any(_started_from(path) == resume for path in own)

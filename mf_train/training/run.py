@@ -375,7 +375,7 @@ class _Run:
         self.saver.start(self.step, extras, wait=wait, began=began)
 
     def _extras(self, before_last: bool) -> Extras | None:
-        """What rank 0 writes; None elsewhere. Collective."""
+        """The checkpoint's contents beside the tensors, on rank 0; None elsewhere. Collective."""
         stream = self.batches.state(self.step, before_last=before_last)
         probe = run_probe(self.engine, self.exchange, self.validation)
         self.telemetry.note_checkpoint(self.step, probe)

@@ -1,4 +1,4 @@
-"""What a run says about itself before its first step."""
+"""The lines that a run shows before its first step."""
 
 import torch
 
@@ -19,7 +19,7 @@ def summary(
     validation: ValidationBlocks | None,
     saver: Saver,
 ) -> str:
-    """Lines on the model, the processes, the kernels, the data, and what the run goes on from."""
+    """Lines on the model, the processes, the kernels, the data, and the checkpoint that the run resumes from."""
     counts = count_parameters(config.model)
     processes = "1 process" if degrees.world_size == 1 else f"{degrees.world_size} processes"
     lines = [

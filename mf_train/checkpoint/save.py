@@ -114,7 +114,7 @@ class Saver:
         degrees = engine.groups.degrees
         shapes = {name: engine.local_shape(p) for name, p in engine.model.named_parameters()}
         self.parts = assign_parts({name: 4 * shape.numel() for name, shape in shapes.items()})
-        layouts = _part_layouts(shapes, self.parts)
+        layouts = part_layouts(shapes, self.parts)
         self.parameters = {name: whole_shape(name, shape, degrees.tensor) for name, shape in shapes.items()}
         self.sizes = {
             part_name(kind, rank, degrees.tensor, part): layout.size
@@ -270,7 +270,7 @@ class Saver:
                     os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        return list(crcs.values()), {} if extras is None else _write_extras(self.partial, extras)
+        return list(crcs.values()), {} if extras is None else write_extras(self.partial, extras)
 
     def _start_completing(self, crcs: list[int], records: dict[str, FileRecord]) -> Task[None]:
         totals = exclusive_or(crcs, self.engine.device)
@@ -358,7 +358,7 @@ def surplus(checkpoints: list[Path], keep: int, keep_every: int) -> list[Path]:
     return [path for path in older if not keep_every or step_of(path) % keep_every]
 
 
-def _part_layouts(shapes: Mapping[str, torch.Size], parts: Mapping[str, int]) -> dict[int, FileLayout]:
+def part_layouts(shapes: Mapping[str, torch.Size], parts: Mapping[str, int]) -> dict[int, FileLayout]:
     return {
         part: FileLayout({name: (torch.float32, shapes[name]) for name in shapes if parts[name] == part})
         for part in sorted(set(parts.values()))
@@ -376,7 +376,7 @@ def _write_at(descriptor: int, data: memoryview, offset: int, size: int) -> int:
     return shifted(register, size - offset - len(data))
 
 
-def _write_extras(folder: Path, extras: Extras) -> dict[str, FileRecord]:
+def write_extras(folder: Path, extras: Extras) -> dict[str, FileRecord]:
     probe = FileLayout({name: (tensor.dtype, tensor.shape) for name, tensor in extras.probe.items()})
     files = {
         STATE: (json.dumps(extras.state, indent=1) + "\n").encode(),

@@ -33,7 +33,6 @@ from mf_train.planning.efficiency import step_efficiency
 from mf_train.planning.work import step_tokens
 from mf_train.telemetry.alarms import alarm_lines
 from mf_train.training.batches import Batch, SharedBatches
-from mf_train.training.deadline import find_deadline
 from mf_train.training.device import find_device, keep_freed_memory
 from mf_train.training.environment import set_kernel_cache
 from mf_train.training.folder import check_same_run, record_config, resolved_yaml
@@ -42,7 +41,7 @@ from mf_train.training.metrics import LiveLine, MetricsWriter, cut_metrics, proc
 from mf_train.training.probe import run_probe
 from mf_train.training.resume import choose_checkpoint, look_ahead
 from mf_train.training.schedule import learning_rate
-from mf_train.training.signals import StopRequest
+from mf_train.training.stopping import StopRequest, find_deadline
 from mf_train.training.summary import skipped_documents, summary
 from mf_train.training.telemetry import TableTelemetry
 from mf_train.training.validate import validation_loss

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mf_train.training.deadline import Deadline, find_deadline
+from mf_train.training.stopping import Deadline, find_deadline
 from tests.training.runs import REPOSITORY, environment, read_metrics, small_config, write_text
 from tests.warm import Running
 

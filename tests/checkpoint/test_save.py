@@ -29,6 +29,7 @@ from mf_train.parallel.groups import start_processes, stop_processes
 from mf_train.parallel.processes import find_process
 from tests.distributed import run_distributed
 from tests.parallel.worlds import MODEL, batch_of, make_groups
+from tests.standalone.checkpoints import flip
 
 CPU = torch.device("cpu")
 EXTRAS = Extras(
@@ -90,12 +91,6 @@ def strike(saver: Saver, act: Callable[[], object]) -> None:
     if saver.engine.groups.degrees.rank == 0:
         act()
     torch.distributed.barrier()
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
 
 
 def held(engine: Engine) -> dict[tuple[str, str], tuple[int, torch.Tensor]]:

@@ -112,6 +112,13 @@ def write_large(folder: Path, config: ModelConfig, tensor: int) -> Path:
     return folder
 
 
+def flip(file: Path, place: int = -1) -> None:
+    """Flip a bit of the byte at a place of a file."""
+    data = bytearray(file.read_bytes())
+    data[place] ^= 16
+    file.write_bytes(data)
+
+
 def records(folder: Path) -> dict[str, FileRecord]:
     """Sizes and checksums of the files of a checkpoint, but the manifest's own."""
     contents = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != MANIFEST}

@@ -25,7 +25,7 @@ from mf_train.parallel.processes import find_process
 from mf_train.training.folder import check_same_run
 from mf_train.training.resume import _Candidates, choose_checkpoint, look_ahead
 from tests.distributed import run_distributed
-from tests.standalone.checkpoints import random_weights, records, write_checkpoint
+from tests.standalone.checkpoints import flip, random_weights, records, write_checkpoint
 from tests.training.runs import TOKENIZER, write_text
 
 pytestmark = pytest.mark.distributed
@@ -63,12 +63,6 @@ def replace_text(file: Path, old: str, new: str) -> None:
     text = file.read_text()
     assert text.count(old) == 1
     file.write_text(text.replace(old, new))
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 16
-    file.write_bytes(data)
 
 
 def prepare(folder: Path) -> dict[str, Config]:

@@ -31,13 +31,12 @@ from mf_train.parallel.watch import Watch
 from mf_train.planning.devices import find_peak
 from mf_train.planning.efficiency import step_efficiency
 from mf_train.planning.work import step_tokens
-from mf_train.telemetry.alarms import alarm_lines
 from mf_train.training.batches import Batch, SharedBatches
 from mf_train.training.device import find_device, keep_freed_memory
 from mf_train.training.environment import set_kernel_cache
 from mf_train.training.folder import check_same_run, record_config, resolved_yaml
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
-from mf_train.training.metrics import LiveLine, MetricsWriter, cut_metrics, process_peak
+from mf_train.training.metrics import Records, process_peak
 from mf_train.training.probe import run_probe
 from mf_train.training.resume import choose_checkpoint, look_ahead
 from mf_train.training.schedule import learning_rate
@@ -153,7 +152,6 @@ class _Run:
         self.validation = validation
         self.stop = stop
         self.watch = watch
-        self.folder = Path(config.training.output_dir)
         self.fence = fence
         state = run_on_all(partial(self._read_state, checkpoint), device) if checkpoint is not None else {}
         self.step: int = state.get("step", 0)
@@ -196,26 +194,26 @@ class _Run:
             run_on_all(partial(self.telemetry.resume, checkpoint), device)
         beside = config.checkpoint.interval and config.checkpoint.asynchronous
         self.deadline = find_deadline(os.environ, saves=2 if beside else 1)
-        self.metrics: MetricsWriter | None = None
-        self.unwritten: TrainingError | None = None  # why rank 0 could not write the last step's metrics
-        self.line = LiveLine(config.training.steps, config.logging.interval)
+        self.records = Records(config, self.degrees.rank)
         self.profile: Profile | None = None
 
     def run(self) -> int:
         config = self.config
-        run_on_all(self._open_metrics, self.device)
-        self._say(summary(config, self.degrees, self.device, self.inputs, self.validation, self.saver))
+        run_on_all(self._open_folder, self.device)
+        self.records.say(summary(config, self.degrees, self.device, self.inputs, self.validation, self.saver))
         self._open_profile()
         while self.step < config.training.steps:
             if self.profile is not None:
                 self.profile.turn(self.step + 1)
             started = time.perf_counter()
-            batch = self.batches.next(self.step + 1, self.unwritten)
+            batch = self.batches.next(self.step + 1, self.records.failure)
             if batch is None:
                 if self.step > self.saver.step:
                     self._save(last=True, before_last=True)
                 self.saver.finish()
-                self._say(f"stopped on request after step {self.step}; run the same command again to go on")
+                self.records.say(
+                    f"stopped on request after step {self.step}; run the same command again to go on"
+                )
                 return STOPPED
             self.watch.entering(f"training step {self.step + 1}")
             metrics = self._train_step(batch)
@@ -233,15 +231,16 @@ class _Run:
                 self._save(last=last)
         if self.profile is not None:
             self.profile.turn(self.step + 1)
-        self._say(f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saver.last}")
+        self.records.say(
+            f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saver.last}"
+        )
         return DONE
 
     def close(self) -> None:
         if self.profile is not None:
             self.profile.close()
         self.batches.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        self.records.close()
 
     # one step
 
@@ -312,7 +311,7 @@ class _Run:
         if self.stop.requested or self.degrees.rank != 0:
             return self.stop.requested
         if warning := self.deadline.warning(self.saver.seconds):
-            self.line.say(warning)
+            self.records.say(warning)
         return self.deadline.passed(self.saver.seconds)
 
     def _due(self, interval: int, last: bool) -> bool:
@@ -345,19 +344,14 @@ class _Run:
                 (self.saver, "advance", "save"),
             ]
             self.profile = Profile(
-                self.config, self.engine, self.step, parts, self.line.say, self.watch.still_alive
+                self.config, self.engine, self.step, parts, self.records.line.say, self.watch.still_alive
             )
 
-    def _check_written(self) -> None:
-        if self.unwritten is not None:
-            raise self.unwritten
-
-    def _open_metrics(self) -> None:
+    def _open_folder(self) -> None:
         if self.degrees.rank == 0:
             self.fence.check()  # a newer start's files are not this one's to replace
             record_config(self.config)
-            cut_metrics(self.folder, self.step)
-            self.metrics = MetricsWriter(self.folder, self.config.logging.tensorboard)
+        self.records.open(self.step)
 
     def _save(self, *, last: bool, before_last: bool = False) -> None:
         """Save beside the steps, or wait for it if this is the `last` time.
@@ -366,7 +360,7 @@ class _Run:
         """
         self.saver.finish()
         # a run that continues from here needs this step's metrics
-        run_on_all(self._check_written, self.device)
+        run_on_all(self.records.check, self.device)
         self.watch.entering(f"starting to save step {self.step}")
         began = time.perf_counter()
         extras = self._extras(before_last)
@@ -395,20 +389,6 @@ class _Run:
         )
 
     def _report(self, metrics: dict[str, Any]) -> None:
-        if self.metrics is None:
-            return
         if self.step == self.started_at + 1 and (skipped := skipped_documents(self.inputs)):
             metrics["skipped_documents"] = skipped
-        try:
-            self.metrics.write(metrics | self.saver.take_metrics())
-        except TrainingError as error:
-            self.unwritten = error  # the other ranks learn of it when they save or agree on the next batch
-        self.line.show_step(metrics)
-        for warning in alarm_lines(self.step, metrics.get("alarms", ())):
-            self.line.say(warning)
-        if "validation_loss" in metrics:
-            self.line.say(f"step {self.step}: validation loss {metrics['validation_loss']:.4f}")
-
-    def _say(self, text: str) -> None:
-        if self.degrees.rank == 0:
-            self.line.say(text)
+        self.records.write(metrics | self.saver.take_metrics())

@@ -91,7 +91,7 @@ class Watch:
         # one after another, and waits 5 s and more where no name server answers.
         self._answered = math.inf
         self._store_lost = False
-        self._asked = False  # `explain` wants to know who is gone
+        self._explaining = False  # `explain` wants to know who is gone
         self._nobody_gone = False
         self._patience = _PERIODS_OF_PATIENCE
         self._verdict: Verdict | None = None
@@ -128,7 +128,7 @@ class Watch:
         """
         if self._alone or not is_broken_connection(error):
             return
-        self._asked = True
+        self._explaining = True
         deadline = time.monotonic() + (_PERIODS_OF_PATIENCE + 2 * _PERIODS_OF_SILENCE) * self.period
         while self._verdict is None and not self._nobody_gone and time.monotonic() < deadline:
             time.sleep(self.period / 4)
@@ -156,7 +156,7 @@ class Watch:
             moved = (self._stand[0], self._moves)
             self._age = self._age + min(now - before, 2 * self.period) if moved == seen else 0.0
             seen, before = moved, now
-            if self._verdict is None and (self._asked or self._age >= self.limit):
+            if self._verdict is None and (self._explaining or self._age >= self.limit):
                 self._judge_alone(now)
             if self._verdict is not None:
                 self._end(self._verdict)
@@ -171,7 +171,7 @@ class Watch:
             # one line for each node at most: rank 1 is on rank 0's
             speaks = process.local_rank == 0 or process.rank == 1
             trouble = "has gone" if self._store_lost else "does not answer"
-            stood = "" if self._asked else f" and no progress for {self._age:.0f} s"
+            stood = "" if self._explaining else f" and no progress for {self._age:.0f} s"
             self._verdict = Verdict(
                 process.rank if speaks else -1,
                 f"rank 0, or torchrun's agent, at {process.master_address}:{process.master_port} {trouble}{stood}; "
@@ -180,10 +180,10 @@ class Watch:
 
     def _store_patience(self) -> float:
         """Seconds without an answer after which the store counts as gone; it may be slow where machines are busy."""
-        return 2 * _PERIODS_OF_SILENCE * self.period if self._asked else self.limit / 2
+        return 2 * _PERIODS_OF_SILENCE * self.period if self._explaining else self.limit / 2
 
     def _hint(self) -> str:
-        stacks = f" (stacks: {self.stacks})" if self.stacks is not None and not self._asked else ""
+        stacks = f" (stacks: {self.stacks})" if self.stacks is not None and not self._explaining else ""
         return f"run the same command again to resume{stacks}"
 
     def _end(self, verdict: Verdict) -> None:
@@ -191,7 +191,7 @@ class Watch:
             above = "\n" * os.isatty(1)  # the line of the last step is open on a terminal
             line = f"{above}memoryformer: {verdict.text}\n".encode()
             self._briefly(lambda: os.write(2, line))  # past sys.stderr, whose lock a hanging print would hold
-        if self.stacks is not None and not self._asked:
+        if self.stacks is not None and not self._explaining:
             self._briefly(self._write_stacks)
         if not self._alone:
             # all see the verdict before any connection breaks
@@ -229,7 +229,7 @@ class Watch:
                 while not self._closing.is_set():
                     _check_open(line)
                     self._exchange(store)
-                    if self._verdict is None and (self._asked or self._age >= self.limit):
+                    if self._verdict is None and (self._explaining or self._age >= self.limit):
                         self._look_around(store)
                     self._closing.wait(self.period)
                 _check_open(line)
@@ -257,7 +257,7 @@ class Watch:
         if looking != me and self._patience > 0:
             self._patience -= 1
             return
-        asked, before = self._asked, self._read_all(store)
+        explaining, before = self._explaining, self._read_all(store)
         for _ in range(_PERIODS_OF_SILENCE):
             if self._closing.wait(self.period):
                 return
@@ -265,18 +265,18 @@ class Watch:
         waited = _PERIODS_OF_SILENCE * self.period
         after = self._read_all(store)
         silent = find_silent(before, after)
-        if asked:
+        if explaining:
             trouble = describe_silent(silent, after)
         else:
             trouble = describe_standstill(silent, after, self.limit - 2 * self.period, waited)
         if trouble:
-            stood = "" if asked else f"no progress for {self._age:.0f} s: "
+            stood = "" if explaining else f"no progress for {self._age:.0f} s: "
             verdict = Verdict(find_speaker(silent, after), f"{stood}{trouble}; {self._hint()}")
             told = store.compare_set(_KEY + "verdict", "", json.dumps(verdict))
             self._verdict = Verdict(*json.loads(told))
         else:
             store.delete_key(_KEY + "looks")
-            self._nobody_gone = asked
+            self._nobody_gone = explaining
         self._patience = _PERIODS_OF_PATIENCE
 
     def _read_all(self, store: dist.Store) -> list[Sign | None]:
@@ -331,10 +331,8 @@ def describe_standstill(
     if silent:
         return describe_silent(silent, signs)
     answering = [(rank, sign) for rank, sign in enumerate(signs) if sign is not None]
-    first, last = (
-        min(sign.order for _, sign in answering),
-        max(answering, key=lambda entry: entry[1].order)[1],
-    )
+    first = min(sign.order for _, sign in answering)
+    last = max((sign for _, sign in answering), key=lambda sign: sign.order)
     behind = [(rank, sign) for rank, sign in answering if sign.order == first]
     others = f"; the others are {last.place}"
     if len(behind) == len(answering):

@@ -112,10 +112,10 @@ def write_large(folder: Path, config: ModelConfig, tensor: int) -> Path:
     return folder
 
 
-def flip(file: Path, place: int = -1) -> None:
-    """Flip a bit of the byte at a place of a file."""
+def flip(file: Path, place: int | None = None) -> None:
+    """Flip a bit of the byte at a place of a file; by default in its middle."""
     data = bytearray(file.read_bytes())
-    data[place] ^= 16
+    data[len(data) // 2 if place is None else place] ^= 16
     file.write_bytes(data)
 
 

@@ -16,7 +16,7 @@ import torch
 from mf_train.config import ModelConfig, OptimizerConfig
 from mf_train.model import MemoryFormer
 from mf_train.parallel.engine import parameter_groups
-from tests.distributed import _free_port, run_distributed
+from tests.distributed import run_distributed
 from tests.parallel.worlds import (
     MODEL,
     OPTIMIZER,
@@ -28,6 +28,7 @@ from tests.parallel.worlds import (
     train_plainly,
 )
 from tests.threads import threads
+from tests.warm import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -102,7 +103,7 @@ WARM = [p for p in EVERY_CASE if p.values[0].warm]
 @functools.cache
 def results(slow: bool) -> list[list[dict[str, Any]]]:
     """By rank, then by world."""
-    worlds = [(members, _free_port(), cases) for members, cases in (SLOW_WORLDS if slow else WORLDS)]
+    worlds = [(members, free_port(), cases) for members, cases in (SLOW_WORLDS if slow else WORLDS)]
     return run_distributed(run_worlds, 4, worlds, timeout=900 if slow else 500)
 
 

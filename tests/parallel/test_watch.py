@@ -30,8 +30,7 @@ from mf_train.parallel.watch import (
     find_speaker,
     is_broken_connection,
 )
-from tests.distributed import _free_port
-from tests.warm import start_warm
+from tests.warm import free_port, start_warm
 
 pytestmark = pytest.mark.distributed
 HOST = socket.gethostname()
@@ -133,7 +132,7 @@ class Outcome:
 
 def run_world(world: World, folder: Path) -> Outcome:
     folder.mkdir()
-    port = _free_port()
+    port = free_port()
     agent = (
         dist.TCPStore(
             "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)

@@ -34,7 +34,7 @@ from mf_train.run_folder import CHECKPOINTS
 DAMAGED, ABANDONED = "damaged", "abandoned"
 
 
-def look_ahead(config: Config, fits: Callable[[CheckpointReader], None]) -> int:
+def look_ahead(config: Config, fits: Callable[[CheckpointReader], object]) -> int:
     """Refuse a start that could not resume, before it shuts out an older one that may still be running.
 
     Returns the step to resume from, as far as can be seen. `fits` raises UserError for a checkpoint that this

@@ -86,9 +86,7 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     groups = Groups(degrees, config.training.collective_timeout_seconds + _WATCH_SPEAKS_FIRST_SECONDS)
     if device.type == "cpu":
         keep_freed_memory()
-    inputs = run_long_on_all(
-        lambda: open_inputs(config, degrees), device, lambda: stop.requested, watch.still_alive
-    )
+    inputs = run_long_on_all(partial(open_inputs, config, degrees), device, stop.requested, watch.still_alive)
     if inputs is None:
         return _stopped("while text was prepared", degrees.rank)
     check_same_sources(inputs.stream, config, degrees.rank, device)
@@ -96,13 +94,13 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     if config.training.validation_interval:
         validation = share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
     watch.entering("choosing a checkpoint")
-    step = run_on_first(lambda: look_ahead(config, partial(_fits, config, inputs)), device)
+    step = run_on_first(lambda: look_ahead(config, partial(_read_state, config, inputs, 0)), device)
     if step >= config.training.steps:
         if degrees.rank == 0:
             folder = config.training.output_dir
             print(f"{folder}: already at step {step} of {config.training.steps}; nothing to do", flush=True)
         return DONE
-    chosen = choose_checkpoint(config, device, lambda: stop.requested, watch.still_alive)
+    chosen = choose_checkpoint(config, device, stop.requested, watch.still_alive)
     if chosen is None:
         return _stopped("while a checkpoint was verified", degrees.rank)
     run = _Run(config, groups, device, inputs, validation, stop, watch, *chosen)
@@ -112,15 +110,14 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
         run.close()
 
 
-def _fits(config: Config, inputs: Inputs, checkpoint: CheckpointReader) -> None:
-    """Raises UserError where a checkpoint is of another run. Sets the stream to its place."""
-    check_same_run(config, inputs.tokenizer, checkpoint)
-    _place_stream(inputs, checkpoint.state())
-
-
-def _place_stream(inputs: Inputs, state: dict[str, Any]) -> None:
+def _read_state(config: Config, inputs: Inputs, rank: int, checkpoint: CheckpointReader) -> dict[str, Any]:
+    """A checkpoint's state, to which the stream is set. Raises UserError, on rank 0 also where it is of another run."""
+    if rank == 0:
+        check_same_run(config, inputs.tokenizer, checkpoint)
+    state = checkpoint.state()
     if inputs.stream is not None and state["stream"] is not None:
         inputs.stream.load_state_dict(state["stream"])
+    return state
 
 
 def _stopped(when: str, rank: int) -> int:
@@ -153,7 +150,9 @@ class _Run:
         self.stop = stop
         self.watch = watch
         self.fence = fence
-        state = run_on_all(partial(self._read_state, checkpoint), device) if checkpoint is not None else {}
+        state: dict[str, Any] = {}
+        if checkpoint is not None:
+            state = run_on_all(lambda: _read_state(config, inputs, self.degrees.rank, checkpoint), device)
         self.step: int = state.get("step", 0)
         self.tokens: int = state.get("tokens", 0)
         self.progress: dict[str, Any] = state.get("metrics", {})
@@ -173,9 +172,8 @@ class _Run:
         model = build_model(config.model, self.exchange, config.training.seed, device)
         self.engine = Engine(model, config, groups, device, end_of_text)
         watch.entering("compiling kernels")
-        compile_kernels(
-            self.engine, config, lambda: stop.requested, watch.still_alive, resumes=checkpoint is not None
-        )
+        resumes = checkpoint is not None
+        compile_kernels(self.engine, config, stop.requested, watch.still_alive, resumes=resumes)
         self.peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.telemetry = TableTelemetry(self.engine, self.exchange, validation, config.logging)
         self.saver = Saver(
@@ -308,8 +306,8 @@ class _Run:
 
     def _should_stop(self) -> bool:
         """Whether this rank was asked to stop, or, as rank 0, finds that the job's time limit is near."""
-        if self.stop.requested or self.degrees.rank != 0:
-            return self.stop.requested
+        if self.stop.requested() or self.degrees.rank != 0:
+            return self.stop.requested()
         if warning := self.deadline.warning(self.saver.seconds):
             self.records.say(warning)
         return self.deadline.passed(self.saver.seconds)
@@ -318,14 +316,6 @@ class _Run:
         return interval > 0 and (self.step % interval == 0 or last)
 
     # set-up, saving, showing
-
-    def _read_state(self, checkpoint: CheckpointReader) -> dict[str, Any]:
-        """The checkpoint's state, after a look whether it is this run's."""
-        if self.degrees.rank == 0:
-            check_same_run(self.config, self.inputs.tokenizer, checkpoint)
-        state = checkpoint.state()
-        _place_stream(self.inputs, state)
-        return state
 
     def _open_profile(self) -> None:
         """Where steps are to be profiled; without, nothing of it is imported."""

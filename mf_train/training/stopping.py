@@ -16,7 +16,10 @@ class StopRequest:
     """Set by SIGTERM or SIGUSR1 from `install` on; a second signal changes nothing."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
+
+    def requested(self) -> bool:
+        return self._requested
 
     def install(self) -> "StopRequest":
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -29,7 +32,7 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._requested = True
 
 
 class Deadline:

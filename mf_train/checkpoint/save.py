@@ -73,11 +73,6 @@ class _Piece:
     numel: int
 
 
-_Written = tuple[
-    list[int], dict[str, FileRecord]
-]  # what this rank adds to each file's checksum, and the extras' records
-
-
 def _ignore(*_: object) -> None:
     return None
 
@@ -249,8 +244,10 @@ class Saver:
             torch.cuda.synchronize(self.engine.device)
         return self.buffers
 
-    def _write(self, values: Mapping[tuple[str, str], Tensor], extras: Extras | None) -> _Written:
-        """Write this rank's pieces."""
+    def _write(
+        self, values: Mapping[tuple[str, str], Tensor], extras: Extras | None
+    ) -> tuple[list[int], dict[str, FileRecord]]:
+        """Write this rank's pieces; returns their `crc_of_piece` in each file, and the extras' records."""
         crcs = dict.fromkeys(self.sizes, 0)
         by_file: dict[str, list[_Piece]] = {}
         for piece in self.pieces:

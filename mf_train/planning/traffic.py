@@ -43,7 +43,7 @@ def data_parallel_bytes_per_token(config: Config, data: int) -> float:
 
 def tensor_parallel_bytes_per_token(config: Config) -> float:
     """Codes and weights of three hashes a block and the weights' gradients, sums of norms, features before the head and
-    their gradient, three sums of the loss. `parallel.exchange` counts the same while it sends.
+    their gradient, three sums of the loss (SPEC 4). `parallel.exchange` counts the same while it sends.
     """
     model, tensor = config.model, config.parallel.tensor
     if tensor == 1:

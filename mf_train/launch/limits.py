@@ -98,7 +98,7 @@ def _usable(config: Config, options: JobOptions, node_memory: float | None) -> l
 
 def memory_warnings(config: Config, options: JobOptions, nodes: int, node_memory: float | None) -> list[str]:
     """A warning where the planner predicts more memory on so many nodes than there is: a model, no measurement."""
-    from mf_train.planning.memory import estimate_memory
+    from mf_train.planning.device_memory import estimate_memory
 
     there, place, kind = _memory_there(options, node_memory)
     processes = nodes * options.per_node
@@ -111,7 +111,7 @@ def memory_warnings(config: Config, options: JobOptions, nodes: int, node_memory
 
 def _check_memory(config: Config, options: JobOptions, processes: int, node_memory: float | None) -> None:
     """Raises UserError where AdamW's update alone has no room: that is certain, activations are a prediction."""
-    from mf_train.planning.memory import estimate_memory
+    from mf_train.planning.device_memory import estimate_memory
 
     there, place, kind = _memory_there(options, node_memory)
     states = estimate_memory(config, processes, kind).peaks["update"]

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-<<<<<<< HEAD
-from mf_train.study.cells import Cell, Grid
-=======
-from mf_train.launch.progress import duration
 from mf_train.study.cells import Cell, Grid, describe_values
->>>>>>> w/study
 from mf_train.study.state import cell_state
 from mf_train.study.study import Study
 from mf_train.text import duration

@@ -17,12 +17,8 @@ from mf_train.launch.limits import (
     notice_seconds,
     warnings,
 )
-<<<<<<< HEAD:tests/launch/test_limits.py
 from mf_train.launch.options import JobOptions
-from mf_train.planning.memory import estimate_memory, peak_bytes
-=======
 from mf_train.planning.device_memory import estimate_memory, peak_bytes
->>>>>>> w/study:tests/launch/test_job.py
 
 GPUS = JobOptions(nodes=2, gpus_per_node=4, time="1:00:00")
 

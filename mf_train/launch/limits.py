@@ -6,6 +6,7 @@ from mf_train.config import Config
 from mf_train.errors import UserError
 from mf_train.launch.options import LONGEST_NOTICE, JobOptions, check_options, time_seconds
 from mf_train.model.counts import count_parameters
+from mf_train.text import human_bytes
 
 _NOTICE_SECONDS, _NOTICE_SECONDS_PER_GB = 120, 2.0
 
@@ -105,7 +106,8 @@ def memory_warnings(config: Config, options: JobOptions, nodes: int, node_memory
     if there is None or (peak := estimate_memory(config, processes, kind).peak) <= there:
         return []
     return [
-        f"may not fit: a process is predicted to need {_gb(peak)} at its peak, and {place}: {_advice(options, nodes)}"
+        f"may not fit: a process is predicted to need {human_bytes(peak)} at its peak, and {place}: "
+        f"{_advice(options, nodes)}"
     ]
 
 
@@ -118,8 +120,8 @@ def _check_memory(config: Config, options: JobOptions, processes: int, node_memo
     if there is not None and states > there:
         parallel = config.parallel
         raise UserError(
-            f"does not fit: {_parameters(config) / 1e9:.3g} billion parameters need {_gb(states)} a process for "
-            f"weights, gradients and AdamW's moments (parallel.tensor {parallel.tensor}, parallel.zero_stage "
+            f"does not fit: {_parameters(config) / 1e9:.3g} billion parameters need {human_bytes(states)} a process "
+            f"for weights, gradients and AdamW's moments (parallel.tensor {parallel.tensor}, parallel.zero_stage "
             f"{parallel.zero_stage}, data-parallel degree {processes // parallel.tensor}), and {place}: "
             f"{_advice(options, processes // options.per_node)}"
         )
@@ -128,10 +130,10 @@ def _check_memory(config: Config, options: JobOptions, processes: int, node_memo
 def _memory_there(options: JobOptions, node_memory: float | None) -> tuple[float | None, str, str]:
     """Bytes for one process where they are known, in words, and the device's kind."""
     if options.gpus_per_node is not None:
-        return options.gpu_memory * 2**30, f"a GPU has {options.gpu_memory:g} GB (--gpu-memory)", "cuda"
+        return options.gpu_memory * 1e9, f"a GPU has {options.gpu_memory:g} GB (--gpu-memory)", "cuda"
     if node_memory is None:
         return None, "", "cpu"
-    place = f"a node of the partition has {_gb(node_memory)} for {options.per_node}"
+    place = f"a node of the partition has {human_bytes(node_memory)} for {options.per_node}"
     return node_memory / options.per_node, place, "cpu"
 
 
@@ -148,7 +150,3 @@ def _parameters(config: Config) -> int:
 def _size(nodes: int, options: JobOptions) -> str:
     what = "GPUs" if options.gpus_per_node is not None else "tasks"
     return f"{nodes} node{'s' if nodes > 1 else ''} x {options.per_node} {what}"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 2**30:.3g} GB"

@@ -220,7 +220,7 @@ def _short_of(nodes: Sequence[Node], expected: Expected) -> list[Finding]:
         ),
         ("open_files", files, True, f"a process may open fewer than {files} files: raise `ulimit -n`"),
         ("memory", LESS_MEMORY * memory, False, f"has less free memory than others ({memory / 1e9:.3g} GB)"),
-        ("shared_memory", buffers, False, "less than 1 GiB free in /dev/shm, where NCCL has its buffers"),
+        ("shared_memory", buffers, False, "less than 1.1 GB free in /dev/shm, where NCCL has its buffers"),
     ]
     findings = []
     for name, least, fails, text in tests:

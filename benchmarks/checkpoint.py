@@ -228,13 +228,12 @@ def load_worker(checkpoint: str, tensor: str, stage: str, results: str, target: 
     from mf_train.checkpoint.save import Extras, Saver
     from mf_train.config import CheckpointConfig
     from mf_train.config.loading import load_config
-    from mf_train.model import MemoryFormer
     from mf_train.parallel.degrees import Degrees
     from mf_train.parallel.engine import Engine
     from mf_train.parallel.exchange import Exchange
     from mf_train.parallel.groups import Groups, start_processes, stop_processes
     from mf_train.parallel.processes import find_process
-    from mf_train.parallel.tensor import shard_model
+    from mf_train.parallel.tensor import build_model
 
     process, cpu = find_process(), torch.device("cpu")
     config = load_config(Path(checkpoint) / "config.yaml")
@@ -243,13 +242,7 @@ def load_worker(checkpoint: str, tensor: str, stage: str, results: str, target: 
     config = replace(config, parallel=parallel, training=replace(config.training, micro_batch_size=micro))
     start_processes(process, cpu, 600)
     groups = Groups(Degrees(process.rank, process.world_size, int(tensor)), 600)
-    with torch.device("meta"):
-        model = MemoryFormer(config.model)
-    if int(tensor) > 1:
-        shard_model(model, Exchange(groups.tensor))
-    model.to_empty(device=cpu)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.02)
+    model = build_model(config.model, Exchange(groups.tensor) if int(tensor) > 1 else None, 0, cpu)
     engine = Engine(model, config, groups, cpu)
     for _ in range(2):
         engine.create_moments()  # a training step; the first one's peak is lower, as it begins without moments
@@ -266,9 +259,8 @@ def load_worker(checkpoint: str, tensor: str, stage: str, results: str, target: 
         saver.start(
             reader.manifest.step,
             Extras(reader.state(), (Path(checkpoint) / "config.yaml").read_text(), b"", {}),
-            copy=False,
+            wait=True,
         )
-        saver.finish()
     stop_processes()
 
 

@@ -22,7 +22,7 @@ def main(path: str, folder: str, *flags: str) -> None:
     from mf_train.config.loading import load_config
     from mf_train.model import MemoryFormer
     from mf_train.parallel.degrees import Degrees
-    from mf_train.parallel.engine import Engine, _import_deepspeed
+    from mf_train.parallel.engine import Engine, import_deepspeed
     from mf_train.parallel.exchange import Exchange
     from mf_train.parallel.groups import Groups, start_processes, stop_processes
     from mf_train.parallel.processes import find_process
@@ -33,7 +33,7 @@ def main(path: str, folder: str, *flags: str) -> None:
     start_processes(process, cpu, 600)
     groups = Groups(Degrees(process.rank, process.world_size, config.parallel.tensor), 600)
     exchange = Exchange(groups.tensor) if config.parallel.tensor > 1 else None
-    _import_deepspeed(cpu, process.local_rank)
+    import_deepspeed(cpu, process.local_rank)
     _warm_up()
     start = status("VmRSS")
     with torch.device("meta"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mf_train.launch.progress import duration
 from mf_train.study.cells import Cell, Grid, describe_values
 from mf_train.study.state import cell_state
 from mf_train.study.study import Study
+from mf_train.text import duration
 
 
 def plan_lines(study: Study, grid: Grid) -> Iterator[str]:

@@ -20,7 +20,7 @@ from mf_train.config.loading import config_to_tree
 from mf_train.errors import UserError
 from mf_train.exit_status import STOPPED
 from mf_train.files import write_whole
-from mf_train.launch.job import TASK, JobOptions
+from mf_train.launch.options import TASK, JobOptions
 from mf_train.study.cells import CELLS, Cell, Grid, cell_folder, describe_values
 from mf_train.study.state import DONE, FAILED, LOG, Outcome, State, cell_state, write_outcome
 from mf_train.study.study import Study

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from mf_train.cli import main
+from mf_train.commands import CommandParser
 from mf_train.config import Config
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
 from mf_train.launch.arguments import add_launch
-from mf_train.launch.job import JobOptions, check_job
+from mf_train.launch.limits import check_job
+from mf_train.launch.options import JobOptions
 from mf_train.planning.devices import find_device
 from mf_train.planning.plan import choose, make_layout, search
 from mf_train.planning.scaling import scaling
@@ -123,7 +125,7 @@ def test_the_launch_line_is_one_that_launch_takes(capsys: pytest.CaptureFixture[
     program, verb, *words = shlex.split(found["launch"])
     assert (program, verb) == ("memoryformer", "launch")
     given = argparse.ArgumentParser()
-    add_launch(given.add_subparsers())
+    add_launch(given.add_subparsers(parser_class=CommandParser))
     parsed = given.parse_args([verb, *words])
     config = load_config(parsed.config, parsed.overrides)
     assert config.training.steps == 9

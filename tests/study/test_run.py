@@ -13,7 +13,7 @@ import pytest
 
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
-from mf_train.launch.job import JobOptions, array_tasks
+from mf_train.launch.options import JobOptions, array_tasks
 from mf_train.study.cells import CELLS
 from mf_train.study.collect import collect
 from mf_train.study.run import array_text, run_here, submit_array

@@ -278,6 +278,24 @@ def test_every_module_imports_with_the_core_dependencies(bare_environment: BareE
     assert not unexpected, "\n".join(unexpected)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (["study", "collect", "configs/studies/sizes-small.yaml"], "pandas"),
+        (["plan", "configs/tiny.yaml", "--plot", "scaling.png"], "matplotlib"),
+        (["train", "configs/quickstart.yaml", "parallel.tensor=1"], "megatron"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_package_that_is_missing_is_named_in_one_line(
+    bare_environment: BareEnvironment, arguments: list[str], missing: str
+) -> None:
+    command = [bare_environment(CORE_DISTRIBUTIONS), "-m", PACKAGE, *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and f"{missing} is not installed" in line, line
+
+
 def test_the_model_needs_torch_alone(bare_environment: BareEnvironment) -> None:
     code = """
 import importlib.util

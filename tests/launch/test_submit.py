@@ -20,7 +20,9 @@ from tests.launch.launching import SIZE, Launcher, on_cluster, stand_in, without
 # Notes the configuration and the code of its task, and ends.
 RECORDER = """
 note = {"arguments": sys.argv[1:], "code": os.environ["PYTHONPATH"].split(":")[0], "cwd": os.getcwd()}
-(Path(sys.argv[-1]).parent / f"seen-{process.rank}.json").write_text(json.dumps(note))
+path = Path(sys.argv[-1]).parent / f"seen-{process.rank}.json"
+path.with_suffix(".partial").write_text(json.dumps(note))
+path.with_suffix(".partial").rename(path)
 """
 SLEEPER = "time.sleep(300)"
 

@@ -8,8 +8,8 @@ import threading
 import warnings
 
 import torch
+import torch.distributed.run
 
-import mf_train.launch.torch_elastic
 import mf_train.standalone.conversion.convert
 import mf_train.training.run  # noqa: F401
 from mf_train.parallel.engine import import_deepspeed

@@ -374,6 +374,7 @@ def _write_at(descriptor: int, data: memoryview, offset: int, size: int) -> int:
 
 
 def write_extras(folder: Path, extras: Extras) -> dict[str, FileRecord]:
+    """Write what lies beside a checkpoint's tensors, synced; returns each file's record. Raises OSError."""
     probe = FileLayout({name: (tensor.dtype, tensor.shape) for name, tensor in extras.probe.items()})
     files = {
         STATE: (json.dumps(extras.state, indent=1) + "\n").encode(),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,7 @@ from mf_train.data.tokenizer import Tokenizer
 
 SEGMENT_BYTES = 16384  # changing it changes the batches of documents that have longer runs without a space
 
+_FINGERPRINT_SAMPLES = 64
 _SPACE = 0x20
 
 Tokens = npt.NDArray[np.int32]
@@ -56,24 +59,60 @@ class Source(Protocol):
         """
 
 
-class TextDocuments(Protocol):
-    """Random access to the text of numbered documents, none of them empty."""
+class TextDocuments:
+    """Random access to the text of numbered documents, none of them empty. A subclass says where the bytes are.
+
+    `files` counts the source's files; `skipped` holds the documents left out of each damaged one.
+    """
 
     name: str
     files: int
     num_bytes: int
     skipped: dict[str, int]
 
-    @property
-    def fingerprint(self) -> str: ...
-
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def length(self, i: int) -> int:
         """UTF-8 bytes of document i. Raises IndexError outside [0, len)."""
+        _, begin, end = self._locate(i)
+        return end - begin
 
     def text(self, i: int, start: int = 0, size: int | None = None) -> bytes:
-        """UTF-8 bytes start ... start + size (default: all) of document i. Raises IndexError, UserError, OSError."""
+        """UTF-8 bytes start ... start + size (default: all) of document i.
+
+        Raises IndexError outside [0, len), UserError or OSError where they cannot be read.
+        """
+        where, begin, end = self._locate(i)
+        begin = min(begin + start, end)
+        return self._read(where, begin, end if size is None else min(begin + size, end))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the number of documents, their bytes and a sample of them: cheap, not a full hash.
+
+        It depends on the content only: moving, compressing or re-sharding the files does not change it.
+        """
+        count = len(self)
+        digest = hashlib.blake2b(f"{count} {self.num_bytes}".encode("ascii"), digest_size=8)
+        samples = min(count, _FINGERPRINT_SAMPLES)
+        for sample in range(samples):  # the first, the last and evenly between
+            document = sample * (count - 1) // max(1, samples - 1)
+            digest.update(self.length(document).to_bytes(8, "little"))
+            digest.update(self.text(document, 0, 4096))
+        return digest.hexdigest()
+
+    def _locate(self, i: int) -> tuple[Any, int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.name} has {len(self)} documents: there is no document {i}")
+        return self._find(i)
+
+    def _find(self, i: int) -> tuple[Any, int, int]:
+        """What holds document i, and where its text begins and ends there."""
+        raise NotImplementedError
+
+    def _read(self, where: Any, begin: int, end: int) -> bytes:
+        raise NotImplementedError
 
 
 class TextSource:
@@ -116,6 +155,14 @@ def segments_of(documents: TextDocuments, i: int, limit: int = SEGMENT_BYTES) ->
         size = segment_end(utf8, limit)
         yield utf8[:size].decode("utf-8")
         start += size
+
+
+def last_cut(documents: TextDocuments, i: int, start: int, size: int) -> int:
+    """Where the last segment of document i ends that lies within `size` bytes from `start`, an end of a segment."""
+    end = start
+    while end + SEGMENT_BYTES <= start + size:
+        end += segment_end(documents.text(i, end, SEGMENT_BYTES + 1))
+    return end
 
 
 def segment_end(utf8: bytes, limit: int = SEGMENT_BYTES) -> int:

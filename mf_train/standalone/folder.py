@@ -1,16 +1,20 @@
 """A standalone model's folder: the names of its files, what its config.json says, and where its tensors are."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mf_train.checkpoint.safetensors_file import TensorFile
+from mf_train.checkpoint.safetensors_file import StoredTensor, TensorFile
 from mf_train.config.model import ModelConfig
 from mf_train.errors import UserError
-from mf_train.standalone.exported.names import CONFIG_KEYS, INT8, TABLE_DTYPE
+from mf_train.model.model import MemoryFormer
+from mf_train.model.quantized import use_int8
+from mf_train.standalone.exported.names import CONFIG_KEYS, INT8, PARAMETER_PREFIX, TABLE_DTYPE
 
 DTYPES = ("float32", "bfloat16", INT8)  # of the weights, as `convert --dtype` names them
 CONFIG, CARD, CERTIFICATE = "config.json", "README.md", "certificate.json"
@@ -49,6 +53,38 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype, bool]:
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); convert the checkpoint again") from None
     return model, dtype, tree.get(TABLE_DTYPE) == INT8
+
+
+def empty_model(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    int8: bool,
+    tensors: Mapping[str, Tensor | StoredTensor],
+    files: Mapping[str, Path],
+) -> MemoryFormer:
+    """The model of `read_config` on the meta device, once `tensors` (by outside name) are known to be its own.
+
+    Raises UserError naming the tensor and its file (of `files`).
+    """
+    check_layers(config, len(tensors), folder / CONFIG)
+    with torch.device("meta"):
+        model = MemoryFormer(config).to(dtype)
+        if int8:
+            use_int8(model)
+    expected = {PARAMETER_PREFIX + name: _describe(tensor) for name, tensor in model.state_dict().items()}
+    for name in sorted({*expected, *tensors}):
+        found = _describe(tensors[name]) if name in tensors else "missing"
+        if found != expected.get(name):
+            raise UserError(
+                f"{files.get(name, folder)}: tensor {name} is {found}, and {CONFIG} asks for "
+                f"{expected.get(name, 'none')}; {REMEDY}"
+            )
+    return model
+
+
+def _describe(tensor: Tensor | StoredTensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def check_layers(config: ModelConfig, tensors: int, path: Path) -> None:

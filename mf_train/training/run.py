@@ -29,8 +29,7 @@ from mf_train.parallel.processes import Process
 from mf_train.parallel.tensor import build_model
 from mf_train.parallel.watch import Watch
 from mf_train.planning.devices import find_peak
-from mf_train.planning.efficiency import step_efficiency
-from mf_train.planning.work import step_tokens
+from mf_train.planning.work import step_efficiency, step_tokens
 from mf_train.training.batches import Batch, SharedBatches
 from mf_train.training.device import find_device, keep_freed_memory
 from mf_train.training.environment import set_kernel_cache

@@ -37,6 +37,7 @@ class FlakyFileSystem(AbstractFileSystem):  # type: ignore[misc]
     versions: ClassVar[dict[str, str]] = {}
     faults: ClassVar[list[BaseException | int]] = []
     reads: ClassVar[list[tuple[str, int]]] = []
+    listing_faults: ClassVar[list[BaseException]] = []  # of the subclasses that raise them
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         folder = self._strip_protocol(path).rstrip("/")
@@ -67,7 +68,7 @@ class FlakyFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     @classmethod
     def reset(cls) -> None:
-        cls.contents, cls.versions, cls.faults, cls.reads = {}, {}, [], []
+        cls.contents, cls.versions, cls.faults, cls.reads, cls.listing_faults = {}, {}, [], [], []
 
 
 fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)

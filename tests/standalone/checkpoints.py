@@ -6,46 +6,49 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 
 from mf_train.checkpoint.layout import (
-    CONFIG,
     FORMAT,
     KINDS,
     MANIFEST,
-    PROBE,
-    STATE,
-    TOKENIZER,
     FileRecord,
     Manifest,
     assign_parts,
     part_name,
+    read_manifest,
 )
 from mf_train.checkpoint.probe import probe_tensors, random_tokens
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.safetensors_file import TensorFileWriter
+from mf_train.checkpoint.save import Extras, part_layouts, write_extras
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree
 from mf_train.model import MemoryFormer
 from mf_train.model.memory import record_codes
-from mf_train.model.sharding import slice_of_rank, split_dimension
+from mf_train.model.sharding import slice_of_rank, slice_shape
 from mf_train.standalone.conversion.streamed_model import CheckpointWeights, compute, streamed_model
+from mf_train.standalone.folder import CERTIFICATE
+from tests.models import random_model
 from tests.training.runs import TOKENIZER as SHIPPED
 
 
 def write_checkpoint(folder: Path, config: ModelConfig, weights: dict[str, Tensor], tensor: int) -> Path:
     """A float32 checkpoint of `weights` without moments; its probe is what the plain model computes."""
     folder.mkdir(parents=True)
-    write_tensors(folder / PROBE, _probe(config, weights))
-    state = {"step": 7, "tokens": 700, "device": "cpu", "stream": None}
-    (folder / STATE).write_text(json.dumps(state))
-    (folder / CONFIG).write_text(yaml.safe_dump(config_to_tree(Config(model=config))))
-    (folder / TOKENIZER).write_bytes((SHIPPED / "tokenizer.model").read_bytes())
+    _write_extras(folder, config, _probe(config, weights))
     write_slices(folder, {"master": weights}, tensor)
     return folder
+
+
+def _write_extras(folder: Path, config: ModelConfig, probe: dict[str, Tensor]) -> dict[str, FileRecord]:
+    state = {"step": 7, "tokens": 700, "device": "cpu", "stream": None}
+    text = yaml.safe_dump(config_to_tree(Config(model=config)))
+    return write_extras(folder, Extras(state, text, (SHIPPED / "tokenizer.model").read_bytes(), probe))
 
 
 def write_slices(
@@ -75,20 +78,16 @@ def write_large(folder: Path, config: ModelConfig, tensor: int) -> Path:
     folder.mkdir(parents=True)
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in MemoryFormer(config).named_parameters()}
-    local = {}
-    for name, shape in shapes.items():
-        split = split_dimension(name)
-        local[name] = (*shape[:split], shape[split] // tensor, *shape[split + 1 :])
-    parts = assign_parts({name: 4 * torch.Size(shape).numel() for name, shape in local.items()})
+    local = {name: torch.Size(slice_shape(name, shape, tensor)) for name, shape in shapes.items()}
+    parts = assign_parts({name: 4 * shape.numel() for name, shape in local.items()})
     noise = 0.3 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(1))
     files = {}
     for rank in range(tensor):
-        for part in sorted(set(parts.values())):
-            layout = {name: (torch.float32, shape) for name, shape in local.items() if parts[name] == part}
+        for part, layout in part_layouts(local, parts).items():
             path = folder / part_name("master", rank, tensor, part)
-            with TensorFileWriter(path, layout) as writer:
-                for index, (_, shape) in enumerate(layout.values()):
-                    left, values = torch.Size(shape).numel(), noise.roll(1009 * index)
+            with TensorFileWriter(path, layout.tensors) as writer:
+                for index, shape in enumerate(local[name] for name in layout.tensors):
+                    left, values = shape.numel(), noise.roll(1009 * index)
                     while left:
                         writer.append(values[:left])
                         left -= min(left, len(values))
@@ -97,17 +96,12 @@ def write_large(folder: Path, config: ModelConfig, tensor: int) -> Path:
                 while piece := file.read(1 << 22):
                     checksum = zlib.crc32(piece, checksum)
             files[path.name] = FileRecord(path.stat().st_size, checksum)
-    (folder / STATE).write_text(json.dumps({"step": 7, "tokens": 700, "device": "cpu", "stream": None}))
-    (folder / CONFIG).write_text(yaml.safe_dump(config_to_tree(Config(model=config))))
-    (folder / TOKENIZER).write_bytes((SHIPPED / "tokenizer.model").read_bytes())
     manifest = Manifest(FORMAT, 7, tensor, ("master",), shapes, parts, files)
     (folder / MANIFEST).write_text(manifest.to_json())
     model = streamed_model(config, CheckpointWeights(CheckpointReader(folder), "float32"))
     results = compute(model, random_tokens(config))
     probe = probe_tensors(results.tokens, results.logits, results.codes, validation=False)
-    write_tensors(folder / PROBE, probe)
-    small = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (*files, MANIFEST)}
-    manifest.files.update({name: FileRecord(len(data), zlib.crc32(data)) for name, data in small.items()})
+    manifest.files.update(_write_extras(folder, config, probe))
     (folder / MANIFEST).write_text(manifest.to_json())
     return folder
 
@@ -125,14 +119,22 @@ def records(folder: Path) -> dict[str, FileRecord]:
     return {name: FileRecord(len(data), zlib.crc32(data)) for name, data in contents.items()}
 
 
+def renew_manifest(checkpoint: Path) -> None:
+    """Have the manifest hold the files of a checkpoint as they are now."""
+    manifest = read_manifest(checkpoint, check_sizes=False)
+    manifest.files.clear()
+    manifest.files.update(records(checkpoint))
+    (checkpoint / MANIFEST).write_text(manifest.to_json())
+
+
+def certificate_of(model: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads((model / CERTIFICATE).read_text())
+    return tree
+
+
 def random_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """Weights far from the initial ones: biases and norms differ from 0 and 1, and tables are large."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, parameter in MemoryFormer(config).state_dict().items():
-        noise = torch.randn(parameter.shape, generator=generator)
-        weights[name] = 1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise
-    return weights
+    return random_model(config, seed, torch.float32, std=0.3).state_dict()
 
 
 def _probe(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -235,6 +235,7 @@ class TokenShardWriter:
         self._code = next(code for code, name in DTYPES.items() if np.dtype(name) == self._dtype)
         self._lengths = array("i")
         self._bytes = 0
+        self._ended = 0  # tokens of the documents that have ended
         self._hash = hashlib.blake2b(digest_size=32)
         self._partial = self._temporary(".bin")
         try:
@@ -250,21 +251,25 @@ class TokenShardWriter:
             raise ValueError(
                 f"ids {ids.min()} to {ids.max()}: {self._dtype} holds {limits.min} to {limits.max}"
             )
-        self.write(ids.astype(self._dtype).tobytes())
-        self.end_documents(np.array([len(ids)]))
+        self.write(ids.astype(self._dtype).tobytes(), np.array([len(ids)]))
 
-    def write(self, data: bytes) -> None:
-        """Tokens as they stand in the file: a part of a document, or several; `end_documents` says where they end."""
+    def write(self, data: bytes, ends: npt.NDArray[np.integer[Any]]) -> None:
+        """Tokens as they stand in the file, and where documents end in `data`, in tokens: the last may go on after it.
+
+        Raises UserError when a document is too long for the format.
+        """
+        before = self._bytes // self._dtype.itemsize
         self._hash.update(data)
         self._bytes += len(data)
         try:
             self._file.write(data)
         except OSError as error:
             raise _cannot_write(self._prefix, error) from None
-
-    def end_documents(self, lengths: npt.NDArray[np.integer[Any]]) -> None:
-        """The next documents have these lengths in tokens. Raises UserError when one is too long for the format."""
-        if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
+        if not len(ends):
+            return
+        lengths = np.diff(ends + before, prepend=self._ended)
+        self._ended = before + int(ends[-1])
+        if lengths.max() > np.iinfo(np.int32).max:
             raise UserError(
                 f"{self._prefix}: a document of {lengths.max()} tokens is longer than the format allows (2^31 - 1): "
                 "split it"

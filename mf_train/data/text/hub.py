@@ -5,19 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import datasets
 import numpy as np
 
 from mf_train.config import OnError, SourceConfig
+from mf_train.data.documents import TextDocuments
 from mf_train.data.text.arrow import as_text, text_buffers
-from mf_train.data.text.store import content_fingerprint
 from mf_train.errors import UserError
 
 
-class HubDocuments:
+class HubDocuments(TextDocuments):
     """The documents of a text column of Arrow arrays (memory-mapped, not copied); empty ones are left out."""
 
     files = 0
@@ -43,30 +42,15 @@ class HubDocuments:
     def __len__(self) -> int:
         return int(self._ends[-1]) - len(self._before_empty)
 
-    def length(self, i: int) -> int:
-        """UTF-8 bytes of document i. Raises IndexError outside [0, len)."""
-        _, begin, end = self._find(i)
-        return end - begin
-
-    def text(self, i: int, start: int = 0, size: int | None = None) -> bytes:
-        """UTF-8 bytes start ... start + size (default: all) of document i. Raises IndexError outside [0, len)."""
-        data, begin, end = self._find(i)
-        begin = min(begin + start, end)
-        return bytes(data[begin : end if size is None else min(begin + size, end)])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """As `content_fingerprint`."""
-        return content_fingerprint(self)
-
     def _find(self, i: int) -> tuple[memoryview, int, int]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.name} has {len(self)} documents: there is no document {i}")
         row = i + int(np.searchsorted(self._before_empty, i, side="right"))
         chunk = int(np.searchsorted(self._ends, row, side="right")) - 1
         offsets, data = self._chunks[chunk]
         local = row - int(self._ends[chunk])
         return data, int(offsets[local]), int(offsets[local + 1])
+
+    def _read(self, where: memoryview, begin: int, end: int) -> bytes:
+        return bytes(where[begin:end])
 
 
 def open_hub(source: SourceConfig, on_error: OnError, key: str) -> HubDocuments:

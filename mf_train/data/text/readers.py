@@ -22,6 +22,7 @@ from mf_train.data.files.input_files import (
     file_format,
 )
 from mf_train.errors import UserError
+from mf_train.text import first_line
 
 LONGEST_LINE_BYTES = 256_000_000  # of JSON: parsing a line takes some ten times the memory of its text
 PIECE_BYTES = 1 << 20  # of plain text, which is read in pieces
@@ -106,7 +107,9 @@ def _read_json_lines(name: str, file: BinaryIO, text_field: str, sink: Sink) -> 
         where = f"{name}: line {number}"
         if len(line) > LONGEST_LINE_BYTES:
             _skip_line(line, file)
-            sink.bad(UserError(_too_long(where)))
+            remedy = "split its document into several lines, or write its text to a .txt file"
+            most = f"{LONGEST_LINE_BYTES / 1e6:g} MB, the most for a line of JSON"
+            sink.bad(UserError(f"{where} is longer than {most}: {remedy}, which may have any length"))
             continue
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -114,10 +117,10 @@ def _read_json_lines(name: str, file: BinaryIO, text_field: str, sink: Sink) -> 
             continue
         try:
             text = _json_text(where, line, text_field)
-        except _LineError as error:
-            sink.bad(UserError(str(error)))
         except UnicodeDecodeError:
             sink.bad(UserError(_not_utf8(name, number)))
+        except UserError as error:
+            sink.bad(error)
         else:
             sink.write(text)
             sink.end()
@@ -129,29 +132,32 @@ def _skip_line(piece: bytes, file: BinaryIO) -> None:
         piece = file.readline(PIECE_BYTES)
 
 
-class _LineError(Exception):
-    """The message of a line that is left out."""
-
-
 def _json_text(where: str, line: bytes, text_field: str) -> bytes:
-    """The text of a line. Raises _LineError and UnicodeDecodeError."""
+    """The text of a line. Raises UserError and UnicodeDecodeError."""
+    utf8 = line.decode("utf-8")
     try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise
+        record = json.loads(utf8)
     except (ValueError, RecursionError) as error:
-        raise _not_json(where, getattr(error, "msg", "nested too deeply or a number too long")) from None
+        reason = getattr(error, "msg", "nested too deeply or a number too long")
+        raise UserError(f"{where} is not JSON ({reason}): write one complete object a line") from None
     if not isinstance(record, dict):
-        raise _not_an_object(where, _json_name(record), text_field)
+        raise UserError(
+            f"{where} is {_json_name(record)}, not a JSON object: write one object a line, such as "
+            f'{{"{text_field}": "..."}}'
+        )
+    remedy = "correct the line or set the source's text_field"
     if text_field not in record:
-        raise _lacks_field(where, text_field, list(record)[:5])
+        shown = ", ".join(repr(key[:80]) for key in list(record)[:5]) or "nothing"
+        raise UserError(f"{where} lacks the field {text_field!r} (it has {shown}): {remedy}")
     value = record[text_field]
     if not isinstance(value, str):
-        raise _not_text(where, text_field, _json_name(value))
+        raise UserError(f"{where}: {text_field!r} is {_json_name(value)}, not text: {remedy}")
     try:
         return value.encode("utf-8")
     except UnicodeEncodeError:
-        raise _half_surrogate(where, text_field) from None
+        raise UserError(
+            f"{where}: {text_field!r} holds half of a surrogate pair, not text: correct it"
+        ) from None
 
 
 # Parquet and compression ---------------------------------------------------------------------------------------------
@@ -217,33 +223,37 @@ def _damage_errors(name: str) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DamagedFileError(
-            f"{name}: truncated or damaged gzip ({_first_line(error)}): copy or compress it again"
+            f"{name}: truncated or damaged gzip ({first_line(error)[:200]}): copy or compress it again"
         ) from None
     except MemoryError as error:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), name) from error
     except FileNotFoundError as error:
-        raise DamagedFileError(f"{name}: cannot be read ({error.strerror or _first_line(error)})") from None
+        raise DamagedFileError(
+            f"{name}: cannot be read ({error.strerror or first_line(error)[:200]})"
+        ) from None
     except PermissionError as error:
         raise UserError(
-            f"{name}: cannot be read ({error.strerror or _first_line(error)}): "
+            f"{name}: cannot be read ({error.strerror or first_line(error)[:200]}): "
             "give this user the right to read it, or renew its credentials"
         ) from None
     except OSError as error:
         if type(error) is OSError and error.errno is None:  # a decoder's: files' errors have a number
             if compression(name) == ".zst":
                 raise DamagedFileError(
-                    f"{name}: truncated or damaged zstd ({_first_line(error)}): copy or compress it again"
+                    f"{name}: truncated or damaged zstd ({first_line(error)[:200]}): copy or compress it again"
                 ) from None
             if file_format(name) in PARQUET:
                 raise _bad_parquet(name, error) from None
         if error.errno is None or error.filename is None:
-            raise OSError(error.errno or errno.EIO, error.strerror or _first_line(error), name) from error
+            raise OSError(
+                error.errno or errno.EIO, error.strerror or first_line(error)[:200], name
+            ) from error
         raise
 
 
 def _bad_parquet(name: str, error: Exception) -> DamagedFileError:
     return DamagedFileError(
-        f"{name}: damaged or not a Parquet file ({_first_line(error)}): write or copy it again"
+        f"{name}: damaged or not a Parquet file ({first_line(error)[:200]}): write or copy it again"
     )
 
 
@@ -251,46 +261,6 @@ def _not_utf8(name: str, line: int) -> str:
     return f"{name}: line {line} is not valid UTF-8: convert the file, for example with iconv -t UTF-8"
 
 
-def _too_long(where: str) -> str:
-    most = f"{LONGEST_LINE_BYTES / 1e6:g} MB"
-    return (
-        f"{where} is longer than {most}, the most for a line of JSON: split its document into several lines, or "
-        "write its text to a .txt file, which may have any length"
-    )
-
-
-def _not_json(where: str, reason: str) -> _LineError:
-    return _LineError(f"{where} is not JSON ({reason}): write one complete object a line")
-
-
-def _not_an_object(where: str, kind: str, text_field: str) -> _LineError:
-    return _LineError(
-        f'{where} is {kind}, not a JSON object: write one object a line, such as {{"{text_field}": "..."}}'
-    )
-
-
-def _lacks_field(where: str, text_field: str, keys: list[str]) -> _LineError:
-    shown = ", ".join(repr(key[:80]) for key in keys) or "nothing"
-    return _LineError(
-        f"{where} lacks the field {text_field!r} (it has {shown}): "
-        "correct the line or set the source's text_field"
-    )
-
-
-def _not_text(where: str, text_field: str, kind: str) -> _LineError:
-    return _LineError(
-        f"{where}: {text_field!r} is {kind}, not text: correct the line or set the source's text_field"
-    )
-
-
-def _half_surrogate(where: str, text_field: str) -> _LineError:
-    return _LineError(f"{where}: {text_field!r} holds half of a surrogate pair, not text: correct it")
-
-
 def _json_name(value: object) -> str:
     names = {dict: "an object", list: "an array", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -12,13 +12,12 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mf_train.config import OnError
+from mf_train.data.documents import TextDocuments
 from mf_train.data.files.access import OpenFiles, read_exactly, with_retries
 from mf_train.data.files.cache import (
     cache_errors,
@@ -40,7 +39,6 @@ _ENDS_AT_ONCE = 1 << 16
 _BLOCK = 64  # neighbouring documents whose ends are read together
 _BLOCKS_KEPT = 2048
 _OPEN_FILES = 64
-_FINGERPRINT_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,8 @@ class Part:
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 
 
-class StoredDocuments:
-    """The documents of one source in order, none of them empty. Used from one thread.
-
-    `files` counts the source's files; `skipped` holds the documents left out of each damaged one.
-    """
+class StoredDocuments(TextDocuments):
+    """The documents of one source in order, read with pread. Used from one thread."""
 
     def __init__(self, name: str, parts: Sequence[Part], files: int) -> None:
         self.name = name
@@ -88,37 +83,17 @@ class StoredDocuments:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def length(self, i: int) -> int:
-        """UTF-8 bytes of document i. Raises IndexError outside [0, len)."""
-        _, begin, end = self._find(i)
-        return end - begin
-
-    def text(self, i: int, start: int = 0, size: int | None = None) -> bytes:
-        """UTF-8 bytes start ... start + size (default: all) of document i.
-
-        Raises IndexError outside [0, len), UserError or OSError as `read_exactly`.
-        """
-        part, begin, end = self._find(i)
-        begin = min(begin + start, end)
-        if size is not None:
-            end = min(begin + size, end)
-        return read_exactly(self._open_files, self._parts[part].text, begin, end - begin)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """As `content_fingerprint`."""
-        return content_fingerprint(self)
-
     def _find(self, i: int) -> tuple[int, int, int]:
         """The part of document i, and where its text begins and ends there."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.name} has {len(self)} documents: there is no document {i}")
         part = bisect_right(self._ends, i)
         local = i - (self._ends[part - 1] if part else 0)
         block = local // _BLOCK
         ends = self._block_ends(part, block)
         within = local - block * _BLOCK
         return part, ends[within], ends[within + 1]
+
+    def _read(self, where: int, begin: int, end: int) -> bytes:
+        return read_exactly(self._open_files, self._parts[where].text, begin, end - begin)
 
     def _block_ends(self, part: int, block: int) -> list[int]:
         """Where the text before a block of a part and that of each of its documents ends."""
@@ -138,21 +113,6 @@ class StoredDocuments:
         if len(self._blocks) > _BLOCKS_KEPT:
             self._blocks.popitem(last=False)
         return ends
-
-
-def content_fingerprint(documents: Any) -> str:
-    """Hex digest of the number of documents, their bytes and a sample of them: cheap, not a full hash.
-
-    It depends on the content only: moving, compressing or re-sharding the files does not change it.
-    """
-    count = len(documents)
-    digest = hashlib.blake2b(f"{count} {documents.num_bytes}".encode("ascii"), digest_size=8)
-    samples = min(count, _FINGERPRINT_SAMPLES)
-    for sample in range(samples):  # the first, the last and evenly between
-        document = sample * (count - 1) // max(1, samples - 1)
-        digest.update(documents.length(document).to_bytes(8, "little"))
-        digest.update(documents.text(document, 0, 4096))
-    return digest.hexdigest()
 
 
 # Preparing -----------------------------------------------------------------------------------------------------------

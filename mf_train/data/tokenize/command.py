@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from shutil import rmtree
@@ -25,9 +24,8 @@ from mf_train.data.files.cache import try_lock
 from mf_train.data.files.input_files import InputFile, find_files, is_token_shard
 from mf_train.data.shards.shard import index_bytes, token_dtype
 from mf_train.data.shards.token_files import MANIFEST, MANIFEST_FORMAT
-from mf_train.data.text.store import parts_of
-from mf_train.data.tokenize.shards import Place, ShardMaker, Work
-from mf_train.data.tokenize.worker import TokenizeWorker, open_prepared
+from mf_train.data.tokenize.shards import TEXT_FOLDER, Place, ShardMaker, SourceWork
+from mf_train.data.tokenize.worker import Workers, open_prepared
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.files import beside, sync_file, write_whole
@@ -35,21 +33,7 @@ from mf_train.files import beside, sync_file, write_whole
 SHARD_BYTES = 256 << 20  # of text
 _FORMAT = "memoryformer tokenisation 1"
 _FINISHED = ".finished.jsonl"
-_TEXT = ".text"  # prepared parts, and nothing after the end
 _LOCK = ".lock"
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    key: str  # data.train[0]
-    folder: str  # train-0
-    config: SourceConfig
-    files: list[InputFile]
-    inputs: str  # digest of what is read and how
-
-    @property
-    def name(self) -> str:
-        return str(self.config.hub or self.config.path)
 
 
 def tokenize(config: Config, output: Path, workers: int, shard_bytes: int = SHARD_BYTES) -> Iterator[str]:
@@ -71,61 +55,55 @@ def tokenize(config: Config, output: Path, workers: int, shard_bytes: int = SHAR
             raise UserError(
                 f"--output {output}: another process writes there: wait for it, or name another folder"
             )
-        sources = _find_sources(config)
-        manifest = _describe(config, tokenizer, sources, shard_bytes)
+        dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+        sources = _find_sources(config, output, str(dtype), shard_bytes)
+        manifest = _describe(config, tokenizer, sources, str(dtype), shard_bytes)
         _claim(output, manifest)
-        with ExitStack() as stack:
-            pool: list[TokenizeWorker] = []
+        with closing(Workers(workers, str(tokenizer.path))) as pool:
             for source, described in zip(sources, manifest["sources"], strict=True):
-                log = _Log(output / source.folder, np.dtype(manifest["dtype"]).itemsize)
+                log = _Log(source.folder, dtype.itemsize)
                 if not log.done:
-                    while len(pool) < workers:
-                        pool.append(TokenizeWorker(str(tokenizer.path)))
-                        stack.callback(pool[-1].close)
-                    _make(source, config, output, manifest, log, pool)
+                    _write_source_manifest(source.folder, manifest, described, log, complete=False)
+                    _make(source, log, pool)
                 described.update(log.totals())
-                _write_json(
-                    output / source.folder / MANIFEST, _source_manifest(manifest, described, log, True)
-                )
-                yield _summary(output / source.folder, described)
-        rmtree(output / _TEXT, ignore_errors=True)
+                _write_source_manifest(source.folder, manifest, described, log, complete=True)
+                yield _summary(source.folder, described)
+        rmtree(output / TEXT_FOLDER, ignore_errors=True)
         _write_json(output / MANIFEST, {**manifest, "complete": True})
     yield "train on it with:"
-    yield from _config_lines(config, output, sources)
+    yield from _config_lines(sources)
 
 
-def _find_sources(config: Config) -> list[_Source]:
-    sources = []
+def _find_sources(config: Config, output: Path, dtype: str, shard_bytes: int) -> list[SourceWork]:
+    on_error, sources = config.data.on_error, []
     for part in ("train", "validation"):
         for index, source in enumerate(getattr(config.data, part)):
             key = f"data.{part}[{index}]"
-            sources.append(_find_source(source, key, f"{part}-{index}", config.data.on_error))
+            files, inputs = _find_inputs(source, key, on_error)
+            folder = output / f"{part}-{index}"
+            sources.append(SourceWork(key, source, files, inputs, folder, on_error, dtype, shard_bytes))
     if not sources:
         raise UserError("data.train is empty: name at least one source of text")
     return sources
 
 
-def _find_source(source: SourceConfig, key: str, folder: str, on_error: OnError) -> _Source:
+def _find_inputs(source: SourceConfig, key: str, on_error: OnError) -> tuple[list[InputFile], str]:
+    """The files, and a digest of what is read and how."""
     files = []
     identity: list[Any] = [source.text_field, on_error]
     if source.hub is not None:
-        identity += [
-            source.hub,
-            source.hub_config,
-            source.split,
-            open_prepared(source, on_error, key).fingerprint,
-        ]
+        documents = open_prepared(source, on_error, key)
+        identity += [source.hub, source.hub_config, source.split, documents.fingerprint]
     else:
         files = find_files(source.path or "", key)
         if is_token_shard(files[0]):
             raise UserError(f"{key}: {source.path} holds token shards already: leave the source out")
         identity += [[file.identity, file.size, file.stamp] for file in files]
-    inputs = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
-    return _Source(key, folder, source, files, inputs)
+    return files, hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
 
 def _describe(
-    config: Config, tokenizer: Tokenizer, sources: Sequence[_Source], shard_bytes: int
+    config: Config, tokenizer: Tokenizer, sources: Sequence[SourceWork], dtype: str, shard_bytes: int
 ) -> dict[str, Any]:
     return {
         "format": _FORMAT,
@@ -133,13 +111,13 @@ def _describe(
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "end_of_text_id": tokenizer.end_of_text_id,
-        "dtype": str(np.dtype(token_dtype(tokenizer.vocab_size))),
+        "dtype": dtype,
         "shard_bytes": shard_bytes,
         "on_error": config.data.on_error,
         "versions": {"mf_train": __version__, "sentencepiece": version("sentencepiece")},
         "sources": [
             {
-                "folder": source.folder,
+                "folder": source.folder.name,
                 "name": source.name,
                 "text_field": source.config.text_field,
                 "files": len(source.files),
@@ -188,10 +166,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[
         return
     for was, source in zip(before["sources"], now["sources"], strict=True):
         if was["inputs"] != source["inputs"]:
-            changed = [key for key in ("name", "text_field", "files") if was[key] != source[key]]
-            key = (
-                changed[0] if changed else "inputs"
-            )  # a file's size or time of change, or a data set's content
+            # "inputs": a file's size or time of change, or a data set's content
+            key = next((key for key in ("name", "text_field", "files") if was[key] != source[key]), "inputs")
             yield f"{source['folder']}: {key}", was[key], source[key]
 
 
@@ -263,49 +239,23 @@ class _Log:
                 path.unlink()
 
 
-def _make(
-    source: _Source,
-    config: Config,
-    output: Path,
-    manifest: dict[str, Any],
-    log: _Log,
-    pool: Sequence[TokenizeWorker],
-) -> None:
-    folder = output / source.folder
-    described = next(item for item in manifest["sources"] if item["folder"] == source.folder)
-    _write_json(
-        folder / MANIFEST, _source_manifest(manifest, described, log, False)
-    )  # not to be trained on yet
-    rmtree(output / _TEXT, ignore_errors=True)
-    work = Work(
-        key=source.key,
-        source=source.config,
-        parts=parts_of(source.files) if source.files else [[]],
-        on_error=config.data.on_error,
-        dtype=manifest["dtype"],
-        folder=folder,
-        text_folder=output / _TEXT,
-        shard_bytes=manifest["shard_bytes"],
-        first_shard=len(log.shards),
-        first=log.after,
-    )
-    ShardMaker(work, pool, log.add).run()
+def _make(source: SourceWork, log: _Log, workers: Workers) -> None:
+    rmtree(source.folder.with_name(TEXT_FOLDER), ignore_errors=True)
+    ShardMaker(source, workers, len(log.shards), log.after, log.add).run()
     if not log.totals()["documents"]:
-        reason = log.reason()
-        raise UserError(
-            f"{source.key}: no document of {source.name} can be read: {reason}"
-            if reason
-            else f"{source.key}: {source.name} holds no text: remove the source or fill it"
-        )
+        if reason := log.reason():
+            raise UserError(f"{source.key}: no document of {source.name} can be read: {reason}")
+        raise UserError(f"{source.key}: {source.name} holds no text: remove the source or fill it")
     log.add({"done": True})
 
 
-def _source_manifest(
-    manifest: dict[str, Any], described: dict[str, Any], log: _Log, complete: bool
-) -> dict[str, Any]:
-    """What lies beside the shards: `open_token_files` reads it."""
+def _write_source_manifest(
+    folder: Path, manifest: dict[str, Any], described: dict[str, Any], log: _Log, *, complete: bool
+) -> None:
+    """What lies beside the shards: `open_token_files` reads it, and trains on none that is not complete."""
     common = {key: value for key, value in manifest.items() if key != "sources"}
-    return {**common, "format": MANIFEST_FORMAT, "complete": complete, **described, "shards": log.shards}
+    own = {"format": MANIFEST_FORMAT, "complete": complete, **described, "shards": log.shards}
+    _write_json(folder / MANIFEST, common | own)
 
 
 def _summary(folder: Path, described: dict[str, Any]) -> str:
@@ -319,11 +269,11 @@ def _summary(folder: Path, described: dict[str, Any]) -> str:
     return line
 
 
-def _config_lines(config: Config, output: Path, sources: Sequence[_Source]) -> list[str]:
+def _config_lines(sources: Sequence[SourceWork]) -> list[str]:
     data: dict[str, Any] = {}
     for source in sources:
-        entry: dict[str, Any] = {"path": str(output / source.folder)}
-        part = source.folder.split("-")[0]
+        entry: dict[str, Any] = {"path": str(source.folder)}
+        part = source.folder.name.split("-")[0]
         if part == "train":
             entry["weight"] = source.config.weight
         data.setdefault(part, []).append(entry)

@@ -2,214 +2,173 @@
 
 from __future__ import annotations
 
-import pickle
-import select
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from mf_train.config import OnError, SourceConfig
-from mf_train.data.documents import TextDocuments
+from mf_train.data.documents import TextDocuments, last_cut
 from mf_train.data.files.input_files import InputFile
 from mf_train.data.shards.shard import TokenShardWriter, WrittenShard
-from mf_train.data.text.store import Part
-from mf_train.data.tokenize.worker import TOKENS, Encode, Prepare, TokenizeWorker, open_prepared
+from mf_train.data.text.store import Part, parts_of
+from mf_train.data.tokenize.worker import Encode, Encoded, Prepare, Workers, open_prepared
 from mf_train.progress import ProgressLine
 
-_RANGE_BYTES = 1 << 20  # of text, for one task
-_HELD_BYTES = 8 << 20  # of tokens of one task that is ahead of its turn
+TEXT_FOLDER = ".text"  # prepared parts, each for as long as it is needed
+_RANGE_BYTES = 1 << 20  # of text, for one task: a little more, or a piece of a longer document
 _RANGES_AHEAD = 4  # a worker
 _SHARDS_FINISHING = 2
+_LONGEST_WAIT = 0.5  # seconds until the progress is looked at again
 
 Record = Callable[[dict[str, Any]], None]
 Place = tuple[int, int]  # a part, and a document in it
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What becomes of one source."""
+class SourceWork:
+    """A source of text, and what becomes of it."""
 
     key: str  # such as data.train[0]
-    source: SourceConfig
-    parts: Sequence[list[InputFile]]  # one empty one for the hub
+    config: SourceConfig
+    files: Sequence[InputFile]  # none for the hub
+    inputs: str  # digest of what is read and how
+    folder: Path  # of the shards; beside it is the text, in TEXT_FOLDER
     on_error: OnError
     dtype: str
-    folder: Path  # of the shards
-    text_folder: Path  # of the text, for as long as it is needed
     shard_bytes: int  # of text: a shard ends with the document that reaches it
-    first_shard: int
-    first: Place  # where the first shard begins
+
+    @property
+    def name(self) -> str:
+        return str(self.config.hub or self.config.path)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Range:
-    """Consecutive documents of a part that are a worker's task, in the order of the source."""
+    """Neighbouring text of a part that is a worker's task, in the order of the source."""
 
-    documents: int
+    after: Place
     text_bytes: int
     ends_shard: bool
-    after: Place
-    frames: list[bytes] = field(default_factory=list)
-    held: int = 0  # bytes in them
-    lengths: npt.NDArray[np.int64] | None = None  # when it is done
+    encoded: Future[Encoded]
 
 
 class ShardMaker:
-    """Runs a source's work on `workers`.
+    """Has `workers` do a source's work from shard number `first_shard` on, which begins at `first`.
 
     `record` gets {"part": i, "documents": n, "skipped": {file: n}, "reason": text} when a part's text is read, and
-    {"shard": {...}, "after": place} when a shard is complete, in order. Memory: a few ranges a worker, however long
-    a document is.
+    {"shard": {...}, "after": place} when a shard is complete, in order. Memory: the tokens of a few ranges a worker,
+    and a range is a piece of a document where that is long.
     """
 
-    def __init__(self, work: Work, workers: Sequence[TokenizeWorker], record: Record) -> None:
+    def __init__(
+        self, work: SourceWork, workers: Workers, first_shard: int, first: Place, record: Record
+    ) -> None:
         self._work = work
+        self._parts: list[list[InputFile]] = parts_of(work.files) if work.files else [[]]
+        self._first = first
         self._workers = workers
         self._record = record
-        self._ahead = 1 + len(workers) // 16  # preparing text is some twenty times as fast as tokenising it
         self._opened: dict[int, tuple[Part | SourceConfig, TextDocuments]] = {}
-        self._unprepared = work.first[0]  # the next part to prepare
-        self._part, self._document = work.first  # where the next range begins
-        self._shard_text = 0  # bytes of text of the shard's ranges so far
         self._ranges: deque[_Range] = deque()  # given out and not written
-        self._tasks: dict[TokenizeWorker, int | _Range] = {}
+        self._cut_text = 0  # bytes of text of the shard's documents that are given out
         self._writer: TokenShardWriter | None = None
-        self._shard = work.first_shard
+        self._shard = first_shard
         self._written_text = 0  # of the current shard
         self._finisher = ThreadPoolExecutor(1)
         self._finishing: deque[tuple[Future[WrittenShard], int, int, Place]] = deque()
-        self._progress = _Progress(work)
+        self._progress = _Progress(work.key, self._parts, first[0])
 
     def run(self) -> None:
         """Make the shards. Raises UserError, OSError, or TrainingError when a worker dies; no shard is half there."""
-        if self._work.source.hub is not None:
-            self._opened[0] = (
-                self._work.source,
-                open_prepared(self._work.source, self._work.on_error, self._work.key),
-            )
-            self._unprepared = 1
         try:
-            while True:
-                self._give_tasks()
-                if not self._tasks:
-                    break
-                self._receive_some()
-                self._record_finished(_SHARDS_FINISHING)
-                self._progress.show_rate()
+            for part in self._open_parts():
+                for piece in self._cut(part):
+                    self._write(_RANGES_AHEAD * self._workers.count - 1)
+                    self._ranges.append(piece)
+            self._write(0)
             if self._writer is not None:
-                self._finish_shard((self._part, self._document))
+                self._finish_shard((len(self._parts), 0))
             self._record_finished(0)
-            self._remove_parts(len(self._work.parts))
+            self._remove_parts(len(self._parts))
         finally:
             if self._writer is not None:
                 self._writer.abort()
             self._finisher.shutdown()
             self._progress.close()
 
-    def _give_tasks(self) -> None:
-        for worker in self._workers:
-            if worker in self._tasks:
-                continue
-            if self._unprepared < len(self._work.parts) and self._unprepared <= self._part + self._ahead:
-                files = self._work.parts[self._unprepared]
-                task = Prepare(
-                    files, self._work.source.text_field, self._work.on_error, self._work.text_folder
-                )
-                self._tasks[worker] = self._unprepared
-                self._unprepared += 1
-                worker.start(task)
-            elif (found := self._cut()) is not None:
-                self._tasks[worker] = found[0]
-                self._ranges.append(found[0])
-                worker.start(found[1])
-
-    def _cut(self) -> tuple[_Range, Encode] | None:
-        """The next range, if its text is there and not too many are under way."""
-        if len(self._ranges) >= _RANGES_AHEAD * len(self._workers):
-            return None
-        while self._part in self._opened and self._document == len(self._opened[self._part][1]):
-            self._part, self._document = self._part + 1, 0
-        if self._part not in self._opened:
-            return None
-        text, documents = self._opened[self._part]
-        first, size = self._document, 0
-        while (
-            self._document < len(documents)
-            and size < _RANGE_BYTES
-            and self._shard_text < self._work.shard_bytes
-        ):
-            length = documents.length(self._document)
-            size += length
-            self._shard_text += length
-            self._document += 1
-        ends_shard = self._shard_text >= self._work.shard_bytes
-        if ends_shard:
-            self._shard_text = 0
+    def _open_parts(self) -> Iterator[int]:
+        """The parts that are not in shards yet, in order; those that come next are prepared meanwhile."""
         work = self._work
-        task = Encode(text, work.key, work.on_error, first, self._document, work.dtype)
-        return _Range(self._document - first, size, ends_shard, (self._part, self._document)), task
+        if work.config.hub is not None:
+            self._opened[0] = work.config, open_prepared(work.config, work.on_error, work.key)
+            yield 0
+            return
+        preparing: deque[Future[Part]] = deque()
+        ahead = 2 + self._workers.count // 16  # preparing text is some twenty times as fast as tokenising it
+        for number in range(self._first[0], len(self._parts)):
+            for files in self._parts[number + len(preparing) : number + ahead]:
+                task = Prepare(
+                    files, work.config.text_field, work.on_error, work.folder.with_name(TEXT_FOLDER)
+                )
+                preparing.append(self._workers.submit(task))
+            part = self._wait(preparing.popleft())
+            facts = {"documents": part.documents, "skipped": part.skipped, "reason": part.reason}
+            self._record({"part": number, **facts})
+            self._opened[number] = part, open_prepared(part, work.on_error, work.key)
+            yield number
 
-    def _waits(self, worker: TokenizeWorker) -> bool:
-        """Whether the worker shall wait for its turn with more tokens than the command wants to hold."""
-        task = self._tasks[worker]
-        return isinstance(task, _Range) and task.held > _HELD_BYTES and task is not self._ranges[0]
+    def _cut(self, part: int) -> Iterator[_Range]:
+        """The ranges of a part, each given out when it is asked for."""
+        work, (text, documents) = self._work, self._opened[part]
+        document, start = self._first[1] if part == self._first[0] else 0, 0
+        while document < len(documents):
+            begin, size = (document, start), 0
+            while document < len(documents) and size < _RANGE_BYTES and self._cut_text < work.shard_bytes:
+                left = documents.length(document) - start
+                if left > _RANGE_BYTES:  # the rest of it is the next ranges'
+                    stop = last_cut(documents, document, start, _RANGE_BYTES - size)
+                    size += stop - start
+                    start = stop
+                    break
+                size += left
+                self._cut_text += start + left
+                document, start = document + 1, 0
+            ends_shard = self._cut_text >= work.shard_bytes
+            if ends_shard:
+                self._cut_text = 0
+            task = Encode(text, work.key, work.on_error, begin, (document, start), work.dtype)
+            yield _Range((part, document), size, ends_shard, self._workers.submit(task))
 
-    def _receive_some(self) -> None:
-        """A frame of every worker that has one, or nothing after half a second."""
-        workers = {worker.fileno(): worker for worker in self._tasks if not self._waits(worker)}
-        ready = select.poll()
-        for file in workers:
-            ready.register(file, select.POLLIN)
-        for file, _ in ready.poll(500):
-            self._receive(workers[file])
+    def _wait(self, future: Future[T]) -> T:
+        while not wait([future], _LONGEST_WAIT).done:
+            self._progress.show_rate()
+        return future.result()
 
-    def _receive(self, worker: TokenizeWorker) -> None:
-        kind, content = worker.read()
-        task = self._tasks[worker]
-        if kind == TOKENS:
-            assert isinstance(task, _Range)
-            task.frames.append(content)
-            task.held += len(content)
-        else:
-            del self._tasks[worker]
-            if isinstance(task, _Range):
-                task.lengths = np.frombuffer(content, np.int64)
-            else:
-                self._open_part(task, pickle.loads(content))
-        self._write()
-
-    def _open_part(self, number: int, part: Part) -> None:
-        facts = {"documents": part.documents, "skipped": part.skipped, "reason": part.reason}
-        self._record({"part": number, **facts})
-        self._opened[number] = (part, open_prepared(part, self._work.on_error, self._work.key))
-
-    def _write(self) -> None:
-        """Writes what has its turn."""
-        while self._ranges:
-            turn = self._ranges[0]
+    def _write(self, most_left: int) -> None:
+        """Writes the ranges whose turn it is, until `most_left` are left."""
+        while len(self._ranges) > most_left:
+            written = self._ranges.popleft()
+            encoded = self._wait(written.encoded)
             if self._writer is None:
                 self._writer = TokenShardWriter(self._prefix(self._shard), self._work.dtype)
-            for frame in turn.frames:
-                self._writer.write(frame)
-            self._progress.tokens += turn.held // np.dtype(self._work.dtype).itemsize
-            turn.frames, turn.held = [], 0
-            if turn.lengths is None:
-                return
-            self._writer.end_documents(turn.lengths)
-            self._written_text += turn.text_bytes
-            self._progress.advance(turn.text_bytes, turn.after[0], self._opened[turn.after[0]][1].num_bytes)
-            self._ranges.popleft()
-            if turn.ends_shard:
-                self._finish_shard(turn.after)
-            self._remove_parts(turn.after[0])
+            self._writer.write(*encoded)
+            self._written_text += written.text_bytes
+            part, _ = written.after
+            self._progress.tokens += len(encoded.tokens) // np.dtype(self._work.dtype).itemsize
+            self._progress.advance(written.text_bytes, part, self._opened[part][1].num_bytes)
+            self._progress.show_rate()
+            if written.ends_shard:
+                self._finish_shard(written.after)
+            self._record_finished(_SHARDS_FINISHING)
+            self._remove_parts(part)
 
     def _remove_parts(self, before: int) -> None:
         for number in [number for number in self._opened if number < before]:
@@ -243,15 +202,15 @@ def _finish(writer: TokenShardWriter) -> WrittenShard:
 class _Progress(ProgressLine):
     """One line that changes on a terminal, and otherwise a line every ten seconds."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, key: str, parts: Sequence[list[InputFile]], first_part: int) -> None:
         super().__init__(sys.stderr)
         self.tokens = 0
-        self._key = work.key
-        self._sizes = [sum(max(0, file.size) for file in part) for part in work.parts]
+        self._key = key
+        self._sizes = [sum(max(0, file.size) for file in part) for part in parts]
         self._text_bytes = 0
         self._started = time.monotonic()
         self._next = self._started + (0.5 if self.terminal else 10)
-        self._input = self._first_input = float(sum(self._sizes[: work.first[0]]))
+        self._input = self._first_input = float(sum(self._sizes[:first_part]))
 
     def advance(self, text_bytes: int, part: int, part_text_bytes: int) -> None:
         """So much more of a part's text is written."""

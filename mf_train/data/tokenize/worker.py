@@ -1,20 +1,20 @@
-"""A process that prepares text and tokenises ranges of it, and the command's end of the pipes to it.
-
-Frames come back: a kind and a size, then that many bytes.
-"""
+"""Processes that prepare text and tokenise ranges of it, and the command's end of the pipes to them."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
-import struct
+import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from mf_train.config import OnError, SourceConfig
 from mf_train.data.documents import TextDocuments, TextSource
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from mf_train.data.files.input_files import InputFile
     from mf_train.data.text.store import Part
 
-TOKENS, RESULT = 4, 5  # kinds of frames, beside those of errors
-_HEADER = struct.Struct("<BQ")
-_FRAME_BYTES = 1 << 18
+_RESULT = 0  # a kind of answer, beside those of errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,142 +51,135 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Tokenise documents first ... last - 1. Frames of tokens come first; the result is the lengths, int64."""
+    """Tokenise text from one place to another, each a document and a byte between two of its segments.
+
+    The result is `Encoded`.
+    """
 
     text: Part | SourceConfig  # a part, or a dataset of the hub
     key: str
     on_error: OnError
-    first: int
-    last: int
+    begin: tuple[int, int]
+    end: tuple[int, int]
     dtype: str
 
     def __str__(self) -> str:
         where = self.key if isinstance(self.text, SourceConfig) else f"{self.key} ({self.text.text})"
-        return f"tokenised documents {self.first} to {self.last - 1} of {where}"
+        last = self.end[0] if self.end[1] else self.end[0] - 1
+        return f"tokenised documents {self.begin[0]} to {last} of {where}"
 
 
-class TokenizeWorker:
-    """A running process and the task it has, if any."""
+class Encoded(NamedTuple):
+    """The bytes of a shard, and where documents end in them: in tokens, int64."""
 
-    def __init__(self, tokenizer_path: str) -> None:
-        self.task: Prepare | Encode | None = None
-        self._child = Child(__name__, MOST_PIPE_BYTES)
-        self.process = self._child.process
-        self._child.send(tokenizer_path)
+    tokens: bytes
+    ends: npt.NDArray[np.int64]
 
-    def fileno(self) -> int:
-        """Readable when a frame comes."""
-        return self._child.output
 
-    def start(self, task: Prepare | Encode) -> None:
-        """Give a task to a process that has none."""
-        assert self.task is None
-        self.task = task
-        self._child.send(task)
+class Workers:
+    """`count` processes that work on tasks, each for a thread that waits for it. They start with the first task."""
 
-    def read(self) -> tuple[int, bytes]:
-        """The next frame of the task: TOKENS or, when it is done, RESULT.
+    def __init__(self, count: int, tokenizer_path: str) -> None:
+        self.count = count
+        self._tokenizer_path = tokenizer_path
+        self._children: list[Child] = []
+        self._idle: SimpleQueue[Child] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(count)
 
-        Raises what the task raised (UserError, OSError), and TrainingError when the process has died.
+    def submit(self, task: Prepare | Encode) -> Future[Any]:
+        """The task's result, once it is there.
+
+        The future raises what the task raised (UserError, OSError), and TrainingError when its process has died.
         """
-        kind, size = _HEADER.unpack(self._read_exactly(_HEADER.size))
-        content = self._read_exactly(size)
-        if kind == TOKENS:
-            return kind, content
-        if kind == RESULT:
-            self.task = None
-            return kind, content
-        text = content.decode("utf-8")
-        raise error_of(
-            kind, f"a process failed while it {self.task}:\n{text}" if kind == OTHER_ERROR else text
-        )
+        while len(self._children) < self.count:
+            child = Child(__name__, MOST_PIPE_BYTES)
+            self._children.append(child)
+            child.send(self._tokenizer_path)
+            self._idle.put(child)
+        return self._threads.submit(self._run, task)
 
     def close(self) -> None:
-        """End the process, whatever it does."""
-        self._child.close(patience=0.0)
+        """End the processes, whatever they do."""
+        for child in self._children:
+            child.process.kill()  # which ends the waiting of its thread
+        self._threads.shutdown(cancel_futures=True)
+        for child in self._children:
+            child.close(patience=0.0)
 
-    def _read_exactly(self, size: int) -> bytes:
-        content = bytearray()
-        while len(content) < size:
-            piece = os.read(self._child.output, size - len(content))
-            if not piece:
-                raise self._death()
-            content += piece
-        return bytes(content)
-
-    def _death(self) -> TrainingError:
-        status = self.process.wait()
-        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-        hint = ", as the system does when memory runs out" if status == -signal.SIGKILL else ""
-        return TrainingError(
-            f"process {self.process.pid} {how}{hint} while it {self.task}: finished shards are kept; "
-            "run the command again to go on"
-        )
+    def _run(self, task: Prepare | Encode) -> Any:
+        child = self._idle.get()
+        try:
+            child.send(task)
+            kind, content = child.answers.recv()
+        except (EOFError, OSError):  # the end of the pipe, between two answers or within one
+            raise _death(child.process, task) from None
+        finally:
+            self._idle.put(child)
+        if kind == OTHER_ERROR:
+            content = f"a process failed while it {task}:\n{content}"
+        if kind != _RESULT:
+            raise error_of(kind, content)
+        return content
 
 
-def main(frames: int) -> None:
-    """The process: tasks until standard input closes, their frames into the pipe `frames`."""
+def _death(process: subprocess.Popen[bytes], task: Prepare | Encode) -> TrainingError:
+    status = process.wait()
+    how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+    hint = ", as the system does when memory runs out" if status == -signal.SIGKILL else ""
+    return TrainingError(
+        f"process {process.pid} {how}{hint} while it {task}: finished shards are kept; "
+        "run the command again to go on"
+    )
+
+
+def main(answers: int) -> None:
+    """The process: tasks until standard input closes, the answer to each into the pipe `answers`."""
     tasks = sys.stdin.buffer
     tokenizer_path: str = pickle.load(tasks)
     end_with_the_parent()
-    with open(frames, "wb", _FRAME_BYTES) as output:
-        worker = _Worker(output, tokenizer_path)
+    encoder = _Encoder(tokenizer_path)
+    with Connection(answers, readable=False) as pipe:
         while True:
             try:
                 task = pickle.load(tasks)
             except EOFError:
                 return
-            worker.run(task)
+            answer: tuple[int, Any]
+            try:
+                answer = (_RESULT, _prepare(task) if isinstance(task, Prepare) else encoder.encode(task))
+            except Exception as error:
+                answer = describe_error(error)
+            pipe.send(answer)
 
 
-class _Worker:
-    def __init__(self, output: BinaryIO, tokenizer_path: str) -> None:
-        self._output = output
+class _Encoder:
+    """Keeps the tokenizer, and the text that was used last, open."""
+
+    def __init__(self, tokenizer_path: str) -> None:
         self._tokenizer_path = tokenizer_path
         self._tokenizer: Tokenizer | None = None
         self._opened: tuple[Part | SourceConfig, TextSource] | None = None
 
-    def run(self, task: Prepare | Encode) -> None:
-        try:
-            result = _prepare(task) if isinstance(task, Prepare) else self._encode(task)
-        except Exception as error:
-            kind, text = describe_error(error)
-            self._send(kind, text.encode("utf-8"))
-        else:
-            self._send(RESULT, result)
-
-    def _encode(self, task: Encode) -> bytes:
+    def encode(self, task: Encode) -> Encoded:
         source = self._open(task)
-        lengths = np.zeros(task.last - task.first, np.int64)
-        held: list[bytes] = []
-        size = 0
-        for document in range(task.first, task.last):
-            index, start = 0, 0
-            while index == 0:
-                chunk = source.read([document], start, 1)  # a segment, as in training
-                index, start = chunk.end
-                lengths[document - task.first] += len(chunk.tokens)
-                held.append(chunk.tokens.astype(task.dtype).tobytes())
-                size += len(held[-1])
-                if size >= _FRAME_BYTES:
-                    self._send(TOKENS, b"".join(held))
-                    held, size = [], 0
-        self._send(TOKENS, b"".join(held))
-        return lengths.tobytes()
+        pieces, ends, size = [], [], 0
+        document, start = task.begin
+        while (document, start) < task.end:
+            chunk = source.read([document], start, 1)  # a segment, as in training
+            pieces.append(chunk.tokens.astype(task.dtype).tobytes())
+            size += len(chunk.tokens)
+            finished, start = chunk.end
+            if finished:
+                document += 1
+                ends.append(size)
+        return Encoded(b"".join(pieces), np.array(ends, np.int64))
 
     def _open(self, task: Encode) -> TextSource:
         if self._opened is None or self._opened[0] != task.text:
             self._tokenizer = self._tokenizer or Tokenizer(self._tokenizer_path)
-            self._opened = (
-                task.text,
-                TextSource(open_prepared(task.text, task.on_error, task.key), self._tokenizer),
-            )
+            documents = open_prepared(task.text, task.on_error, task.key)
+            self._opened = task.text, TextSource(documents, self._tokenizer)
         return self._opened[1]
-
-    def _send(self, kind: int, content: bytes) -> None:
-        self._output.write(_HEADER.pack(kind, len(content)))
-        self._output.write(content)
-        self._output.flush()
 
 
 def open_prepared(text: Part | SourceConfig, on_error: OnError, key: str) -> TextDocuments:
@@ -202,11 +193,11 @@ def open_prepared(text: Part | SourceConfig, on_error: OnError, key: str) -> Tex
     return StoredDocuments(key, [text], 1)
 
 
-def _prepare(task: Prepare) -> bytes:
+def _prepare(task: Prepare) -> Part:
     from mf_train.data.text.store import prepare_part
 
     try:
-        return pickle.dumps(prepare_part(task.files, task.text_field, task.on_error, task.folder))
+        return prepare_part(task.files, task.text_field, task.on_error, task.folder)
     except UserError as error:
         if isinstance(error.__cause__, OSError) and str(task.folder) in str(error):  # not data.cache's
             reason = error.__cause__.strerror

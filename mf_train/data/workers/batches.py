@@ -281,7 +281,7 @@ class _Worker:
         row_bytes = _HEADER.size + 4 * (job.config.model.sequence_length + 1)
         self._child = Child(__name__, _PIPED * job.rows_ahead * row_bytes)
         self.process = self._child.process
-        self._rows = self._child.output
+        self._rows = self._child.answers.fileno()
         os.set_blocking(self._rows, False)
         self._poll = select.poll()
         self._poll.register(self._rows, select.POLLIN)

@@ -1,6 +1,8 @@
 """A child process that receives pickled tasks on standard input and answers through a pipe of its own.
 
-The pipes are all that the two share: nothing stays behind when either is killed, and each notices at once.
+The pipes are all that the two share: nothing stays behind when either is killed, and each notices at once. (A
+ProcessPoolExecutor waits for ever for the rest of a result when its process is killed half way through sending it, and
+its semaphores stay in /dev/shm when all are killed.)
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import traceback
 from collections import deque
 from contextlib import suppress
 from itertools import islice
+from multiprocessing import Pipe
 from typing import Any
 
 from mf_train.errors import TrainingError, UserError
@@ -37,19 +40,19 @@ importlib.import_module(sys.argv[1]).main(int(sys.argv[2]))
 
 
 class Child:
-    """A process that runs `main(pipe)` of a module; `output` is the descriptor of the other end of that pipe."""
+    """A process that runs `main(pipe)` of a module; `answers` is the other end of that pipe, a descriptor there."""
 
     def __init__(self, module: str, pipe_bytes: int) -> None:
-        self.output, theirs = os.pipe()
+        self.answers, theirs = Pipe(duplex=False)
         with suppress(PermissionError, AttributeError):  # a user's pipes have a limit; Linux only
             size = min(max(pipe_bytes, LEAST_PIPE_BYTES), MOST_PIPE_BYTES)
-            fcntl.fcntl(self.output, fcntl.F_SETPIPE_SZ, size)
+            fcntl.fcntl(self.answers.fileno(), fcntl.F_SETPIPE_SZ, size)
         # A blocked signal stays blocked in the process that is started: there is no moment when it could end it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_PARENT)
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _COMMAND, module, str(theirs)],
-                pass_fds=[theirs],
+                [sys.executable, "-P", "-c", _COMMAND, module, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
                 stdin=subprocess.PIPE,
                 stdout=_STANDARD_ERROR,
                 bufsize=0,
@@ -57,7 +60,7 @@ class Child:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            os.close(theirs)
+            theirs.close()
         self.send([os.path.abspath(entry) for entry in sys.path])
 
     def send(self, message: Any) -> None:
@@ -86,9 +89,7 @@ class Child:
         """End the process and close the pipes."""
         self.hang_up()
         self.end(patience)
-        if self.output >= 0:
-            os.close(self.output)
-            self.output = -1
+        self.answers.close()
 
 
 def end_with_the_parent() -> None:

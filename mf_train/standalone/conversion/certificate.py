@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,16 @@ from mf_train.standalone.conversion.proof import Comparison, Proof
 from mf_train.standalone.folder import CERTIFICATE, DTYPES
 
 FORMAT = 2
+_COMPARED = (
+    "largest_logit_difference",
+    "changed_codes",
+    "recorded_loss",
+    "loss",
+    "loss_difference",
+    "recorded_perplexity",
+    "perplexity",
+    "divergence",
+)
 
 
 def certificate_tree(source: Mapping[str, Any], dtype: str, proof: Proof) -> dict[str, Any]:
@@ -30,7 +39,7 @@ def certificate_tree(source: Mapping[str, Any], dtype: str, proof: Proof) -> dic
             "text": proof.text,
             "tokens": proof.tokens,
             "predicted_tokens": len(proof.tokens) - 1,
-            **_comparison_tree(proof.probe),
+            **_figures(proof.probe),
         },
         "replay": {
             "precision": proof.precision,
@@ -42,25 +51,12 @@ def certificate_tree(source: Mapping[str, Any], dtype: str, proof: Proof) -> dic
             "changed_codes": replay.changed_codes,
         },
         "copy": {"equal_logits": proof.logits, "equal_codes": replay.codes},
-        "rounding": _comparison_tree(proof.rounding),
+        "rounding": _figures(proof.rounding),
     }
 
 
-def _comparison_tree(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "largest_logit_difference": comparison.difference.largest_logit_difference,
-        "changed_codes": comparison.difference.changed_codes,
-        "recorded_loss": comparison.recorded_loss,
-        "loss": comparison.loss,
-        "loss_difference": comparison.loss_difference,
-        "recorded_perplexity": _perplexity(comparison.recorded_loss),
-        "perplexity": _perplexity(comparison.loss),
-        "divergence": comparison.divergence,
-    }
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # the largest float is e^709
+def _figures(comparison: Comparison) -> dict[str, Any]:
+    return {name: getattr(comparison, name) for name in _COMPARED}
 
 
 def hash_files(folder: Path) -> Iterator[tuple[str, str]]:

@@ -1,34 +1,29 @@
 """`memoryformer convert CHECKPOINT MODEL --check`: everything that a certificate says, computed again.
 
 Three lines of defence, each of which stands by itself: the folder against its certificate's hashes; the folder against
-what the checkpoint gives, tensor by tensor and file by file, without the code that writes; and the proof by logits and
-codes.
+another conversion of the checkpoint, tensor by tensor and file by file; and the proof by logits and codes, which does
+not rely on the code that converts.
 """
 
 import hashlib
 import json
-import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from mf_train import __version__
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.safetensors_file import TensorFile, bytes_of
+from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import Config
 from mf_train.errors import TrainingError, UserError
-from mf_train.model.quantized import scales_name
 from mf_train.standalone.conversion.certificate import certificate_tree, hash_files, read_certificate
 from mf_train.standalone.conversion.convert import describe_proof, open_checkpoint, source_tree, text_files
 from mf_train.standalone.conversion.proof import prove
 from mf_train.standalone.conversion.settings_files import model_card
 from mf_train.standalone.conversion.source_files import source_files
-from mf_train.standalone.conversion.streamed_model import READ_BYTES, CheckpointWeights
-from mf_train.standalone.exported.names import PARAMETER_PREFIX
+from mf_train.standalone.conversion.weights import convert_weights, in_threads, stored_tensors
 from mf_train.standalone.folder import CARD, CERTIFICATE, INDEX, open_tensors
 
 # A figure of the certificate may differ from the one computed again by this share of it: another processor rounds
@@ -46,7 +41,13 @@ FLOORS = {
     "loss_difference": 1e-3,
     "divergence": 1e-6,
 }
-T = TypeVar("T")
+# Of a name: it is missing, nothing is known of it, its contents are others.
+BY_CERTIFICATE = ("is missing", f"is not in {CERTIFICATE}", f"has another hash than in {CERTIFICATE}")
+BY_CHECKPOINT = (
+    "of the checkpoint is missing",
+    "is not of the checkpoint",
+    "is not what the checkpoint gives",
+)
 _SHOWN = 5  # of the differences, in the message
 _PIECE_BYTES = 4 << 20
 
@@ -66,14 +67,17 @@ def check_conversion(checkpoint: Path, model: Path) -> Iterator[str]:
             f"{source['step']}; give the checkpoint that it was made from"
         )
     tensors, files = hash_tensors(model), dict(hash_files(model))
-    problems = [*stray_files(model)]
-    problems += differing_hashes(certificate["tensors"] | certificate["files"], tensors | files)
+    found = tensors | files
+    problems = [
+        *stray_files(model),
+        *differing(found, certificate["tensors"] | certificate["files"], BY_CERTIFICATE),
+    ]
     yield f"hashed {len(tensors)} tensors and {len(files)} other files against {CERTIFICATE}: {_count(problems)}"
-    found = list(differing_from_checkpoint(reader, config, certificate, tensors, files))
-    yield f"converted {reader.checkpoint} again, without writing: {_count(found)}"
+    again = list(differing_from_checkpoint(reader, config, certificate, found))
+    yield f"converted {reader.checkpoint} again, without writing: {_count(again)}"
     texts = (*source_files(), CARD)
-    upgraded = not problems and all(problem.split(" ", 1)[0] in texts for problem in found)
-    problems += found
+    upgraded = not problems and all(problem.split(" ", 1)[0] in texts for problem in again)
+    problems += again
     try:
         proof = prove(reader, config, source["device"], dtype, model)
     except (TrainingError, UserError) as error:
@@ -101,7 +105,8 @@ def check_conversion(checkpoint: Path, model: Path) -> Iterator[str]:
 def hash_tensors(model: Path) -> dict[str, str]:
     """SHA-256 of the bytes of every tensor in a folder's files. Raises UserError or OSError."""
     files = open_tensors(model)
-    return _in_threads(lambda name: _hash_stored(files[name], name), files)
+    shapes = {name: file.tensors[name].shape for name, file in files.items()}
+    return in_threads(shapes, lambda name, _: _hash_stored(files[name], name))
 
 
 def stray_files(model: Path) -> Iterator[str]:
@@ -118,25 +123,19 @@ def stray_files(model: Path) -> Iterator[str]:
             yield f"{path.name} is not a file, and a converted model has nothing else"
 
 
-def differing_hashes(certified: Mapping[str, str], found: Mapping[str, str]) -> Iterator[str]:
-    """What is not as the certificate says: tensors and files by name."""
-    for name in sorted({*certified, *found}):
-        if name not in found:
-            yield f"{name} is missing"
-        elif name not in certified:
-            yield f"{name} is not in {CERTIFICATE}"
-        elif certified[name] != found[name]:
-            yield f"{name} has another hash than in {CERTIFICATE}"
+def differing(
+    found: Mapping[str, str], expected: Mapping[str, str], problems: tuple[str, str, str]
+) -> Iterator[str]:
+    """Tensors and files by name whose hashes are not those expected."""
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            yield f"{name} {problems[0 if name not in found else 1 if name not in expected else 2]}"
 
 
 def differing_from_checkpoint(
-    reader: CheckpointReader,
-    config: Config,
-    certificate: Mapping[str, Any],
-    tensors: Mapping[str, str],
-    files: Mapping[str, str],
+    reader: CheckpointReader, config: Config, certificate: Mapping[str, Any], found: Mapping[str, str]
 ) -> Iterator[str]:
-    """What is not as the checkpoint gives it; `tensors` and `files` are the folder's hashes."""
+    """What is not as a conversion of the checkpoint would write it; `found` are the hashes of the folder's."""
     dtype = certificate["dtype"]
     texts = text_files(reader, config, dtype)
     try:
@@ -144,25 +143,11 @@ def differing_from_checkpoint(
     except (KeyError, TypeError, ValueError, AttributeError):
         yield f"{CERTIFICATE} lacks figures"
     expected = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}
-    expected |= converted_hashes(reader, dtype)
-    found = {**tensors, **files}
-    found.pop(INDEX, None)  # `open_tensors` has compared it with the files
-    for name in sorted({*expected, *found}):
-        if name not in expected:
-            yield f"{name} is not of the checkpoint"
-        elif name not in found:
-            yield f"{name} of the checkpoint is missing"
-        elif expected[name] != found[name]:
-            yield f"{name} is not what the checkpoint gives"
-
-
-def converted_hashes(reader: CheckpointReader, dtype: str) -> dict[str, str]:
-    """SHA-256 of every tensor, by outside name, that the checkpoint gives in `dtype`, read slice by slice."""
-    weights = CheckpointWeights(reader, dtype)
-    found: dict[str, str] = {}
-    for hashes in _in_threads(lambda name: _hash_converted(reader, weights, name), reader.shapes).values():
-        found |= hashes
-    return found
+    tensors = stored_tensors(reader.shapes, getattr(torch, dtype))
+    expected |= convert_weights(reader, tensors, lambda *_: None)
+    # `open_tensors` has compared the index with the files
+    found = {name: digest for name, digest in found.items() if name != INDEX}
+    yield from differing(found, expected, BY_CHECKPOINT)
 
 
 def differing_figures(
@@ -210,25 +195,6 @@ def _hash_stored(file: TensorFile, name: str) -> str:
             digest.update(piece)
             left -= len(piece)
     return digest.hexdigest()
-
-
-def _hash_converted(reader: CheckpointReader, weights: CheckpointWeights, name: str) -> dict[str, str]:
-    """SHA-256 by outside name of what a parameter becomes: one tensor, or int8 values and their scales."""
-    shape = reader.shapes[name]
-    digests: defaultdict[str, Any] = defaultdict(hashlib.sha256)
-    numbers = torch.arange(torch.Size(shape[:-1]).numel())
-    for rows in numbers.split(max(READ_BYTES // (shape[-1] * 4), 1)):
-        values, scales = weights.rows(name, rows)
-        digests[name].update(bytes_of(values.contiguous()))
-        if scales is not None:
-            digests[f"{scales_name(name)}"].update(bytes_of(scales.contiguous()))
-    return {PARAMETER_PREFIX + tensor: digest.hexdigest() for tensor, digest in digests.items()}
-
-
-def _in_threads(hash_one: Callable[[str], T], names: Mapping[str, Any]) -> dict[str, T]:
-    """A result for each name, on every core: hashing and reading let other threads run."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return dict(zip(names, pool.map(hash_one, names), strict=True))
 
 
 def _count(problems: list[str]) -> str:

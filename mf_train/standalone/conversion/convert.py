@@ -5,6 +5,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,8 @@ def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterato
     dtype = dtype or config.training.precision
     yield _describe_source(reader, config)
 
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        proof = _write_folder(reader, config, dtype, partial)
-        os.rename(partial, output)
-        sync(output.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(output) as folder:
+        proof = _write_folder(reader, config, dtype, folder)
     yield from _describe_result(reader, config, output, dtype, proof, time.perf_counter() - started)
 
 
@@ -117,8 +110,6 @@ def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: 
     tree = certificate_tree(source, dtype, proof)
     (folder / CARD).write_bytes(model_card(config, tree))
     write_certificate(folder, tree | {"tensors": digests, "files": dict(hash_files(folder))})
-    for path in (*folder.iterdir(), folder):
-        sync(path)
     return proof
 
 
@@ -128,6 +119,23 @@ def check_output(output: Path) -> None:
         return
     if output.exists() or output.is_symlink():
         raise UserError(f"{output}: exists already; choose another output folder or delete it")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder for the block to write, which becomes `output` when the block ends well, and is deleted otherwise."""
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        os.rename(partial, output)
+        sync(output.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _describe_source(reader: CheckpointReader, config: Config) -> str:
@@ -157,11 +165,11 @@ def _describe_result(
 
 def describe_proof(proof: Proof, dtype: str) -> Iterator[str]:
     """Lines that show it."""
-    difference, probe = proof.probe.difference, proof.probe
+    probe = proof.probe
     text = "tokens of validation text" if proof.text == "validation" else "random tokens"
     yield (
         f"certificate: on {len(proof.tokens)} {text} the largest logit difference from the trainer is "
-        f"{difference.largest_logit_difference:.3g}, and {difference.changed} of {difference.codes} codes changed"
+        f"{probe.largest_logit_difference:.3g}, and {probe.changed} of {probe.codes} codes changed"
     )
     if proof.replay.changed:
         worst = max(proof.replay.changed_codes.values())

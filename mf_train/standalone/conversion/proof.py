@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mf_train.checkpoint.checksum import crc_of_file, read_crcs
 from mf_train.checkpoint.layout import PROBE, DamageError
 from mf_train.checkpoint.probe import CODES
 from mf_train.checkpoint.read import CheckpointReader
@@ -43,6 +42,7 @@ LOGIT_LIMIT = 3e-5
 # and in bfloat16 differ by those of all weights and all activations. A replay may differ by so many times that, and by
 # this share of a hash's codes more, because few codes are a small sample.
 NOISE_FACTOR, CODES_SLACK = 2.0, 0.01
+_LARGEST_LOSS = 700.0  # the largest float is e^709
 _WIDE_LOGITS = 1 << 20  # that are in float64 at a time
 
 
@@ -62,10 +62,9 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Difference):
     """As `Difference`, and the two models' predictions of each token but the first, in nats a token."""
 
-    difference: Difference
     recorded_loss: float  # the first model's mean cross-entropy
     loss: float  # the second's
     divergence: float  # mean KL divergence of the second's predictions from the first's
@@ -73,6 +72,14 @@ class Comparison:
     @property
     def loss_difference(self) -> float:
         return self.loss - self.recorded_loss
+
+    @property
+    def recorded_perplexity(self) -> float:
+        return math.exp(min(self.recorded_loss, _LARGEST_LOSS))
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, _LARGEST_LOSS))
 
 
 @dataclass(frozen=True)
@@ -108,13 +115,9 @@ class Proof:
 
 def read_probe(reader: CheckpointReader, config: Config) -> Probe:
     """Raises UserError where it is damaged or does not fit the configuration."""
-    path, record = reader.checkpoint / PROBE, reader.manifest.files.get(PROBE)
-    if record is None:
-        raise DamageError(path, "not in the checkpoint's manifest")
+    path = reader.checkpoint / PROBE
+    reader.read_file(PROBE)  # its checksum
     with TensorFile(path, "use another checkpoint") as file:
-        (crc,) = read_crcs(reader.checkpoint, {PROBE: record.size}, 0, 1)
-        if crc_of_file(crc, record.size) != record.crc32:
-            raise DamageError(path, "damaged (its checksum differs from the manifest's)")
         tensors = {name: file.read(name) for name in file.tensors}
     codes = {name.removeprefix(CODES): value for name, value in tensors.items() if name.startswith(CODES)}
     tokens, logits = tensors.get("tokens"), tensors.get("logits")
@@ -249,7 +252,7 @@ def compare(before: Results, after: Results) -> Comparison:
     tokens = len(before.tokens)
     predicted = max(tokens - 1, 1)
     return Comparison(
-        difference=subtract(before, after),
+        **vars(subtract(before, after)),
         recorded_loss=losses[0] / predicted,
         loss=losses[1] / predicted,
         divergence=divergence / tokens,

@@ -3,11 +3,14 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from mf_train.config import Config, ModelConfig, SourceConfig
+from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_parameters
 from mf_train.standalone.exported.names import CONFIG_KEYS, DOCUMENT_ATTENTION, INT8, TABLE_DTYPE
+
+_CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
 def settings_files(config: Config, dtype: str, end_of_text_id: int) -> dict[str, bytes]:
@@ -22,94 +25,31 @@ def settings_files(config: Config, dtype: str, end_of_text_id: int) -> dict[str,
 
 
 def model_card(config: Config, certificate: Mapping[str, Any]) -> bytes:
-    """README.md, from the run's configuration and the certificate (`certificate_tree`'s; its hashes are not read)."""
-    model, training, counts = config.model, config.training, count_parameters(config.model)
-    source, probe, replay = certificate["source"], certificate["probe"], certificate["replay"]
-    weights = certificate["dtype"]
+    """README.md, from the run's configuration and the certificate (`certificate_tree`'s; its hashes are not read).
+
+    Raises KeyError, TypeError, ValueError or AttributeError for a certificate that lacks figures.
+    """
+    import jinja2
+
+    weights, shares = certificate["dtype"], certificate["probe"]["changed_codes"]
     if weights == INT8:
         weights = "int8 in tables and LM head, with a float32 scale for each row, and bfloat16 elsewhere"
-    text = "of the run's validation text" if probe["text"] == "validation" else "drawn at random"
-    flips = probe["changed_codes"]
-    worst = max(flips, key=lambda name: flips[name], default=None)
-    figures = {
-        "tokens compared": f"{len(probe['tokens'])}, {text}",
-        "largest difference of a logit": f"{probe['largest_logit_difference']:.3g}",
-        "largest share of a layer's codes that changed": f"{flips[worst]:.3%} ({worst})"
-        if worst
-        else "no codes",
-        "loss, trainer and this model": f"{probe['recorded_loss']:.4f} and {probe['loss']:.4f} nats a token",
-        "perplexity, trainer and this model": f"{probe['recorded_perplexity']:.2f} and {probe['perplexity']:.2f}",
-        "the checkpoint's weights against the trainer": "equal codes, logits within "
-        f"{replay['largest_logit_difference']:.2g}"
-        if replay["exact"]
-        else f"logits within {replay['relative_logit_error']:.2%} of their spread, layer by layer",
-        "the files against the checkpoint's weights": "equal to the bit",
-    }
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# {"MemoryFormer" if model.kind == "memoryformer" else "Dense peer of a MemoryFormer"}
-
-A causal language model of {counts.total:,} parameters, {counts.tables:,} of them in lookup tables
-(MemoryFormer, arXiv 2411.12992), after {source["step"]:,} steps and {source["tokens"]:,} tokens of training in
-{training.precision}. Weights are {weights}.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this folder
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokens = tokenizer("Once", return_tensors="pt")
-print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
-```
-
-It needs torch and transformers only. The code files here are the plain model's own, under the Apache License 2.0.
-
-## Training
-
-{_table(_training(config, source))}
-{_sources("Trained on", config.data.train)}{_sources("Validated on", config.data.validation)}
-## Conversion
-
-{_table(figures)}
-`certificate.json` has these figures for each layer, and the SHA-256 of every tensor and file.
-`memoryformer convert CHECKPOINT FOLDER --check` computes all of it again.
-
-## Configuration
-
-{_table(asdict(model))}""".encode()
-
-
-def _training(config: Config, source: Mapping[str, Any]) -> dict[str, Any]:
-    training, metrics = config.training, source["metrics"]
-    rows: dict[str, Any] = {
-        "steps": f"{source['step']:,} of {training.steps:,}",
-        "tokens": f"{source['tokens']:,}",
-        "batch": f"{training.global_batch_size:,} sequences of {config.model.sequence_length:,} tokens",
-        "peak learning rate": f"{config.optimizer.learning_rate:g}, of tables times "
-        f"{config.optimizer.table_learning_rate_multiplier:g}",
-        "precision": training.precision,
-        "attention": "inside documents" if config.data.document_attention else "inside blocks",
-    }
-    if "loss" in metrics:
-        rows["loss of the last step"] = f"{metrics['loss']:.4f} nats a token"
-    if "validation_loss" in metrics:
-        step = metrics.get("validation_step", source["step"])
-        rows["validation loss"] = f"{metrics['validation_loss']:.4f} nats a token, after step {step:,}"
-    return rows
-
-
-def _sources(title: str, sources: tuple[SourceConfig, ...]) -> str:
-    if not sources:
-        return ""
-    lines = [f"- `{source.path or source.hub}`, weight {source.weight:g}" for source in sources]
-    return "\n".join([f"\n{title}:\n", *lines, ""])
-
-
-def _table(rows: Mapping[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""])
+    environment = jinja2.Environment(
+        trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(_CARD_TEMPLATE.read_text(encoding="utf-8"))
+    try:
+        card = template.render(
+            **vars(config),
+            **{part: certificate[part] for part in ("source", "probe", "replay")},
+            counts=count_parameters(config.model),
+            settings=asdict(config.model),
+            weights=weights,
+            worst=max(shares, key=lambda name: shares[name], default=None),
+        )
+    except jinja2.UndefinedError as error:
+        raise KeyError(str(error)) from None
+    return card.encode()
 
 
 def _model_tree(model: ModelConfig) -> dict[str, Any]:

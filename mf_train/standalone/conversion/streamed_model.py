@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,16 +19,15 @@ from torch import Tensor, nn
 
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import ModelConfig
-from mf_train.errors import UserError
 from mf_train.kernels import lookup_int8
 from mf_train.kernels.backends import find_backend
 from mf_train.model.head import Head
 from mf_train.model.memory import Hash, Lookup, record_codes
 from mf_train.model.model import Embedding, MemoryFormer
-from mf_train.model.quantized import quantize_rows, scales_name, use_int8
+from mf_train.model.quantized import quantize_rows, scales_name
 from mf_train.model.sums import num_chunks
 from mf_train.standalone.exported.names import INT8, PARAMETER_PREFIX
-from mf_train.standalone.folder import CONFIG, REMEDY, check_layers, open_tensors, read_config
+from mf_train.standalone.folder import empty_model, open_tensors, read_config
 
 READ_BYTES = 4 << 20  # float32 rows that are wanted at a time
 TABLE_BYTES = 96 << 20  # a lookup's rows, of as many tokens as fit
@@ -61,26 +61,18 @@ class CheckpointWeights:
 class FolderWeights:
     """The weights of a standalone folder as they are stored; `config` is its config.json's model section.
 
+    `files` has the file of each tensor by outside name, `shapes` those of the parameters (not of int8 tensors).
+
     Raises UserError naming the file where it is damaged or another tensor than config.json asks for.
     """
 
     def __init__(self, folder: Path) -> None:
         self.config, self.dtype, int8 = read_config(folder)
-        self._files = open_tensors(folder)
-        check_layers(self.config, len(self._files), folder / CONFIG)
-        with torch.device("meta"):
-            model = MemoryFormer(self.config).to(self.dtype)
-            expected = (use_int8(model) if int8 else model).state_dict()
-        wanted = {f"{PARAMETER_PREFIX}{name}": tensor for name, tensor in expected.items()}
-        for name in sorted({*wanted, *self._files}):
-            found = self._files[name].tensors[name] if name in self._files else None
-            here = "missing" if found is None else f"{found.dtype} {found.shape}"
-            asked = f"{wanted[name].dtype} {tuple(wanted[name].shape)}" if name in wanted else "none"
-            if here != asked:
-                path = self._files[name].path if name in self._files else folder
-                raise UserError(
-                    f"{path}: tensor {name} is {here}, and config.json asks for {asked}; {REMEDY}"
-                )
+        self.files = open_tensors(folder)
+        tensors = {name: file.tensors[name] for name, file in self.files.items()}
+        paths = {name: file.path for name, file in self.files.items()}
+        model = empty_model(folder, self.config, self.dtype, int8, tensors, paths)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def rows(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         values, scales = self._read(name, indices), scales_name(name)
@@ -90,11 +82,11 @@ class FolderWeights:
 
     def _read(self, name: str, indices: Tensor) -> Tensor:
         outside = PARAMETER_PREFIX + name
-        return _read_dense(self._files[outside].rows, outside, indices)
+        return _read_dense(self.files[outside].rows, outside, indices)
 
     def _read_elements(self, name: str, indices: Tensor) -> Tensor:
         """Elements of a tensor whose rows are short beside what is read of the values that they scale."""
-        width = self._files[PARAMETER_PREFIX + name].tensors[PARAMETER_PREFIX + name].shape[-1]
+        width = self.files[PARAMETER_PREFIX + name].tensors[PARAMETER_PREFIX + name].shape[-1]
         first = indices.min() // width
         rows = self._read(name, torch.arange(int(first), int(indices.max()) // width + 1))
         return rows.flatten()[indices - first * width]
@@ -113,21 +105,9 @@ def streamed_model(config: ModelConfig, weights: Weights) -> MemoryFormer:
     with torch.device("meta"):
         model = MemoryFormer(config).to(weights.dtype)
     for name, module in list(model.named_modules()):
-        swapped: nn.Module
-        if type(module) is Lookup:
-            swapped = _StreamedLookup(name, module, weights)
-        elif type(module) is Embedding:
-            swapped = _StreamedEmbedding(name, weights)
-        elif type(module) is Head:
-            swapped = _StreamedHead(name, module, weights)
-        elif type(module) is nn.Linear:
-            swapped = _StreamedLinear(name, module, weights)
-        elif type(module) is Hash:
-            swapped = _PlainHash(module.bits, module.temperature, module.score)
-        else:
-            continue
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, swapped)
+        if (streamed := _STREAMED.get(type(module))) is not None:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, streamed(name, module, weights))
     small = {name: weights.rows(name, torch.zeros(1, dtype=torch.long))[0][0] for name in model.state_dict()}
     model.load_state_dict(small, assign=True)
     return model.requires_grad_(False).eval()
@@ -157,21 +137,22 @@ def _force_codes(model: nn.Module, forced: Mapping[str, Tensor]) -> Iterator[Non
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, Hash) and name in forced:
-                codes = forced[name].unsqueeze(0)
-
-                def replace(
-                    module: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor], codes: Tensor = codes
-                ) -> tuple[Tensor, Tensor]:
-                    return codes, outputs[1]
-
-                hooks.enter_context(module.register_forward_hook(replace))
+                hook = partial(_replace_codes, forced[name].unsqueeze(0))
+                hooks.enter_context(module.register_forward_hook(hook))
         yield
+
+
+def _replace_codes(codes: Tensor, module: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]) -> Any:
+    return codes, outputs[1]
 
 
 class _PlainHash(Hash):
     """A Hash that calls the backend without torch's custom operator, whose first call imports torch's compiler: 150 MB
     and more than a second.
     """
+
+    def __init__(self, name: str, plain: Hash, source: Weights) -> None:
+        super().__init__(plain.bits, plain.temperature, plain.score)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         codes, weights = find_backend("auto", x).hash_codes(
@@ -235,7 +216,7 @@ def _gather(
 class _StreamedEmbedding(nn.Module):
     """An Embedding: integers [...] -> [..., D]."""
 
-    def __init__(self, name: str, source: Weights) -> None:
+    def __init__(self, name: str, plain: Embedding, source: Weights) -> None:
         super().__init__()
         self.name, self.source = f"{name}.weight", source
 
@@ -281,6 +262,15 @@ class _StreamedLinear(nn.Module):
             weight = self.source.rows(self.name, rows)[0]
             parts.append(F.linear(x, weight, self.bias[rows[0] : rows[-1] + 1]))
         return torch.cat(parts, dim=-1)
+
+
+_STREAMED: dict[type[nn.Module], Callable[[str, Any, Weights], nn.Module]] = {
+    Hash: _PlainHash,
+    Lookup: _StreamedLookup,
+    Embedding: _StreamedEmbedding,
+    Head: _StreamedHead,
+    nn.Linear: _StreamedLinear,
+}
 
 
 def _slices(height: int, step: int, width: int) -> Iterator[Tensor]:

@@ -3,12 +3,10 @@
 import hashlib
 import json
 import os
-import shutil
 import threading
 import time
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,8 @@ from torch import Tensor
 
 from mf_train.checkpoint.checksum import crc_of_file, crc_of_piece
 from mf_train.checkpoint.layout import (
-    CONFIG,
     FORMAT,
     MANIFEST,
-    PROBE,
-    STATE,
     TOKENIZER,
     FileRecord,
     Manifest,
@@ -30,22 +25,21 @@ from mf_train.checkpoint.layout import (
     part_name,
 )
 from mf_train.checkpoint.probe import probe_tensors, random_tokens
-from mf_train.checkpoint.safetensors_file import FileLayout, TensorFile, TensorFileWriter, bytes_of
-from mf_train.checkpoint.verify import find_damage
+from mf_train.checkpoint.safetensors_file import TensorFile, bytes_of
+from mf_train.checkpoint.save import Extras, part_layouts, write_extras
 from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainingConfig
 from mf_train.config.loading import config_to_tree
-from mf_train.errors import TrainingError, UserError
-from mf_train.files import sync, write_synced
-from mf_train.model.model import MemoryFormer
+from mf_train.errors import UserError
+from mf_train.files import write_synced
 from mf_train.model.sharding import ranks_of_span, slice_shape, split_dimension
 from mf_train.model.sums import MAX_CHUNKS
-from mf_train.standalone.conversion.convert import check_output
+from mf_train.standalone.conversion.convert import check_output, new_folder
 from mf_train.standalone.conversion.shard_writer import ShardWriter
 from mf_train.standalone.conversion.streamed_model import FolderWeights, compute, streamed_model
 from mf_train.standalone.conversion.tokenizer_files import tokenizer_files
 from mf_train.standalone.conversion.weights import SLICE_BYTES, Shape, in_threads, whole_rows
 from mf_train.standalone.exported.names import DOCUMENT_ATTENTION, PARAMETER_PREFIX
-from mf_train.standalone.folder import CERTIFICATE, open_tensors, read_config
+from mf_train.standalone.folder import CERTIFICATE, read_config
 from mf_train.standalone.folder import CONFIG as MODEL_CONFIG
 from mf_train.text import human_bytes
 
@@ -60,30 +54,21 @@ def to_checkpoint(model: Path, output: Path, tensor: int) -> Iterator[str]:
     depends only how it is laid out. Yields lines to show.
 
     Raises UserError for a model that cannot be used, is damaged or is not what its certificate says, and for an
-    `output` that exists; TrainingError where what was written reads back otherwise; OSError where reading or writing
-    fails. None of them leaves anything at `output`.
+    `output` that exists; OSError where reading or writing fails. Neither leaves anything at `output`.
     """
     started = time.perf_counter()
     output = Path(os.path.abspath(output))
     check_output(output)
     config, tokenizer = _configuration(model, tensor)
     weights = FolderWeights(model)  # every tensor is there as config.json says
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        manifest = _write_weights(model, config, partial)
+    with new_folder(output) as folder:
+        manifest = _write_weights(model, weights, config, folder)
         tokens = random_tokens(config.model)
         results = compute(streamed_model(config.model, weights), tokens)
         probe = probe_tensors(tokens, results.logits, results.codes, validation=False)
-        _write_extras(partial, config, tokenizer, probe, manifest)
-        if problems := list(find_damage(partial)):
-            raise TrainingError(f"what was written reads back otherwise: {'; '.join(problems)}; try again")
-        os.rename(partial, output)
-        sync(output.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        text = yaml.safe_dump(config_to_tree(config), sort_keys=False)
+        manifest.files.update(write_extras(folder, Extras(_STATE, text, tokenizer, probe)))
+        write_synced(folder / MANIFEST, manifest.to_json().encode())
     size = sum(path.stat().st_size for path in output.iterdir())
     yield (
         f"wrote {output}: {len(manifest.parameters)} parameters of a model in {config.training.precision} as float32 "
@@ -151,26 +136,21 @@ def _read_tokenizer(folder: Path, sequence_length: int) -> bytes:
     return path.read_bytes()
 
 
-def _write_weights(model: Path, config: Config, folder: Path) -> Manifest:
+def _write_weights(model: Path, weights: FolderWeights, config: Config, folder: Path) -> Manifest:
     """Every parameter's slices; returns the manifest with the records of their files."""
-    with torch.device("meta"):
-        plain = MemoryFormer(config.model)
-    shapes: dict[str, Shape] = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()}
-    ranks = config.parallel.tensor
-    local = {name: slice_shape(name, shape, ranks) for name, shape in shapes.items()}
-    parts = assign_parts({name: 4 * torch.Size(shape).numel() for name, shape in local.items()})
+    shapes, ranks = weights.shapes, config.parallel.tensor
+    local = {name: torch.Size(slice_shape(name, shape, ranks)) for name, shape in shapes.items()}
+    parts = assign_parts({name: 4 * shape.numel() for name, shape in local.items()})
     layouts = {
-        part_name("master", rank, ranks, part): FileLayout(
-            {name: (torch.float32, shape) for name, shape in local.items() if parts[name] == part}
-        )
+        part_name("master", rank, ranks, part): layout
+        for part, layout in part_layouts(local, parts).items()
         for rank in range(ranks)
-        for part in sorted(set(parts.values()))
     }
     crcs = {
         file: crc_of_piece(layout.header, layout.size - len(layout.header))
         for file, layout in layouts.items()
     }
-    certified, files, lock = _certified_hashes(model), open_tensors(model), threading.Lock()
+    certified, files, lock = _certified_hashes(model), weights.files, threading.Lock()
     with ShardWriter(folder, layouts) as writer:
 
         def copy(name: str, buffer: Tensor) -> None:
@@ -235,22 +215,3 @@ def _certified_hashes(model: Path) -> dict[str, str] | None:
     if not isinstance(hashes, dict):
         raise UserError(f"{path}: damaged; restore it, or delete it if the weights were changed on purpose")
     return hashes
-
-
-def _write_extras(
-    folder: Path, config: Config, tokenizer: bytes, probe: Mapping[str, Tensor], manifest: Manifest
-) -> None:
-    """All files but the weights, the manifest last; their records are added to it."""
-    text = yaml.safe_dump(config_to_tree(config), sort_keys=False)
-    contents = {STATE: (json.dumps(_STATE, indent=1) + "\n").encode(), CONFIG: text.encode()}
-    if tokenizer:
-        contents[TOKENIZER] = tokenizer
-    for name, data in contents.items():
-        write_synced(folder / name, data)
-    with TensorFileWriter(folder / PROBE, {n: (t.dtype, t.shape) for n, t in probe.items()}) as writer:
-        for name, value in probe.items():
-            writer.write(name, value)
-    contents[PROBE] = (folder / PROBE).read_bytes()
-    manifest.files.update({name: FileRecord(len(data), zlib.crc32(data)) for name, data in contents.items()})
-    write_synced(folder / MANIFEST, manifest.to_json().encode())
-    sync(folder)

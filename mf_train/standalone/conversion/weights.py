@@ -64,23 +64,34 @@ def copy_weights(
         for file, names in shards.items()
     }
     files = {name: file for file, names in shards.items() for name in names}
+    with ShardWriter(folder, layouts) as writer:
+        digests = convert_weights(reader, tensors, lambda name, *part: writer.write(files[name], name, *part))
+    if len(shards) > 1:
+        _write_index(folder / INDEX, reader.shapes, tensors, shards)
+    return digests
+
+
+def convert_weights(
+    reader: CheckpointReader, tensors: Mapping[str, Stored], write: Callable[[str, int, memoryview], None]
+) -> dict[str, str]:
+    """Give the bytes of `stored_tensors` to write(name, place in the tensor, bytes), by threads, slice by slice.
+
+    Returns each tensor's SHA-256. Raises as `copy_weights`.
+    """
     made_of: dict[str, dict[str, Stored]] = {}
     for name, stored in tensors.items():
         made_of.setdefault(stored.parameter, {})[name] = stored
     checksums = Checksums()
-    with ShardWriter(folder, layouts) as writer:
 
-        def copy(parameter: str, buffer: Tensor) -> dict[str, str]:
-            digests = {name: hashlib.sha256() for name in made_of[parameter]}
-            for name, place, data in _convert(reader, parameter, made_of[parameter], buffer, checksums):
-                writer.write(files[name], name, place, data)
-                digests[name].update(data)
-            return {name: digest.hexdigest() for name, digest in digests.items()}
+    def convert(parameter: str, buffer: Tensor) -> dict[str, str]:
+        digests = {name: hashlib.sha256() for name in made_of[parameter]}
+        for name, place, data in _convert(reader, parameter, made_of[parameter], buffer, checksums):
+            write(name, place, data)
+            digests[name].update(data)
+        return {name: digest.hexdigest() for name, digest in digests.items()}
 
-        found = in_threads(reader.shapes, copy)
-        checksums.check(reader.manifest)
-    if len(shards) > 1:
-        _write_index(folder / INDEX, reader.shapes, tensors, shards)
+    found = in_threads(reader.shapes, convert)
+    checksums.check(reader.manifest)
     return {name: found[stored.parameter][name] for name, stored in tensors.items()}
 
 

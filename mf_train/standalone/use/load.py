@@ -3,16 +3,14 @@
 import json
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mf_train.errors import UserError
 from mf_train.model.model import MemoryFormer
-from mf_train.model.quantized import use_int8
 from mf_train.standalone.exported.names import PARAMETER_PREFIX
-from mf_train.standalone.folder import CONFIG, INDEX, SINGLE, check_layers, read_config
+from mf_train.standalone.folder import INDEX, SINGLE, empty_model, read_config
 
 
 def load_model(folder: Path) -> MemoryFormer:
@@ -21,21 +19,9 @@ def load_model(folder: Path) -> MemoryFormer:
     The files are mapped into memory and not copied: pages are read when they are used and shared by all processes
     that load the same folder. Do not write into the files, nor shorten them, while a model uses them.
     """
-    config, dtype, int8 = read_config(folder)
+    settings = read_config(folder)
     tensors, files = _read_tensors(folder)
-    check_layers(config, len(tensors), folder / CONFIG)
-    with torch.device("meta"):
-        model = MemoryFormer(config).to(dtype)
-        if int8:
-            use_int8(model)
-    expected = {PARAMETER_PREFIX + name: _describe(tensor) for name, tensor in model.state_dict().items()}
-    for name in sorted({*expected, *tensors}):
-        found = _describe(tensors[name]) if name in tensors else "missing"
-        if found != expected.get(name):
-            raise UserError(
-                f"{files.get(name, folder)}: tensor {name} is {found}, and {CONFIG} asks for "
-                f"{expected.get(name, 'none')}; convert the checkpoint again"
-            )
+    model = empty_model(folder, *settings, tensors, files)
     state = {name.removeprefix(PARAMETER_PREFIX): tensor for name, tensor in tensors.items()}
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
@@ -58,7 +44,3 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Path]]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: missing or damaged ({error}); convert the checkpoint again") from None
     return tensors, origins
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -6,8 +6,6 @@ import errno
 import os
 import re
 import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 
 from mf_train.data.files.access import OpenFiles, read_exactly, read_into, with_retries
 from mf_train.errors import UserError
+from tests.processes import run_python
 
 
 def failing(error: OSError, times: int) -> tuple[Callable[[], str], list[int]]:
@@ -88,7 +87,7 @@ def test_few_files_stay_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_low_limit_of_descriptors_is_kept(tmp_path: Path, repository: Path) -> None:
+def test_a_low_limit_of_descriptors_is_kept(tmp_path: Path) -> None:
     """More files than the process may open, though OpenFiles would keep them all."""
     for number in range(100):
         (tmp_path / str(number)).write_bytes(b"x")
@@ -102,5 +101,4 @@ for number in range(100):
 print("ok")
 """
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 40
-    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr
+    assert run_python(code) == "ok\n"

@@ -7,9 +7,8 @@ import gzip
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
 import pyarrow as pa
@@ -25,14 +24,6 @@ from mf_train.data.shards.fetch import local_files
 from mf_train.errors import UserError
 from tests.data.remote import FlakyFileSystem
 from tests.data.texts import json_lines
-
-
-@pytest.fixture(autouse=True)
-def remote() -> Iterator[type[FlakyFileSystem]]:
-    FlakyFileSystem.reset()
-    yield FlakyFileSystem
-    FlakyFileSystem.reset()
-    FaultyListing.listing_faults = []
 
 
 def names(path: Path | str, root: Path | str = "") -> list[str]:
@@ -101,9 +92,9 @@ def test_size_and_stamp(tmp_path: Path) -> None:
     assert link.identity == file.identity and not file.remote
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
+def test_mistakes_are_named(tmp_path: Path, remote: type[FlakyFileSystem]) -> None:
     touch(tmp_path, "a.csv", "a.parquet.gz", "empty/readme.md", "lonely.idx")
-    FlakyFileSystem.contents["lonely.idx"] = b"x"
+    remote.contents["lonely.idx"] = b"x"
     for path, message in [
         (str(tmp_path / "a.jsonl"), r"data.train\[0\]: .*a.jsonl does not exist"),
         (str(tmp_path / "*.jsonl"), r"data.train\[0\]: no file matches .*\*.jsonl"),
@@ -194,7 +185,6 @@ class FaultyListing(FlakyFileSystem):
     """`listing_faults`, one at a time, are raised by what asks for a folder or for a file's size."""
 
     protocol = "faulty"
-    listing_faults: ClassVar[list[BaseException]] = []
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         if self.listing_faults and "healthy" not in path:
@@ -226,9 +216,9 @@ def test_a_listing_survives_a_bad_minute(
         not_found(DriverError("Service Unavailable", 503)),
         not_found(DriverError("Server disconnected")),
     ):
-        FaultyListing.listing_faults = [fault]
+        remote.listing_faults = [fault]
         assert names(url) == expected
-        FaultyListing.listing_faults = [fault] * 100
+        remote.listing_faults = [fault] * 100
         with pytest.raises(OSError, match=rf"DriverError: Serv.* .tried 3 times.*{re.escape(url)}"):
             names(url)
     for refusal in (
@@ -236,12 +226,12 @@ def test_a_listing_survives_a_bad_minute(
         not_found(DriverError("ExpiredToken", 403)),
         ValueError("ExpiredToken"),
     ):
-        FaultyListing.listing_faults = [refusal] * 100
+        remote.listing_faults = [refusal] * 100
         with pytest.raises(
             UserError, match=rf"data.train.0.: {re.escape(url)} cannot be listed .*credentials"
         ):
             names(url)
-    FaultyListing.listing_faults = [not_found(DriverError("Not Found", 404))] * 100
+    remote.listing_faults = [not_found(DriverError("Not Found", 404))] * 100
     with pytest.raises(UserError, match="no file matches"):
         names(url)
 
@@ -285,9 +275,9 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(
     remote.contents |= {"healthy/a.jsonl": b"x", "healthy/inner/b.jsonl": b"x"}
     expected = names(url)
     assert len(expected) == 2
-    FaultyListing.listing_faults += [OSError("SlowDown"), TimeoutError("slow")]
-    assert names(url) == expected and not FaultyListing.listing_faults
-    FaultyListing.listing_faults += [OSError("SlowDown")] * 3
+    remote.listing_faults += [OSError("SlowDown"), TimeoutError("slow")]
+    assert names(url) == expected and not remote.listing_faults
+    remote.listing_faults += [OSError("SlowDown")] * 3
     with pytest.raises(OSError, match=rf"SlowDown .tried 3 times.*{re.escape(url)}"):
         names(url)
 
@@ -299,13 +289,13 @@ def test_what_is_beside_a_shard_is_asked_again(
     remote.contents |= {"t/x.bin": b"tokens", "t/x.idx": b"index"}
     (file,) = find_files("faulty://t/x", "k")
     fault = DriverError("Service Unavailable", 503)
-    FaultyListing.listing_faults = [fault] * 100
+    remote.listing_faults = [fault] * 100
     with pytest.raises(OSError, match=r"DriverError: Service Unavailable .tried 3 times.*faulty://t"):
         local_files([file], tmp_path)
     # the folder may not be listed: the files are asked for one by one
-    FaultyListing.listing_faults = [fault, PermissionError("AccessDenied"), fault, fault]
+    remote.listing_faults = [fault, PermissionError("AccessDenied"), fault, fault]
     assert local_files([file], tmp_path)[0].with_suffix(".idx").read_bytes() == b"index"
-    assert FaultyListing.listing_faults == []
+    assert remote.listing_faults == []
 
 
 def test_seeking_in_a_remote_file(remote: type[FlakyFileSystem]) -> None:

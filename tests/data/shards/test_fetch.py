@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,6 @@ from mf_train.data.files.input_files import find_files
 from mf_train.data.shards.fetch import local_files
 from mf_train.errors import UserError
 from tests.data.remote import FlakyFileSystem
-
-
-@pytest.fixture(autouse=True)
-def remote() -> Iterator[type[FlakyFileSystem]]:
-    FlakyFileSystem.reset()
-    yield FlakyFileSystem
-    FlakyFileSystem.reset()
 
 
 def test_many_files(remote: type[FlakyFileSystem], tmp_path: Path) -> None:

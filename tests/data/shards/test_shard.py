@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 from mf_train.data.files.access import OpenFiles
 from mf_train.data.shards.shard import TokenShardWriter, open_shard, token_dtype
 from mf_train.errors import UserError
+from tests.processes import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron")
 DOCUMENTS = [[5, 0, 7], [0], [], [1, 2, 3, 4, 100], [], [9, 0]]
@@ -63,12 +62,13 @@ def test_the_type_is_the_one_megatron_chooses(megatron: Any) -> None:
 
 
 def test_pieces_of_documents(tmp_path: Path) -> None:
-    """`write` and `end_documents` give the file that `add` gives, with the same hashes."""
-    stored = np.concatenate([np.array(document, "<u2") for document in DOCUMENTS]).tobytes()
+    """`write` gives the file that `add` gives, with the same hashes."""
+    stored = np.concatenate([np.array(document, "<u2") for document in DOCUMENTS])
+    ends = np.cumsum([len(document) for document in DOCUMENTS])
     with TokenShardWriter(tmp_path / "pieces", "<u2") as writer:
-        for begin in range(0, len(stored), 6):
-            writer.write(stored[begin : begin + 6])
-        writer.end_documents(np.array([len(document) for document in DOCUMENTS]))
+        for begin in range(0, len(stored), 3):
+            inside = ends[(ends > begin) & (ends <= begin + 3)]
+            writer.write(stored[begin : begin + 3].tobytes(), inside - begin)
         pieces = writer.finish()
     with TokenShardWriter(tmp_path / "whole", "<u2") as writer:
         for document in DOCUMENTS:
@@ -99,7 +99,7 @@ def test_ids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
                 writer.add(wrong)
     with TokenShardWriter(tmp_path / "a", "uint16") as writer:
         with pytest.raises(UserError, match="a document of 2147483648 tokens is longer"):
-            writer.end_documents(np.array([3, 1 << 31]))
+            writer.write(b"", np.array([3, 3 + (1 << 31)]))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("limit", "documents"), [(100_000, 1), (100_000, 60_000)])
-def test_a_full_disk_leaves_nothing(tmp_path: Path, repository: Path, limit: int, documents: int) -> None:
+def test_a_full_disk_leaves_nothing(tmp_path: Path, limit: int, documents: int) -> None:
     """The system refuses files over `limit` bytes: first the .bin is too large, then only the index."""
     code = """
 import resource, signal, sys
@@ -126,7 +126,6 @@ try:
 except UserError as error:
     print(error)
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "a"), str(limit), str(documents)]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
-    assert f"{tmp_path / 'a'}: cannot be written (File too large)" in done.stdout
+    said = run_python(code, tmp_path / "a", limit, documents)
+    assert f"{tmp_path / 'a'}: cannot be written (File too large)" in said
     assert list(tmp_path.iterdir()) == []

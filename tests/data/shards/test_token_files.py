@@ -6,8 +6,6 @@ import json
 import os
 import random
 import struct
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from mf_train.data.shards.shard import TokenShardWriter
 from mf_train.data.shards.token_files import MANIFEST_FORMAT, TokenFiles, open_token_files
 from mf_train.errors import UserError
 from tests.data.shards.test_shard import megatron  # noqa: F401 (a fixture)
+from tests.processes import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron")
 END, VOCABULARY = 0, 120
@@ -334,7 +333,7 @@ def test_a_file_cut_while_it_is_read_is_an_error(tmp_path: Path) -> None:
         source.read([200], 0, 100)
 
 
-def test_more_shards_than_descriptors(tmp_path: Path, repository: Path) -> None:
+def test_more_shards_than_descriptors(tmp_path: Path) -> None:
     documents = [[i % 100 + 1] for i in range(600)]
     write_shards(tmp_path, documents, shards=300)
     code = """
@@ -347,10 +346,8 @@ source = open_token_files(paths, 0, 120, "raise", "name", "key", "")
 for _ in range(2):
     print(*source.read(range(599, -1, -1), 0, 10000).tokens[::2].tolist())
 """
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
     expected = " ".join(str(document[0]) for document in reversed(documents))
-    assert done.stdout.splitlines() == [expected, expected]
+    assert run_python(code, tmp_path).splitlines() == [expected, expected]
 
 
 def test_opening_reads_no_index_whole(tmp_path: Path) -> None:
@@ -373,8 +370,8 @@ def test_opening_reads_no_index_whole(tmp_path: Path) -> None:
 def test_a_long_document_is_read_in_bounded_memory(tmp_path: Path) -> None:
     with TokenShardWriter(tmp_path / "a", "uint16") as writer:
         for part in range(20):
-            writer.write(np.full(10**6, part + 1, np.uint16).tobytes())
-        writer.end_documents(np.array([20 * 10**6]))
+            ends = np.array([10**6] if part == 19 else [])
+            writer.write(np.full(10**6, part + 1, np.uint16).tobytes(), ends)
         writer.finish()
     source = open_paths([tmp_path / "a.bin"])
     tracemalloc.start()

@@ -107,8 +107,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     documents = ((7 * numbers + np.arange(1024, dtype=np.uint32)) % 4095 + 1).astype(np.uint16)
     documents[:, -1] = 0
     with TokenShardWriter(folder / "0000", "uint16") as writer:
-        writer.write(documents.tobytes())
-        writer.end_documents(np.full(SHARD_DOCUMENTS, documents.shape[1]))
+        writer.write(documents.tobytes(), documents.shape[1] * np.arange(1, SHARD_DOCUMENTS + 1))
         writer.finish()
     for number in range(1, FILES):
         for suffix in (".bin", ".idx"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from tests.data.stream.reference import reference_batches
 from tests.data.texts import random_documents, write_json_lines
+from tests.processes import start_python
 
 SEQUENCE = 23
 BATCH = 8
@@ -197,19 +196,9 @@ print(json.dumps([rows_digest(stream.row_numbers, stream.next_batch()) for _ in 
 """
 
 
-def test_processes_that_open_a_source_at_once(repository: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_processes_that_open_a_source_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", random_documents(20_000, seed=4, longest=40))
-    command = [sys.executable, "-c", RANK, str(tokenizer.path), path]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), "4"],
-            cwd=repository,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(4)
-    ]
+    ranks = [start_python(RANK, tokenizer.path, path, rank, 4) for rank in range(4)]
     parts = []
     for rank in ranks:
         out, err = rank.communicate(timeout=120)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +16,7 @@ from mf_train.data.text.hub import HubDocuments, open_hub
 from mf_train.data.text.store import open_documents
 from mf_train.errors import UserError
 from tests.data.texts import random_documents
+from tests.processes import run_python
 
 TEXTS = ["2024-01-01 12:00:00", "", "é🎉\n\tz\u2028 \u2581", "17", "null"]
 
@@ -80,7 +78,7 @@ def test_it_is_what_the_text_store_is(tmp_path: Path) -> None:
     assert len(HubDocuments("empty", [])) == 0
 
 
-def test_an_unreachable_hub_is_named(repository: Path) -> None:
+def test_an_unreachable_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 from mf_train.config import SourceConfig
 from mf_train.data.text.hub import open_hub
@@ -90,9 +88,7 @@ try:
 except UserError as error:
     print(error)
 """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # read when huggingface_hub is imported
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, env=environment, cwd=repository, capture_output=True, text=True, check=True
-    )
-    assert re.fullmatch(r"data.train\[1\].hub: nobody/nothing-here .* cannot be loaded: .*\n", done.stdout)
+    with monkeypatch.context() as offline:
+        offline.setenv("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+        said = run_python(code)
+    assert re.fullmatch(r"data.train\[1\].hub: nobody/nothing-here .* cannot be loaded: .*\n", said)

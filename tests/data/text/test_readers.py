@@ -7,8 +7,6 @@ import json
 import os
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +19,7 @@ from mf_train.data.text import readers
 from mf_train.data.text.readers import read_documents
 from mf_train.errors import UserError
 from tests.data.texts import json_lines
+from tests.processes import run_python
 
 # the second column changes type from line to line, as metadata does; the texts look like other types
 LINES = b"".join(
@@ -343,12 +342,10 @@ except OSError as error:
 
 
 @pytest.mark.parametrize("whose", ["Arrow", "Python"])
-def test_too_little_memory_is_no_damage(whose: str, tmp_path: Path, repository: Path) -> None:
+def test_too_little_memory_is_no_damage(whose: str, tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a" * (100 << 20)]}), path, compression="zstd", use_dictionary=False)
-    command = [sys.executable, "-c", SHORT_OF_MEMORY, str(path), whose]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
-    assert done.stdout == f"[Errno 12] Cannot allocate memory: '{path}'\n", done.stderr
+    assert run_python(SHORT_OF_MEMORY, path, whose) == f"[Errno 12] Cannot allocate memory: '{path}'\n"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])

@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from mf_train.data.text import store as text_store
 from mf_train.data.text.store import StoredDocuments, open_documents, parts_of, prepare_part
 from mf_train.errors import UserError
 from tests.data.texts import json_lines, random_documents, write_json_lines
+from tests.processes import result, start_python
 
 TEXTS = ["2024-01-01 12:00:00", "é🎉\n\tz\u2028 \u2581", "17", "null"]
 
@@ -206,17 +206,8 @@ except UserError as error:
 """
 
 
-def start(repository: Path, path: Path, cache: Path, code: str = OPEN) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", code, str(path), str(cache)]
-    return subprocess.Popen(
-        command, cwd=repository, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def result(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
+def start(path: Path | str, cache: Path, code: str = OPEN) -> subprocess.Popen[str]:
+    return start_python(code, path, cache)
 
 
 @pytest.fixture
@@ -245,8 +236,8 @@ path, cache =""",
 )
 
 
-def test_processes_share_the_work(corpus: Path, tmp_path: Path, repository: Path) -> None:
-    processes = [start(repository, corpus, tmp_path / "cache", COUNTING) for _ in range(4)]
+def test_processes_share_the_work(corpus: Path, tmp_path: Path) -> None:
+    processes = [start(corpus, tmp_path / "cache", COUNTING) for _ in range(4)]
     results, written = zip(*(result(process).splitlines() for process in processes), strict=True)
     assert len(set(results)) == 1 and results[0].startswith("4000 ")
     assert sum(map(int, written)) == len(list((tmp_path / "cache" / "text").glob("*.meta")))
@@ -270,13 +261,13 @@ path, cache =""",
 
 
 def test_a_killed_process_does_not_hold_up_the_others(
-    corpus: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_store, "_PART_BYTES", 100_000)
     parts = len(parts_of(find_files(str(corpus), "k")))
-    killed = start(repository, corpus, tmp_path / "cache", HANGING)
+    killed = start(corpus, tmp_path / "cache", HANGING)
     assert killed.stdout is not None and killed.stdout.readline() == "hanging\n"
-    waiting = start(repository, corpus, tmp_path / "cache")
+    waiting = start(corpus, tmp_path / "cache")
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "cache" / "text").glob("*.meta"))) < parts - 1:
         assert time.monotonic() < deadline, "it waits though there is more to do"
@@ -291,10 +282,10 @@ def test_a_killed_process_does_not_hold_up_the_others(
 
 
 def test_another_node_is_not_written_over(
-    corpus: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where locks hold within a node only, two may write the same part: under names of their own."""
-    other = start(repository, corpus, tmp_path / "cache", HANGING)
+    other = start(corpus, tmp_path / "cache", HANGING)
     assert other.stdout is not None and other.stdout.readline() == "hanging\n"
     other.send_signal(signal.SIGKILL)
     other.communicate()
@@ -303,7 +294,7 @@ def test_another_node_is_not_written_over(
     assert all(found.name.endswith(f".{socket.gethostname()}.tmp") for found in temporaries)
     for found in temporaries:
         found.rename(str(found).replace(socket.gethostname(), "another-node"))
-    assert result(start(repository, corpus, tmp_path / "cache")).startswith("4000 ")
+    assert result(start(corpus, tmp_path / "cache")).startswith("4000 ")
     left = [found.name for found in (tmp_path / "cache" / "text").glob("*.tmp")]
     assert len(left) == 2 and all("another-node" in name for name in left)
 
@@ -323,9 +314,9 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
 )
 
 
-def test_a_file_system_without_locks_is_named(corpus: Path, tmp_path: Path, repository: Path) -> None:
+def test_a_file_system_without_locks_is_named(corpus: Path, tmp_path: Path) -> None:
     """A soft lock would be left for ever by a process that is killed."""
-    printed = result(start(repository, corpus, tmp_path / "cache", NO_FLOCK))
+    printed = result(start(corpus, tmp_path / "cache", NO_FLOCK))
     assert re.fullmatch(
         r"UserError: the cache .*/cache/text cannot be used \(flock: Function not implemented\): "
         r"set data\.cache to a folder on a disk of the node, or on a file system that has flock\n",
@@ -339,15 +330,15 @@ FULL = (
 )
 
 
-def test_a_full_disk_is_named(corpus: Path, tmp_path: Path, repository: Path) -> None:
+def test_a_full_disk_is_named(corpus: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for it."""
-    printed = result(start(repository, corpus, tmp_path / "cache", FULL))
+    printed = result(start(corpus, tmp_path / "cache", FULL))
     assert printed == (
         f"UserError: the cache {tmp_path}/cache/text cannot be used (it is full): "
         "set data.cache to a folder with enough free space\n"
     )
     assert {found.suffix for found in (tmp_path / "cache" / "text").iterdir()} == {".lock"}
-    assert result(start(repository, corpus, tmp_path / "cache")).startswith("4000 ")
+    assert result(start(corpus, tmp_path / "cache")).startswith("4000 ")
 
 
 def test_an_unusable_cache_is_named(tmp_path: Path) -> None:
@@ -402,37 +393,35 @@ def _write_long_documents(folder: Path, size: int) -> tuple[list[Path], list[Pat
     return texts, lines
 
 
-def _growth(
-    limit: int, paths: list[Path], cache: Path, repository: Path
-) -> tuple[list[int], list[int], list[int]]:
+def _growth(limit: int, paths: list[Path], cache: Path) -> tuple[list[int], list[int], list[int]]:
     """Of each file: documents, the bytes of the longest, and kB by which opening it raised the process's peak."""
     code = MEMORY.replace("LIMIT", str(limit))
-    process = start(repository, Path(":".join(map(str, paths))), cache, code)
+    process = start(":".join(map(str, paths)), cache, code)
     counts, longest, growth = zip(
         *[map(int, line.split()) for line in result(process).splitlines()], strict=True
     )
     return list(counts), list(longest), list(growth)
 
 
-def _check_memory(size: int, tmp_path: Path, repository: Path) -> None:
+def _check_memory(size: int, tmp_path: Path) -> None:
     texts, lines = _write_long_documents(tmp_path, size)
-    counts, longest, growth = _growth(10_000_000, texts + lines, tmp_path / "limited", repository)
+    counts, longest, growth = _growth(10_000_000, texts + lines, tmp_path / "limited")
     assert counts == [1, 1, 2, 2, 1, 2, 1, 1]  # the long lines are left out
     assert [length > 0.95 * size for length in longest] == [True] * 2 + [False] * 6
     assert sum(growth) < 96 << 10, f"kB: {growth}"
-    counts, longest, growth = _growth(readers.LONGEST_LINE_BYTES, lines, tmp_path / "cache", repository)
+    counts, longest, growth = _growth(readers.LONGEST_LINE_BYTES, lines, tmp_path / "cache")
     assert counts == [3, 3, 2, 2, 2, 2]
     assert [length > 0.95 * size for length in longest] == [True, True, False, False, True, True]
     assert sum(growth) < 15 * size >> 10, f"kB: {growth}"
 
 
-def test_long_documents_need_bounded_memory(tmp_path: Path, repository: Path) -> None:
-    _check_memory(30_000_000, tmp_path, repository)
+def test_long_documents_need_bounded_memory(tmp_path: Path) -> None:
+    _check_memory(30_000_000, tmp_path)
 
 
 @pytest.mark.slow
-def test_very_long_documents_need_bounded_memory(tmp_path: Path, repository: Path) -> None:
-    _check_memory(150_000_000, tmp_path, repository)
+def test_very_long_documents_need_bounded_memory(tmp_path: Path) -> None:
+    _check_memory(150_000_000, tmp_path)
 
 
 def test_a_line_over_the_limit_counts_as_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,11 @@ from mf_train.data.sources import open_source
 from mf_train.data.stream.stream import TokenStream
 from mf_train.data.text.store import prepare_part
 from mf_train.data.tokenize.command import tokenize
-from mf_train.data.tokenize.worker import Encode, TokenizeWorker
+from mf_train.data.tokenize.worker import Encode, Workers
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import TrainingError, UserError
 from tests.data.texts import json_lines, random_documents, write_json_lines
+from tests.processes import is_running, result, start_python, wait_until
 
 TEXTS = random_documents(300, seed=7)
 SHARD_BYTES = 20_000
@@ -123,11 +122,11 @@ def test_both_roads_give_the_same_batches(
 
 
 def test_long_documents_are_cut_into_the_segments_of_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Two megabytes without a space: where it is cut shows in the tokens."""
+    """Several megabytes without a space: where it is cut shows in the tokens, also between two workers' ranges."""
     random_state = np.random.default_rng(0)
-    long = "".join(random_state.choice(list("abcdé"), 700_000).tolist())
+    long = "".join(random_state.choice(list("abcdé"), 2_000_000).tolist())
     path = write_json_lines(tmp_path / "a.jsonl", ["short", long, "last one"])
-    make(configure(tokenizer, [path]), tmp_path / "out")
+    make(configure(tokenizer, [path]), tmp_path / "out", workers=2)
     raw = open_source(SourceConfig(path=path), "k", DataConfig(cache=str(tmp_path / "cache")), tokenizer)
     assert documents_of(open_output(tmp_path / "out" / "train-0", tokenizer)) == documents_of(raw)
 
@@ -196,7 +195,6 @@ import sys
 from pathlib import Path
 from mf_train.config import Config, DataConfig, SourceConfig, TokenizerConfig
 from mf_train.data.tokenize.command import tokenize
-from mf_train.data.tokenize.worker import Encode, TokenizeWorker
 tokenizer, text, output, shard_bytes = sys.argv[1:]
 config = Config(data=DataConfig(train=(SourceConfig(path=text),)), tokenizer=TokenizerConfig(path=tokenizer))
 try:
@@ -215,27 +213,15 @@ def long_text(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
 
 
-def start_run(repository: Path, tokenizer: Tokenizer, text: str, output: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", RUN, str(tokenizer.path), text, str(output), "1000000"]
-    return subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True)
+def start_run(
+    tokenizer: Tokenizer, text: str, output: Path, code: str = RUN, **options: Any
+) -> subprocess.Popen[str]:
+    """Tokenise `text` with two workers to shards of a megabyte."""
+    return start_python(code, tokenizer.path, text, output, 1_000_000, **options)
 
 
 def children_of(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-
-
-def wait_until(done: Any, what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
-def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def finished_shards(output: Path) -> Iterator[Path]:
@@ -246,10 +232,10 @@ def finished_shards(output: Path) -> Iterator[Path]:
             yield output / "train-0" / f"{record['shard']['name']}.bin"
 
 
-def test_a_killed_run_goes_on(repository: Path, tokenizer: Tokenizer, long_text: str, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(tokenizer: Tokenizer, long_text: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     shared = set(os.listdir("/dev/shm"))
-    process = start_run(repository, tokenizer, long_text, output)
+    process = start_run(tokenizer, long_text, output)
     wait_until(lambda: len(list(finished_shards(output))) >= 2, "no shard was made")
     workers = children_of(process.pid)
     assert len(workers) == 2
@@ -273,10 +259,8 @@ def test_a_killed_run_goes_on(repository: Path, tokenizer: Tokenizer, long_text:
     assert not list(output.rglob("*.partial")) and not (output / ".text").exists()
 
 
-def test_a_killed_worker_is_an_error(
-    repository: Path, tokenizer: Tokenizer, long_text: str, tmp_path: Path
-) -> None:
-    process = start_run(repository, tokenizer, long_text, tmp_path / "out")
+def test_a_killed_worker_is_an_error(tokenizer: Tokenizer, long_text: str, tmp_path: Path) -> None:
+    process = start_run(tokenizer, long_text, tmp_path / "out")
     wait_until(lambda: list(finished_shards(tmp_path / "out")), "no shard was made")
     worker, other = children_of(process.pid)
     os.kill(worker, signal.SIGKILL)
@@ -289,16 +273,12 @@ def test_a_killed_worker_is_an_error(
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_an_interrupted_run_ends_its_workers(
-    repository: Path, tokenizer: Tokenizer, long_text: str, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_ends_its_workers(tokenizer: Tokenizer, long_text: str, tmp_path: Path) -> None:
     """As at a terminal, where the interrupt reaches every process of the group."""
-    command = [sys.executable, "-c", RUN, str(tokenizer.path), long_text, str(tmp_path / "out"), "1000000"]
-    process = subprocess.Popen(
-        command,
-        cwd=repository,
-        stderr=subprocess.PIPE,
-        text=True,
+    process = start_run(
+        tokenizer,
+        long_text,
+        tmp_path / "out",
         start_new_session=True,
         # what a shell starts in the background ignores interrupts, and so would this
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -313,24 +293,24 @@ def test_an_interrupted_run_ends_its_workers(
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_a_document(repository: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_a_document(tokenizer: Tokenizer, tmp_path: Path) -> None:
     code = """
-from mf_train.data.tokenize.worker import TokenizeWorker
+from mf_train.data.tokenize.worker import Workers
 def peak(process):
     (line,) = (line for line in open(f"/proc/{process}/status") if line.startswith("VmHWM"))
     return int(line.split()[1])
-def close(self, close=TokenizeWorker.close):
-    peaks.append(peak(self.process.pid))
+def close(self, close=Workers.close):
+    peaks.extend(peak(child.process.pid) for child in self._children)
     close(self)
-TokenizeWorker.close = close
+Workers.close = close
 peaks = []
 """ + RUN + "print(peak('self'), max(peaks))"  # fmt: skip
     peaks = []
     for name, size in (("small", 10_000), ("large", 30_000_000)):
-        path = write_json_lines(tmp_path / f"{name}.jsonl", ["a few words of it " * (size // 18)] * 2)
-        command = [sys.executable, "-c", code, str(tokenizer.path), path, str(tmp_path / name), "1000000"]
-        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
-        peaks.append([int(kilobytes) for kilobytes in done.stdout.splitlines()[-1].split()])
+        path = str(tmp_path / f"{name}.txt")  # a line of JSON is parsed as a whole
+        Path(path).write_text("a few words of it " * (size // 18))
+        said = result(start_run(tokenizer, path, tmp_path / name, code))
+        peaks.append([int(kilobytes) for kilobytes in said.splitlines()[-1].split()])
     (command_small, worker_small), (command_large, worker_large) = peaks
     assert command_large - command_small < 64 << 10
     assert worker_large - worker_small < 64 << 10
@@ -471,9 +451,7 @@ def test_sources_without_text(output: Path, text: str, tokenizer: Tokenizer, tmp
 
 
 @pytest.mark.parametrize(("limit", "where"), [(20_000, ".text"), (60_000, "train-0/000000")])
-def test_a_full_disk(
-    repository: Path, tokenizer: Tokenizer, text: str, tmp_path: Path, limit: int, where: str
-) -> None:
+def test_a_full_disk(tokenizer: Tokenizer, text: str, tmp_path: Path, limit: int, where: str) -> None:
     """The system refuses larger files: first the text is one, then the shard."""
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n" + RUN
     path = text
@@ -484,9 +462,8 @@ def test_a_full_disk(
         code = code.replace(
             "import sys", "import sys, mf_train.data.text.store as s; s._PART_BYTES = 10_000", 1
         )
-    command = [sys.executable, "-c", code, str(tokenizer.path), path, str(tmp_path / "out"), "1000000"]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"UserError {tmp_path / 'out' / where}: cannot be written (File too large)")
+    said = result(start_run(tokenizer, path, tmp_path / "out", code))
+    assert said.startswith(f"UserError {tmp_path / 'out' / where}: cannot be written (File too large)")
     assert not list((tmp_path / "out" / "train-0").glob("*.bin")) and not list(tmp_path.rglob("*.partial"))
 
 
@@ -515,15 +492,12 @@ def test_the_command(
     assert ended.value.code == 2 and "gone.jsonl" in capsys.readouterr().err
 
 
-def test_progress_on_a_terminal(
-    repository: Path, tokenizer: Tokenizer, long_text: str, tmp_path: Path
-) -> None:
+def test_progress_on_a_terminal(tokenizer: Tokenizer, long_text: str, tmp_path: Path) -> None:
     """One line that is written over."""
     import pty
 
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", RUN, str(tokenizer.path), long_text, str(tmp_path / "out"), "1000000"]
-    process = subprocess.Popen(command, cwd=repository, stdout=subprocess.DEVNULL, stderr=theirs)
+    process = start_run(tokenizer, long_text, tmp_path / "out", stdout=subprocess.DEVNULL, stderr=theirs)
     os.close(theirs)
     shown = b""
     try:
@@ -543,23 +517,21 @@ def test_errors_of_workers_keep_their_kind(tokenizer: Tokenizer, text: str, tmp_
     gone = dataclasses.replace(part, path=tmp_path / "gone")
     cases: list[tuple[Encode, type[Exception], str]] = [
         (
-            Encode(SourceConfig(hub=str(tmp_path / "no")), "data.train[0]", "raise", 0, 1, "<u2"),
+            Encode(SourceConfig(hub=str(tmp_path / "no")), "data.train[0]", "raise", (0, 0), (1, 0), "<u2"),
             UserError,
             r"data.train\[0\].hub: .* cannot be loaded",
         ),
-        (Encode(gone, "data.train[0]", "raise", 0, 1, "<u2"), OSError, "No such file .*gone"),
+        (Encode(gone, "data.train[0]", "raise", (0, 0), (1, 0), "<u2"), OSError, "No such file .*gone"),
         (
-            Encode(part, "k", "raise", 0, 1, "words"),
+            Encode(part, "k", "raise", (0, 0), (1, 0), "words"),
             TrainingError,
             "a process failed while it tokenised documents 0 to 0",
         ),
     ]
-    worker = TokenizeWorker(str(tokenizer.path))
+    workers = Workers(1, str(tokenizer.path))
     try:
         for task, kind, message in cases:
-            worker.start(task)
             with pytest.raises(kind, match=message):
-                worker.read()
-            worker.task = None
+                workers.submit(task).result()
     finally:
-        worker.close()
+        workers.close()

@@ -7,7 +7,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from mf_train.data.stream.stream import TokenStream
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.data.workers.batches import BatchReader
 from tests.data.texts import random_documents, write_json_lines
+from tests.processes import is_running, wait_until
 
 # A trainer without a model. It says which processes its workers are, gives batches and does what it is told.
 TRAINER = """
@@ -94,20 +94,8 @@ def environment(repository: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(repository)}
 
 
-def is_running(process: int) -> bool:
-    """Whether there is such a process that has not ended; one that nobody has waited for has ended."""
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
-
-
 def wait_for_end(processes: Sequence[int]) -> None:
-    deadline = time.monotonic() + 10
-    while any(map(is_running, processes)):
-        assert time.monotonic() < deadline, f"{processes} are still there"
-        time.sleep(0.02)
+    wait_until(lambda: not any(map(is_running, processes)), f"{processes} are still there", 10)
 
 
 def shared_memory(process: int) -> list[str]:

@@ -22,10 +22,11 @@ from mf_train.errors import TrainingError, UserError
 from mf_train.standalone.conversion import check, weights
 from mf_train.standalone.conversion.certificate import hash_files
 from mf_train.standalone.conversion.check import (
+    BY_CERTIFICATE,
     check_conversion,
+    differing,
     differing_figures,
     differing_from_checkpoint,
-    differing_hashes,
 )
 from mf_train.standalone.conversion.convert import convert, open_checkpoint
 from mf_train.standalone.conversion.proof import prove
@@ -39,7 +40,13 @@ from mf_train.standalone.conversion.weights import Stored
 from mf_train.standalone.exported.names import PARAMETER_PREFIX
 from mf_train.standalone.folder import CERTIFICATE, DTYPES, SINGLE, open_tensors
 from mf_train.standalone.use.load import load_model
-from tests.standalone.checkpoints import random_weights, records, write_checkpoint, write_tensors
+from tests.standalone.checkpoints import (
+    certificate_of,
+    random_weights,
+    renew_manifest,
+    write_checkpoint,
+    write_tensors,
+)
 
 SMALL = ModelConfig(
     hidden_size=32, num_layers=2, num_heads=4, bits=2, vocab_size=4096, sequence_length=24, temperature=1.5
@@ -115,7 +122,7 @@ def bfloat16_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
     tree = yaml.safe_load((folder / CONFIG).read_text())
     tree["training"]["precision"] = "bfloat16"
     (folder / CONFIG).write_text(yaml.safe_dump(tree))
-    repair_manifest(folder)
+    renew_manifest(folder)
     return folder
 
 
@@ -131,14 +138,9 @@ def good(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.fixture(scope="module")
 def converted(checkpoint: Path) -> dict[str, dict[str, str]]:
     """The tensors' hashes that the checkpoint gives in each dtype."""
-    return {dtype: check.converted_hashes(CheckpointReader(checkpoint), dtype) for dtype in DTYPES}
-
-
-def repair_manifest(checkpoint: Path) -> None:
-    manifest = read_manifest(checkpoint, check_sizes=False)
-    manifest.files.clear()
-    manifest.files.update(records(checkpoint))
-    (checkpoint / MANIFEST).write_text(manifest.to_json())
+    reader = CheckpointReader(checkpoint)
+    tensors = {dtype: weights.stored_tensors(reader.shapes, getattr(torch, dtype)) for dtype in DTYPES}
+    return {dtype: weights.convert_weights(reader, tensors[dtype], lambda *_: None) for dtype in DTYPES}
 
 
 def damage_tensors(model: Path, damage: Damage) -> set[str]:
@@ -163,23 +165,18 @@ def repair_certificate(model: Path) -> None:
     (model / CERTIFICATE).write_text(json.dumps(tree))
 
 
-def certificate_of(model: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads((model / CERTIFICATE).read_text())
-    return tree
-
-
 def by_hash(model: Path) -> list[str]:
     """First line of defence."""
     tree = certificate_of(model)
     found = check.hash_tensors(model) | dict(hash_files(model))
-    return list(differing_hashes(tree["tensors"] | tree["files"], found))
+    return list(differing(found, tree["tensors"] | tree["files"], BY_CERTIFICATE))
 
 
 def by_conversion(checkpoint: Path, model: Path) -> list[str]:
     """Second line of defence."""
     reader, config = open_checkpoint(checkpoint)
-    tensors, files = check.hash_tensors(model), dict(hash_files(model))
-    return list(differing_from_checkpoint(reader, config, certificate_of(model), tensors, files))
+    found = check.hash_tensors(model) | dict(hash_files(model))
+    return list(differing_from_checkpoint(reader, config, certificate_of(model), found))
 
 
 def by_results(checkpoint: Path, model: Path) -> str:

@@ -8,10 +8,7 @@ import math
 import re
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mf_train.checkpoint.layout import MANIFEST, PROBE, read_manifest
+from mf_train.checkpoint.layout import PROBE
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import ModelConfig
@@ -32,18 +29,14 @@ from mf_train.standalone.folder import CERTIFICATE, SINGLE
 from mf_train.standalone.use.load import load_model
 from tests.examples import examples
 from tests.model.reference import logits_of
-from tests.standalone.checkpoints import random_weights, records, write_checkpoint
+from tests.processes import run_python
+from tests.standalone.checkpoints import certificate_of, random_weights, renew_manifest, write_checkpoint
 from tests.standalone.conftest import Trained
-from tests.training.runs import environment, read_metrics
+from tests.training.runs import read_metrics
 
 SMALL = ModelConfig(
     hidden_size=32, num_layers=1, num_heads=4, bits=2, vocab_size=4096, sequence_length=24, temperature=1.5
 )
-
-
-def certificate_of(folder: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads((folder / CERTIFICATE).read_text())
-    return tree
 
 
 def stored(path: Path) -> dict[str, tuple[str, bytes]]:
@@ -202,16 +195,8 @@ assert not present & {"deepspeed", "megatron", "datasets", "transformers"}, pres
 assert not torch.distributed.is_initialized()
 """
     (tmp_path / "empty").mkdir()  # an empty folder is taken
-    arguments = ["convert", str(float32_two.run), str(tmp_path / "empty"), "--dtype", "bfloat16"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 6 and "in bfloat16" in done.stdout
+    said = run_python(code, "convert", float32_two.run, tmp_path / "empty", "--dtype", "bfloat16")
+    assert len(said.splitlines()) == 6 and "in bfloat16" in said
     assert {kind for kind, _ in stored(tmp_path / "empty" / SINGLE).values()} == {"BF16"}
 
 
@@ -271,16 +256,9 @@ def test_a_damaged_checkpoint_is_named(
     else:
         path.write_bytes(data.replace(b"num_layers: 1", b"num_layers: 2"))
     if damage.endswith("recorded"):
-        record_files(checkpoint)
+        renew_manifest(checkpoint)
     said = refused(checkpoint, tmp_path / "out")
     assert message in said and checkpoint.name in said
-
-
-def record_files(checkpoint: Path) -> None:
-    """Sizes and checksums as they are now."""
-    manifest = read_manifest(checkpoint, check_sizes=False)
-    manifest.files.update(records(checkpoint))
-    (checkpoint / MANIFEST).write_text(manifest.to_json())
 
 
 @pytest.mark.parametrize("recorded", [False, True])
@@ -296,7 +274,7 @@ def test_a_model_that_is_not_the_trained_one_is_not_written(
     if not recorded:
         assert "damaged (its checksum differs" in refused(checkpoint, tmp_path / "out", UserError, dtype)
         return
-    record_files(checkpoint)
+    renew_manifest(checkpoint)
     said = refused(checkpoint, tmp_path / "out", TrainingError, dtype)
     assert re.search(
         r"logits differ from the trainer's by [\d.e+]+ \(allowed: [\d.e-]+\) and \d+ of", said
@@ -311,15 +289,8 @@ from mf_train.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 main(sys.argv[1:])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, "convert", str(checkpoint), str(tmp_path / "out"), "--dtype", dtype],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1, done.stderr
-    (line,) = done.stderr.splitlines()
+    said = run_python(code, "convert", checkpoint, tmp_path / "out", "--dtype", dtype, status=1)
+    (line,) = said.splitlines()
     assert line.startswith("memoryformer: ") and "large" in line
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,24 +18,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mf_train.checkpoint.layout import PROBE
-from mf_train.checkpoint.read import CheckpointReader
 from mf_train.cli import main
 from mf_train.config import ModelConfig
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import TrainingError, UserError
-from mf_train.model import MemoryFormer
 from mf_train.model.quantized import Int8Head, Int8Lookup, quantize_rows, scales_name
 from mf_train.standalone.conversion.convert import convert
-from mf_train.standalone.conversion.weights import copy_weights
 from mf_train.standalone.exported.names import PARAMETER_PREFIX
-from mf_train.standalone.folder import CERTIFICATE, INDEX, SINGLE
+from mf_train.standalone.folder import CERTIFICATE, SINGLE
 from mf_train.standalone.use.evaluate import evaluate
 from mf_train.standalone.use.generate import generate
 from mf_train.standalone.use.load import load_model
 from tests.model.reference import logits_of
-from tests.standalone.checkpoints import random_weights, write_checkpoint
+from tests.processes import run_python
+from tests.standalone.checkpoints import certificate_of, random_weights, write_checkpoint
 from tests.standalone.conftest import Trained
-from tests.training.runs import environment
 
 CONFIG = ModelConfig(
     hidden_size=64, num_layers=2, num_heads=4, bits=4, vocab_size=4096, sequence_length=24, temperature=1.5
@@ -148,7 +143,7 @@ def test_the_rows_stand_for_the_models_weights(folder: Path) -> None:
 
 
 def test_the_certificate_gives_the_loss(folder: Path, checkpoint: Path, said: list[str]) -> None:
-    certificate = json.loads((folder / CERTIFICATE).read_text())
+    certificate = certificate_of(folder)
     assert certificate["dtype"] == "int8"
     tensors = load_file(folder / SINGLE)
     assert certificate["tensors"] == {
@@ -177,7 +172,7 @@ def test_the_certificate_gives_the_loss(folder: Path, checkpoint: Path, said: li
 
 def test_a_trained_model_keeps_its_loss(float32_one: Trained, tmp_path: Path) -> None:
     list(convert(float32_one.run, tmp_path / "model", "int8"))
-    probe = json.loads((tmp_path / "model" / CERTIFICATE).read_text())["probe"]
+    probe = certificate_of(tmp_path / "model")["probe"]
     assert abs(probe["loss_difference"]) < 0.01 and 0 < probe["divergence"] < 1e-3
     losses = [
         float(next(evaluate(folder, [str(float32_one.text)], sequences=4)).split()[1])
@@ -206,23 +201,6 @@ def test_every_degree_converts_to_the_same_bytes(config: ModelConfig, tmp_path: 
         assert start % math.gcd(end - start, 64) == start % tensor.element_size() == 0, name
         assert (tensor.data_ptr() - start) % 64 == 0  # mapped, and aligned in memory as in the file
     assert any(start % 64 for start in starts) == (config is ODD)
-
-
-def test_shards(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
-    for path in folder.iterdir():
-        if path.name != SINGLE:
-            (tmp_path / path.name).symlink_to(path)
-    digests = copy_weights(CheckpointReader(checkpoint), tmp_path, torch.int8, shard_bytes=150_000)
-    assert digests == json.loads((folder / CERTIFICATE).read_text())["tensors"]
-    index = json.loads((tmp_path / INDEX).read_text())
-    whole = load_file(folder / SINGLE)
-    assert len(set(index["weight_map"].values())) > 3
-    assert index["metadata"] == {
-        "total_size": sum(value.nbytes for value in whole.values()),
-        "total_parameters": sum(parameter.numel() for parameter in MemoryFormer(CONFIG).parameters()),
-    }
-    loaded = load_model(tmp_path).state_dict()
-    assert all(torch.equal(loaded[name.removeprefix(PARAMETER_PREFIX)], whole[name]) for name in whole)
 
 
 MAPPED = """
@@ -259,15 +237,7 @@ def test_files_are_mapped_and_shared(dtype: str, checkpoint: Path, tmp_path: Pat
     total = sum(
         int(tensor.view(torch.uint8).max() >= 0) * tensor.nbytes for tensor in held.state_dict().values()
     )
-    done = subprocess.run(
-        [sys.executable, "-c", MAPPED, str(tmp_path / "model")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    loaded, used = json.loads(done.stdout)
+    loaded, used = json.loads(run_python(MAPPED, tmp_path / "model"))
     assert loaded["Rss:"] * 1024 < total < used["Rss:"] * 1024  # nothing is read before it is used
     assert used["Anonymous:"] == 0  # no page was copied
     assert used["Shared_Clean:"] + used["Shared_Dirty:"] >= 0.9 * used["Rss:"]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.memory import BARE, LIMITED
 from mf_train.config import ModelConfig
 from mf_train.config.loading import load_config
+from tests.processes import run_python
 from tests.standalone.checkpoints import write_large
-from tests.training.runs import REPOSITORY, environment
+from tests.training.runs import REPOSITORY
 
 LIMIT = 600e6  # bytes above a Python that has imported torch
 SMALL_LIMIT = 400e6
@@ -21,42 +21,16 @@ SMALL = ModelConfig(
 )
 WIDE = ModelConfig(hidden_size=32, num_layers=1, num_heads=4, bits=2, vocab_size=262_144, sequence_length=128)
 
-_MEASURE = """
-def measure(key):
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
-"""
-_BARE = f"import torch{_MEASURE}print(measure('VmHWM'), measure('VmData'))"
-_RUN = f"""
-import resource, sys
-limit = int(sys.argv.pop(1))
-if limit:
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-from mf_train.cli import main
-{_MEASURE}
-try:
-    main(sys.argv[1:])
-finally:
-    print(measure("VmHWM"))
-"""
 
-
-def run_python(code: str, *arguments: str) -> list[int]:
-    """The numbers in the last line that it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd=REPOSITORY,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [int(number) for number in done.stdout.splitlines()[-1].split()]
+def numbers(code: str, *arguments: object) -> list[int]:
+    """Those in the last line that it prints."""
+    return [int(number) for number in run_python(code, *arguments).splitlines()[-1].split()]
 
 
 @pytest.fixture(scope="module")
 def bare() -> tuple[int, int]:
     """Peak resident and writable private memory of a Python that has imported torch, in bytes."""
-    peak, data = run_python(_BARE)
+    peak, data = numbers(BARE)
     return peak, data
 
 
@@ -70,11 +44,17 @@ def check(checkpoint: Path, folder: Path, bare: tuple[int, int], limit: float) -
         "check": [str(checkpoint), str(model), "--check"],
         "to-checkpoint": [str(model), str(back), "--to-checkpoint", "--tensor", "2"],
     }.items():
-        (peak,) = run_python(_RUN, "0", "convert", *arguments)
+        (peak,) = numbers(LIMITED, 0, "convert", *arguments)
         assert peak - bare[0] < limit, f"{name}: {(peak - bare[0]) / 1e6:.0f} MB above import torch"
     for dtype in ("bfloat16", "int8"):
-        run_python(
-            _RUN, str(bare[1] + int(limit)), "convert", str(checkpoint), str(folder / dtype), "--dtype", dtype
+        numbers(
+            LIMITED,
+            str(bare[1] + int(limit)),
+            "convert",
+            str(checkpoint),
+            str(folder / dtype),
+            "--dtype",
+            dtype,
         )
 
 
@@ -88,7 +68,7 @@ def test_a_large_vocabulary(tmp_path: Path, bare: tuple[int, int]) -> None:
     checkpoint = write_large(tmp_path / "step-000000007", WIDE, 1)
     for dtype in ("float32", "bfloat16"):
         arguments = [str(checkpoint), str(tmp_path / dtype), "--dtype", dtype]
-        (peak,) = run_python(_RUN, "0", "convert", *arguments)
+        (peak,) = numbers(LIMITED, 0, "convert", *arguments)
         assert peak - bare[0] < SMALL_LIMIT, f"{dtype}: {(peak - bare[0]) / 1e6:.0f} MB above import torch"
 
 

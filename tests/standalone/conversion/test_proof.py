@@ -24,7 +24,13 @@ from mf_train.standalone.conversion.check import check_conversion
 from mf_train.standalone.conversion.convert import convert, open_checkpoint
 from mf_train.standalone.conversion.proof import Results, compare, prove, read_probe, subtract
 from mf_train.standalone.conversion.streamed_model import CheckpointWeights, compute, streamed_model
-from tests.standalone.checkpoints import random_weights, records, write_checkpoint, write_tensors
+from tests.standalone.checkpoints import (
+    certificate_of,
+    random_weights,
+    renew_manifest,
+    write_checkpoint,
+    write_tensors,
+)
 
 SMALL = ModelConfig(
     hidden_size=64, num_layers=3, num_heads=4, bits=4, vocab_size=4096, sequence_length=64, temperature=1.5
@@ -48,15 +54,15 @@ def test_measures_are_those_of_float64(tokens: int) -> None:
     before, after = results(1, tokens), results(2, tokens)
     found = compare(before, after)
     a, b = before.logits.double(), after.logits.double()
-    assert found.difference.largest_logit_difference == pytest.approx((a - b).abs().max().item(), rel=1e-6)
+    assert found.largest_logit_difference == pytest.approx((a - b).abs().max().item(), rel=1e-6)
     spread = (a - a.mean(-1, keepdim=True)).square().mean().sqrt()
     expected = ((a - b).square().mean().sqrt() / spread).item()
-    assert found.difference.relative_logit_error == pytest.approx(expected, rel=1e-6)
+    assert found.relative_logit_error == pytest.approx(expected, rel=1e-6)
     changed = {name: int((before.codes[name] != after.codes[name]).sum()) for name in ("a", "b")}
-    assert found.difference.changed == sum(changed.values()) > 0
-    assert found.difference.codes == 8 * tokens
+    assert found.changed == sum(changed.values()) > 0
+    assert found.codes == 8 * tokens
     shares = {"a": changed["a"] / (3 * tokens), "b": changed["b"] / (5 * tokens)}
-    assert found.difference.changed_codes == shares
+    assert found.changed_codes == shares
     a, b = a.log_softmax(-1), b.log_softmax(-1)
     divergence = F.kl_div(b, a, reduction="batchmean", log_target=True).item()
     assert found.divergence == pytest.approx(divergence, rel=1e-9)
@@ -68,7 +74,7 @@ def test_measures_are_those_of_float64(tokens: int) -> None:
 
 def test_equal_results_differ_by_nothing() -> None:
     found = compare(results(1), results(1))
-    assert found.difference.nothing and found.difference.relative_logit_error == 0
+    assert found.nothing and found.relative_logit_error == 0
     assert found.divergence == found.loss_difference == 0
     other = results(1)
     other.logits[3, 4] = math.nan
@@ -106,18 +112,11 @@ def trained_elsewhere(folder: Path, precision: str, size: float) -> Path:
     return folder
 
 
-def renew_manifest(checkpoint: Path) -> None:
-    manifest = read_manifest(checkpoint, check_sizes=False)
-    manifest.files.clear()
-    manifest.files.update(records(checkpoint))
-    (checkpoint / MANIFEST).write_text(manifest.to_json())
-
-
 @pytest.mark.parametrize(("precision", "size"), [("bfloat16", 2**-9), ("float32", 2**-11)])
 def test_another_processors_rounding_is_no_damage(precision: str, size: float, tmp_path: Path) -> None:
     checkpoint = trained_elsewhere(tmp_path / "step-000000007", precision, size)
     said = list(convert(checkpoint, tmp_path / "model"))
-    tree = json.loads((tmp_path / "model" / "certificate.json").read_text())
+    tree = certificate_of(tmp_path / "model")
     replay, probe = tree["replay"], tree["probe"]
     assert not replay["exact"] and 0 < replay["relative_logit_error"] <= replay["allowed_logit_error"] < 0.1
     assert 0 < max(replay["changed_codes"].values()) <= replay["allowed_changed_codes"] < 0.1
@@ -172,7 +171,7 @@ def test_a_float32_run_on_another_cpu_may_round_otherwise(share: float, tmp_path
     renew_manifest(checkpoint)
     if share < 2**-20:
         list(convert(checkpoint, tmp_path / "model"))
-        replay = json.loads((tmp_path / "model" / "certificate.json").read_text())["replay"]
+        replay = certificate_of(tmp_path / "model")["replay"]
         assert replay["exact"] and 1e-5 < replay["largest_logit_difference"] <= replay["allowed_logit_error"]
         said = list(check_conversion(checkpoint, tmp_path / "model"))
         assert said[-1].endswith("in float32")

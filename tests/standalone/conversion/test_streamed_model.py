@@ -184,10 +184,8 @@ def test_rows_are_read_with_or_without_those_between(rows: set[int]) -> None:
         ("index", "model.safetensors.index.json: damaged; convert"),
         ("elsewhere", "index.json: damaged ('../secret.safetensors' is not a file's name)"),
         ("gone", "model-00002-of-"),
-        ("lost", "tensor model.embedding.weight is missing, and config.json asks for torch.float32"),
-        ("shape", "tensor model.embedding.weight is torch.float32 (2, 2), and config.json asks for"),
+        ("lost", "tensor model.embedding.weight is missing, and config.json asks for float32"),
         ("pickle", "not a safetensors file"),
-        ("added", "tensor model.other is torch.float32 (1,), and config.json asks for none"),
         ("place", "tensor model.final_norm.weight is not where it says"),
     ],
 )
@@ -213,10 +211,6 @@ def test_damaged_folders_are_named(
             path.unlink()
         if damage == "lost":
             del tensors["model.embedding.weight"]
-        elif damage == "shape":
-            tensors["model.embedding.weight"] = torch.zeros(2, 2)
-        elif damage == "added":
-            tensors["model.other"] = torch.zeros(1)
         write_tensors(folder / SINGLE, tensors)
         if damage == "pickle":
             torch.save(tensors, folder / SINGLE)

@@ -13,17 +13,17 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mf_train.checkpoint.layout import CONFIG, TOKENIZER, read_manifest
+from mf_train.checkpoint.layout import CONFIG, TOKENIZER
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.verify import find_damage, verify
 from mf_train.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from mf_train.config.loading import config_to_tree, load_config
-from mf_train.errors import TrainingError, UserError
+from mf_train.errors import UserError
 from mf_train.standalone.conversion import weights as weights_module
 from mf_train.standalone.conversion.convert import convert
 from mf_train.standalone.conversion.to_checkpoint import to_checkpoint
 from mf_train.standalone.folder import SINGLE
-from tests.standalone.checkpoints import random_weights, records, write_checkpoint
+from tests.standalone.checkpoints import certificate_of, random_weights, renew_manifest, write_checkpoint
 from tests.training.runs import read_metrics, small_config, train, write_text
 
 SMALL = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, bits=4, vocab_size=4096, sequence_length=32)
@@ -77,7 +77,7 @@ def test_the_way_there_and_back_changes_no_bit(
     assert (back / SINGLE).read_bytes() == (original / SINGLE).read_bytes()
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (back / name).read_bytes() == (original / name).read_bytes(), name
-    probe = json.loads((back / "certificate.json").read_text())["probe"]
+    probe = certificate_of(back)["probe"]
     assert probe["largest_logit_difference"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "there"]
 
@@ -89,10 +89,7 @@ def test_a_dense_model_and_one_without_a_tokenizer(tmp_path: Path) -> None:
     )
     (checkpoint / CONFIG).write_text(yaml.safe_dump(config_to_tree(config)))
     (checkpoint / TOKENIZER).unlink()
-    manifest = read_manifest(checkpoint, check_sizes=False)
-    manifest.files.clear()
-    manifest.files.update(records(checkpoint))
-    (checkpoint / "manifest.json").write_text(manifest.to_json())
+    renew_manifest(checkpoint)
     list(convert(checkpoint, tmp_path / "m"))
     with pytest.raises(UserError, match="--tensor is 2 and the model is dense"):
         list(to_checkpoint(tmp_path / "m", tmp_path / "there", 2))
@@ -134,21 +131,20 @@ def test_what_exists_is_left_alone(models: Models, tmp_path: Path) -> None:
     assert list((tmp_path / "there").iterdir()) == [tmp_path / "there" / "file"]
 
 
-@pytest.mark.parametrize("tensor", [0, -1, 3, 16])
-def test_a_degree_that_nothing_can_train_with(models: Models, tensor: int, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"--tensor is {tensor}: choose 1, 2, 4 or 8"):
-        list(to_checkpoint(models("float32"), tmp_path / "there", tensor))
-
-
-def test_a_degree_that_does_not_divide(models: Models, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--tensor 8 does not divide the 4 heads"):
-        list(to_checkpoint(models("float32"), tmp_path / "there", 8))
+@pytest.mark.parametrize(
+    ("dtype", "tensor", "message"),
+    [
+        *(("float32", tensor, f"--tensor is {tensor}: choose 1, 2, 4 or 8") for tensor in (0, -1, 3, 16)),
+        ("float32", 8, "--tensor 8 does not divide the 4 heads"),
+        ("int8", 1, "int8: its weights are int8: give a model in float32 or bfloat16"),
+    ],
+)
+def test_what_nothing_can_train_with(
+    models: Models, dtype: str, tensor: int, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        list(to_checkpoint(models(dtype), tmp_path / "there", tensor))
     assert not list(tmp_path.iterdir())
-
-
-def test_int8_is_refused(models: Models, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="int8: its weights are int8: give a model in float32 or bfloat16"):
-        list(to_checkpoint(models("int8"), tmp_path / "there", 1))
 
 
 def flip_a_bit(model: Path) -> str:
@@ -223,22 +219,3 @@ def test_a_model_that_was_changed_on_purpose(model: Path, tmp_path: Path) -> Non
     (model / "certificate.json").unlink()
     list(to_checkpoint(model, tmp_path / "there", 1))
     assert torch.equal(CheckpointReader(tmp_path / "there").read("head.weight"), tensors["model.head.weight"])
-
-
-def test_what_is_written_is_read_back(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A disk that changes a byte on its way: the damage is done between the writing and the reading back."""
-    from mf_train.standalone.conversion import to_checkpoint as module
-
-    def damage_and_find(folder: Path) -> list[str]:
-        victim = next(folder.glob("weights-*"))
-        data = bytearray(victim.read_bytes())
-        data[-1] ^= 1
-        victim.write_bytes(data)
-        return list(find_damage(folder))
-
-    monkeypatch.setattr(module, "find_damage", damage_and_find)
-    with pytest.raises(TrainingError, match=r"otherwise: .*weights-0-of-1-part-000\.safetensors: its"):
-        list(to_checkpoint(models("float32"), tmp_path / "there", 1))
-    assert not list(tmp_path.iterdir())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,8 @@ from mf_train.errors import UserError
 from mf_train.model.quantized import quantize_rows, scales_name
 from mf_train.standalone.conversion import weights as module
 from mf_train.standalone.conversion.weights import copy_weights
+from tests.processes import run_python
 from tests.standalone.checkpoints import random_weights, write_slices
-from tests.training.runs import REPOSITORY, environment
 
 SMALL = ModelConfig(hidden_size=32, num_layers=1, num_heads=4, bits=4, vocab_size=512, sequence_length=32)
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
@@ -130,12 +128,8 @@ try:
 except OSError as error:
     print(type(error).__name__, error.errno, error.filename)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "c"), str(tmp_path / "m")],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd=REPOSITORY,
-        check=True,
-    )
-    assert done.stdout.split() == ["OSError", "27", str(tmp_path / "m" / "model.safetensors")]
+    assert run_python(code, tmp_path / "c", tmp_path / "m").split() == [
+        "OSError",
+        "27",
+        str(tmp_path / "m" / "model.safetensors"),
+    ]

@@ -229,7 +229,10 @@ def test_shards_and_their_index(float32_two: Trained, tmp_path: Path) -> None:
     assert len(shards) > 2 and not (tmp_path / SINGLE).exists()
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     whole = load_file(float32_two.model / SINGLE)
-    assert index["metadata"]["total_size"] == sum(value.nbytes for value in whole.values())
+    assert index["metadata"] == {
+        "total_size": sum(value.nbytes for value in whole.values()),
+        "total_parameters": sum(value.numel() for value in whole.values()),
+    }
     for file in shards:
         tensors = load_file(tmp_path / file)
         assert len(tensors) == 1 or sum(value.nbytes for value in tensors.values()) <= 400_000

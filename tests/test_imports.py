@@ -67,7 +67,6 @@ ONE_FILE_EACH = [
     "lm_eval",
 ]
 ONE_FOLDER_EACH = {
-    "jinja2": "study",
     "pandas": "study",
     "pyarrow": "data",
     "transformers": "standalone",

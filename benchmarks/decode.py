@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.machine import copy_bandwidth, report
 from benchmarks.tables import table
-from mf_train.checkpoint.safetensors_file import TensorFileWriter
+from mf_train.checkpoint.safetensors_file import FileLayout, bytes_of
 from mf_train.config import Config, ModelConfig
 from mf_train.model import MemoryFormer
 from mf_train.model.quantized import use_int8
@@ -54,14 +54,15 @@ def write_folder(folder: Path, config: ModelConfig, dtype: str) -> None:
             use_int8(model)
     state = sorted(model.state_dict().items(), key=lambda item: -item[1].nbytes)
     block = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0)) * STD
-    layout = {PARAMETER_PREFIX + name: (tensor.dtype, tensor.shape) for name, tensor in state}
-    with TensorFileWriter(folder / SINGLE, layout, {"format": "pt"}) as writer:
+    shapes = {PARAMETER_PREFIX + name: (tensor.dtype, tensor.shape) for name, tensor in state}
+    with (folder / SINGLE).open("wb") as file:
+        file.write(FileLayout(shapes, {"format": "pt"}).header)
         for name, tensor in state:
             left = tensor.numel()
             values = _values(name, tensor.dtype, block)
             while left:
                 part = values[: min(left, len(values))]
-                writer.append(part)
+                file.write(bytes_of(part.contiguous()))
                 left -= len(part)
 
 

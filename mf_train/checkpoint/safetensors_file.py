@@ -78,53 +78,11 @@ class FileLayout:
         }
 
 
-class TensorFileWriter:
-    """Writes the tensors declared in `layout` (name: (dtype, shape)) into a new safetensors file.
-
-    Each tensor arrives whole (`write`) or by parts of its flat data in order (`append`), in the layout's order.
-    Leaving the `with` block without an error syncs the file to disk.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        layout: Mapping[str, tuple[torch.dtype, torch.Size | tuple[int, ...]]],
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        self.path = path
-        self.layout = FileLayout(layout, metadata)
-        self.file = open(path, "wb")
-        self.file.write(self.layout.header)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor of the layout."""
-        dtype, shape = self.layout.tensors[name]
-        assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), (
-            name,
-            tensor.dtype,
-            tensor.shape,
-        )
-        self.append(tensor)
-
-    def append(self, part: Tensor) -> None:
-        """Write the next part of the data, in row-major order."""
-        self.file.write(bytes_of(part.detach().contiguous().cpu()))
-
-    def __enter__(self) -> "TensorFileWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                written = self.file.tell()
-                size = self.layout.size
-                assert written == size, f"{self.path}: wrote {written} of {size} bytes"
-        finally:
-            self.file.close()
+def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The contents of a safetensors file of tensors on any device."""
+    layout = FileLayout({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, metadata)
+    data = (bytes_of(tensor.detach().contiguous().cpu()) for tensor in tensors.values())
+    return b"".join([layout.header, *data])
 
 
 class StoredTensor(NamedTuple):

@@ -42,7 +42,7 @@ from mf_train.checkpoint.layout import (
     step_name,
     step_of,
 )
-from mf_train.checkpoint.safetensors_file import FileLayout, bytes_of
+from mf_train.checkpoint.safetensors_file import FileLayout, bytes_of, file_bytes
 from mf_train.config import CheckpointConfig
 from mf_train.errors import PeerError, TrainingError
 from mf_train.files import beside, path_in_errors, remove_folder, sync, write_synced
@@ -58,7 +58,7 @@ class Extras:
     state: Mapping[str, Any]
     config_yaml: str
     tokenizer: bytes  # empty where the run has only token ids
-    probe: Mapping[str, Tensor]  # on the CPU
+    probe: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -375,16 +375,13 @@ def _write_at(descriptor: int, data: memoryview, offset: int, size: int) -> int:
 
 def write_extras(folder: Path, extras: Extras) -> dict[str, FileRecord]:
     """Write what lies beside a checkpoint's tensors, synced; returns each file's record. Raises OSError."""
-    probe = FileLayout({name: (tensor.dtype, tensor.shape) for name, tensor in extras.probe.items()})
     files = {
         STATE: (json.dumps(extras.state, indent=1) + "\n").encode(),
         CONFIG: extras.config_yaml.encode(),
     }
     if extras.tokenizer:
         files[TOKENIZER] = extras.tokenizer
-    files[PROBE] = b"".join(
-        [probe.header, *(bytes_of(tensor.contiguous()) for tensor in extras.probe.values())]
-    )
+    files[PROBE] = file_bytes(extras.probe)
     for name, data in files.items():
         write_synced(folder / name, data)
     return {name: FileRecord(len(data), zlib.crc32(data)) for name, data in files.items()}

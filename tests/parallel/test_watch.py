@@ -188,42 +188,29 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fut
         yield {name: pool.submit(run_world, world, folder / name) for name, world in WORLDS.items()}
 
 
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        (
-            "stopped",
-            f"no progress for \\d+ s: rank 1 on {HOST} does not answer, last seen \\d+ s ago, "
-            r"(reading the batch of|training) step \d+",
-        ),
-        (
-            "first stopped",
-            r"rank 0, or torchrun's agent, at 127\.0\.0\.1:\d+ does not answer and no progress for \d+ s; "
-            rf"rank 1 on {HOST} was training step \d+",
-        ),
-        (
-            "first stopped, agent",
-            f"no progress for \\d+ s: rank 0 on {HOST} does not answer, last seen \\d+ s ago, "
-            r"(reading the batch of|training) step \d+",
-        ),
-        (
-            "reads",
-            f"no progress for \\d+ s: rank 1 on {HOST} has been reading the batch of step 6 for \\d+ s; "
-            "the others are training step 6",
-        ),
-        (
-            "computes",
-            f"no progress for \\d+ s: rank 1 on {HOST} has been training step 6 for \\d+ s, in no collective; "
-            "the others wait in one",
-        ),
-        ("all hang", r"no progress for \d+ s: all 2 ranks have been training step 6"),
-        ("alone", r"no progress for \d+ s: reading the batch of step 6"),
-    ],
-)
-def test_no_progress_ends_all_with_one_line(
-    outcomes: dict[str, Future[Outcome]], tmp_path_factory: pytest.TempPathFactory, name: str, line: str
-) -> None:
-    outcome, world = outcomes[name].result(), WORLDS[name]
+PLACE, SECONDS = r"(reading the batch of|training) step \d+", r"no progress for \d+ s"
+NO_PROGRESS = {
+    "stopped": f"{SECONDS}: rank 1 on {HOST} does not answer, last seen \\d+ s ago, {PLACE}",
+    "first stopped": r"rank 0, or torchrun's agent, at 127\.0\.0\.1:\d+ does not answer and no progress for \d+ s; "
+    rf"rank 1 on {HOST} was training step \d+",
+    "first stopped, agent": f"{SECONDS}: rank 0 on {HOST} does not answer, last seen \\d+ s ago, {PLACE}",
+    "reads": f"{SECONDS}: rank 1 on {HOST} has been reading the batch of step 6 for \\d+ s; "
+    "the others are training step 6",
+    "computes": f"{SECONDS}: rank 1 on {HOST} has been training step 6 for \\d+ s, in no collective; "
+    "the others wait in one",
+    "all hang": f"{SECONDS}: all 2 ranks have been training step 6",
+    "alone": f"{SECONDS}: reading the batch of step 6",
+}
+KILLED = {
+    "killed": f"rank 2 on {HOST} does not answer, last seen \\d s ago, {PLACE}",
+    "first killed": r"rank 0, or torchrun's agent, at 127\.0\.0\.1:\d+ has gone; "
+    rf"rank 1 on {HOST} was training step \d+",
+}
+
+
+@pytest.mark.parametrize("name", NO_PROGRESS)
+def test_no_progress_ends_all_with_one_line(outcomes: dict[str, Future[Outcome]], name: str) -> None:
+    outcome, world, line = outcomes[name].result(), WORLDS[name], NO_PROGRESS[name]
     said = [text for text in outcome.said if text.startswith("memoryformer: ")]
     assert len(said) == 1 and said == outcome.said
     assert re.fullmatch(
@@ -240,23 +227,9 @@ def test_no_progress_ends_all_with_one_line(
         assert "in train" in outcome.stacks[f"rank-{rank}.txt"]
 
 
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        (
-            "killed",
-            f"rank 2 on {HOST} does not answer, last seen \\d s ago, (reading the batch of|training) step \\d+",
-        ),
-        (
-            "first killed",
-            rf"rank 0, or torchrun's agent, at 127\.0\.0\.1:\d+ has gone; rank 1 on {HOST} was training step \d+",
-        ),
-    ],
-)
-def test_a_killed_rank_is_named_without_a_traceback(
-    outcomes: dict[str, Future[Outcome]], name: str, line: str
-) -> None:
-    outcome, world = outcomes[name].result(), WORLDS[name]
+@pytest.mark.parametrize("name", KILLED)
+def test_a_killed_rank_is_named_without_a_traceback(outcomes: dict[str, Future[Outcome]], name: str) -> None:
+    outcome, world, line = outcomes[name].result(), WORLDS[name], KILLED[name]
     expected = [-signal.SIGKILL if rank == world.rank else 1 for rank in range(world.size)]
     assert outcome.statuses == expected
     assert len(outcome.said) == 1

@@ -24,7 +24,7 @@ from mf_train.checkpoint.layout import (
 )
 from mf_train.checkpoint.probe import probe_tensors, random_tokens
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.safetensors_file import TensorFileWriter
+from mf_train.checkpoint.safetensors_file import bytes_of, file_bytes
 from mf_train.checkpoint.save import Extras, part_layouts, write_extras
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree
@@ -85,11 +85,12 @@ def write_large(folder: Path, config: ModelConfig, tensor: int) -> Path:
     for rank in range(tensor):
         for part, layout in part_layouts(local, parts).items():
             path = folder / part_name("master", rank, tensor, part)
-            with TensorFileWriter(path, layout.tensors) as writer:
+            with path.open("wb") as file:
+                file.write(layout.header)
                 for index, shape in enumerate(local[name] for name in layout.tensors):
                     left, values = shape.numel(), noise.roll(1009 * index)
                     while left:
-                        writer.append(values[:left])
+                        file.write(bytes_of(values[:left]))
                         left -= min(left, len(values))
             with path.open("rb") as file:
                 checksum = 0
@@ -148,8 +149,4 @@ def _probe(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file of `tensors`."""
-    with TensorFileWriter(
-        path, {name: (value.dtype, value.shape) for name, value in tensors.items()}
-    ) as writer:
-        for name, value in tensors.items():
-            writer.write(name, value)
+    path.write_bytes(file_bytes(tensors))

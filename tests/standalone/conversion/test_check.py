@@ -16,7 +16,7 @@ from torch import Tensor
 from mf_train.checkpoint.layout import CONFIG, MANIFEST, PROBE, TOKENIZER, FileRecord, read_manifest
 from mf_train.checkpoint.probe import probe_tensors, random_tokens
 from mf_train.checkpoint.read import CheckpointReader
-from mf_train.checkpoint.safetensors_file import TensorFileWriter
+from mf_train.checkpoint.safetensors_file import file_bytes
 from mf_train.config import ModelConfig
 from mf_train.errors import TrainingError, UserError
 from mf_train.standalone.conversion import check, weights
@@ -150,10 +150,7 @@ def damage_tensors(model: Path, damage: Damage) -> set[str]:
     before = {name: file.read(name) for name in sorted(files, key=lambda name: file.tensors[name].offset)}
     tensors = {name: value.clone() for name, value in before.items()}
     damage(tensors)
-    layout = {name: (value.dtype, value.shape) for name, value in tensors.items()}
-    with TensorFileWriter(file.path, layout, {"format": "pt"}) as writer:
-        for name, value in tensors.items():
-            writer.write(name, value)
+    file.path.write_bytes(file_bytes(tensors, {"format": "pt"}))
     return {name for name in before if not torch.equal(before[name], tensors[name])}
 
 

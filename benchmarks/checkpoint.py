@@ -25,29 +25,13 @@ from typing import Any
 import yaml
 
 from benchmarks import machine
+from benchmarks.memory import BARE, LIMITED, reset_peak, status
 from benchmarks.tables import table
 from mf_train.run_folder import read_metrics
 
 PARTS = ("save", "load", "convert", "large")
 REPOSITORY = Path(__file__).resolve().parents[1]
 MB, GB = 1e6, 1e9
-MEASURE = """
-def measure(key):
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
-"""
-BARE = f"import torch{MEASURE}print(measure('VmHWM'), measure('VmData'))"
-COMMAND = f"""
-import resource, sys
-limit = int(sys.argv.pop(1))
-if limit:
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-from mf_train.cli import main
-{MEASURE}
-try:
-    main(sys.argv[1:])
-finally:
-    print(measure("VmHWM"))
-"""
 
 
 def main() -> None:
@@ -98,12 +82,8 @@ def main() -> None:
 def save(options: argparse.Namespace, folder: Path) -> tuple[Path, list[str]]:
     """A checkpoint of two tensor-parallel ranks, and what it took."""
     path = write_config(options.config, folder)
-    seconds: dict[str, list[float]] = {
-        "synchronous save": [],
-        "asynchronous save": [],
-        "stall of the latter": [],
-        "cp": [],
-    }
+    names = ("synchronous save", "asynchronous save", "stall of the latter", "cp")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     steps: dict[bool, list[float]] = {True: [], False: []}  # seconds of steps beside a save, and with none
     checkpoint = folder / "none"
     for turn in range(options.rounds):
@@ -248,13 +228,12 @@ def load_worker(checkpoint: str, tensor: str, stage: str, results: str, target: 
     from mf_train.checkpoint.save import Extras, Saver
     from mf_train.config import CheckpointConfig
     from mf_train.config.loading import load_config
-    from mf_train.model import MemoryFormer
     from mf_train.parallel.degrees import Degrees
     from mf_train.parallel.engine import Engine
     from mf_train.parallel.exchange import Exchange
     from mf_train.parallel.groups import Groups, start_processes, stop_processes
     from mf_train.parallel.processes import find_process
-    from mf_train.parallel.tensor import shard_model
+    from mf_train.parallel.tensor import build_model
 
     process, cpu = find_process(), torch.device("cpu")
     config = load_config(Path(checkpoint) / "config.yaml")
@@ -263,43 +242,26 @@ def load_worker(checkpoint: str, tensor: str, stage: str, results: str, target: 
     config = replace(config, parallel=parallel, training=replace(config.training, micro_batch_size=micro))
     start_processes(process, cpu, 600)
     groups = Groups(Degrees(process.rank, process.world_size, int(tensor)), 600)
-    with torch.device("meta"):
-        model = MemoryFormer(config.model)
-    if int(tensor) > 1:
-        shard_model(model, Exchange(groups.tensor))
-    model.to_empty(device=cpu)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.02)
+    model = build_model(config.model, Exchange(groups.tensor) if int(tensor) > 1 else None, 0, cpu)
     engine = Engine(model, config, groups, cpu)
     for _ in range(2):
         engine.create_moments()  # a training step; the first one's peak is lower, as it begins without moments
     reader = CheckpointReader(Path(checkpoint))
-    step_peak = peak_memory()
+    step_peak = status("VmHWM")
     reset_peak()
     started = time.perf_counter()
     load_checkpoint(engine, reader)
     seconds = time.perf_counter() - started
-    figures = {"seconds": seconds, "step_peak": step_peak, "beyond_step": peak_memory() - step_peak}
+    figures = {"seconds": seconds, "step_peak": step_peak, "beyond_step": status("VmHWM") - step_peak}
     (Path(results) / f"{process.rank}.json").write_text(json.dumps(figures))
     if target is not None:
         saver = Saver(engine, claim(Path(target)), CheckpointConfig(asynchronous=False))
         saver.start(
             reader.manifest.step,
             Extras(reader.state(), (Path(checkpoint) / "config.yaml").read_text(), b"", {}),
-            copy=False,
+            wait=True,
         )
-        saver.finish()
     stop_processes()
-
-
-def peak_memory() -> int:
-    """Of this process since its start or `reset_peak`, in bytes."""
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5)
 
 
 # Converting ----------------------------------------------------------------------------------------------------------
@@ -320,7 +282,7 @@ def convert(checkpoint: Path, dtypes: tuple[str, ...], limit: int, rounds: int) 
             os.sync()
             started = time.perf_counter()
             arguments = ("convert", str(checkpoint), str(output), "--dtype", dtype)
-            (peak,) = run_python(COMMAND, str(bare_data + limit if limit else 0), *arguments)
+            (peak,) = run_python(LIMITED, str(bare_data + limit if limit else 0), *arguments)
             seconds[dtype].append(time.perf_counter() - started)
             peaks[dtype] = max(peaks[dtype], peak - bare_peak)
             certificates[dtype] = json.loads((output / "certificate.json").read_text())
@@ -374,24 +336,13 @@ def large(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def torchrun(processes: int, arguments: list[str]) -> None:
-    """Ends the program with the output where it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), *arguments]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=REPOSITORY, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}\nended with {done.returncode}")
+    machine.run_program(machine.torchrun(processes) + arguments, OMP_NUM_THREADS="1")
 
 
 def run_python(code: str, *arguments: str) -> list[int]:
     """The numbers in the last line that it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"{arguments}\n{done.stdout}{done.stderr}\nended with {done.returncode}")
-    return [int(number) for number in done.stdout.splitlines()[-1].split()]
+    said = machine.run_program([sys.executable, "-c", code, *arguments])
+    return [int(number) for number in said.splitlines()[-1].split()]
 
 
 def copy_seconds(*sources: Path) -> float:

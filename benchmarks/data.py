@@ -16,8 +16,6 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -29,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.memory import reset_peak, status
 from benchmarks.tables import table
 from mf_train.config import Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainingConfig
 from mf_train.data.shards.shard import TokenShardWriter, token_dtype
@@ -322,11 +321,8 @@ def indexed_dataset(path: Path) -> Sequence[np.ndarray]:
 
 
 def run_peer(command: Sequence[str]) -> str:
-    """The last line of what another environment's Python prints; ends the program where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}\nended with {done.returncode}")
-    return done.stdout.splitlines()[-1] if done.stdout else ""
+    """The last line of what another environment's Python prints."""
+    return "".join(machine.run_program(command).splitlines()[-1:])
 
 
 # Memory and waiting --------------------------------------------------------------------------------------------------
@@ -364,17 +360,12 @@ def _grow(config: Config) -> tuple[int, int]:
     tokenizer = Tokenizer(config.tokenizer.path)
     tokenizer.encode("the first call makes tables of its own")
     open_stream(config, tokenizer)  # imports what it needs
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = _resident("VmRSS")
+    reset_peak()
+    before = status("VmRSS")
     stream = open_stream(config, tokenizer)
     for _ in range(2 * WARM_UP * len(config.data.train)):
         stream.next_batch()
-    return _resident("VmHWM") - before, len(json.dumps(stream.positions()))
-
-
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+    return status("VmHWM") - before, len(json.dumps(stream.positions()))
 
 
 def wait(run: Path) -> list[str]:

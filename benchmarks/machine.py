@@ -1,8 +1,11 @@
-"""What the benchmarks share: the machine in a line, its bandwidth, interleaved timing, a report."""
+"""What the benchmarks share: the machine in a line, its bandwidth, interleaved timing, other programs, a report."""
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -67,6 +70,19 @@ def read_bandwidth(bytes_per_thread: int, seconds: float = 0.5) -> float:
         torch.sum(values, dim=2, out=out)
         best = min(best, time.perf_counter() - start)
     return threads * repeats * bytes_per_thread / best
+
+
+def torchrun(processes: int) -> list[str]:
+    """The command before a program's arguments that starts it in several processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+
+
+def run_program(command: Sequence[str], **variables: str) -> str:
+    """What a command prints, run with these environment variables; ends this program with all of it where it fails."""
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}\nended with {done.returncode}")
+    return done.stdout
 
 
 def report(name: str, parts: Sequence[str], *, save: bool) -> None:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.memory import reset_peak, status
+
 STEPS = 3
 
 
@@ -20,7 +22,7 @@ def main(path: str, folder: str, *flags: str) -> None:
     from mf_train.config.loading import load_config
     from mf_train.model import MemoryFormer
     from mf_train.parallel.degrees import Degrees
-    from mf_train.parallel.engine import Engine, _import_deepspeed
+    from mf_train.parallel.engine import Engine, import_deepspeed
     from mf_train.parallel.exchange import Exchange
     from mf_train.parallel.groups import Groups, start_processes, stop_processes
     from mf_train.parallel.processes import find_process
@@ -31,9 +33,9 @@ def main(path: str, folder: str, *flags: str) -> None:
     start_processes(process, cpu, 600)
     groups = Groups(Degrees(process.rank, process.world_size, config.parallel.tensor), 600)
     exchange = Exchange(groups.tensor) if config.parallel.tensor > 1 else None
-    _import_deepspeed(cpu, process.local_rank)
+    import_deepspeed(cpu, process.local_rank)
     _warm_up()
-    start = _status("VmRSS")
+    start = status("VmRSS")
     with torch.device("meta"):
         model = MemoryFormer(config.model)
     if exchange is not None:
@@ -43,14 +45,14 @@ def main(path: str, folder: str, *flags: str) -> None:
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
     found: dict[str, Any] = {"peaks": [], "seconds": [], "ends": []}
-    _reset_peak()
+    reset_peak()
     engine = Engine(model, config, groups, cpu)
-    found["built"], found["build_peak"] = _status("VmRSS") - start, _status("VmHWM") - start
+    found["built"], found["build_peak"] = status("VmRSS") - start, status("VmHWM") - start
     micro, length = config.training.micro_batch_size, config.model.sequence_length
     batch = torch.randint(config.model.vocab_size, (micro, length + 1))
     trace = _Trace() if "--trace" in flags else None
     for _ in range(STEPS):
-        _reset_peak()
+        reset_peak()
         began = time.perf_counter()
         for index in range(engine.accumulation):
             engine.backward(batch[:, :-1], batch[:, 1:], last=index == engine.accumulation - 1)
@@ -60,8 +62,8 @@ def main(path: str, folder: str, *flags: str) -> None:
         if trace is not None:
             trace.note("update")
         found["seconds"].append(time.perf_counter() - began)
-        found["peaks"].append(_status("VmHWM") - start)
-        found["ends"].append(_status("VmRSS") - start)
+        found["peaks"].append(status("VmHWM") - start)
+        found["ends"].append(status("VmRSS") - start)
     (Path(folder) / f"{process.rank}.json").write_text(json.dumps(found))
     stop_processes()
 
@@ -74,18 +76,9 @@ def _warm_up() -> None:
     (x @ x).softmax(-1).sum().backward()
 
 
-def _status(key: str) -> int:
-    line = next(line for line in open("/proc/self/status") if line.startswith(key))
-    return 1024 * int(line.split()[1])
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5)
-
-
 class _Trace:
     def note(self, name: str) -> None:
-        print(name, "rss", _status("VmRSS") / 1e6, "peak", _status("VmHWM") / 1e6, file=sys.stderr)
+        print(name, "rss", status("VmRSS") / 1e6, "peak", status("VmHWM") / 1e6, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ hash, lookup, norms and cross-entropy run as torch operations. Runs take turns; 
 """
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -46,26 +44,18 @@ def main() -> None:
 
 def run(options: argparse.Namespace, kind: str, folder: Path) -> list[float]:
     """Seconds of each step of one run; ends the program with the run's own output where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    variables = {"OMP_NUM_THREADS": "1"}
     if kind == "torch operations":
         (folder / "empty").mkdir(parents=True)
-        environment |= {"PATH": str(folder / "empty"), "XDG_CACHE_HOME": str(folder / "empty")}
+        variables |= {"PATH": str(folder / "empty"), "XDG_CACHE_HOME": str(folder / "empty")}
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(options.processes),
-        ),
+        *machine.torchrun(options.processes),
         *("-m", "mf_train", "train", options.config, f"training.steps={options.steps}"),
         *(f"training.output_dir={folder / 'run'}", "training.validation_interval=0", "checkpoint.interval=0"),
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    expected = "hash and lookup: " + ("C++" if kind == "C++ operation" else "torch")
-    if done.returncode or expected not in done.stdout:
-        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}\nended with {done.returncode}")
+    said = machine.run_program(command, **variables)
+    if "hash and lookup: " + ("C++" if kind == "C++ operation" else "torch") not in said:
+        sys.exit(f"{' '.join(command)}\n{said}\nran without the {kind}")
     return [record["step_seconds"] for record in read_metrics(folder / "run")][WARM_UP:]
 
 

@@ -10,11 +10,12 @@ import time
 from collections.abc import Sequence
 
 from mf_train.checkpoint.arguments import add_checkpoint
+from mf_train.commands import CommandParser
 from mf_train.data.arguments import add_data, add_tokenizer
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.exit_status import FAILED, INTERRUPTED, MISTAKE
 from mf_train.inspection.arguments import add_inspect
-from mf_train.launch.arguments import add_launch, join_verb
+from mf_train.launch.arguments import add_launch
 from mf_train.planning.arguments import add_plan
 from mf_train.standalone.arguments import add_convert, add_evaluate, add_generate
 from mf_train.study.arguments import add_study
@@ -39,7 +40,7 @@ _COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failure, 2 the user's mistake, 75 stopped on request after saving."""
-    options = _parse(_build_parser(), join_verb(sys.argv[1:] if arguments is None else arguments))
+    options = _parse(_build_parser(), arguments)
     try:
         status = options.run(options)
     except UserError as error:
@@ -103,7 +104,7 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Pretrain MemoryFormer language models, and use what comes out.",
         epilog="Each command's --help shows an example.",
     )
-    commands = parser.add_subparsers(metavar="command", required=True)
+    commands = parser.add_subparsers(metavar="command", required=True, parser_class=CommandParser)
     for add in _COMMANDS:
         add(commands)
     return parser

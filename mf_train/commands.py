@@ -9,9 +9,29 @@ from mf_train.errors import UserError
 Run = Callable[[argparse.Namespace], int]
 
 
-def add_command(commands: Any, name: str, summary: str, example: str, run: Run) -> argparse.ArgumentParser:
+class CommandParser(argparse.ArgumentParser):
+    """A command's parser. Its verbs may stand beside arguments of its own: `launch status RUN` and `launch CONFIG`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._with_verb = argparse.ArgumentParser(prog=self.prog)
+        self._verbs: Any = None
+
+    def add_verbs_beside(self) -> Any:
+        """Returns what `add_command` takes to add a verb; the first word decides whether it is one."""
+        self._verbs = self._with_verb.add_subparsers(metavar="verb", required=True)
+        return self._verbs
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse hands a command's words to this method of its parser."""
+        if args and self._verbs is not None and args[0] in self._verbs.choices:
+            return self._with_verb.parse_known_args(args, namespace)
+        return super().parse_known_args(args, namespace)
+
+
+def add_command(commands: Any, name: str, summary: str, example: str, run: Run) -> CommandParser:
     """Add a command to `commands` (`add_subparsers`' result); `run` does it and returns the exit status."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser: CommandParser = commands.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",

@@ -21,3 +21,11 @@ def human_bytes(size: float) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message; the name of its type where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or, from a day on, 2-01:02:03, as SLURM writes it."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days}-{hour:02}" if days else f"{hour}") + f":{minute:02}:{second:02}"

@@ -8,11 +8,11 @@ import threading
 import warnings
 
 import torch
+import torch.distributed.run
 
-import mf_train.launch.torch_elastic
 import mf_train.standalone.conversion.convert
 import mf_train.training.run  # noqa: F401
-from mf_train.parallel.engine import _import_deepspeed
+from mf_train.parallel.engine import import_deepspeed
 
 environment = dict(os.environ)
 with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -20,7 +20,7 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     logging.getLogger("megatron").setLevel(logging.ERROR)
     import megatron.core.parallel_state  # noqa: F401
 
-    _import_deepspeed(torch.device("cpu"), 0)
+    import_deepspeed(torch.device("cpu"), 0)
 os.environ.clear()
 os.environ.update(environment)
 assert threading.active_count() == 1, "a thread would be missing in every fork"

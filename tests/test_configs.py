@@ -20,7 +20,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "configs"
 STUDIES = sorted(FOLDER.glob("studies/*.yaml"))
 TASKS = set(FOLDER.glob("eval/**/*.yaml"))  # lm-eval's
 FILES = sorted(set(FOLDER.glob("**/*.yaml")) - set(STUDIES) - TASKS)
-# SPEC.md section 2: blocks, hidden size, heads, tables; table parameters in billions; Pythia's peak learning rate.
+# The paper's models: blocks, hidden size, heads, tables; table parameters in billions; Pythia's peak learning rate.
 PAPER = {
     "tiny": (6, 512, 8, 64, 0.415, 1e-3),
     "small": (12, 768, 12, 96, 1.868, 6e-4),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import os
 import random
 import signal
@@ -39,10 +40,15 @@ def start_warm(target: Callable[..., Any], *args: Any, daemon: bool = False) -> 
         return process
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
-    process = context.Process(target=target, args=args, daemon=daemon)
+    process = context.Process(target=_call_in_fork, args=(target, *args), daemon=daemon)
     with _for_the_server():
         process.start()
     return process
+
+
+def _call_in_fork(target: Callable[..., Any], *args: Any) -> None:
+    gc.freeze()  # else each collection, of which ZeRO 3 makes many, goes through all that the server has imported
+    target(*args)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,12 @@ from typing import Any
 
 from benchmarks.gpu import report
 from benchmarks.gpu.parts import PARTS, Part
-from benchmarks.gpu.runner import REPOSITORY, Outcome, Runner
+from benchmarks.gpu.runner import REPOSITORY, PartResult, Runner
+from benchmarks.tables import aligned
+from mf_train.errors import UserError
+from mf_train.exit_status import MISTAKE
+from mf_train.files import write_whole
+from mf_train.training.environment import set_kernel_cache
 
 FORMAT = "memoryformer gpu results 1"
 LOOK_SECONDS = 90  # for importing torch from a slow disk and for a driver that wakes up
@@ -30,6 +34,12 @@ def main() -> None:
     if options.dry:
         print(plan(parts, options.minutes))
         return
+    environment = dict(os.environ)
+    try:
+        set_kernel_cache(environment)
+    except UserError as error:
+        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+        sys.exit(MISTAKE)
     began = time.monotonic()
     folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,15 +48,11 @@ def main() -> None:
         machine["problem"] = ""
         parts = [
             replace(
-                part,
-                seconds=part.seconds * REHEARSAL,
-                limit=part.limit * REHEARSAL,
-                step_limit=part.step_limit * REHEARSAL,
+                part, **{name: getattr(part, name) * REHEARSAL for name in ("seconds", "limit", "step_limit")}
             )
             for part in parts
         ]
     print(describe(machine, options.rehearse), flush=True)
-    environment = {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR") or triton_cache()}
     if options.rehearse:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     runner = Runner(
@@ -59,7 +65,7 @@ def main() -> None:
     runner.lost = machine["problem"]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: runner.stop())
-    outcomes: list[Outcome] = []
+    outcomes: list[PartResult] = []
     for part in parts:
         print(f"{part.name}: up to {part.limit} s, about {part.seconds} s expected", flush=True)
         outcomes.append(runner.run(part))
@@ -113,15 +119,9 @@ def choose(only: list[str] | None) -> list[Part]:
 
 def plan(parts: list[Part], minutes: float) -> str:
     """The parts with what they are expected to take (estimates until a GPU has run them) and their limits."""
-    rows = [
-        [part.name, f"{part.seconds}", f"{part.limit}", f"{part.step_limit}", part.about] for part in parts
-    ]
     header = ["part", "expected s", "limit s", "a step s", ""]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), row[4]]).rstrip()
-        for row in [header, *rows]
-    ]
+    rows = [[part.name, *map(str, (part.seconds, part.limit, part.step_limit)), part.about] for part in parts]
+    lines = aligned([header, *rows], left=(0, 4))
     lines += [
         f"{part.name} will not run here: {', '.join(lacking)} not installed"
         for part in parts
@@ -169,13 +169,8 @@ def describe(machine: dict[str, Any], rehearse: bool) -> str:
     return "\n".join(lines)
 
 
-def triton_cache() -> str:
-    """A folder on this machine's own disk for this user's compiled kernels, which the parts share."""
-    return tempfile.mkdtemp(prefix="memoryformer-triton-")
-
-
 def keep(
-    folder: Path, machine: dict[str, Any], outcomes: list[Outcome], rehearse: bool, seconds: float
+    folder: Path, machine: dict[str, Any], outcomes: list[PartResult], rehearse: bool, seconds: float
 ) -> None:
     """Write results.json anew, whole or not at all, after every part."""
     tree = {
@@ -187,9 +182,7 @@ def keep(
         "machine": machine,
         "parts": [outcome.to_tree() for outcome in outcomes],
     }
-    beside = folder / ".results.json"
-    beside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, folder / "results.json")
+    write_whole(folder / "results.json", (json.dumps(tree, indent=1) + "\n").encode())
 
 
 def commit() -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import decode
-from benchmarks.gpu.device import Device
+from benchmarks.gpu.device import TimedDevice
 from benchmarks.gpu.steps import Steps, part_arguments
 from mf_train.config import Config, ModelConfig
 from mf_train.model import MemoryFormer
@@ -23,7 +23,7 @@ NAMES, CASES, REPEATS, NEW = ("tiny", "base"), ((1, 64), (8, 64)), 3, 64
 _SMALL = ModelConfig(hidden_size=64, num_layers=2, num_heads=4, vocab_size=512, sequence_length=256)
 
 
-def memoryformer(config: ModelConfig, device: Device) -> Any:
+def memoryformer(config: ModelConfig, device: TimedDevice) -> Any:
     """A model as `from_pretrained` gives it, but with random weights that never were on a disk."""
     from mf_train.standalone.exported.configuration_memoryformer import MemoryFormerConfig
     from mf_train.standalone.exported.modeling_memoryformer import MemoryFormerForCausalLM
@@ -41,7 +41,7 @@ def memoryformer(config: ModelConfig, device: Device) -> Any:
     return model.eval()
 
 
-def compare(name: str, device: Device) -> Mapping[str, Any]:
+def compare(name: str, device: TimedDevice) -> Mapping[str, Any]:
     """tokens/s of each case from the first new token on, ours and the peer's, taking turns."""
     config = _SMALL if device.rehearse else decode.MODELS[name]
     with torch.device("meta"):
@@ -69,7 +69,7 @@ def compare(name: str, device: Device) -> Mapping[str, Any]:
 
 def main() -> None:
     options = part_arguments(__doc__).parse_args()
-    device, steps = Device(options.rehearse), Steps(options.results)
+    device, steps = TimedDevice(options.rehearse), Steps(options.results)
     for name in NAMES:
         steps.run(name, lambda name=name: compare(name, device))
 

@@ -14,7 +14,7 @@ _SLEEP_CYCLES_A_CALL = 900_000  # half a millisecond at 1.8 GHz: longer than Pyt
 ROTATION_BYTES = 256 * 2**20  # several times any L2 cache
 
 
-class Device:
+class TimedDevice:
     """Where tensors are made, and the seconds that calls take there."""
 
     def __init__(self, rehearse: bool) -> None:

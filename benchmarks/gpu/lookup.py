@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.device import ROTATION_BYTES, Call, Device
+from benchmarks.gpu.device import ROTATION_BYTES, Call, TimedDevice
 from benchmarks.gpu.steps import (
     PartialError,
     Steps,
@@ -32,7 +32,7 @@ _COPIES_NEED = 6  # times a layer's arguments: gradients, what is saved for them
 class Layer:
     """Random arguments of one memory layer, and of the dense one that it replaces."""
 
-    def __init__(self, device: Device, hidden: int, tokens: int, seed: int) -> None:
+    def __init__(self, device: TimedDevice, hidden: int, tokens: int, seed: int) -> None:
         generator = torch.Generator(device.type).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -75,7 +75,7 @@ WAYS: dict[str, Callable[[Layer], Call]] = {
 }
 
 
-def layers_of(device: Device, hidden: int, tokens: int) -> list[Layer]:
+def layers_of(device: TimedDevice, hidden: int, tokens: int) -> list[Layer]:
     """Copies of a layer's arguments, more than L2 holds. Raises RuntimeError where memory is too small for them."""
     one = (2 * tokens * hidden + hidden // TAU * (2**TAU * hidden + 10 * tokens)) * DTYPE.itemsize
     copies = 1 if device.rehearse else max(2, -(-ROTATION_BYTES // one))
@@ -83,7 +83,9 @@ def layers_of(device: Device, hidden: int, tokens: int) -> list[Layer]:
     return [Layer(device, hidden, tokens, seed) for seed in range(copies)]
 
 
-def time_layer(device: Device, hidden: int, tokens: int, without: Collection[str]) -> Mapping[str, float]:
+def time_layer(
+    device: TimedDevice, hidden: int, tokens: int, without: Collection[str]
+) -> Mapping[str, float]:
     """ns a token of each way but those in `without`. Raises PartialError where some failed."""
     layers = layers_of(device, hidden, tokens)
     found, failed = {}, {}
@@ -107,7 +109,7 @@ def build_cuda_kernel() -> Mapping[str, str]:
     return {"library": cuda.build().name}
 
 
-def sweep(device: Device, hidden: int, tokens: int) -> Mapping[str, object]:
+def sweep(device: TimedDevice, hidden: int, tokens: int) -> Mapping[str, object]:
     """ns a token, forward and backward, over the bytes of a column block of all tables."""
     layers, chosen = layers_of(device, hidden, tokens), triton_lookup.L2_BYTES
     found = {}
@@ -126,7 +128,7 @@ def main() -> None:
     parser = part_arguments(__doc__)
     parser.add_argument("--sweep", action="store_true", help="times over the size of a column block")
     options = parser.parse_args()
-    device, steps = Device(options.rehearse), Steps(options.results)
+    device, steps = TimedDevice(options.rehearse), Steps(options.results)
     hidden = (16, 24) if device.rehearse else HIDDEN
     tokens = (12,) if device.rehearse else TOKENS
     if options.sweep:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.device import Device
+from benchmarks.gpu.device import TimedDevice
 from benchmarks.gpu.steps import Steps, part_arguments
 from mf_train.run_folder import read_records
 
 DEVICE_FILE = "device.yaml"
 
 
-def copies(device: Device) -> Mapping[str, float]:
+def copies(device: TimedDevice) -> Mapping[str, float]:
     """Bytes a second, read plus written, from memory and inside L2."""
     return {
         "memory": device.copy_bandwidth(2**24 if device.rehearse else 2**30),
@@ -31,7 +31,7 @@ def copies(device: Device) -> Mapping[str, float]:
 _GATHERS = {"L1": (8, 4, 64, 65536), "L2": (64, 8, 128, 65536), "memory": (2048, 10, 256, 2048)}
 
 
-def gather(device: Device, level: str) -> Mapping[str, float]:
+def gather(device: TimedDevice, level: str) -> Mapping[str, float]:
     """Bytes of table rows read a second."""
     from mf_train.kernels import triton_backend
 
@@ -49,7 +49,7 @@ def gather(device: Device, level: str) -> Mapping[str, float]:
     return {level: tokens * num_tables * columns * 2 / seconds}
 
 
-def products(device: Device) -> Mapping[str, float]:
+def products(device: TimedDevice) -> Mapping[str, float]:
     """FLOP a second of square products, a multiply-add being 2; float32 without TF32, as the trainer computes."""
     found = {}
     for dtype, size in ((torch.bfloat16, 8192), (torch.float32, 4096)):
@@ -60,7 +60,7 @@ def products(device: Device) -> Mapping[str, float]:
     return found
 
 
-def launches(device: Device) -> Mapping[str, float]:
+def launches(device: TimedDevice) -> Mapping[str, float]:
     """Seconds of an operation too small to take any: one launched after the other, and each waited for."""
     x, count = torch.zeros(8, device=device.type), 2000
 
@@ -78,7 +78,7 @@ def launches(device: Device) -> Mapping[str, float]:
     return {"behind each other": run(False), "waited for": run(True)}
 
 
-def write_device_file(path: Path, results: Path, device: Device) -> Mapping[str, str]:
+def write_device_file(path: Path, results: Path, device: TimedDevice) -> Mapping[str, str]:
     """The rates as a file that `memoryformer plan --device FILE` reads, and a look whether it does."""
     import yaml
 
@@ -104,7 +104,7 @@ def write_device_file(path: Path, results: Path, device: Device) -> Mapping[str,
     return {"file": path.name, "base": str(rates["base"]), "measured": ", ".join(read.measured)}
 
 
-def base_device(device: Device) -> str:
+def base_device(device: TimedDevice) -> str:
     """The name in devices.yaml of the device that this one is; h100 where it is none of them."""
     from mf_train.planning.devices import find_name
 
@@ -113,7 +113,7 @@ def base_device(device: Device) -> str:
 
 def main() -> None:
     options = part_arguments(__doc__).parse_args()
-    device, steps = Device(options.rehearse), Steps(options.results)
+    device, steps = TimedDevice(options.rehearse), Steps(options.results)
     steps.run("copy", lambda: copies(device))
     for level in ("L2", "memory", "L1"):
         steps.run(f"gather {level}", lambda level=level: gather(device, level))

@@ -5,31 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.gpu.runner import Outcome
-from benchmarks.tables import table
+from benchmarks.gpu.runner import PartResult
+from benchmarks.tables import aligned, table
 
 Values = Mapping[str, Any]
 _LONGEST = 12  # parts of a profile that are shown
 
 
-def values_of(outcome: Outcome) -> dict[str, Values]:
+def values_of(outcome: PartResult) -> dict[str, Values]:
     """The values of each step that gave some."""
     return {step["step"]: step["values"] for step in outcome.steps if "values" in step}
 
 
-def short_table(outcomes: list[Outcome]) -> str:
+def short_table(outcomes: list[PartResult]) -> str:
     """A line for each part: how it ended, its seconds, and its figures or what failed."""
     rows = [
-        [outcome.name, _state(outcome), f"{outcome.seconds:.0f}", _result(outcome)] for outcome in outcomes
+        [outcome.name, _state(outcome), f"{outcome.seconds:.0f} s", _result(outcome)] for outcome in outcomes
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {state:<{widths[1]}}  {seconds:>{widths[2]}} s  {result}"
-        for name, state, seconds, result in rows
-    )
+    return "\n".join(aligned(rows, left=(0, 1, 3)))
 
 
-def failures(outcomes: list[Outcome]) -> list[str]:
+def failures(outcomes: list[PartResult]) -> list[str]:
     """A line for every step that failed and every part that did not go through."""
     lines = []
     for outcome in outcomes:
@@ -41,7 +37,7 @@ def failures(outcomes: list[Outcome]) -> list[str]:
     return lines
 
 
-def skips(outcomes: list[Outcome]) -> list[str]:
+def skips(outcomes: list[PartResult]) -> list[str]:
     """A line for every reason for which tests of a part were skipped."""
     counts: dict[tuple[str, str], int] = {}
     for outcome in outcomes:
@@ -52,7 +48,7 @@ def skips(outcomes: list[Outcome]) -> list[str]:
     return [f"{name}: {count} skipped: {reason}" for (name, reason), count in counts.items()]
 
 
-def long_tables(outcomes: list[Outcome]) -> str:
+def long_tables(outcomes: list[PartResult]) -> str:
     """The figures of every part that has more than a line of them."""
     makers: dict[str, Callable[[dict[str, Values]], list[str]]] = {
         "rates": rate_table,
@@ -67,7 +63,7 @@ def long_tables(outcomes: list[Outcome]) -> str:
     return "\n\n".join(texts)
 
 
-def _state(outcome: Outcome) -> str:
+def _state(outcome: PartResult) -> str:
     if outcome.reason.startswith("not run"):
         return "not run"
     failed = sum("error" in step for step in outcome.steps)
@@ -76,7 +72,7 @@ def _state(outcome: Outcome) -> str:
     return "cut short" if outcome.reason else "ok"
 
 
-def _result(outcome: Outcome) -> str:
+def _result(outcome: PartResult) -> str:
     if outcome.reason.startswith("not run"):
         return outcome.reason.removeprefix("not run: ")
     values = values_of(outcome)
@@ -84,12 +80,12 @@ def _result(outcome: Outcome) -> str:
     return "; ".join(part for part in (shown, outcome.reason) if part)
 
 
-def _test_headline(outcome: Outcome, values: dict[str, Values]) -> str:
+def _test_headline(outcome: PartResult, values: dict[str, Values]) -> str:
     skipped = sum("skipped" in step for step in outcome.steps)
     return f"{len(values)} passed" + (f", {skipped} skipped" if skipped else "")
 
 
-def _rate_headline(outcome: Outcome, values: dict[str, Values]) -> str:
+def _rate_headline(outcome: PartResult, values: dict[str, Values]) -> str:
     found = []
     if "copy" in values:
         found.append(f"copy {_tera(values['copy']['memory'])} TB/s")
@@ -102,7 +98,7 @@ def _rate_headline(outcome: Outcome, values: dict[str, Values]) -> str:
     return ", ".join(found)
 
 
-def _lookup_headline(outcome: Outcome, values: dict[str, Values]) -> str:
+def _lookup_headline(outcome: PartResult, values: dict[str, Values]) -> str:
     shapes = lookup_shapes(values)
     if not shapes:
         return ""
@@ -111,7 +107,7 @@ def _lookup_headline(outcome: Outcome, values: dict[str, Values]) -> str:
     return f"{name}: Triton forward {forward}, backward {backward} ns a token"
 
 
-def _training_headline(outcome: Outcome, values: dict[str, Values]) -> str:
+def _training_headline(outcome: PartResult, values: dict[str, Values]) -> str:
     found = []
     for name in ("tiny", "small"):
         if name not in values:
@@ -122,7 +118,7 @@ def _training_headline(outcome: Outcome, values: dict[str, Values]) -> str:
     return "; ".join(found)
 
 
-def _decoding_headline(outcome: Outcome, values: dict[str, Values]) -> str:
+def _decoding_headline(outcome: PartResult, values: dict[str, Values]) -> str:
     found = []
     for name, cases in values.items():
         one = cases["1 x 64"]
@@ -131,7 +127,7 @@ def _decoding_headline(outcome: Outcome, values: dict[str, Values]) -> str:
     return "; ".join(found)
 
 
-_HEADLINES: dict[str, Callable[[Outcome, dict[str, Values]], str]] = {
+_HEADLINES: dict[str, Callable[[PartResult, dict[str, Values]], str]] = {
     "rates": _rate_headline,
     "lookup": _lookup_headline,
     "training": _training_headline,

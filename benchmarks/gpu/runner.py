@@ -24,7 +24,7 @@ _LAST_WORDS = 4000  # bytes of output in which the reason of a failure is looked
 
 
 @dataclass
-class Outcome:
+class PartResult:
     """What became of one part."""
 
     name: str
@@ -67,9 +67,9 @@ class Runner:
         self.lost = ""  # why nothing more can run
         self.process: subprocess.Popen[bytes] | None = None
 
-    def run(self, part: Part) -> Outcome:
+    def run(self, part: Part) -> PartResult:
         """Run one part to its end or its limit. Never raises for what the part does."""
-        outcome = Outcome(part.name)
+        outcome = PartResult(part.name)
         if missing := part.missing():
             outcome.reason = (
                 f"not run: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"

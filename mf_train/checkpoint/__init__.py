@@ -1,1 +1,1 @@
-"""Checkpoints: one format on disk, whatever the parallel degrees or ZeRO stage of who writes or reads it."""
+"""Checkpoints: one format on disk for all parallel degrees and ZeRO stages."""

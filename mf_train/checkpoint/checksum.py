@@ -1,7 +1,7 @@
-"""CRC-32 of files that several processes write and read by pieces: each piece gives a share, the shares' XOR the sum.
+"""CRC-32 of a file from its pieces, which several processes write or read in any order: the XOR of `crc_of_piece`.
 
 The same CRC-32 as zlib, gzip and PNG (https://www.w3.org/TR/png/#D-CRCAppendix). It is linear over GF(2) but for its
-start value and final inversion, so a piece's share needs no other piece: only its distance to the file's end.
+start value and final inversion, so what a piece adds depends on no other piece: only on its distance to the file's end.
 """
 
 import os
@@ -17,69 +17,66 @@ _ONE = 1 << 31
 _ALL = 0xFFFFFFFF
 
 
-def share(piece: bytes | memoryview, bytes_behind: int) -> int:
-    """Share of a file's checksum of a piece that is followed by `bytes_behind` more bytes of the file."""
-    return place(extend(0, piece), bytes_behind)
+def crc_of_piece(piece: bytes | memoryview, bytes_behind: int) -> int:
+    """A piece's contribution, by XOR, to its file's checksum; `bytes_behind` more bytes of the file follow it."""
+    return shifted(continue_crc(0, piece), bytes_behind)
 
 
-def extend(register: int, piece: bytes | memoryview) -> int:
-    """The register of neighbouring bytes, 0 for none, with `piece` behind them; `place` makes a share of it."""
+def crc_of_file(pieces: int, size: int) -> int:
+    """CRC-32 of a file of `size` bytes from the XOR of `crc_of_piece` over pieces that make up the file."""
+    return pieces ^ shifted(_ALL, size) ^ _ALL
+
+
+def continue_crc(register: int, piece: bytes | memoryview) -> int:
+    """Continue a raw CRC register (0 at the start) over `piece`; `shifted` makes it what `crc_of_piece` gives."""
     return zlib.crc32(piece, register ^ _ALL) ^ _ALL
 
 
-def whole(shares: int, size: int) -> int:
-    """CRC-32 of a file of `size` bytes from the XOR of the shares of all its bytes."""
-    return shares ^ place(_ALL, size) ^ _ALL
+def shifted(register: int, zeros: int) -> int:
+    """A raw CRC register continued over so many zero bytes: register * x^(8 zeros) modulo the polynomial."""
+    factor, power = _ONE, _ONE >> 8
+    while zeros:
+        if zeros & 1:
+            factor = _multiply(factor, power)
+        power = _multiply(power, power)
+        zeros >>= 1
+    return _multiply(register, factor)
 
 
-def read_shares(
+def read_crcs(
     folder: Path,
     sizes: Mapping[str, int],
     reader: int,
     readers: int,
-    beat: Callable[[], None] = lambda: None,
+    still_alive: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """Each file's share of the bytes that reader number `reader` of `readers` reads: all files, evenly, in order.
+    """`crc_of_piece` of what reader number `reader` of `readers` reads of each file: all files, evenly, in order.
 
-    `sizes` are in bytes; of a file that is shorter, the missing bytes count as zeros. `beat` is called after each
-    file. Raises OSError.
+    `sizes` are in bytes; of a file that is shorter, the missing bytes count as zeros. `still_alive` is called after
+    each file. Raises OSError.
     """
     total = sum(sizes.values())
     begin, end = total * reader // readers, total * (reader + 1) // readers
-    shares, start = [], 0
+    crcs, start = [], 0
     for name, size in sizes.items():
         first, last = max(begin - start, 0), min(end - start, size)
-        shares.append(_read_share(folder / name, first, last, size) if first < last else 0)
+        crcs.append(_read_crc(folder / name, first, last, size) if first < last else 0)
         start += size
-        beat()
-    return shares
+        still_alive()
+    return crcs
 
 
-def _read_share(path: Path, first: int, last: int, size: int) -> int:
-    """Share of bytes [first, last) of a file."""
+def _read_crc(path: Path, first: int, last: int, size: int) -> int:
+    """`crc_of_piece` of bytes [first, last) of a file of `size` bytes."""
     register, file = 0, os.open(path, os.O_RDONLY)
     try:
         with path_in_errors(path):
             while first < last and (piece := os.pread(file, min(PIECE_BYTES, last - first), first)):
-                register = extend(register, piece)
+                register = continue_crc(register, piece)
                 first += len(piece)
     finally:
         os.close(file)
-    return place(register, size - first)
-
-
-def place(register: int, bytes_behind: int) -> int:
-    """The share of bytes with this register that are followed by so many more.
-
-    It is register * x^(8 bytes_behind) modulo the polynomial, the remainder that zero bytes behind them would leave.
-    """
-    factor, power = _ONE, _ONE >> 8
-    while bytes_behind:
-        if bytes_behind & 1:
-            factor = _multiply(factor, power)
-        power = _multiply(power, power)
-        bytes_behind >>= 1
-    return _multiply(register, factor)
+    return shifted(register, size - first)
 
 
 def _multiply(a: int, b: int) -> int:

@@ -1,7 +1,7 @@
 """Who may write into a run's `checkpoints/`: the newest start of the run, and none that was taken for dead.
 
 A start writes a token of its own into `.writer`, then moves away what other starts were writing, and only then looks
-for a checkpoint to go on from. A save goes into a folder named after its start's token; to complete it, the start
+for a checkpoint to resume from. A save goes into a folder named after its start's token; to complete it, the start
 looks whether the token is still its own and then renames the folder. So a save of an older start is either complete
 before the newer one looks, or its folder is gone and the rename fails.
 """

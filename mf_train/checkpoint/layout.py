@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, and the manifest that describes it.
+"""The contents of a checkpoint folder, and the manifest that describes it.
 
     step-000000200/
       manifest.json                            format, step, degrees, every parameter's global shape, every file's size

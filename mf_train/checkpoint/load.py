@@ -6,25 +6,25 @@ from mf_train.checkpoint.layout import KINDS
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.errors import UserError
 from mf_train.model.sharding import whole_shape
-from mf_train.parallel.agreement import together
+from mf_train.parallel.agreement import run_on_all
 from mf_train.parallel.engine import Engine
 
 
 def load_checkpoint(
-    engine: Engine, reader: CheckpointReader, beat: Callable[[], None] = lambda: None
+    engine: Engine, reader: CheckpointReader, still_alive: Callable[[], None] = lambda: None
 ) -> None:
-    """Set masters, moments and the count of updates of an engine. Collective; `beat` is called after each read.
+    """Set masters, moments and the count of updates of an engine. Collective; `still_alive` is called after each read.
 
     Raises UserError where the checkpoint is of another model.
     """
-    together(lambda: _check_shapes(engine, reader), engine.device)
+    run_on_all(lambda: _check_shapes(engine, reader), engine.device)
     engine.create_moments()
-    together(lambda: _read_fragments(engine, reader, beat), engine.device)
+    run_on_all(lambda: _read_fragments(engine, reader, still_alive), engine.device)
     engine.reset_step(reader.manifest.step)
     engine.refresh_parameters()
 
 
-def _read_fragments(engine: Engine, reader: CheckpointReader, beat: Callable[[], None]) -> None:
+def _read_fragments(engine: Engine, reader: CheckpointReader, still_alive: Callable[[], None]) -> None:
     degrees = engine.groups.degrees
     for name, fragment in engine.fragments().items():
         for kind in KINDS:
@@ -33,7 +33,7 @@ def _read_fragments(engine: Engine, reader: CheckpointReader, beat: Callable[[],
             )
             target = fragment.of(fragment.flat.data) if kind == "master" else engine.moment(fragment, kind)
             target.copy_(values)
-            beat()
+            still_alive()
 
 
 def _check_shapes(engine: Engine, reader: CheckpointReader) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mf_train.checkpoint.checksum import share, whole
+from mf_train.checkpoint.checksum import crc_of_file, crc_of_piece
 from mf_train.checkpoint.layout import (
     KINDS,
     MANIFEST,
@@ -183,7 +183,7 @@ class CheckpointReader:
         return slice_shape(name, self.shapes[name], self.manifest.tensor_parallel)
 
     def _check_manifest(self) -> None:
-        """What the other methods rely on: its own checksum says nothing of a manifest made to harm."""
+        """Check what the other methods rely on: its own checksum says nothing of a manifest made to harm."""
         manifest = self.manifest
         ranks = manifest.tensor_parallel
         sound = (
@@ -219,7 +219,7 @@ class Checksums:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._shares: dict[TensorFile, int] = {}
+        self._crcs: dict[TensorFile, int] = {}
         self._bytes: Counter[TensorFile] = Counter()
 
     def add(self, file: TensorFile, name: str, region: Region, values: Tensor) -> None:
@@ -228,18 +228,18 @@ class Checksums:
         starts = [part.start for part in region]
         first = sum(start * math.prod(shape[index + 1 :]) for index, start in enumerate(starts))
         end = offset + first * values.itemsize + values.nbytes
-        mine = share(bytes_of(values), file.size - end)
+        mine = crc_of_piece(bytes_of(values), file.size - end)
         with self._lock:
-            self._shares[file] = self._shares.get(file, 0) ^ mine
+            self._crcs[file] = self._crcs.get(file, 0) ^ mine
             self._bytes[file] += values.nbytes
 
     def check(self, manifest: Manifest) -> None:
         """Raises DamageError naming the file whose bytes, header included, are not what the manifest says."""
-        for file, shares in self._shares.items():
+        for file, crc in self._crcs.items():
             header = file.header()
             assert self._bytes[file] + len(header) == file.size, f"{file.path}: not read once"
             record = manifest.files.get(file.path.name)
-            total = whole(shares ^ share(header, file.size - len(header)), file.size)
+            total = crc_of_file(crc ^ crc_of_piece(header, file.size - len(header)), file.size)
             if record is None or total != record.crc32:
                 raise DamageError(file.path, f"damaged (its checksum differs from {MANIFEST}'s)")
 

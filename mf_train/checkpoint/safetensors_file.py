@@ -197,7 +197,7 @@ class TensorFile:
         return values if torch.equal(wanted, indices) else values[places]
 
     def header(self) -> bytes:
-        """What is before the data, as it is in the file now."""
+        """The bytes before the data, as they are in the file now."""
         begin = min((tensor.offset for tensor in self.tensors.values()), default=self.size)
         header = bytearray(begin)
         self._read_into(memoryview(header), 0)

@@ -1,8 +1,8 @@
 """Writing a checkpoint: every rank writes its own fragments to their places; the folder is complete or absent.
 
     start     all ranks copy what they hold to host memory, or leave it where it is if no step follows
-    write     each writes its fragments into the files, whose layout all know, and waits until they are on disk
-    check     each reads an even share of all files back; the checksums must be those of what was written
+    write     each writes its fragments into the files, whose layout all know, and waits until they are on disk; the
+              checksums are those of the memory that it writes from
     complete  rank 0 writes the manifest, renames the folder, moves `latest` and deletes what is not kept
 
 All but the first run in a thread; the ranks agree on going from one to the next at step boundaries. No parameter is
@@ -11,6 +11,7 @@ sent to another rank.
 
 import json
 import os
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mf_train.checkpoint.checksum import PIECE_BYTES, extend, place, read_shares, whole
+from mf_train.checkpoint.checksum import PIECE_BYTES, continue_crc, crc_of_file, shifted
 from mf_train.checkpoint.fence import Fence
 from mf_train.checkpoint.layout import (
     CONFIG,
@@ -41,29 +42,23 @@ from mf_train.checkpoint.layout import (
     step_name,
     step_of,
 )
-from mf_train.checkpoint.safetensors_file import FileLayout, TensorFileWriter
+from mf_train.checkpoint.safetensors_file import FileLayout, bytes_of
 from mf_train.config import CheckpointConfig
 from mf_train.errors import PeerError, TrainingError
 from mf_train.files import beside, path_in_errors, remove_folder, sync, write_synced
 from mf_train.model.sharding import whole_shape
-from mf_train.parallel.agreement import (
-    SIGN_OF_LIFE_SECONDS,
-    Task,
-    any_rank,
-    exclusive_or,
-    together,
-)
+from mf_train.parallel.agreement import SIGN_OF_LIFE_SECONDS, Task, any_rank, exclusive_or, run_on_all
 from mf_train.parallel.engine import Engine
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What a checkpoint holds beside the tensors."""
+    """The contents of a checkpoint beside the tensors."""
 
     state: Mapping[str, Any]
     config_yaml: str
     tokenizer: bytes  # empty where the run has only token ids
-    probe: Mapping[str, Tensor]
+    probe: Mapping[str, Tensor]  # on the CPU
 
 
 @dataclass(frozen=True)
@@ -78,21 +73,39 @@ class _Piece:
     numel: int
 
 
-def _ignore(*_: Any) -> None:
+def _ignore(*_: object) -> None:
     return None
 
 
 class Saver:
-    """Writes an engine's checkpoints into a run's `checkpoints/` folder, one at a time. All calls are collective.
+    """Writes a run's checkpoints into its `checkpoints/` folder, one at a time, beside the steps or while they wait.
 
-    Each raises TrainingError on rank 0 where any rank could not write, where what was written reads back otherwise, or
-    where a newer start of the run has taken the folder over, and PeerError on the other ranks.
+    `last` is the newest complete checkpoint, `step` that of the newest one, complete or under way, and `seconds` what
+    the last save took from its start to its end. A resumed run gives those of the run that it continues.
+
+    All calls but `take_metrics` are collective over all ranks. They raise TrainingError on rank 0 where any rank could
+    not write, or where a newer start of the run has taken the folder over, and PeerError on the other ranks. While a
+    call waits, `entering` is told what this rank does, the same number of times on every rank, and `still_alive` is
+    called when that advances.
     """
 
-    def __init__(self, engine: Engine, fence: Fence, config: CheckpointConfig) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        fence: Fence,
+        config: CheckpointConfig,
+        *,
+        last: Path | None = None,
+        step: int = 0,
+        seconds: float = 0.0,
+        entering: Callable[[str], None] = _ignore,
+        still_alive: Callable[[], None] = _ignore,
+    ) -> None:
         self.engine = engine
         self.fence = fence
         self.config = config
+        self.last, self.step, self.seconds = last, step, seconds
+        self.entering, self.still_alive = entering, still_alive
         degrees = engine.groups.degrees
         shapes = {name: engine.local_shape(p) for name, p in engine.model.named_parameters()}
         self.parts = assign_parts({name: 4 * shape.numel() for name, shape in shapes.items()})
@@ -111,73 +124,86 @@ class Saver:
             if degrees.data_rank == 0
         }
         self.pieces = self._plan_pieces(layouts)
+        self._check_pieces()
         self.buffers: dict[tuple[str, str], Tensor] = {}
         self._task: Task[Any] | None = None
-        self._next: Callable[[Any], Task[Any] | None] = _ignore
         self._doing = ""
-        self._moved = 0  # pieces written or read back so far
+        self._began = 0.0
+        self._pieces_written = 0
+        self._metrics: dict[str, float] = {}
+        if config.interval and config.asynchronous:
+            self._prepare_buffers()  # now: the first copy is as quick as the later ones then
 
-    def prepare_buffers(self) -> None:
-        """Take the host memory for copies, 4 bytes a value, now: the first copy is as quick as the later ones then."""
-        on_gpu = self.engine.device.type == "cuda"
-        for piece in self.pieces if not self.buffers else ():
-            self.buffers[piece.kind, piece.name] = torch.zeros(piece.numel, pin_memory=on_gpu)
+    def start(self, step: int, extras: Extras | None, *, wait: bool, began: float | None = None) -> None:
+        """Save the engine's state as that of `step`; rank 0 gives `extras`. The last save must be complete.
 
-    @property
-    def pending(self) -> bool:
-        """Whether a checkpoint has been started and is not complete."""
-        return self._task is not None
-
-    def start(self, step: int, extras: Extras | None, *, copy: bool) -> None:
-        """Begin to save the engine's state as that of `step`; rank 0 gives `extras`. The last one must be complete.
-
-        With `copy` training may go on as soon as this returns; without, not before `finish` has.
+        With `wait` the save is complete when this returns; without, training may continue meanwhile. `began` is when
+        (perf_counter) the run left its steps to make `extras`.
         """
-        assert not self.pending
+        assert self._task is None
+        self._began = time.perf_counter() if began is None else began
         self.step, self.partial = step, self.fence.partial(step)
-        self._guarded(lambda: together(self._prepare, self.engine.device))
+        self._guarded(lambda: run_on_all(self._prepare, self.engine.device))
         # pinned buffers that are there already: the copy is several times as quick as one to other memory
         pinned = bool(self.buffers) and self.engine.device.type == "cuda"
-        values = self._copies() if copy or pinned else self._values()
-        self._doing, self._next = "writing", self._to_check
+        values = self._values() if wait and not pinned else self._copies()
+        self._doing = "writing"
         self._task = Task(lambda: self._write(values, extras))
+        self._count_stall(self._began)
+        if wait:
+            self.finish()
 
-    def advance(self) -> Path | None:
-        """Go on with what was started, without waiting; the checkpoint's folder once it is complete, else None."""
-        return None if self._task is None else self._advance(self._task, self._task.busy)
+    def advance(self) -> None:
+        """Continue with what was started, without waiting; takes no time where nothing was."""
+        if self._task is not None:
+            self._advance(self._task, self._task.busy)
 
-    def finish(self, at: Callable[[str], None] = _ignore, beat: Callable[..., None] = _ignore) -> Path | None:
-        """Wait for what was started; the checkpoint's folder, or None where nothing was started.
-
-        `at` is told, the same number of times on every rank, what the rank does; `beat` is called when that advances.
-        """
-        path = None
+    def finish(self) -> None:
+        """Wait until what was started is complete."""
+        if self._task is None:
+            return
+        started = time.perf_counter()
         while (task := self._task) is not None:
-            at(f"{self._doing} the checkpoint of step {self.step}")
-            told = False
-            while self._task is task:
-                moved = self._moved
-                task.wait(SIGN_OF_LIFE_SECONDS)
-                if self._moved != moved:
-                    beat()
-                busy = task.busy
-                if not busy and not told:
-                    at(f"waiting for others that are {self._doing} the checkpoint of step {self.step}")
-                    told = True
-                path = self._advance(task, busy)
-        return path
+            self._finish(task)
+        self._count_stall(started)
 
-    def _advance(self, task: Task[Any], busy: bool) -> Path | None:
+    def take_metrics(self) -> dict[str, float]:
+        """Seconds since the last call that the steps waited for saving, and those from a save's start to its end."""
+        taken, self._metrics = self._metrics, {}
+        return taken
+
+    def _finish(self, task: Task[Any]) -> None:
+        """Wait until one stage of the save is over on all ranks."""
+        self.entering(f"{self._doing} the checkpoint of step {self.step}")
+        waiting = False
+        while self._task is task:
+            written = self._pieces_written
+            task.wait(SIGN_OF_LIFE_SECONDS)
+            if self._pieces_written != written:
+                self.still_alive()
+            busy = task.busy
+            if not busy and not waiting:
+                self.entering(f"waiting for others that are {self._doing} the checkpoint of step {self.step}")
+                waiting = True
+            self._advance(task, busy)
+
+    def _advance(self, task: Task[Any], busy: bool) -> None:
+        """Begin the next stage once no rank is busy with this one."""
         if any_rank([busy], self.engine.device)[0]:
-            return None
+            return
         self._task = None
-        self._task = self._guarded(lambda: self._next(together(task.outcome, self.engine.device)))
-        return self.fence.folder / step_name(self.step) if self._task is None else None
+        outcome = self._guarded(lambda: run_on_all(task.outcome, self.engine.device))
+        if self._doing == "writing":
+            self._doing, self._task = "completing", self._start_completing(*outcome)
+            return
+        self.last = self.fence.folder / step_name(self.step)
+        self.seconds = self._metrics["checkpoint_seconds"] = time.perf_counter() - self._began
 
-    def _move(self) -> None:
-        self._moved += 1
+    def _count_stall(self, since: float) -> None:
+        stall = self._metrics.get("checkpoint_stall_seconds", 0.0)
+        self._metrics["checkpoint_stall_seconds"] = stall + time.perf_counter() - since
 
-    # the steps of a save
+    # the stages of a save
 
     def _prepare(self) -> None:
         if self.engine.groups.degrees.rank == 0:
@@ -203,9 +229,15 @@ class Saver:
             values[piece.kind, piece.name] = held.narrow(0, piece.first, piece.numel)
         return values
 
+    def _prepare_buffers(self) -> None:
+        """Take the host memory for copies, 4 bytes a value."""
+        on_gpu = self.engine.device.type == "cuda"
+        for piece in self.pieces if not self.buffers else ():
+            self.buffers[piece.kind, piece.name] = torch.zeros(piece.numel, pin_memory=on_gpu)
+
     def _copies(self) -> dict[tuple[str, str], Tensor]:
         """This rank's pieces by kind and name, copied to host memory."""
-        self.prepare_buffers()
+        self._prepare_buffers()
         for key, held in self._values().items():
             self.buffers[key].copy_(held, non_blocking=True)
         if self.engine.device.type == "cuda":
@@ -215,8 +247,8 @@ class Saver:
     def _write(
         self, values: Mapping[tuple[str, str], Tensor], extras: Extras | None
     ) -> tuple[list[int], dict[str, FileRecord]]:
-        """Write this rank's pieces; returns the shares of each file's checksum, and the extras' records."""
-        shares = dict.fromkeys(self.sizes, 0)
+        """Write this rank's pieces; returns their `crc_of_piece` in each file, and the extras' records."""
+        crcs = dict.fromkeys(self.sizes, 0)
         by_file: dict[str, list[_Piece]] = {}
         for piece in self.pieces:
             by_file.setdefault(piece.file, []).append(piece)
@@ -227,45 +259,22 @@ class Saver:
             try:
                 with path_in_errors(path):
                     if file in self.headers:
-                        shares[file] ^= _write_at(descriptor, memoryview(self.headers[file]), 0, size)
+                        crcs[file] ^= _write_at(descriptor, memoryview(self.headers[file]), 0, size)
                     for piece in by_file.get(file, ()):
                         data = values[piece.kind, piece.name].to("cpu", torch.float32).contiguous()
-                        view = data.view(torch.uint8).numpy().data
-                        shares[file] ^= _write_at(descriptor, view, piece.offset, size)
-                        self._move()
+                        crcs[file] ^= _write_at(descriptor, bytes_of(data), piece.offset, size)
+                        self._pieces_written += 1
                     os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        return list(shares.values()), {} if extras is None else write_extras(self.partial, extras)
+        return list(crcs.values()), {} if extras is None else write_extras(self.partial, extras)
 
-    def _to_check(self, written: tuple[list[int], dict[str, FileRecord]]) -> Task[Any]:
-        shares, records = written
-        held = torch.tensor(list(self._lengths().values()), dtype=torch.int64, device=self.engine.device)
-        dist.all_reduce(held)
-        assert held.tolist() == list(self.sizes.values()), "the ranks' pieces do not make up the files"
-        totals = exclusive_or(shares, self.engine.device)
+    def _start_completing(self, crcs: list[int], records: dict[str, FileRecord]) -> Task[None]:
+        totals = exclusive_or(crcs, self.engine.device)
         for (name, size), total in zip(self.sizes.items(), totals, strict=True):
-            records[name] = FileRecord(size, whole(total, size))
-        self._doing, self._next = "checking", lambda read: self._to_complete(read, records)
-        degrees = self.engine.groups.degrees
-        return Task(
-            lambda: read_shares(self.partial, self.sizes, degrees.rank, degrees.world_size, self._move)
-        )
-
-    def _to_complete(self, read: list[int], records: dict[str, FileRecord]) -> Task[Any]:
-        totals = exclusive_or(read, self.engine.device)
-        wrong = [
-            name
-            for (name, size), total in zip(self.sizes.items(), totals, strict=True)
-            if whole(total, size) != records[name].crc32
-        ]
-        rank = self.engine.groups.degrees.rank
-        if wrong:
-            if rank != 0:
-                raise PeerError(1)
-            raise OSError(f"{wrong[0]} reads back otherwise than it was written: check the storage")
-        self._doing, self._next = "completing", lambda _: None
-        return Task(lambda: self._complete(records) if rank == 0 else None)
+            records[name] = FileRecord(size, crc_of_file(total, size))
+        first = self.engine.groups.degrees.rank == 0
+        return Task(lambda: self._complete(records) if first else None)
 
     def _complete(self, records: dict[str, FileRecord]) -> None:
         folder, name = self.fence.folder, step_name(self.step)
@@ -315,13 +324,6 @@ class Saver:
                 "or mend the folder, and run again"
             ) from error
 
-    def _lengths(self) -> dict[str, int]:
-        """Bytes that this rank writes into each file."""
-        lengths = {file: len(self.headers.get(file, b"")) for file in self.sizes}
-        for piece in self.pieces:
-            lengths[piece.file] += 4 * piece.numel
-        return lengths
-
     def _plan_pieces(self, layouts: Mapping[int, FileLayout]) -> list[_Piece]:
         """The fragments that this rank writes: what it alone holds, or an even share of what all hold."""
         degrees = self.engine.groups.degrees
@@ -337,9 +339,18 @@ class Saver:
                 pieces.append(_Piece(kind, name, file, offset, first, last - first))
         return pieces
 
+    def _check_pieces(self) -> None:
+        """A piece that no rank writes would be zeros, which no checksum shows."""
+        lengths = {file: len(self.headers.get(file, b"")) for file in self.sizes}
+        for piece in self.pieces:
+            lengths[piece.file] += 4 * piece.numel
+        total = torch.tensor(list(lengths.values()), dtype=torch.int64, device=self.engine.device)
+        dist.all_reduce(total)
+        assert total.tolist() == list(self.sizes.values()), "the ranks' pieces do not make up the files"
+
 
 def surplus(checkpoints: list[Path], keep: int, keep_every: int) -> list[Path]:
-    """Of checkpoints, oldest first, those to delete: neither the newest `keep` nor one each `keep_every` steps."""
+    """Checkpoints to delete, of all, oldest first: neither the newest `keep` nor one each `keep_every` steps."""
     older = checkpoints[:-keep] if keep else []
     return [path for path in older if not keep_every or step_of(path) % keep_every]
 
@@ -352,28 +363,28 @@ def part_layouts(shapes: Mapping[str, torch.Size], parts: Mapping[str, int]) -> 
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int, size: int) -> int:
-    """Write bytes at a place of a file of `size` bytes; returns their share of its checksum."""
+    """Write bytes at a place of a file of `size` bytes; returns their `crc_of_piece`."""
     register, begin = 0, 0
     while begin < len(data):
         piece = data[begin : begin + PIECE_BYTES]
         written = os.pwrite(descriptor, piece, offset + begin)
-        register = extend(register, piece[:written])
+        register = continue_crc(register, piece[:written])
         begin += written
-    return place(register, size - offset - len(data))
+    return shifted(register, size - offset - len(data))
 
 
 def write_extras(folder: Path, extras: Extras) -> dict[str, FileRecord]:
+    """Write what lies beside a checkpoint's tensors, synced; returns each file's record. Raises OSError."""
+    probe = FileLayout({name: (tensor.dtype, tensor.shape) for name, tensor in extras.probe.items()})
     files = {
         STATE: (json.dumps(extras.state, indent=1) + "\n").encode(),
         CONFIG: extras.config_yaml.encode(),
     }
     if extras.tokenizer:
         files[TOKENIZER] = extras.tokenizer
+    files[PROBE] = b"".join(
+        [probe.header, *(bytes_of(tensor.contiguous()) for tensor in extras.probe.values())]
+    )
     for name, data in files.items():
         write_synced(folder / name, data)
-    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in extras.probe.items()}
-    with TensorFileWriter(folder / PROBE, layout) as writer:
-        for name, tensor in extras.probe.items():
-            writer.write(name, tensor)
-    files[PROBE] = (folder / PROBE).read_bytes()
     return {name: FileRecord(len(data), zlib.crc32(data)) for name, data in files.items()}

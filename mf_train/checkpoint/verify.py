@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mf_train.checkpoint.checksum import read_shares, whole
+from mf_train.checkpoint.checksum import crc_of_file, read_crcs
 from mf_train.checkpoint.layout import (
     CONFIG,
     KINDS,
@@ -57,7 +57,7 @@ def verify(path: Path) -> Iterator[str]:
 
 
 def find_damage(checkpoint: Path) -> Iterator[str]:
-    """What is wrong with a checkpoint, each problem with its file's path; nothing where it is good."""
+    """The problems of a checkpoint, each with its file's path; none where it is good."""
     try:
         reader = CheckpointReader(checkpoint, check_sizes=False)
     except (UserError, OSError) as error:
@@ -126,13 +126,13 @@ def _checksums(folder: Path, sizes: Mapping[str, int]) -> dict[str, int | str]:
                 found[name] = problem
                 continue
             readers = -(-size // _TASK_BYTES)
-            tasks[name] = [pool.submit(read_shares, folder, {name: size}, i, readers) for i in range(readers)]
-        for name, shares in tasks.items():
+            tasks[name] = [pool.submit(read_crcs, folder, {name: size}, i, readers) for i in range(readers)]
+        for name, crcs in tasks.items():
             combined = 0
             try:
-                for share in shares:
-                    combined ^= share.result()[0]
-                found[name] = whole(combined, sizes[name])
+                for crc in crcs:
+                    combined ^= crc.result()[0]
+                found[name] = crc_of_file(combined, sizes[name])
             except OSError as error:
                 found[name] = f"cannot be read ({error.strerror})"
     return found
@@ -162,7 +162,7 @@ def _expected_parts(reader: CheckpointReader) -> dict[str, dict[str, tuple[int, 
 def _check_contents(
     reader: CheckpointReader, name: str, expected: Mapping[str, Mapping[str, tuple[int, ...]]]
 ) -> Iterator[str]:
-    """What a file whose checksum is right holds: a wrong one was written wrongly, or its manifest was."""
+    """The problems in the contents of a file whose checksum is right: it was written wrongly, or its manifest was."""
     path = reader.checkpoint / name
     try:
         if name == STATE:

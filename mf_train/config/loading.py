@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import typing
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from mf_train.config.bounds import problem_of
 from mf_train.config.sections import Config, TrainingConfig
 from mf_train.errors import UserError
 from mf_train.text import did_you_mean
@@ -52,7 +52,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 def parse_config(tree: dict[str, Any], origin: str) -> Config:
     """Typed Config of a parsed YAML tree. `origin` is named in errors. Raises UserError."""
     config: Config = _build(Config, tree, key="", origin=origin)
-    check_config(config, origin)
+    _check_together(config, origin)
     return config
 
 
@@ -62,7 +62,7 @@ def config_to_tree(config: Config) -> dict[str, Any]:
 
 
 def convert_value(key: str, value: Any, origin: str) -> Any:
-    """`value` as the type of a dotted key such as optimizer.learning_rate; whether it fits the others is not asked.
+    """`value` as the type of a dotted key such as optimizer.learning_rate; its bound is not checked.
 
     Raises UserError for a key that no section has, and a value of another type.
     """
@@ -96,73 +96,22 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = _parse_yaml(value, f"override {override!r}")
 
 
-def check_config(config: Config, origin: str) -> None:
-    """Refuse values that no run can use; checks that need the number of processes are the trainer's.
+def _check_together(config: Config, origin: str) -> None:
+    """Raises UserError where keys do not fit each other; what depends on the number of processes the trainer checks."""
 
-    Raises UserError naming the key.
-    """
-
-    def refuse(message: str) -> typing.NoReturn:
-        raise UserError(f"{origin}: {message}")
-
-    positive = {
-        "training.steps": config.training.steps,
-        "training.global_batch_size": config.training.global_batch_size,
-        "training.micro_batch_size": config.training.micro_batch_size,
-        "training.collective_timeout_seconds": config.training.collective_timeout_seconds,
-        "training.profile.start": config.training.profile.start,
-        "data.logical_streams": config.data.logical_streams,
-        "data.block_documents": config.data.block_documents,
-        "data.window_blocks": config.data.window_blocks,
-        "data.timeout_seconds": config.data.timeout_seconds,
-        "parallel.tensor": config.parallel.tensor,
-        "logging.interval": config.logging.interval,
-        "optimizer.learning_rate": config.optimizer.learning_rate,
-        "optimizer.table_learning_rate_multiplier": config.optimizer.table_learning_rate_multiplier,
-        "optimizer.eps": config.optimizer.eps,
-    }
-    not_negative = {
-        "training.validation_interval": config.training.validation_interval,
-        "training.validation_sequences": config.training.validation_sequences,
-        "training.profile.steps": config.training.profile.steps,
-        "data.workers": config.data.workers,
-        "checkpoint.interval": config.checkpoint.interval,
-        "checkpoint.keep": config.checkpoint.keep,
-        "checkpoint.keep_every": config.checkpoint.keep_every,
-        "logging.telemetry_interval": config.logging.telemetry_interval,
-        "optimizer.weight_decay": config.optimizer.weight_decay,
-        "optimizer.gradient_clip": config.optimizer.gradient_clip,
-        "schedule.warmup_steps": config.schedule.warmup_steps or 0,
-    }
-    for key, value in positive.items():
-        if not 0 < value < math.inf:
-            refuse(f"{key} is {value}: it must be a number above 0")
-    for key, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            refuse(f"{key} is {value}: it must be a number, 0 or more")
-    if config.parallel.zero_stage not in (0, 1, 2, 3):
-        refuse(f"parallel.zero_stage is {config.parallel.zero_stage}: choose 0, 1, 2 or 3")
-    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        refuse(f"optimizer.betas is {list(config.optimizer.betas)}: each must be in [0, 1)")
-    if not 0 <= config.schedule.minimum_fraction <= 1:
-        refuse(f"schedule.minimum_fraction is {config.schedule.minimum_fraction}: it must be in [0, 1]")
     if problem := _profile_problem(config.training):
-        refuse(problem)
-    for name in ("rows_read", "entropy", "largest_share"):
-        value = getattr(config.logging, f"alarm_{name}")
-        if not 0 <= value <= 1:
-            refuse(f"logging.alarm_{name} is {value}: it must be in [0, 1]")
-    for name in ("train", "validation"):
-        for index, source in enumerate(getattr(config.data, name)):
-            key = f"data.{name}[{index}]"
+        raise UserError(f"{origin}: {problem}")
+    for name, sources in (("train", config.data.train), ("validation", config.data.validation)):
+        for index, source in enumerate(sources):
             if (source.path is None) == (source.hub is None):
-                refuse(f"{key}: give either 'path' (local files) or 'hub' (a dataset's name), and not both")
-            if not 0 < source.weight < math.inf:
-                refuse(f"{key}.weight is {source.weight}: it must be a number above 0")
+                raise UserError(
+                    f"{origin}: data.{name}[{index}]: give either 'path' (local files) or 'hub' (a dataset's name), "
+                    "and not both"
+                )
 
 
 def _profile_problem(training: TrainingConfig) -> str:
-    """What is wrong with `training.profile`, beside bounds of its own; empty where nothing is."""
+    """An error about `training.profile`, beyond the bounds of its keys; empty where it fits."""
     profile = training.profile
     if not profile.steps:
         return ""
@@ -255,6 +204,7 @@ def _build(section: type, tree: Any, key: str, origin: str) -> Any:
     if not isinstance(tree, dict):
         raise UserError(f"{origin}: {key} is {tree!r}: expected keys and values")
     hints = typing.get_type_hints(section)
+    fields = {field.name: field for field in dataclasses.fields(section)}
     values = {}
     for name, value in tree.items():
         dotted = f"{key}.{name}" if key else str(name)
@@ -262,6 +212,8 @@ def _build(section: type, tree: Any, key: str, origin: str) -> Any:
             hint = did_you_mean(name, hints, f"known keys: {', '.join(hints)}")
             raise UserError(f"{origin}: unknown key {dotted!r}: {hint}")
         values[name] = _convert(hints[name], value, dotted, origin)
+        if problem := problem_of(fields[name], values[name]):
+            raise UserError(f"{origin}: {dotted} {problem}")
     try:
         return section(**values)
     except ValueError as error:

@@ -1,10 +1,12 @@
-"""The sections of a training configuration, typed, with what each key means and its unit."""
+"""The sections of a training configuration: each key's type, default, bound, meaning and unit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mf_train.config import bounds
+from mf_train.config.bounds import fraction, not_negative, positive
 from mf_train.config.model import ModelConfig
 
 OnError = Literal["raise", "skip"]
@@ -19,23 +21,23 @@ class SourceConfig:
     hub_config: str | None = None  # the dataset's configuration name, where it has several
     split: str = "train"  # of a hub dataset
     text_field: str = "text"  # the column or JSON key that holds the text
-    weight: float = 1.0  # share of the training sequences, relative to the other sources' weights
+    weight: float = positive(1.0)  # share of the training sequences, relative to the other sources' weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, and the seed of its order."""
+    """The sources of documents, and how they are ordered and read."""
 
     train: tuple[SourceConfig, ...] = ()
     validation: tuple[SourceConfig, ...] = ()
     seed: int = 0
-    logical_streams: int = 64  # the batches are dealt from this many streams; data parallelism must divide it
-    block_documents: int = 64  # neighbouring documents that stay together when a source's blocks are shuffled
-    window_blocks: int = 16  # blocks of a stream among which documents are shuffled
+    logical_streams: int = positive(64)  # batches are dealt from them; data parallelism must divide them
+    block_documents: int = positive(64)  # neighbours that stay together when a source's blocks are shuffled
+    window_blocks: int = positive(16)  # blocks of a stream among which documents are shuffled
     document_attention: bool = False  # attention inside documents only, and positions that begin anew in each
     on_error: OnError = "raise"  # what a corrupt document or a truncated file does
-    workers: int = 1  # processes that read and tokenise for a data-parallel rank; 0: a thread of the trainer
-    timeout_seconds: int = 300  # the run ends when a batch takes longer to read; reading is retried before
+    workers: int = not_negative(1)  # processes that read and tokenise for a data-parallel rank; 0: a thread
+    timeout_seconds: int = positive(300)  # to read a batch, retries counted; then the run ends
     cache: str | None = None  # folder for text of compressed and remote files; None: $XDG_CACHE_HOME/mf_train
 
 
@@ -54,12 +56,12 @@ class TokenizerConfig:
 class OptimizerConfig:
     """AdamW. Tables have their own learning rate: `learning_rate * table_learning_rate_multiplier`."""
 
-    learning_rate: float = 1e-3
-    table_learning_rate_multiplier: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # of tables, embedding and head; norms and biases have none
-    gradient_clip: float = 1.0  # largest global L2 norm of the gradient; 0 switches clipping off
+    learning_rate: float = positive(1e-3)
+    table_learning_rate_multiplier: float = positive(1.0)
+    betas: tuple[float, float] = bounds.betas((0.9, 0.95))
+    eps: float = positive(1e-8)
+    weight_decay: float = not_negative(0.1)  # of tables, embedding and head; norms and biases have none
+    gradient_clip: float = not_negative(1.0)  # largest global L2 norm of the gradient; 0: no clipping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +69,24 @@ class ScheduleConfig:
     """Learning rate over the steps: linear warm-up, then cosine to a share of the peak, or constant."""
 
     kind: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int | None = None  # None: 1 % of training.steps
-    minimum_fraction: float = 0.01  # last learning rate as a share of the peak (cosine)
+    warmup_steps: int | None = not_negative(None)  # None: 1 % of training.steps
+    minimum_fraction: float = fraction(0.01)  # last learning rate as a share of the peak (cosine)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Degrees. Data parallelism is the number of processes divided by `tensor`."""
 
-    tensor: int = 1
-    zero_stage: int = 1
+    tensor: int = positive(1)
+    zero_stage: int = bounds.zero_stage(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     """Which steps and ranks are profiled, into the run's folder (docs/profiling.md)."""
 
-    steps: int = 0  # how many, one after another; 0: none
-    start: int = 10  # the first of them, counted from the run's first step, which is 1
+    steps: int = not_negative(0)  # how many, one after another; 0: none
+    start: int = positive(10)  # the first of them, counted from the run's first step, which is 1
     ranks: tuple[int, ...] = (0,)  # each writes files of its own
 
 
@@ -92,16 +94,16 @@ class ProfileConfig:
 class TrainingConfig:
     """The run: its length, batch, arithmetic, device and folder."""
 
-    steps: int = 1000
-    global_batch_size: int = 8  # sequences a step
-    micro_batch_size: int = 8  # sequences a forward pass of one data-parallel rank
+    steps: int = positive(1000)
+    global_batch_size: int = positive(8)  # sequences a step
+    micro_batch_size: int = positive(8)  # sequences a forward pass of one data-parallel rank
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0  # of the initial weights
     device: Literal["auto", "cpu", "cuda"] = "auto"
     output_dir: str = "runs/default"
-    validation_interval: int = 0  # steps between validations (and one after the last step); 0: none
-    validation_sequences: int = 0  # sequences of the validation text that are used; 0: all
-    collective_timeout_seconds: int = 600  # a collective that waits longer ends the run
+    validation_interval: int = not_negative(0)  # steps between validations, also after the last; 0: none
+    validation_sequences: int = not_negative(0)  # sequences of the validation text that are used; 0: all
+    collective_timeout_seconds: int = positive(600)  # a collective that waits longer ends the run
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
@@ -109,9 +111,9 @@ class TrainingConfig:
 class CheckpointConfig:
     """When to save and what to resume from."""
 
-    interval: int = 0  # steps between checkpoints; one is always written after the last step; 0: only that
-    keep: int = 2  # newest complete checkpoints that are kept; 0: all
-    keep_every: int = 0  # checkpoints of multiples of this step are kept as well, for studies; 0: none
+    interval: int = not_negative(0)  # steps between checkpoints, and one after the last step; 0: only that
+    keep: int = not_negative(2)  # newest complete checkpoints that are kept; 0: all
+    keep_every: int = not_negative(0)  # checkpoints of its multiples are kept as well, for studies; 0: none
     asynchronous: bool = True  # written beside the steps, from a copy in host memory (12 bytes a parameter)
     verify: bool = True  # checksums of what a run resumes from; sizes are always checked
     resume: str = "auto"  # auto: the run folder's newest good one | never | a checkpoint's path to start from
@@ -119,16 +121,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What rank 0 shows and writes beside metrics.jsonl."""
+    """Lines, TensorBoard and reports on the tables: rank 0's output beside metrics.jsonl."""
 
-    interval: int = 10  # steps between printed lines when the output is not a terminal
+    interval: int = positive(10)  # steps between printed lines when the output is not a terminal
     tensorboard: bool = True
-    telemetry_interval: int = 0  # steps between reports on the tables (rows read, entropy, ...); 0: none
-    # A table is alarming (docs/telemetry.md) below these shares of what a code that reads all rows alike shows, and
-    # above this share of the way from that code's hottest row to one row alone. 0, 0 and 1: never.
-    alarm_rows_read: float = 0.02
-    alarm_entropy: float = 0.02
-    alarm_largest_share: float = 0.99
+    telemetry_interval: int = not_negative(0)  # steps between reports on the tables (rows read, ...); 0: none
+    # Warn about a table (docs/telemetry.md) when its rows read or its entropy fall below these fractions of what
+    # uniformly random codes would give, or when its most-read row is this far (0 to 1) from the uniform share towards
+    # all reads. Set 0, 0 and 1 to switch the warnings off.
+    alarm_rows_read: float = fraction(0.02)
+    alarm_entropy: float = fraction(0.02)
+    alarm_largest_share: float = fraction(0.99)
 
 
 @dataclass(frozen=True, kw_only=True)

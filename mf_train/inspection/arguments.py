@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mf_train.commands import add_command
+from mf_train.commands import add_command, print_lines
 
 
 def add_inspect(commands: Any) -> None:
@@ -32,7 +32,6 @@ def add_inspect(commands: Any) -> None:
     parser.add_argument(
         "--sequences",
         type=int,
-        default=None,
         metavar="N",
         help="sequences that are read (default: as many as hold 32 tokens for each row of the largest tables)",
     )
@@ -43,8 +42,6 @@ def add_inspect(commands: Any) -> None:
 
 
 def _inspect(given: argparse.Namespace) -> int:
-    from mf_train.inspection.inspect import inspect
+    from mf_train.inspection.run import inspect
 
-    for line in inspect(given.source, given.data, given.sequences, given.output, given.json):
-        print(line, flush=True)
-    return 0
+    return print_lines(inspect(given.source, given.data, given.sequences, given.output, given.json))

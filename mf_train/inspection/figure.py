@@ -1,32 +1,30 @@
 """The paper's Figure 4: how often each bucket is read, for the tables of some layers."""
 
-from __future__ import annotations
+from collections.abc import Mapping, Sequence
 
-from typing import TYPE_CHECKING
+from torch import Tensor
 
 from mf_train.drawing import make_figure, make_png
 from mf_train.inspection.terminal import median_table
 from mf_train.telemetry.alarms import describe_hash
-
-if TYPE_CHECKING:
-    from mf_train.inspection.inspect import Reads
+from mf_train.telemetry.statistics import HashStatistics
 
 _HASHES = 3  # of a layer
 _TALLEST = 8.0  # times the mean: where a picture's bars are cut off
 
 
-def draw_reads(reads: Reads) -> bytes:
-    """PNG: the first, middle and last layer, a row each, and a column a hash.
+def draw_reads(all_counts: Mapping[str, Tensor], hashes: Sequence[HashStatistics]) -> bytes:
+    """PNG: the first, middle and last layer, a row each, and a column a hash; counts [K, 2**tau] by the hash's name.
 
     Bars: reads of each bucket of the table with the median Gini coefficient, over the mean; line: all tables' buckets
     from the most read one on, their median.
     """
-    layers = len(reads.hashes) // _HASHES
+    layers = len(hashes) // _HASHES
     shown = sorted({0, layers // 2, layers - 1})
     figure, axes = make_figure(_HASHES, (3.0, 1.9), len(shown))
     for place, panel in enumerate(axes):
-        one = reads.hashes[shown[place // _HASHES] * _HASHES + place % _HASHES]
-        counts = reads.counts[one.name].double()
+        one = hashes[shown[place // _HASHES] * _HASHES + place % _HASHES]
+        counts = all_counts[one.name].double()
         relative = counts / counts.mean(-1, keepdim=True).clamp(min=1e-9)
         bars = relative[median_table(one)]
         ranked = relative.sort(-1, descending=True).values.median(0).values

@@ -1,4 +1,4 @@
-"""Hash and lookup composed from torch operations (SPEC.md section 1, Eq. 2-12).
+"""Hash and lookup composed from torch operations (arXiv 2411.12992, Eq. 2-12).
 
 This file needs torch alone and nothing else of the package: a converted model carries a copy of it.
 `hash_codes` and `lookup` are differentiable by autograd. The `*_backward` functions are the same gradients

@@ -75,13 +75,6 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-def supports(*tensors: Tensor) -> bool:
-    """Whether the operation takes tensors of these devices and dtypes (codes, int8 tables and scales included)."""
-    return all(
-        t.is_cpu and (t.dtype in FLOATS or t.dtype in _CODES or t.dtype == torch.int8) for t in tensors
-    )
-
-
 def library() -> ctypes.CDLL | None:
     """The compiled operations for this machine, built by the first call; None where they cannot be (see `reason`)."""
     return _library_or_reason()[0]

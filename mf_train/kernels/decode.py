@@ -50,7 +50,7 @@ class BlockTensors:
 
 @dataclass(frozen=True)
 class ModelTensors:
-    """A MemoryFormer (SPEC.md section 2). embedding [V, D]; head [V, D], or int8 with float32 head_scales [V]."""
+    """A MemoryFormer (Eq. 13). embedding [V, D]; head [V, D], or int8 with float32 head_scales [V]."""
 
     embedding: Tensor
     blocks: Sequence[BlockTensors]

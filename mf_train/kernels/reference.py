@@ -1,4 +1,9 @@
-"""Hash and lookup straight from the equations (SPEC.md section 1): what every backend is tested against.
+"""Hash and lookup straight from the equations (arXiv 2411.12992, Eq. 2-12): what every backend is tested against.
+
+    bit_i     = 1 if z_k[i] >= 0 else 0         of chunk k of x, tau features
+    code_k    = sum_i bit_i * 2^i
+    weight_k  = prod_i sigmoid(2 |z_k[i]| / t)
+    y         = sum_k weight_k * table_k[code_k] + bias
 
 Everything is computed in float64 and rounded once, at the end. Gradients are autograd's. A lookup gathers
 every row that it reads, [..., K, O] in float64: for tests, not for training.

@@ -1,4 +1,4 @@
-"""The hash as Triton kernels: codes and weights in one pass over x, and its gradient (SPEC.md section 1).
+"""The hash as Triton kernels: codes and weights in one pass over x, and its gradient (arXiv 2411.12992, Eq. 2-12).
 
 A chunk's product and sums run over its bits in order, in one thread, so that a chunk has the same bits in
 any company and at any alignment. Everything is computed in float32 (float64 for float64 x).

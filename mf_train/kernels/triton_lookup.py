@@ -1,4 +1,4 @@
-"""The lookup as Triton kernels: forward, int8 forward, and one backward without atomics (KERNELS.md).
+"""The lookup as Triton kernels: forward, int8 forward, and one backward without atomics.
 
 Forward: a program, one warp, owns a few tokens in a block of columns and sums over k in order. Programs are
 numbered tokens first, so that those that run at once share a column block: of all tables, it fits the L2 cache.

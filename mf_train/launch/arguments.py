@@ -3,22 +3,12 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mf_train.commands import add_command
+from mf_train.commands import add_command, print_lines
 from mf_train.errors import UserError
-from mf_train.launch.job import JobOptions, check_options
-
-VERBS = ("status", "stop", "logs")
-
-
-def join_verb(arguments: Sequence[str]) -> list[str]:
-    """`launch status RUN` as `"launch status" RUN`: the two words are one command beside `launch CONFIG`."""
-    if len(arguments) > 1 and arguments[0] == "launch" and arguments[1] in VERBS:
-        return [" ".join(arguments[:2]), *arguments[2:]]
-    return list(arguments)
+from mf_train.launch.options import JobOptions, check_options
 
 
 def add_launch(commands: Any) -> None:
@@ -41,7 +31,10 @@ def add_launch(commands: Any) -> None:
     )
     add_job_options(parser)
     _add_what(parser)
-    _add_verbs(commands)
+    parser.add_argument_group(
+        "verbs", "instead of CONFIG: status RUN, stop RUN, logs RUN (each has a --help)"
+    )
+    _add_verbs(parser.add_verbs_beside())
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
@@ -87,14 +80,14 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--elastic",
         metavar="MIN:MAX",
-        help="numbers of nodes: when some fail the run goes on with fewer, and the same batches",
+        help="numbers of nodes: when some fail the run continues with fewer, and the same batches",
     )
     size.add_argument(
         "--gpu-memory",
         type=float,
         default=80.0,
         metavar="GB",
-        help="of one GPU, to refuse what cannot fit (80)",
+        help="memory of one GPU, to refuse what cannot fit (default: 80)",
     )
     size.add_argument(
         "--no-exclusive", action="store_true", help="share nodes with other jobs; needs --cpus-per-task"
@@ -127,13 +120,13 @@ def _add_behaviour(parser: argparse.ArgumentParser) -> None:
         "--starter",
         choices=("torchrun", "srun"),
         default="torchrun",
-        help="of the processes (default: torchrun)",
+        help="what starts the processes (default: torchrun)",
     )
     job.add_argument(
         "--notice",
         type=int,
         metavar="SECONDS",
-        help="between the signal to save and the time limit (default: 120, and 2 for each GB of a checkpoint)",
+        help="time between the signal to save and the time limit (default: 120, and 2 for each GB of a checkpoint)",
     )
     job.add_argument(
         "--retries",
@@ -143,7 +136,7 @@ def _add_behaviour(parser: argparse.ArgumentParser) -> None:
         help="restarts in a row without a new checkpoint (default: 2)",
     )
     job.add_argument(
-        "--python", metavar="PATH", help="on the nodes (default: this one; in a container: python)"
+        "--python", metavar="PATH", help="the python of the nodes (default: this one; in a container: python)"
     )
     job.add_argument(
         "--container",
@@ -155,7 +148,7 @@ def _add_behaviour(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FROM:TO",
-        help="beside the working directory and the run's folder; may be repeated",
+        help="mounts beside the working directory and the run's folder; may be repeated",
     )
 
 
@@ -170,28 +163,26 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_verbs(commands: Any) -> None:
+def _add_verbs(verbs: Any) -> None:
     example = "launch status runs/base"
-    verb = add_command(
-        commands, "launch status", "show where a launched run or array stands", example, _status
-    )
+    verb = add_command(verbs, "status", "show where a launched run or array stands", example, _status)
     _add_run(verb)
 
     example = "launch stop runs/base"
-    _add_run(
-        add_command(commands, "launch stop", "have a launched run or array save and end", example, _stop)
-    )
+    _add_run(add_command(verbs, "stop", "have a launched run or array save and end", example, _stop))
 
     example = "launch logs runs/base --rank 3 --follow"
-    verb = add_command(
-        commands, "launch logs", "show a launched run's output, its first error first", example, _logs
-    )
+    verb = add_command(verbs, "logs", "show a launched run's output, its first error first", example, _logs)
     _add_run(verb)
     verb.add_argument("--rank", type=int, metavar="N", help="one rank's own log (default: the job's output)")
-    verb.add_argument("--start", type=int, metavar="K", help="of the job's K-th start (default: the newest)")
+    verb.add_argument(
+        "--start", type=int, metavar="K", help="log of the job's K-th start (default: the newest)"
+    )
     verb.add_argument("--lines", type=int, default=40, metavar="N", help="the last N lines (default: 40)")
     verb.add_argument(
-        "--follow", action="store_true", help="go on with what is written, until the job has ended"
+        "--follow",
+        action="store_true",
+        help="show what is written from now on as well, until the job has ended",
     )
 
 
@@ -233,22 +224,16 @@ def _launch(given: argparse.Namespace) -> int:
 def _status(given: argparse.Namespace) -> int:
     from mf_train.launch.control import status
 
-    return _print(status(given.run_folder))
+    return print_lines(status(given.run_folder))
 
 
 def _stop(given: argparse.Namespace) -> int:
     from mf_train.launch.control import stop
 
-    return _print(stop(given.run_folder))
+    return print_lines(stop(given.run_folder))
 
 
 def _logs(given: argparse.Namespace) -> int:
     from mf_train.launch.control import logs
 
-    return _print(logs(given.run_folder, given.rank, given.start, given.lines, given.follow))
-
-
-def _print(lines: Any) -> int:
-    for line in lines:
-        print(line, flush=True)
-    return 0
+    return print_lines(logs(given.run_folder, given.rank, given.start, given.lines, given.follow))

@@ -18,9 +18,10 @@ import mf_train
 from mf_train.config import Config
 from mf_train.errors import TrainingError, UserError
 from mf_train.launch import slurm
-from mf_train.launch.job import TASK, JobOptions, checkpoint_bytes, notice_seconds
+from mf_train.launch.limits import checkpoint_bytes, notice_seconds
+from mf_train.launch.options import TASK, JobOptions
 from mf_train.launch.preflight import MARK
-from mf_train.launch.render import Place, container
+from mf_train.launch.render import JobFolders, container
 from mf_train.launch.verdict import Expected, collect, judge, list_names, summary, table
 
 MINUTES = 10  # of an allocation of its own
@@ -168,7 +169,7 @@ def _answering(job: str, names: Sequence[str]) -> list[str]:
 def _measure(
     job: str, options: JobOptions, nodes: Sequence[str], folder: Path, run: Path, size: int
 ) -> list[dict[str, Any]]:
-    """What the nodes' processes print, a dictionary for a line; what else they say is printed where one fails."""
+    """The measurements that the nodes' processes print. Where one fails, what else they said is printed."""
     package = Path(mf_train.__file__).resolve().parents[1]
     environment = dict(os.environ) | {
         "MASTER_ADDR": nodes[0],
@@ -183,7 +184,9 @@ def _measure(
         if options.container:
             mounts = (*options.container_mounts, f"{package}:{package}")
             options = replace(options, container_mounts=mounts)
-    prefix, srun_options = container(options, Place(run=str(run), common=str(run), directory=os.getcwd()))
+    prefix, srun_options = container(
+        options, JobFolders(run=str(run), common=str(run), directory=os.getcwd())
+    )
     gpus = [f"--gres=gpu:{options.per_node}"] if options.gpus_per_node else []
     cpus = [f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []
     program = [*prefix, options.python or sys.executable, "-m", "mf_train.launch.preflight"]

@@ -9,18 +9,19 @@ from typing import Any
 
 from mf_train.errors import UserError
 from mf_train.launch import slurm
-from mf_train.launch.logs import rank_log
-from mf_train.launch.progress import (
+from mf_train.launch.launch_folder import (
+    LOGS,
     Progress,
     Start,
-    duration,
     read_progress,
+    read_record,
     read_starts,
     seconds_between,
 )
-from mf_train.launch.records import LAUNCH, LOGS, read_record
+from mf_train.launch.logs import rank_log
 from mf_train.launch.report import first_error, report
-from mf_train.run_folder import tail_lines
+from mf_train.run_folder import LAUNCH, tail_lines
+from mf_train.text import duration
 
 _SHOWN_STARTS = 10
 _STOP_SECONDS = 30.0  # in which a job that is leaving its nodes settles
@@ -135,7 +136,7 @@ def _array_status(folder: Path, record: dict[str, Any]) -> Iterator[str]:
 
 
 def _name(number: str, job: slurm.Job) -> str:
-    """What scancel is to be told of a job found under a number: a task, several that wait, or the job itself."""
+    """The name by which scancel knows a job that was found under a number: a task, several that wait, or the job."""
     if "_" in number or not job.task:
         return number
     return f"{number}_{job.task}" if job.task.isdigit() else f"{number}_[{job.task.split('%')[0]}]"
@@ -217,22 +218,22 @@ def _stop_job(job: slurm.Job, name: str, run: Path) -> str:
 
 
 def _first_error(folder: Path, start: int | None) -> Iterator[str]:
-    """What the report says of the last start that ended, or the one asked for, if it failed."""
+    """The report on the last start that ended, or on the one with this number, if it failed."""
     failed = _failed_start(read_starts(folder), start)
     if failed is None:
         return
     yield f"start {failed.number} of job {failed.job} ended with status {failed.status}: {failed.next}"
     if (place := _logs_of(folder, failed)).is_dir():
-        yield from report(place)
+        yield from report(place, failed.ranks)
     yield ""
 
 
 def _error_line(folder: Path) -> Iterator[str]:
-    """The same in one line."""
+    """The first error of the last start in one line, if that failed."""
     failed = _failed_start(read_starts(folder), None)
     if failed is not None and (place := _logs_of(folder, failed)).is_dir():
-        if (error := first_error(place)) is not None:
-            who = "an agent" if error.rank is None else f"rank {error.rank}"
+        if (error := first_error(place, failed.ranks)) is not None:
+            who = "a process" if error.rank is None else f"rank {error.rank}"
             last = error.lines[-1].strip() if error.lines else "no word"
             yield f"error       {who} on {error.host} {error.how}: {last}"
 

@@ -61,7 +61,7 @@ def resources(folder: Path) -> dict[str, int]:
 
 
 def compiler_problem(environment: Mapping[str, str] = os.environ) -> str | None:
-    """What Triton, which compiles a launcher for each kernel when a run starts, does not find here, or None."""
+    """Names what Triton misses here, or None. It compiles a launcher for each kernel when a run starts."""
     compilers = [environment["CC"].split()[0]] if environment.get("CC", "").strip() else ["gcc", "clang"]
     if not any(shutil.which(name, path=environment.get("PATH")) for name in compilers):
         return f"has no C compiler ({' or '.join(compilers)}), which Triton needs: install gcc"
@@ -70,7 +70,7 @@ def compiler_problem(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def name_problem(host: str, gloo: bool) -> str | None:
-    """What is wrong with the way in which `host` and, where gloo is used, this node's own name resolve, or None."""
+    """The problem, if any, with how `host` and, where gloo is used, this node's own name resolve to addresses."""
     own = socket.gethostname()
     try:
         socket.getaddrinfo(host, None)

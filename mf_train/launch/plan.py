@@ -1,10 +1,14 @@
-"""What `memoryformer launch` is to submit: the runs with their configurations, checked; nothing is written."""
+"""What `memoryformer launch` is to submit: the runs, with their configurations and what these read, checked.
+
+Nothing is written. A wrong path that is found here costs no time in the queue.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +16,9 @@ from mf_train.config import Config
 from mf_train.config.loading import config_to_tree, load_config, parse_config
 from mf_train.errors import UserError
 from mf_train.launch import slurm
-from mf_train.launch.inputs import check_inputs
-from mf_train.launch.job import (
-    TASK,
-    JobOptions,
-    array_tasks,
-    check_job,
-    check_options,
-    left_out,
-    memory_warnings,
-    notice_seconds,
-    time_seconds,
-    warnings,
-)
-from mf_train.launch.render import Place
+from mf_train.launch.limits import check_job, left_out, memory_warnings, notice_seconds, warnings
+from mf_train.launch.options import TASK, JobOptions, array_tasks, check_options, time_seconds
+from mf_train.launch.render import JobFolders
 
 
 @dataclass(frozen=True)
@@ -42,14 +35,14 @@ class Plan:
     """A checked job, before anything is written."""
 
     runs: tuple[Run, ...]
-    place: Place
+    folders: JobFolders
     node_counts: list[int]
     notice: int
     warnings: list[str]
 
     @property
     def common(self) -> Path:
-        return Path(self.place.common)
+        return Path(self.folders.common)
 
 
 def make_plan(config_path: str, overrides: Sequence[str], options: JobOptions) -> Plan:
@@ -64,7 +57,7 @@ def make_plan(config_path: str, overrides: Sequence[str], options: JobOptions) -
         notice = max(notice, notice_seconds(run.config, options))
         found += warnings(run.config, options)
         found += memory_warnings(run.config, options, counts[-1], memory)
-        found += check_inputs(run.config, later=options.dependency is not None)
+        found += _check_inputs(run.config, later=options.dependency is not None)
     assert usable is not None
     if not usable:
         raise UserError(
@@ -81,8 +74,8 @@ def make_plan(config_path: str, overrides: Sequence[str], options: JobOptions) -
         raise UserError(
             f"training.output_dir is {pattern}: a folder in PYTHONPATH must have no ':' in its name"
         )
-    place = Place(run=pattern, common=common, directory=os.getcwd())
-    return Plan(tuple(runs), place, usable, notice, list(dict.fromkeys(found)))
+    folders = JobFolders(run=pattern, common=common, directory=os.getcwd())
+    return Plan(tuple(runs), folders, usable, notice, list(dict.fromkeys(found)))
 
 
 def _check_partition(options: JobOptions) -> float | None:
@@ -140,3 +133,52 @@ def _with_task(tree: Any, task: int) -> Any:
     if isinstance(tree, list):
         return [_with_task(value, task) for value in tree]
     return tree.replace(TASK, str(task)) if isinstance(tree, str) else tree
+
+
+def _check_inputs(config: Config, later: bool) -> list[str]:
+    """Raises UserError for a tokenizer or local data that are not there, or a run folder of another model.
+
+    With `later` the job waits for another one, which may make what is missing: then these are warnings, returned.
+    URLs and datasets of the hub are left to the job.
+    """
+    from mf_train.training.folder import check_folder
+
+    found = []
+    for check in (
+        lambda: _check_tokenizer(config),
+        lambda: _check_data(config),
+        lambda: check_folder(config),
+    ):
+        try:
+            check()
+        except UserError as error:
+            if not later:
+                raise
+            found.append(f"not there yet, so the job before must make it: {error}")
+    return found
+
+
+def _check_tokenizer(config: Config) -> None:
+    if config.tokenizer.path:
+        _find_tokenizer(config.tokenizer.path)
+
+
+def _check_data(config: Config) -> None:
+    for name in ("train", "validation"):
+        for index, source in enumerate(getattr(config.data, name)):
+            if source.path and "://" not in source.path:
+                _find_data(source.path, f"data.{name}[{index}].path")
+
+
+@cache  # the tasks of an array mostly read the same
+def _find_tokenizer(path: str) -> None:
+    from mf_train.data.tokenizer import find_model
+
+    find_model(path)
+
+
+@cache
+def _find_data(path: str, key: str) -> None:
+    from mf_train.data.files.input_files import find_files
+
+    find_files(path, key)

@@ -1,9 +1,8 @@
-"""One rank of a job, its output in a file of its own: `python -m mf_train.launch.rank LOGS -- train CONFIG ...`.
+"""One rank of a job, started by torchrun or srun: `python -m mf_train.launch.rank LOGS -- train CONFIG ...`.
 
-Started by the agent of its node (`mf_train.launch.agent`), or as a task of srun. Runs the command line that stands
-after `--` in this process. Whatever it and its children write goes to LOGS/rank-00003.log. Rank 0's log is copied to
-what was its standard output: by the agent, or, under srun, by a small parent process that outlives it, so that the
-copy is whole however the rank ends.
+The command runs in a child process, whose output, with that of its own children, goes to LOGS/rank-00003.log. This
+process imports no torch. It hands signals on, asks the child to stop when the job's script has made the file LOGS/stop,
+and adds a line on how the child ended, also where a signal killed it. `mf_train.launch.report` reads these lines.
 """
 
 from __future__ import annotations
@@ -20,27 +19,38 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
+from typing import NoReturn
 
 import mf_train
 from mf_train.errors import UserError
-from mf_train.launch.logs import Copy, Ending, format_ending, format_head, open_log, rank_log, say, size_of
-from mf_train.launch.node import FORWARDED, STOP_SIGNALS, STOPPED, raise_open_files
+from mf_train.exit_status import DONE, FAILED, MISTAKE, STOPPED
+from mf_train.launch.logs import (
+    STOP_SIGNALS,
+    Ending,
+    format_ending,
+    format_head,
+    format_request,
+    open_log,
+    rank_log,
+    stop_file,
+)
 from mf_train.parallel.processes import find_process
 
-AGENT_VARIABLE = "MF_TRAIN_AGENT"  # the agent's process id, in the environment of its workers
+_FORWARDED = (*STOP_SIGNALS, signal.SIGINT)
+# Between looks for LOGS/stop. Rank 0 is on the node of the job's script; ranks that train hear of it from rank 0.
+_LOOK_SECONDS_OF_FIRST, _LOOK_SECONDS = 0.2, 2.0
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_COPY_SECONDS = 30.0  # for the rest of rank 0's output, where its reader is slow
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Exits with the command's status; 75 where it was asked to stop before it listened for that."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Exits as `run_rank` says; 2 for a wrong command line or environment, 1 where the log cannot be written."""
     try:
         folder, command = parse(sys.argv[1:] if arguments is None else arguments)
-        run_rank(folder, lambda: _run_command(command))
+        status = run_rank(folder, lambda: _run_command(command))
     except (UserError, OSError) as error:
         print(f"memoryformer: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        status = MISTAKE if isinstance(error, UserError) else FAILED
+    sys.exit(status)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Path, list[str]]:
@@ -50,42 +60,74 @@ def parse(arguments: Sequence[str]) -> tuple[Path, list[str]]:
     return Path(arguments[0]), list(arguments[2:])
 
 
-def run_rank(folder: Path, action: Callable[[], None]) -> None:
-    """Run an action with this process's output in its rank's log; ends the process with the action's status.
+def run_rank(folder: Path, action: Callable[[], None]) -> int:
+    """Run an action in a child process and wait for its end; the status that this process is to exit with.
 
-    Raises UserError where the launcher's variables are incomplete and OSError where the log cannot be written.
+    0 where the child ended with 0, or with 75 after saving: torchrun takes anything else for a failure and ends the
+    other ranks. 75 where a request to stop ended a child that did not listen for it yet: the others cannot train
+    without it. Else the child's status, 128 + n for signal n. Raises UserError where the launcher's variables are
+    incomplete and OSError where the log cannot be written.
     """
-    raise_open_files()
-    rank = find_process().rank
-    agent = os.environ.get(AGENT_VARIABLE)
+    rank, host = find_process().rank, socket.gethostname()
     path = rank_log(folder, rank)
     try:
         log = open_log(path)
     except OSError as error:
-        raise OSError(
-            f"{path}: the log of rank {rank} cannot be written on {socket.gethostname()}: {error}"
-        ) from None
-    if agent is None and rank == 0:
-        _fork_and_copy(path)
-    if agent is None:
-        # Under an agent it is the signal's own work to end a process that does not listen yet: the agent knows then
-        # that there was nothing to save.
-        for number in STOP_SIGNALS:
-            signal.signal(number, _stop_early)
-    else:
-        _end_with(int(agent))
+        raise OSError(f"{path}: the log of rank {rank} cannot be written on {host}: {error}") from None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with(os.getppid())
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
+    parent, child = os.getpid(), os.fork()
+    if child == 0:
+        _end_with(parent)
+        _work(log, rank, host, action)
+    look = _LOOK_SECONDS if rank else _LOOK_SECONDS_OF_FIRST
+    code = _wait_for(
+        child, stop_file(folder), look, lambda number: _write(log, format_request(rank, host, number))
+    )
+    note = "out of memory?" if code == -signal.SIGKILL else ""
+    ending = Ending(rank, host, code if code >= 0 else 128 - code, time.time(), note)
+    _write(log, format_ending(ending))
+    if ending.on_request:
+        return STOPPED
+    return DONE if ending.status in (DONE, STOPPED) else ending.status
+
+
+def _wait_for(child: int, stop: Path, look: float, note: Callable[[int], None]) -> int:
+    """Hand signals on to the child until it ends; its exit code, or -n for signal n."""
+    asked = False
+    while True:
+        number = None
+        if not asked and os.path.exists(stop):
+            number, asked = signal.SIGUSR1, True
+        elif taken := signal.sigtimedwait({*_FORWARDED, signal.SIGCHLD}, look):
+            number = signal.Signals(taken.si_signo)
+        if number in _FORWARDED:
+            os.kill(child, number)
+            note(number)
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+
+
+def _work(log: int, rank: int, host: str, action: Callable[[], None]) -> NoReturn:
+    """In the child: the action, with its output in the log."""
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable(2)  # type: ignore[arg-type]
     python = f"pid {os.getpid()}, python {platform.python_version()} ({sys.executable})"
-    say(2, format_head(rank, socket.gethostname(), f"{python}, {Path(mf_train.__file__).parent}"))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    status = _status_of(action)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    _say_ending(rank, status)
-    sys.exit(status)
+    _write(log, format_head(rank, host, f"{python}, {Path(mf_train.__file__).parent}"))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_FORWARDED, signal.SIGCHLD})
+    status: object = FAILED
+    try:
+        action()
+        status = DONE
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    sys.exit(status)  # type: ignore[arg-type]
 
 
 def _run_command(command: list[str]) -> None:
@@ -94,62 +136,21 @@ def _run_command(command: list[str]) -> None:
     runpy.run_module("mf_train", run_name="__main__")
 
 
-def _status_of(action: Callable[[], None]) -> int:
-    try:
-        action()
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-            return 1
-        return end.code or 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
-def _say_ending(rank: int, status: int) -> None:
-    say(2, format_ending(Ending(rank, socket.gethostname(), status, time.time())))
-
-
-def _stop_early(number: int, frame: FrameType | None) -> None:
-    """Asked to stop while the program is still loading: nothing has been done that could be saved."""
-    say(2, f"asked to stop by {signal.Signals(number).name} before training began")
-    _say_ending(find_process().rank, STOPPED)
-    os._exit(STOPPED)
-
-
-def _end_with(agent: int) -> None:
-    """Ask the kernel to kill this process when its agent dies: a rank that nobody watches would hold its GPU."""
+def _end_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent dies: a rank that nobody watches would hold its GPU."""
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):  # another system than Linux
         return
-    if os.getppid() != agent:  # it died before
-        os._exit(1)
+    if os.getppid() != parent:  # it died before
+        os._exit(FAILED)
 
 
-def _fork_and_copy(path: Path) -> None:
-    """Go on in a child; the parent hands signals on, copies the log to its output and ends as the child does."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGCHLD})
-    parent, offset = os.getpid(), size_of(path)
-    child = os.fork()
-    if child == 0:
-        _end_with(parent)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        return
-    copy = Copy(path, 1, offset)
-    while True:
-        number = signal.sigwait({*FORWARDED, signal.SIGCHLD})
-        if number != signal.SIGCHLD:
-            os.kill(child, number)
-            continue
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            break
-    copy.close(_COPY_SECONDS)
-    code = os.waitstatus_to_exitcode(status)
-    os._exit(code if code >= 0 else 128 - code)
+def _write(log: int, line: str) -> None:
+    """A line of its own, also where the child was killed in the middle of one."""
+    size = os.fstat(log).st_size
+    begin = "" if size == 0 or os.pread(log, 1, size - 1) == b"\n" else "\n"
+    os.write(log, f"{begin}{line}\n".encode())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mf_train.errors import UserError
-from mf_train.launch.job import TASK, JobOptions
+from mf_train.launch.options import TASK, JobOptions
 
 TEMPLATE = Path(__file__).with_name("train.sbatch")
 _BEGIN, _END = "# --- settings ---", "# --- end of settings ---"
@@ -16,7 +16,7 @@ _TASK_NUMBER = '"$SLURM_ARRAY_TASK_ID"'
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class JobFolders:
     """Where a job runs and what it belongs to. Absolute paths."""
 
     run: str  # the run's folder; with TASK in it for an array
@@ -25,13 +25,19 @@ class Place:
 
 
 def render_job(
-    options: JobOptions, place: Place, *, notice: int, node_counts: Sequence[int], python: str, head: str
+    options: JobOptions,
+    folders: JobFolders,
+    *,
+    notice: int,
+    node_counts: Sequence[int],
+    python: str,
+    head: str,
 ) -> str:
     """The text of job.sbatch. Raises UserError where a value cannot be written into it."""
     return render(
         TEMPLATE.read_text(encoding="utf-8"),
-        directives(options, place, notice),
-        settings(options, place, notice, node_counts, python),
+        directives(options, folders, notice),
+        settings(options, folders, notice, node_counts, python),
         head,
     )
 
@@ -60,14 +66,14 @@ def render(template: str, lines: Sequence[str], values: Mapping[str, str], head:
     return "\n".join([*text, *before[end + 1 :]]) + "\n"
 
 
-def directives(options: JobOptions, place: Place, notice: int) -> list[str]:
+def directives(options: JobOptions, folders: JobFolders, notice: int) -> list[str]:
     """The #SBATCH lines."""
     fewest, most = options.node_range
     name = "%A_%a.out" if options.array else "%j.out"
     found: list[tuple[str, str | int | None]] = [
-        ("job-name", options.job_name or Path(place.common).name),
-        ("chdir", place.directory),
-        ("output", f"{_pattern(place.common)}/launch/logs/{name}"),
+        ("job-name", options.job_name or Path(folders.common).name),
+        ("chdir", folders.directory),
+        ("output", f"{_pattern(folders.common)}/launch/logs/{name}"),
         ("open-mode", "append"),
         ("nodes", str(most) if fewest == most else f"{fewest}-{most}"),
         ("gpus-per-node", options.gpus_per_node),
@@ -91,13 +97,13 @@ def directives(options: JobOptions, place: Place, notice: int) -> list[str]:
 
 
 def settings(
-    options: JobOptions, place: Place, notice: int, node_counts: Sequence[int], python: str
+    options: JobOptions, folders: JobFolders, notice: int, node_counts: Sequence[int], python: str
 ) -> dict[str, str]:
     """The template's settings, as bash."""
-    prefix, srun_options = container(options, place)
+    prefix, srun_options = container(options, folders)
     return {
-        "run": quote(place.run),
-        "code": quote(f"{place.common}/launch/code"),
+        "run": quote(folders.run),
+        "code": quote(f"{folders.common}/launch/code"),
         "python": quote(python),
         "starter": options.starter,
         "per_node": str(options.per_node),
@@ -110,7 +116,7 @@ def settings(
     }
 
 
-def container(options: JobOptions, place: Place) -> tuple[list[str], list[str]]:
+def container(options: JobOptions, folders: JobFolders) -> tuple[list[str], list[str]]:
     """The words before the python (Apptainer, for an image of its own format), and srun's options (Pyxis, for others).
 
     The working directory and the run's folders are mounted under their own names.
@@ -118,21 +124,21 @@ def container(options: JobOptions, place: Place) -> tuple[list[str], list[str]]:
     """
     if options.container is None:
         return [], []
-    folders = list(dict.fromkeys([place.directory, place.common, place.run]))
-    for path in folders:
+    mounted = list(dict.fromkeys([folders.directory, folders.common, folders.run]))
+    for path in mounted:
         if ":" in path or "," in path:
             raise UserError(
                 f"{path}: a folder that is mounted in a container must have no ':' or ',' in its name"
             )
-    mounts = [*(f"{path}:{path}" for path in folders), *options.container_mounts]
+    mounts = [*(f"{path}:{path}" for path in mounted), *options.container_mounts]
     if options.container.endswith(".sif"):
         gpus = ["--nv"] if options.gpus_per_node else []
         binds = [word for mount in mounts for word in ("--bind", mount)]
-        return ["apptainer", "exec", *gpus, *binds, "--pwd", place.directory, options.container], []
+        return ["apptainer", "exec", *gpus, *binds, "--pwd", folders.directory, options.container], []
     return [], [
         f"--container-image={options.container}",
         f"--container-mounts={','.join(mounts)}",
-        f"--container-workdir={place.directory}",
+        f"--container-workdir={folders.directory}",
     ]
 
 

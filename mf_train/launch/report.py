@@ -1,10 +1,17 @@
-"""The first error of a start, found in the logs of its ranks: `python -m mf_train.launch.report LOGS`.
+"""How a start of a job ended, found in the logs of its ranks: `python -m mf_train.launch.report LOGS RANKS STATUS`.
+
+The one place where this is decided. srun ends with the greatest status of its tasks and torchrun with 1 for any
+failure; both hide what the ranks say. The job's script calls this after each start and goes by its exit status:
+
+    the status of the first failure, where a rank failed; that of a rank that left no ending is STATUS, srun's, or 1
+    75 where nothing but stops on request happened
+    0  where every rank ended with 0
 
 Where one rank fails, hundreds of others say that they lost it. Of all the ends that are no success and no stop on
 request, the first is taken by what the log says, then by time: a rank's own error or a fatal signal; the verdict of the
 watch over the run, which names a rank; a rank that left no ending at all (its node has gone); a broken connection; an
-end without a word. Times are those of the ending lines, by each node's clock, else of the file's last change. Only the
-ends of the files are read.
+end without a word; a rank without a log. Times are those of the ending lines, by each node's clock, else of the file's
+last change. Only the ends of the files are read.
 """
 
 from __future__ import annotations
@@ -17,12 +24,22 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from mf_train.errors import UserError
-from mf_train.launch.logs import Ending, format_time, parse_ending, parse_head, signal_name
-from mf_train.launch.node import DONE, STOPPED
+from mf_train.exit_status import DONE, FAILED, MISTAKE, STOPPED
+from mf_train.launch.logs import (
+    Ending,
+    format_time,
+    is_request,
+    parse_ending,
+    parse_head,
+    rank_log,
+    signal_name,
+    stop_file,
+)
 
 _HEAD_BYTES, _TAIL_BYTES = 1024, 2**15
 _READERS = 16  # a shared file system answers many requests at once
@@ -51,10 +68,11 @@ class Weight(IntEnum):
     VANISHED = 2
     CONNECTION = 3
     SILENT = 4
+    NO_LOG = 5
 
 
 class FirstError(NamedTuple):
-    """The first error of a start; `rank` is None for an agent's own."""
+    """The first error of a start; `rank` is None for what a node's log says."""
 
     rank: int | None
     host: str
@@ -66,43 +84,69 @@ class FirstError(NamedTuple):
 
 @dataclass(frozen=True)
 class _Log:
-    """What is known of a rank, or of an agent (rank None)."""
+    """The log of a rank, or of a node's other processes (rank None), as read once the start is over."""
 
     rank: int | None
     host: str
     time: float
     ending: Ending | None
-    lines: list[str]  # the last ones, without head and endings
+    begun: bool  # it wrote its head line
+    asked: bool  # to end, by a signal
+    lines: list[str]  # the last ones, without head, requests and endings
     path: Path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the report. Exits with 0, or with 2 where there is no such folder."""
+    """Prints the report where the start failed. Exits with its outcome, 2 also where there is no such folder."""
     words = sys.argv[1:] if arguments is None else arguments
-    if len(words) != 1:
-        print("usage: python -m mf_train.launch.report LOGS", file=sys.stderr)
-        sys.exit(2)
+    if len(words) != 3 or not words[1].isdigit() or not words[2].isdigit():
+        print("usage: python -m mf_train.launch.report LOGS RANKS STATUS", file=sys.stderr)
+        sys.exit(MISTAKE)
     try:
-        for line in report(Path(words[0])):
-            print(line)
+        status, lines = judge(Path(words[0]), int(words[1]), int(words[2]))
     except UserError as error:
         print(f"{_OURS}{error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
+    for line in lines:
+        print(line)
+    sys.exit(status)
 
 
-def first_error(folder: Path) -> FirstError | None:
-    """The first error in a start's logs, None where there is none. Raises UserError where there is no such folder."""
-    return _first(_read_logs(folder))
+def judge(folder: Path, ranks: int, starter_status: int) -> tuple[int, list[str]]:
+    """The outcome of a start of so many ranks that is over, and the report's lines if it failed. Raises UserError."""
+    logs = _read_logs(folder, ranks)
+    first = _first(logs, folder)
+    if first is None:
+        saved = any(log.ending is not None and log.ending.status != DONE for log in logs)
+        return STOPPED if saved else DONE, []
+    if first.ending is not None:
+        status = first.ending.status
+    else:
+        status = starter_status if starter_status not in (DONE, STOPPED) else FAILED
+    return status, _report(folder, logs, first)
 
 
-def report(folder: Path) -> list[str]:
+def first_error(folder: Path, ranks: int = 0) -> FirstError | None:
+    """The first error of a start that is over, None where there is none.
+
+    `ranks`: how many were started, to find those without a log. Raises UserError where there is no such folder.
+    """
+    first = _first(_read_logs(folder, ranks), folder)
+    return None if first is None else _first_error(first)
+
+
+def report(folder: Path, ranks: int = 0) -> list[str]:
     """The lines of the report: the first error, how the other ranks ended, where the logs are. Raises UserError."""
-    logs = _read_logs(folder)
-    error = _first(logs)
-    others = [log for log in logs if log.rank is not None and (error is None or log.rank != error.rank)]
-    if error is None:
+    logs = _read_logs(folder, ranks)
+    return _report(folder, logs, _first(logs, folder))
+
+
+def _report(folder: Path, logs: list[_Log], first: _Log | None) -> list[str]:
+    others = [log for log in logs if log.rank is not None and log is not first]
+    if first is None:
         return [f"no error in the logs of {folder}", *_table(others, None)]
-    name = f"an agent on {error.host}" if error.rank is None else f"rank {error.rank} on {error.host}"
+    error = _first_error(first)
+    name = f"a process on {error.host}" if error.rank is None else f"rank {error.rank} on {error.host}"
     return [
         f"first error: {name} {error.how} at {format_time(error.time)}",
         *(f"    {line}" for line in error.lines),
@@ -111,55 +155,42 @@ def report(folder: Path) -> list[str]:
     ]
 
 
-def _read_logs(folder: Path) -> list[_Log]:
+def _first_error(log: _Log) -> FirstError:
+    return FirstError(log.rank, log.host, log.time, _how(log), _error_lines(log), log.path)
+
+
+def _read_logs(folder: Path, ranks: int) -> list[_Log]:
+    """The logs of all ranks, and those of the nodes where a rank has none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of logs")
-    paths = sorted(folder.iterdir())
+    # by their names as well: a shared file system may list late what other nodes made
+    found = {int(path.stem[5:]) for path in folder.glob("rank-*.log") if path.stem[5:].isdecimal()}
     with ThreadPoolExecutor(_READERS) as readers:
-        agents = list(readers.map(_read_agent, [path for path in paths if path.name.startswith("node-")]))
-        seen = {ending.rank: (ending, log) for log, endings in agents for ending in endings}
-        ranks = list(readers.map(_read_rank, [path for path in paths if path.name.startswith("rank-")]))
-    logs = [_join(log, seen) for log in ranks]
-    known = {log.rank for log in logs}
-    # a rank that could not even open its log wrote to its agent's
-    logs += [
-        _Log(ending.rank, ending.host, ending.time, ending, log.lines, log.path)
-        for rank, (ending, log) in seen.items()
-        if rank not in known
-    ]
-    return logs + [log for log, endings in agents if not endings and log.lines]
+        logs = list(readers.map(partial(_read_rank, folder), sorted(found | {*range(ranks)})))
+        if not all(log.begun for log in logs):
+            logs += [log for log in readers.map(_read_node, sorted(folder.glob("node-*.log"))) if log.lines]
+    return logs
 
 
-def _join(log: _Log, seen: dict[int, tuple[Ending, _Log]]) -> _Log:
-    """The rank's own ending has the better time; its agent's is there whatever ended the rank."""
-    if log.ending is not None or log.rank not in seen:
-        return log
-    ending = seen[log.rank][0]
-    return _Log(log.rank, ending.host, ending.time, ending, log.lines, log.path)
-
-
-def _read_rank(path: Path) -> _Log:
+def _read_rank(folder: Path, rank: int) -> _Log:
+    path = rank_log(folder, rank)
     head, lines, changed = _read_ends(path)
-    digits = path.stem.removeprefix("rank-")
-    rank = int(digits) if digits.isdecimal() else None
     start = parse_head(head[0]) if head else None
     endings = [ending for ending in map(parse_ending, lines) if ending is not None and ending.rank == rank]
     ending = endings[-1] if endings else None
     host = ending.host if ending is not None else start[1] if start is not None else "an unknown host"
-    return _Log(rank, host, ending.time if ending else changed, ending, _plain(lines), path)
+    when = ending.time if ending is not None else changed
+    return _Log(rank, host, when, ending, start is not None, any(map(is_request, lines)), _plain(lines), path)
 
 
-def _read_agent(path: Path) -> tuple[_Log, list[Ending]]:
+def _read_node(path: Path) -> _Log:
     _, lines, changed = _read_ends(path)
-    endings = [ending for ending in map(parse_ending, lines) if ending is not None]
-    host = endings[0].host if endings else path.stem
-    return _Log(None, host, changed, None, _plain(lines), path), endings
+    return _Log(None, path.stem, changed, None, True, False, _plain(lines), path)
 
 
 def _plain(lines: list[str]) -> list[str]:
-    return [
-        line for line in lines if line.strip() and parse_ending(line) is None and parse_head(line) is None
-    ]
+    others = (parse_ending, parse_head, is_request)
+    return [line for line in lines if line.strip() and not any(other(line) for other in others)]
 
 
 def _read_ends(path: Path) -> tuple[list[str], list[str], float]:
@@ -178,46 +209,42 @@ def _read_ends(path: Path) -> tuple[list[str], list[str], float]:
     return head.decode(errors="replace").splitlines(), [line.rpartition("\r")[2] for line in lines], changed
 
 
-def _first(logs: list[_Log]) -> FirstError | None:
-    failed = [log for log in logs if _failed(log)]
-    if failed:  # else the ranks without an ending are still at work
-        failed += [log for log in logs if log.rank is not None and log.ending is None and log not in failed]
-    if not failed:
-        return None
-    first = min(failed, key=lambda log: (_weigh(log), log.time))
-    return FirstError(first.rank, first.host, first.time, _how(first), _error_lines(first), first.path)
-
-
-def _failed(log: _Log) -> bool:
-    if log.ending is None:  # also a rank that the watch ended under srun, which leaves none
-        return bool(_marked_lines(log))
-    return log.ending.status not in (DONE, STOPPED)
+def _first(logs: list[_Log], folder: Path) -> _Log | None:
+    """The log with the first error."""
+    failed = [log for log in logs if log.ending is not None and log.ending.failed]
+    early = any(log.ending is not None and log.ending.on_request for log in logs)
+    # where a stop was asked for and a rank did not listen yet, none had begun to train: none is lost
+    if failed or not (early and stop_file(folder).exists()):
+        failed += [log for log in logs if log.ending is None]
+    return min(failed, key=lambda log: (_weigh(log), log.time), default=None)
 
 
 def _weigh(log: _Log) -> Weight:
     ending = log.ending
-    if ending is not None and ending.by_agent:
-        return Weight.SILENT
     if ending is not None and ending.status - 128 in _FATAL:
         return Weight.CAUSE
     lines = _marked_lines(log)
     text = "\n".join(lines)
+    if log.rank is None:
+        return Weight.CAUSE if lines else Weight.SILENT
     if _BROKEN_CONNECTION.search(text):
         return Weight.CONNECTION
     if lines and lines[0].startswith(_OURS) and _NAMES_ANOTHER.search(lines[0]):
         return Weight.VERDICT
     if lines:
         return Weight.CAUSE
-    if ending is None:
-        return Weight.VANISHED
-    return Weight.CAUSE if ending.status > 128 else Weight.SILENT
+    if ending is not None:
+        return Weight.CAUSE if ending.status > 128 else Weight.SILENT
+    if log.asked:
+        return Weight.SILENT
+    return Weight.VANISHED if log.begun else Weight.NO_LOG
 
 
 def _marked_lines(log: _Log) -> list[str]:
     """From the last line that starts an error: the command's own, or a traceback; empty where there is none.
 
-    A run goes on for some steps after the watch's verdict. A rank that has not ended, or was killed, has outlived what
-    stands before its last step.
+    A run does some more steps after the watch's verdict. A rank without an ending, or one that was killed, has outlived
+    what stands before its last step.
     """
     ending = log.ending
     outlived = log.rank is not None and (ending is None or ending.status - 128 in _FATAL)
@@ -246,15 +273,18 @@ def _error_lines(log: _Log) -> list[str]:
 
 
 def _how(log: _Log) -> str:
+    ending = log.ending
     if log.rank is None:
         return "failed"
-    ending = log.ending
     if ending is None and _weigh(log) is Weight.VERDICT:
         return "was ended by its watch over the run"
+    if ending is None and not log.begun:
+        return "had written nothing"
     if ending is None:
-        return "left no ending (killed, or its node has gone), and last wrote"
-    if ending.by_agent:
-        return "was ended by the agent"
+        asked = "was asked to end, " if log.asked else ""
+        return f"{asked}left no ending (killed, or its node has gone), and last wrote"
+    if ending.on_request:
+        return f"was ended by signal {signal_name(ending.status - 128)}, as asked"
     if ending.status > 128:
         number = ending.status - 128
         return f"was killed by signal {number} ({signal_name(number)}{', ' + ending.note if ending.note else ''})"
@@ -265,7 +295,7 @@ def _table(logs: list[_Log], since: float | None) -> list[str]:
     """A line for each way in which ranks ended."""
     groups: dict[str, list[_Log]] = {}
     for log in sorted(logs, key=lambda log: log.rank or 0):
-        how = "no ending: at work, killed, or the node has gone" if log.ending is None else _how(log)
+        how = "no ending: killed, or the node has gone" if log.ending is None else _how(log)
         groups.setdefault(how.removeprefix("was "), []).append(log)
     return [f"  {_ranges(group)}: {how}{_later(group, since)}" for how, group in groups.items()]
 

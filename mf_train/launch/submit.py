@@ -16,12 +16,13 @@ from mf_train.config import Config
 from mf_train.config.loading import config_to_tree
 from mf_train.errors import TrainingError, UserError
 from mf_train.launch import slurm
-from mf_train.launch.job import JobOptions, checkpoint_bytes
+from mf_train.launch.launch_folder import JOB, LOGS, SCRIPT, recorded_jobs, write_record
+from mf_train.launch.limits import checkpoint_bytes
+from mf_train.launch.options import JobOptions
 from mf_train.launch.plan import Plan, make_plan
-from mf_train.launch.records import CONFIG, JOB, LAUNCH, LOGS, SCRIPT, recorded_jobs, write_record
 from mf_train.launch.render import render_job
-from mf_train.launch.replacing import Changes, all_or_nothing
-from mf_train.launch.snapshot import CODE, PATCH, VERSION, write_snapshot
+from mf_train.launch.snapshot import CODE, PATCH, VERSION, Changes, all_or_nothing, write_snapshot
+from mf_train.run_folder import CONFIG, LAUNCH
 
 
 def launch(
@@ -141,7 +142,7 @@ def _script(plan: Plan, options: JobOptions) -> str:
     )
     python = options.python or ("python" if options.container else sys.executable)
     return render_job(
-        options, plan.place, notice=plan.notice, node_counts=plan.node_counts, python=python, head=head
+        options, plan.folders, notice=plan.notice, node_counts=plan.node_counts, python=python, head=head
     )
 
 

@@ -34,7 +34,7 @@ COLUMNS = (  # heading, unit, value's name, factor, sentence about a slow one
 
 @dataclass
 class Node:
-    """What is known of a node."""
+    """A node's measurements."""
 
     name: str
     answers: bool = True
@@ -61,7 +61,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Expected:
-    """What the run asks for."""
+    """The run's needs."""
 
     processes: int  # of a node
     gpus: int  # of a node; 0: a run on CPUs
@@ -99,7 +99,7 @@ def collect(names: Sequence[str], answering: Iterable[str], lines: Iterable[dict
 
 
 def judge(nodes: Sequence[Node], expected: Expected) -> list[Finding]:
-    """What stands out; what makes a run fail comes first."""
+    """The findings; those that would make a run fail come first."""
     spoke = [node for node in nodes if node.answers]
     findings = []
     if silent := tuple(node.name for node in nodes if not node.answers):
@@ -220,7 +220,7 @@ def _short_of(nodes: Sequence[Node], expected: Expected) -> list[Finding]:
         ),
         ("open_files", files, True, f"a process may open fewer than {files} files: raise `ulimit -n`"),
         ("memory", LESS_MEMORY * memory, False, f"has less free memory than others ({memory / 1e9:.3g} GB)"),
-        ("shared_memory", buffers, False, "less than 1 GiB free in /dev/shm, where NCCL has its buffers"),
+        ("shared_memory", buffers, False, "less than 1.1 GB free in /dev/shm, where NCCL has its buffers"),
     ]
     findings = []
     for name, least, fails, text in tests:

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 from mf_train.errors import PeerError, TrainingError, UserError
+from mf_train.exit_status import DONE, FAILED, MISTAKE
 
 T = TypeVar("T")
 SIGN_OF_LIFE_SECONDS = 2.0
-_USER_ERROR = 2  # exit status
 
 
-def together(action: Callable[[], T], device: torch.device) -> T:
+def run_on_all(action: Callable[[], T], device: torch.device) -> T:
     """Run an action without collectives on every rank, and wait for all.
 
     Where any rank raises UserError, OSError or TrainingError, rank 0 raises the error of the lowest such rank, with its
@@ -27,14 +27,13 @@ def together(action: Callable[[], T], device: torch.device) -> T:
         result = action()
     except (UserError, OSError, TrainingError) as error:
         failure = error
-    status = 0 if failure is None else _USER_ERROR if isinstance(failure, UserError) else 1
-    agree(status, failure, device)
+    fail_together(failure, device)
     return result  # type: ignore[return-value]
 
 
-def of_first_rank(action: Callable[[], T], device: torch.device) -> T:
-    """Rank 0's result of an action on every rank; where it fails, all do as `together`'s. Collective."""
-    result = [together(action if dist.get_rank() == 0 else lambda: None, device)]
+def run_on_first(action: Callable[[], T], device: torch.device) -> T:
+    """Run an action on rank 0 alone; every rank returns its result, and raises as `run_on_all`. Collective."""
+    result = [run_on_all(action if dist.get_rank() == 0 else lambda: None, device)]
     dist.broadcast_object_list(result, 0, device=device)
     return result[0]  # type: ignore[return-value]
 
@@ -68,35 +67,35 @@ class Task(Generic[T]):
         return bool(self._failures)
 
     def outcome(self) -> T | None:
-        """What the action returned, or raises what it raised; None while it is busy."""
+        """The action's result; None while it is busy. Raises the action's error."""
         if self._failures:
             raise self._failures[0]
         return self._results[0] if self._results else None
 
 
-def together_slowly(
-    action: Callable[[], T], device: torch.device, stop: Callable[[], bool], beat: Callable[[], None]
+def run_long_on_all(
+    action: Callable[[], T], device: torch.device, stop: Callable[[], bool], still_alive: Callable[[], None]
 ) -> T | None:
-    """As `together`, for an action that may take longer on some ranks than a collective may wait.
+    """As `run_on_all`, for an action that may take longer on some ranks than a collective may wait.
 
     It runs in a thread, and all ranks tell each other every two seconds whether they are ready, so that no collective
     waits long. A failure ends the waiting at once; so does `stop()` on any rank, and then the result is None on all.
-    `beat` is called each time: the run's `Watch` ends what does not move.
+    `still_alive` is called each time: the run's `Watch` ends what does not move.
     """
     task = Task(action)
     while True:
         task.wait(SIGN_OF_LIFE_SECONDS)
-        beat()
+        still_alive()
         any_busy, any_failed, any_stop = any_rank((task.busy, task.failed, stop()), device)
         if any_failed or not any_busy:
             break
         if any_stop:
             return None
-    return together(task.outcome, device)  # None: another rank has failed
+    return run_on_all(task.outcome, device)  # None: another rank has failed
 
 
 def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Of each flag, whether it is set on any rank. Collective over all ranks."""
+    """For each flag, whether it is set on any rank. Collective over all ranks."""
     state = torch.tensor([int(flag) for flag in flags], dtype=torch.int32, device=device)
     dist.all_reduce(state, op=dist.ReduceOp.MAX)
     return [bool(value) for value in state.tolist()]
@@ -110,10 +109,11 @@ def exclusive_or(values: Sequence[int], device: torch.device) -> list[int]:
     return [int(value) for value in ((total.cpu().long() & 1) << torch.arange(32)).sum(-1)]
 
 
-def agree(status: int, failure: Exception | None, device: torch.device) -> None:
-    """Raise if any rank's status is not 0, as `together` does."""
+def fail_together(failure: Exception | None, device: torch.device) -> None:
+    """Raise where any rank has a failure, as `run_on_all` does. Collective over all ranks."""
     none = 2**31 - 1
     rank = dist.get_rank()
+    status = DONE if failure is None else MISTAKE if isinstance(failure, UserError) else FAILED
     lowest = torch.tensor([rank * 4 + status if status else none], dtype=torch.int32, device=device)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     if int(lowest) == none:
@@ -127,4 +127,4 @@ def agree(status: int, failure: Exception | None, device: torch.device) -> None:
         dist.broadcast_object_list(message, first, device=device)
     if rank != 0:
         raise PeerError(status)
-    raise UserError(message[0]) if status == _USER_ERROR else OSError(message[0])
+    raise UserError(message[0]) if status == MISTAKE else OSError(message[0])

@@ -57,7 +57,7 @@ class Engine:
         device: torch.device,
         end_of_text: int | None = None,
     ) -> None:
-        deepspeed = _import_deepspeed(device, groups.degrees.local_rank)
+        deepspeed = import_deepspeed(device, groups.degrees.local_rank)
         self.stage = config.parallel.zero_stage
         self.gradient_clip = config.optimizer.gradient_clip
         self.groups = groups
@@ -220,7 +220,7 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     ]
 
 
-def _import_deepspeed(device: torch.device, local_rank: int) -> Any:
+def import_deepspeed(device: torch.device, local_rank: int) -> Any:
     """The package, told of the device, with nothing compiled at start and errors alone in its log."""
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # it asks for this one of torchrun's variables

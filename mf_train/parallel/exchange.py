@@ -1,4 +1,4 @@
-"""What tensor-parallel ranks send each other: codes with weights, sums, and features before the head."""
+"""Collectives of tensor-parallel ranks: of codes with weights, of sums, and of features before the head."""
 
 from typing import Any
 

@@ -87,7 +87,7 @@ def bound_device(process: Process, device: torch.device) -> torch.device | None:
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """What names a GPU, or a part of one, among all that there are."""
+    """The name of a GPU, or of a part of one, which no other has."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 

@@ -6,12 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mf_train.config import ModelConfig
 from mf_train.model import MemoryFormer
 from mf_train.model.head import Head
+from mf_train.model.initialise import initialise
 from mf_train.model.memory import Hash
 from mf_train.model.norm import Norm
 from mf_train.model.sharding import slice_of_rank
 from mf_train.parallel.exchange import Exchange, gather_codes, gather_features
+
+
+def build_model(
+    config: ModelConfig, exchange: Exchange | None, seed: int, device: torch.device
+) -> MemoryFormer:
+    """A MemoryFormer or dense peer with its initial weights, or this rank's part of one; no rank holds the whole."""
+    with torch.device("meta"):
+        model = MemoryFormer(config)
+    if exchange is not None:
+        shard_model(model, exchange)
+    model.to_empty(device=device)
+    initialise(model, seed, *((exchange.rank, exchange.size) if exchange is not None else (0, 1)))
+    return model
 
 
 def shard_model(model: MemoryFormer, exchange: Exchange) -> MemoryFormer:

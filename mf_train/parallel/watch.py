@@ -1,8 +1,8 @@
 """Watching over a run: a rank that stops answering ends it in bounded time, with one line that names the rank.
 
-The main thread of each process says where it goes (`Watch.at`). Two more threads do the rest. One talks to the c10d
-store through a connection of its own: every period it posts the rank's sign of life and looks whether a verdict has
-been reached. The other never waits for anything; it measures how long the main thread has stood still, and ends the
+The main thread of each process says where it goes (`Watch.entering`). Two more threads do the rest. One talks to the
+c10d store through a connection of its own: every period it posts the rank's sign of life and looks whether a verdict
+has been reached. The other never waits for anything; it measures how long the main thread has stood still, and ends the
 process when there is a verdict. Only in trouble does one rank read the signs of all. Where every rank has stood still
 for the limit, those whose signs have stopped coming are to blame (stopped, dead, their node gone), else those that
 stand at an earlier place than the others, else those that are in no collective while others are.
@@ -10,7 +10,7 @@ stand at an earlier place than the others, else those that are in no collective 
 At W ranks the store serves W / period small sets and as many checks a second; from a limit of 24 s on the period is
 2 s, so 1 000 ranks make 500 of each, where one core served 75 000 pairs. In trouble one reader takes all W signs twice.
 
-A thread that waits in a C++ collective or in a read of a file holds no interpreter lock: the watch goes on beside it.
+A thread that waits in a C++ collective or in a read of a file holds no interpreter lock: the watch continues beside it.
 One that hangs while it holds the lock silences its own watch too. The other ranks then find that it does not answer,
 and the launcher ends it; in a run of one process nothing does.
 """
@@ -69,10 +69,10 @@ class Watch:
 
     Made by the main thread, on every rank, after the process group, whose store (at the process's master address) it
     uses. From the moment when the last rank stood still, the end comes after the limit and at most 12 periods, a period
-    being 2 s or a twelfth of the limit. A rank that moves, by `at` or `beat`, is at work, and those that wait for it
-    wait on: their collectives have a timeout of their own. Time in which a process was itself stopped (Ctrl-Z) or
-    starved does not count. With `stacks`, each process leaves its threads' stacks in `rank-N.txt` in that folder when
-    the run ends for want of progress.
+    being 2 s or a twelfth of the limit. A rank that moves, by `entering` or `still_alive`, is at work, and those that
+    wait for it wait on: their collectives have a timeout of their own. Time in which a process was itself stopped
+    (Ctrl-Z) or starved does not count. With `stacks`, each process leaves its threads' stacks in `rank-N.txt` in that
+    folder when the run ends for want of progress.
     """
 
     def __init__(self, process: Process, limit_seconds: float, stacks: Path | None = None) -> None:
@@ -84,14 +84,14 @@ class Watch:
         self._host = socket.gethostname()
         self._main_thread = threading.get_ident()
         self._stand = (0, "starting")
-        self._beats = 0
+        self._moves = 0
         self._age = 0.0
         self._signs = 0
         # When the store last did. The first time may be late: its server looks up the name of each host that connects,
         # one after another, and waits 5 s and more where no name server answers.
         self._answered = math.inf
         self._store_lost = False
-        self._asked = False  # `explain` wants to know who is gone
+        self._explaining = False  # `explain` wants to know who is gone
         self._nobody_gone = False
         self._patience = _PERIODS_OF_PATIENCE
         self._verdict: Verdict | None = None
@@ -103,17 +103,17 @@ class Watch:
 
     # for the main thread
 
-    def at(self, place: str) -> None:
+    def entering(self, place: str) -> None:
         """Say what the main thread does next, as in "reading the batch of step 18".
 
-        Every rank says the same places in the same order, also where it has nothing to do there: who stands earlier
-        than the others is found by the count.
+        All ranks call this with the same places in the same order, even where a rank has nothing to do. The number of
+        calls then shows which rank is behind.
         """
         self._stand = (self._stand[0] + 1, place)
 
-    def beat(self) -> None:
-        """Move without another place: in long work that the main thread does, or that it waits for."""
-        self._beats += 1
+    def still_alive(self) -> None:
+        """Say that work at this place advances: work that the main thread does, or that it waits for."""
+        self._moves += 1
 
     @property
     def connected(self) -> bool:
@@ -128,7 +128,7 @@ class Watch:
         """
         if self._alone or not is_broken_connection(error):
             return
-        self._asked = True
+        self._explaining = True
         deadline = time.monotonic() + (_PERIODS_OF_PATIENCE + 2 * _PERIODS_OF_SILENCE) * self.period
         while self._verdict is None and not self._nobody_gone and time.monotonic() < deadline:
             time.sleep(self.period / 4)
@@ -153,10 +153,10 @@ class Watch:
         before = time.monotonic()
         while not self._closing.wait(self.period) or self._verdict is not None:
             now = time.monotonic()
-            moved = (self._stand[0], self._beats)
+            moved = (self._stand[0], self._moves)
             self._age = self._age + min(now - before, 2 * self.period) if moved == seen else 0.0
             seen, before = moved, now
-            if self._verdict is None and (self._asked or self._age >= self.limit):
+            if self._verdict is None and (self._explaining or self._age >= self.limit):
                 self._judge_alone(now)
             if self._verdict is not None:
                 self._end(self._verdict)
@@ -171,7 +171,7 @@ class Watch:
             # one line for each node at most: rank 1 is on rank 0's
             speaks = process.local_rank == 0 or process.rank == 1
             trouble = "has gone" if self._store_lost else "does not answer"
-            stood = "" if self._asked else f" and no progress for {self._age:.0f} s"
+            stood = "" if self._explaining else f" and no progress for {self._age:.0f} s"
             self._verdict = Verdict(
                 process.rank if speaks else -1,
                 f"rank 0, or torchrun's agent, at {process.master_address}:{process.master_port} {trouble}{stood}; "
@@ -180,10 +180,10 @@ class Watch:
 
     def _store_patience(self) -> float:
         """Seconds without an answer after which the store counts as gone; it may be slow where machines are busy."""
-        return 2 * _PERIODS_OF_SILENCE * self.period if self._asked else self.limit / 2
+        return 2 * _PERIODS_OF_SILENCE * self.period if self._explaining else self.limit / 2
 
     def _hint(self) -> str:
-        stacks = f" (stacks: {self.stacks})" if self.stacks is not None and not self._asked else ""
+        stacks = f" (stacks: {self.stacks})" if self.stacks is not None and not self._explaining else ""
         return f"run the same command again to resume{stacks}"
 
     def _end(self, verdict: Verdict) -> None:
@@ -191,7 +191,7 @@ class Watch:
             above = "\n" * os.isatty(1)  # the line of the last step is open on a terminal
             line = f"{above}memoryformer: {verdict.text}\n".encode()
             self._briefly(lambda: os.write(2, line))  # past sys.stderr, whose lock a hanging print would hold
-        if self.stacks is not None and not self._asked:
+        if self.stacks is not None and not self._explaining:
             self._briefly(self._write_stacks)
         if not self._alone:
             # all see the verdict before any connection breaks
@@ -229,7 +229,7 @@ class Watch:
                 while not self._closing.is_set():
                     _check_open(line)
                     self._exchange(store)
-                    if self._verdict is None and (self._asked or self._age >= self.limit):
+                    if self._verdict is None and (self._explaining or self._age >= self.limit):
                         self._look_around(store)
                     self._closing.wait(self.period)
                 _check_open(line)
@@ -257,7 +257,7 @@ class Watch:
         if looking != me and self._patience > 0:
             self._patience -= 1
             return
-        asked, before = self._asked, self._read_all(store)
+        explaining, before = self._explaining, self._read_all(store)
         for _ in range(_PERIODS_OF_SILENCE):
             if self._closing.wait(self.period):
                 return
@@ -265,18 +265,18 @@ class Watch:
         waited = _PERIODS_OF_SILENCE * self.period
         after = self._read_all(store)
         silent = find_silent(before, after)
-        if asked:
+        if explaining:
             trouble = describe_silent(silent, after)
         else:
             trouble = describe_standstill(silent, after, self.limit - 2 * self.period, waited)
         if trouble:
-            stood = "" if asked else f"no progress for {self._age:.0f} s: "
+            stood = "" if explaining else f"no progress for {self._age:.0f} s: "
             verdict = Verdict(find_speaker(silent, after), f"{stood}{trouble}; {self._hint()}")
             told = store.compare_set(_KEY + "verdict", "", json.dumps(verdict))
             self._verdict = Verdict(*json.loads(told))
         else:
             store.delete_key(_KEY + "looks")
-            self._nobody_gone = asked
+            self._nobody_gone = explaining
         self._patience = _PERIODS_OF_PATIENCE
 
     def _read_all(self, store: dist.Store) -> list[Sign | None]:
@@ -331,10 +331,8 @@ def describe_standstill(
     if silent:
         return describe_silent(silent, signs)
     answering = [(rank, sign) for rank, sign in enumerate(signs) if sign is not None]
-    first, last = (
-        min(sign.order for _, sign in answering),
-        max(answering, key=lambda entry: entry[1].order)[1],
-    )
+    first = min(sign.order for _, sign in answering)
+    last = max((sign for _, sign in answering), key=lambda sign: sign.order)
     behind = [(rank, sign) for rank, sign in answering if sign.order == first]
     others = f"; the others are {last.place}"
     if len(behind) == len(answering):

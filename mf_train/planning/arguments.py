@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mf_train.commands import add_command
+from mf_train.commands import add_command, add_config, print_lines
 
 
 def add_plan(commands: Any) -> None:
@@ -17,10 +17,7 @@ def add_plan(commands: Any) -> None:
         "plan configs/base.yaml --nodes 4 --gpus-per-node 8 --device h100",
         _plan,
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/base.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="replace the file's settings"
-    )
+    add_config(parser)
     parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="default: 1")
     parser.add_argument(
         "--gpus-per-node", type=_positive, default=8, metavar="G", help="processes a node (8)"
@@ -62,67 +59,23 @@ def _plan(given: argparse.Namespace) -> int:
     from mf_train.planning import report
     from mf_train.planning.devices import find_device
     from mf_train.planning.measured import read_measured
-    from mf_train.planning.plan import choose, launch_line, make_layout, search, stages
+    from mf_train.planning.plan import make_plan
     from mf_train.planning.scaling import draw_scaling, scaling
 
     if given.plot is not None and given.plot.suffix != ".png":
         raise UserError(f"--plot {given.plot}: the picture is a PNG; name a file that ends in .png")
     device = find_device(given.device)
     config = load_config(given.config, given.overrides)
-    nodes, per_node, price = given.nodes, given.gpus_per_node, given.cost_per_hour
+    nodes, per_node = given.nodes, given.gpus_per_node
     measured = read_measured(given.measured, config) if given.measured else None
-    try:
-        asked, refusal = make_layout(config, nodes, per_node, device), None
-    except UserError as error:
-        asked, refusal = None, str(error)
-    layouts = search(config, nodes, per_node, device)
-    if not layouts:
-        raise UserError(f"no layout of {nodes} x {per_node} processes divides; as configured: {refusal}")
-    best = choose(layouts)
-    line = launch_line(given.config, given.overrides, config, best, device) if best else None
-    base = (best or layouts[0]).config if asked is None else config
-    curves = scaling(base, nodes, per_node, device)
+    plan = make_plan(given.config, given.overrides, config, nodes, per_node, device)
+    curves = scaling(plan.base, nodes, per_node, device)
     if given.plot is not None:
-        _write(
-            given.plot, draw_scaling(base, f"{given.config} on {device.name}, nodes of {per_node}", curves)
-        )
+        title = f"{given.config} on {device.name}, nodes of {per_node}"
+        _write(given.plot, draw_scaling(plan.base, title, curves))
     if given.json:
-        tree = {
-            "device": device.name,
-            "measured_rates": device.measured,
-            "nodes": nodes,
-            "gpus_per_node": per_node,
-            "model": report.model_tree(config),
-            "configured": asked.to_tree() if asked else {"refused": refusal},
-            "measured": measured.to_tree() if measured else None,
-            "best": best.to_tree() if best else None,
-            "launch": line,
-            "layouts": [layout.to_tree() for layout in layouts],
-            "scaling": curves,
-        }
-        if price is not None:
-            for layout in (one for one in (tree["configured"], tree["best"]) if one and "days" in one):
-                layout["cost"] = layout["device_hours"] * price
-        print(json.dumps(tree))
-        return 0
-    lines = [f"{given.config} on {nodes} x {per_node} {device.name}: predicted, nothing was run"]
-    lines += report.head_lines(config, device)
-    lines += ["", f"as configured: {refusal if asked is None else asked.name}"]
-    if asked is not None:
-        lines += report.layout_lines(asked, device, price, measured)
-        lines += ["", *report.stage_lines(stages(config, nodes, per_node, device))]
-    if best is not None:
-        lines += [
-            "",
-            f"best: {best.name} (of the layouts within 5 % of the quickest that fits, the least memory)",
-        ]
-        if asked is None or best.config != asked.config:
-            lines += report.layout_lines(best, device, price, None)
-        lines += [f"  {line}"]
-    lines += ["", *report.table_lines(layouts, given.rows, price)]
-    lines += ["", "scaling, P and stage as configured:", *report.scaling_lines(curves)]
-    print("\n".join(lines))
-    return 0
+        return print_lines([json.dumps(report.plan_tree(plan, curves, measured, given.cost_per_hour))])
+    return print_lines(report.plan_lines(plan, curves, measured, given.cost_per_hour, given.rows))
 
 
 def _write(path: Path, picture: bytes) -> None:

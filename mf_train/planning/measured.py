@@ -3,7 +3,6 @@
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mf_train.config import Config
 from mf_train.errors import UserError
@@ -14,18 +13,15 @@ _WARM_UP = 3  # steps of a start that are left out where there are more
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRun:
     """Of one run: the median step and the peak of rank 0."""
 
     steps: int
     step_seconds: float
     peak_bytes: float | None
 
-    def to_tree(self) -> dict[str, Any]:
-        return {"steps": self.steps, "step_seconds": self.step_seconds, "peak_bytes": self.peak_bytes}
 
-
-def read_measured(run: Path, config: Config) -> Measured:
+def read_measured(run: Path, config: Config) -> MeasuredRun:
     """From the run folder's metrics.jsonl. Raises UserError where there is none, or its steps have another size."""
     path = run / METRICS
     if not path.is_file():
@@ -46,4 +42,4 @@ def read_measured(run: Path, config: Config) -> Measured:
         )
     counted = records[_WARM_UP:] or records
     peaks = [record["peak_memory_bytes"] for _, _, record in records if "peak_memory_bytes" in record]
-    return Measured(len(counted), statistics.median(one[0] for one in counted), max(peaks, default=None))
+    return MeasuredRun(len(counted), statistics.median(one[0] for one in counted), max(peaks, default=None))

@@ -9,22 +9,23 @@ from typing import Any
 from mf_train.config import Config
 from mf_train.errors import UserError
 from mf_train.parallel.degrees import check_degrees
+from mf_train.planning.device_memory import RankMemory, estimate_memory
 from mf_train.planning.devices import Device
-from mf_train.planning.memory import Memory, estimate_memory
 from mf_train.planning.time import StepTime, estimate_step
 
 NEAR = 1.05  # times the quickest step: nearer than the model can tell apart
 USABLE = 0.92  # of a device's memory: what fragmentation of the allocator and other processes leave
+HELD = ("parameters", "optimizer", "gradients", "activations", "codes", "logits", "buffers", "process")
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlannedLayout:
     """One way to run the configuration, with what it needs."""
 
     config: Config
     nodes: int
     per_node: int
-    memory: Memory
+    memory: RankMemory
     time: StepTime
     fits: bool
 
@@ -48,26 +49,16 @@ class Layout:
     def device_hours(self) -> float:
         return 24 * self.days * self.nodes * self.per_node
 
-    def to_tree(self) -> dict[str, Any]:
-        """Plain values for JSON: bytes and seconds."""
+    def to_tree(self, price: float | None = None) -> dict[str, Any]:
+        """Plain values for JSON: bytes and seconds, and the cost where an hour of one device has a price."""
         memory, training = self.memory, self.config.training
-        names = (
-            "parameters",
-            "optimizer",
-            "gradients",
-            "activations",
-            "codes",
-            "logits",
-            "buffers",
-            "process",
-        )
         return {
             "tensor": self.config.parallel.tensor,
             "data": self.data,
             "zero_stage": self.config.parallel.zero_stage,
             "micro_batch_size": training.micro_batch_size,
             "fits": self.fits,
-            "bytes": {name: round(getattr(memory, name)) for name in names}
+            "bytes": {name: round(getattr(memory, name)) for name in HELD}
             | {"peaks": {name: round(value) for name, value in memory.peaks.items()}}
             | {"peak": round(memory.peak), "host": round(memory.host)},
             "seconds": {part.name: part.seconds for part in self.time.parts},
@@ -76,10 +67,10 @@ class Layout:
             "tokens_per_second": self.time.tokens_per_second,
             "days": self.days,
             "device_hours": self.device_hours,
-        }
+        } | ({} if price is None else {"cost": self.device_hours * price})
 
 
-def make_layout(config: Config, nodes: int, per_node: int, device: Device) -> Layout:
+def make_layout(config: Config, nodes: int, per_node: int, device: Device) -> PlannedLayout:
     """What the configuration needs as it stands. Raises UserError where its degrees do not divide."""
     check_degrees(config, nodes * per_node)
     if per_node % config.parallel.tensor:
@@ -89,10 +80,10 @@ def make_layout(config: Config, nodes: int, per_node: int, device: Device) -> La
         )
     memory = estimate_memory(config, nodes * per_node, device.kind)
     time = estimate_step(config, nodes, per_node, device)
-    return Layout(config, nodes, per_node, memory, time, memory.peak <= USABLE * device.memory)
+    return PlannedLayout(config, nodes, per_node, memory, time, memory.peak <= USABLE * device.memory)
 
 
-def search(config: Config, nodes: int, per_node: int, device: Device) -> list[Layout]:
+def search(config: Config, nodes: int, per_node: int, device: Device) -> list[PlannedLayout]:
     """All layouts of the same global batch, those that fit first, the quickest first; else by memory."""
     found = list(_layouts(config, nodes, per_node, device))
     return sorted(
@@ -101,7 +92,7 @@ def search(config: Config, nodes: int, per_node: int, device: Device) -> list[La
     )
 
 
-def choose(layouts: Sequence[Layout]) -> Layout | None:
+def choose(layouts: Sequence[PlannedLayout]) -> PlannedLayout | None:
     """Of the layouts that fit and are within NEAR of the quickest, the one that needs the least memory."""
     fitting = [layout for layout in layouts if layout.fits]
     if not fitting:
@@ -111,7 +102,7 @@ def choose(layouts: Sequence[Layout]) -> Layout | None:
     return min(near, key=lambda layout: layout.memory.peak)
 
 
-def stages(config: Config, nodes: int, per_node: int, device: Device) -> list[Layout]:
+def stages(config: Config, nodes: int, per_node: int, device: Device) -> list[PlannedLayout]:
     """The configuration under each ZeRO stage. Raises UserError where its degrees do not divide."""
     return [
         make_layout(
@@ -121,11 +112,11 @@ def stages(config: Config, nodes: int, per_node: int, device: Device) -> list[La
     ]
 
 
-def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Iterator[Layout]:
+def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Iterator[PlannedLayout]:
     batch = config.training.global_batch_size
     for tensor in (1, 2, 4, 8):
         for stage in (0, 1, 2, 3):
-            for micro in _divisors(batch):
+            for micro in divisors(batch):
                 candidate = replace(
                     config,
                     parallel=replace(config.parallel, tensor=tensor, zero_stage=stage),
@@ -139,7 +130,8 @@ def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Itera
                     continue
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Ascending."""
     low = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return sorted({*low, *(number // size for size in low)})
 
@@ -152,18 +144,58 @@ def _loses_gradients(config: Config, processes: int) -> bool:
     return config.parallel.zero_stage == 0 and training.precision == "bfloat16" and several
 
 
-def launch_line(path: str, overrides: Sequence[str], config: Config, layout: Layout, device: Device) -> str:
-    """The command that submits the layout: `config` is what the file and the overrides say."""
-    wanted = {
-        "parallel.tensor": (config.parallel.tensor, layout.config.parallel.tensor),
-        "parallel.zero_stage": (config.parallel.zero_stage, layout.config.parallel.zero_stage),
-        "training.micro_batch_size": (
-            config.training.micro_batch_size,
-            layout.config.training.micro_batch_size,
-        ),
+@dataclass(frozen=True)
+class Plan:
+    """A configuration on so many devices: as it stands, the layouts that divide, and the best of them."""
+
+    path: str
+    overrides: Sequence[str]
+    config: Config  # what the file and the overrides say
+    nodes: int
+    per_node: int
+    device: Device
+    configured: PlannedLayout | None
+    refusal: str  # why there is none
+    layouts: list[PlannedLayout]  # as `search` sorts them; one at least
+    best: PlannedLayout | None
+
+    @property
+    def base(self) -> Config:
+        """The configuration where it can be run, or else the one that comes first."""
+        return self.config if self.configured else (self.best or self.layouts[0]).config
+
+
+def make_plan(
+    path: str, overrides: Sequence[str], config: Config, nodes: int, per_node: int, device: Device
+) -> Plan:
+    """Raises UserError where no layout divides."""
+    try:
+        configured, refusal = make_layout(config, nodes, per_node, device), ""
+    except UserError as error:
+        configured, refusal = None, str(error)
+    layouts = search(config, nodes, per_node, device)
+    if not layouts:
+        raise UserError(f"no layout of {nodes} x {per_node} processes divides; as configured: {refusal}")
+    best = choose(layouts)
+    return Plan(path, overrides, config, nodes, per_node, device, configured, refusal, layouts, best)
+
+
+def launch_line(plan: Plan) -> str | None:
+    """The command that submits the best layout; None where nothing fits."""
+    if plan.best is None:
+        return None
+    old, new = _degrees(plan.config), _degrees(plan.best.config)
+    changed = {key: value for key, value in new.items() if value != old[key]}
+    kept = [override for override in plan.overrides if override.partition("=")[0] not in changed]
+    per_node = "--tasks-per-node" if plan.device.kind == "cpu" else "--gpus-per-node"
+    command = ["memoryformer", "launch", plan.path, *kept]
+    command += [f"{key}={value}" for key, value in changed.items()]
+    return shlex.join([*command, "--nodes", str(plan.nodes), per_node, str(plan.per_node)])
+
+
+def _degrees(config: Config) -> dict[str, int]:
+    return {
+        "parallel.tensor": config.parallel.tensor,
+        "parallel.zero_stage": config.parallel.zero_stage,
+        "training.micro_batch_size": config.training.micro_batch_size,
     }
-    changed = {key: new for key, (old, new) in wanted.items() if old != new}
-    kept = [override for override in overrides if override.partition("=")[0] not in changed]
-    per_node = "--tasks-per-node" if device.kind == "cpu" else "--gpus-per-node"
-    command = ["memoryformer", "launch", path, *kept, *(f"{key}={value}" for key, value in changed.items())]
-    return shlex.join([*command, "--nodes", str(layout.nodes), per_node, str(layout.per_node)])

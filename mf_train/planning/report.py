@@ -1,19 +1,64 @@
 """A plan as lines of text: what the run is, what it needs and costs, how to launch it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from mf_train.config import Config
 from mf_train.model.counts import count_parameters
 from mf_train.planning.devices import Device
-from mf_train.planning.measured import Measured
-from mf_train.planning.plan import USABLE, Layout
+from mf_train.planning.measured import MeasuredRun
+from mf_train.planning.plan import HELD, USABLE, Plan, PlannedLayout, launch_line, stages
 from mf_train.planning.scaling import MODELLED, NOT_MODELLED
 from mf_train.planning.time import estimate_step
 from mf_train.planning.work import model_flops, step_bytes, step_tokens
 
-_HELD = ("parameters", "optimizer", "gradients", "activations", "codes", "logits", "buffers", "process")
+Curves = dict[str, list[dict[str, Any]]]  # of `planning.scaling`
+
+
+def plan_tree(
+    plan: Plan, curves: Curves, measured: MeasuredRun | None, price: float | None
+) -> dict[str, Any]:
+    """The plan for JSON. `price`: of an hour of one device."""
+    return {
+        "device": plan.device.name,
+        "measured_rates": plan.device.measured,
+        "nodes": plan.nodes,
+        "gpus_per_node": plan.per_node,
+        "model": model_tree(plan.config),
+        "configured": plan.configured.to_tree(price) if plan.configured else {"refused": plan.refusal},
+        "measured": asdict(measured) if measured else None,
+        "best": plan.best.to_tree(price) if plan.best else None,
+        "launch": launch_line(plan),
+        "layouts": [layout.to_tree() for layout in plan.layouts],
+        "scaling": curves,
+    }
+
+
+def plan_lines(
+    plan: Plan, curves: Curves, measured: MeasuredRun | None, price: float | None, shown: int
+) -> Iterator[str]:
+    """The plan as text, with a line for each of the first `shown` layouts."""
+    configured, best, device = plan.configured, plan.best, plan.device
+    yield f"{plan.path} on {plan.nodes} x {plan.per_node} {device.name}: predicted, nothing was run"
+    yield from head_lines(plan.config, device)
+    yield ""
+    yield f"as configured: {configured.name if configured else plan.refusal}"
+    if configured:
+        yield from layout_lines(configured, device, price, measured)
+        yield ""
+        yield from stage_lines(stages(plan.config, plan.nodes, plan.per_node, device))
+    if best:
+        yield ""
+        yield f"best: {best.name} (of the layouts within 5 % of the quickest that fits, the least memory)"
+        if not configured or best.config != configured.config:
+            yield from layout_lines(best, device, price, None)
+        yield f"  {launch_line(plan)}"
+    yield ""
+    yield from table_lines(plan.layouts, shown, price)
+    yield ""
+    yield "scaling, P and stage as configured:"
+    yield from scaling_lines(curves)
 
 
 def head_lines(config: Config, device: Device) -> Iterator[str]:
@@ -58,7 +103,7 @@ def rates_text(device: Device) -> str:
 
 
 def layout_lines(
-    layout: Layout, device: Device, price: float | None, measured: Measured | None
+    layout: PlannedLayout, device: Device, price: float | None, measured: MeasuredRun | None
 ) -> Iterator[str]:
     """One layout: time and cost, memory, each part with its bound, what the gather rate changes."""
     memory, time = layout.memory, layout.time
@@ -96,11 +141,11 @@ def layout_lines(
         )
 
 
-def stage_lines(layouts: Sequence[Layout]) -> Iterator[str]:
+def stage_lines(layouts: Sequence[PlannedLayout]) -> Iterator[str]:
     """What a rank holds under each ZeRO stage, a line each; optimizer: moments, and float32 masters that are apart."""
-    yield "GB a rank  " + "".join(f"{name:>13}" for name in (*_HELD, "peak")) + "   s/step"
+    yield "GB a rank  " + "".join(f"{name:>13}" for name in (*HELD, "peak")) + "   s/step"
     for layout in layouts:
-        values = [getattr(layout.memory, name) for name in _HELD] + [layout.memory.peak]
+        values = [getattr(layout.memory, name) for name in HELD] + [layout.memory.peak]
         yield (
             f"  ZeRO {layout.config.parallel.zero_stage:<4}"
             + "".join(f"{value / 1e9:>13.3f}" for value in values)
@@ -109,7 +154,7 @@ def stage_lines(layouts: Sequence[Layout]) -> Iterator[str]:
     yield "  codes are among the activations; gradients: sums over micro-batches that stay; buffers: communication"
 
 
-def sensitivity(layout: Layout, device: Device) -> tuple[float, float]:
+def sensitivity(layout: PlannedLayout, device: Device) -> tuple[float, float]:
     """Seconds of a step at half and at twice the gather rate."""
     slow, quick = (
         estimate_step(
@@ -120,7 +165,7 @@ def sensitivity(layout: Layout, device: Device) -> tuple[float, float]:
     return slow, quick
 
 
-def cost_text(layout: Layout, seconds: float, price: float | None) -> str:
+def cost_text(layout: PlannedLayout, seconds: float, price: float | None) -> str:
     """Speed, days, device-hours and money at so many seconds a step."""
     devices = layout.nodes * layout.per_node
     hours = seconds * layout.config.training.steps / 3600
@@ -132,7 +177,7 @@ def cost_text(layout: Layout, seconds: float, price: float | None) -> str:
     )
 
 
-def table_lines(layouts: list[Layout], shown: int, price: float | None) -> Iterator[str]:
+def table_lines(layouts: list[PlannedLayout], shown: int, price: float | None) -> Iterator[str]:
     """A line for each layout."""
     head = f"{'P':>2} {'R':>5} {'ZeRO':>4} {'micro':>5} {'GB':>7} {'fits':>4} {'s/step':>9} {'tokens/s':>12} "
     yield head + f"{'days':>8} {'device-h':>10}" + ("" if price is None else f" {'cost':>10}")
@@ -149,7 +194,7 @@ def table_lines(layouts: list[Layout], shown: int, price: float | None) -> Itera
         yield f"nothing fits in {USABLE:.0%} of the memory: take more devices, or a smaller model or sequence"
 
 
-def scaling_lines(curves: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+def scaling_lines(curves: Curves) -> Iterator[str]:
     """A line for each point of the curves, and what they leave out."""
     for name, points in curves.items():
         first = next((one for one in points if "refused" not in one), None)

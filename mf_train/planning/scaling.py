@@ -7,7 +7,7 @@ from typing import Any
 from mf_train.config import Config
 from mf_train.errors import UserError
 from mf_train.planning.devices import Device
-from mf_train.planning.plan import make_layout
+from mf_train.planning.plan import divisors, make_layout
 
 SCALES = (8, 64, 512, 4096)
 MODELLED = (
@@ -47,7 +47,8 @@ def _point(config: Config, devices: int, per_node: int, batch: int, device: Devi
             "refused": f"parallel.tensor {config.parallel.tensor} does not divide {devices} devices"
         }
     data = devices // config.parallel.tensor
-    micro = _divisor(max(1, batch // data), config.training.micro_batch_size)
+    most = config.training.micro_batch_size
+    micro = max(size for size in divisors(max(1, batch // data)) if size <= most)
     streams = math.lcm(config.data.logical_streams, data)
     here = replace(
         config,
@@ -66,10 +67,6 @@ def _point(config: Config, devices: int, per_node: int, batch: int, device: Devi
         "tokens_per_second": layout.time.tokens_per_second,
         "tokens_per_second_per_device": layout.time.tokens_per_second / devices,
     }
-
-
-def _divisor(number: int, most: int) -> int:
-    return next(size for size in range(min(number, most), 0, -1) if number % size == 0)
 
 
 def draw_scaling(config: Config, title: str, curves: dict[str, list[dict[str, Any]]]) -> bytes:

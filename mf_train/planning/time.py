@@ -9,21 +9,23 @@ from dataclasses import dataclass
 
 from mf_train.config import Config
 from mf_train.model.counts import count_parameters
+from mf_train.planning.device_memory import BUCKET
 from mf_train.planning.devices import Device, Link
-from mf_train.planning.memory import BUCKET
-from mf_train.planning.traffic import data_parallel_bytes, micro_batches, tensor_parallel_bytes_per_token
 from mf_train.planning.work import (
-    Work,
+    PartWork,
+    data_parallel_bytes,
     element_bytes,
     gradient_copies,
     micro_batch_work,
+    micro_batches,
     step_tokens,
+    tensor_parallel_bytes_per_token,
     update_work,
 )
 
 
 @dataclass(frozen=True)
-class Part:
+class PartTime:
     """A part of a step: what bounds it, and its seconds."""
 
     name: str
@@ -35,7 +37,7 @@ class Part:
 class StepTime:
     """A step's parts, and what it makes."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[PartTime, ...]
     tokens: int  # a step, of all ranks
 
     @property
@@ -63,7 +65,7 @@ def estimate_step(config: Config, nodes: int, per_node: int, device: Device) -> 
     return StepTime(tuple(parts), step_tokens(config))
 
 
-def _bound(work: Work, device: Device, precision: str, times: int) -> Part:
+def _bound(work: PartWork, device: Device, precision: str, times: int) -> PartTime:
     """The largest of the part's bounds, `times` over. A CPU runs an operation when it is launched: there it adds."""
     seconds = {
         "copy": work.copy / device.copy,
@@ -73,20 +75,20 @@ def _bound(work: Work, device: Device, precision: str, times: int) -> Part:
     }
     bound = max(seconds, key=lambda name: seconds[name])
     added = seconds["launch"] if device.kind == "cpu" and bound != "launch" else 0
-    return Part(work.name, bound, times * (seconds[bound] + added))
+    return PartTime(work.name, bound, times * (seconds[bound] + added))
 
 
-def _tensor_parallel(config: Config, device: Device, times: int) -> Part:
+def _tensor_parallel(config: Config, device: Device, times: int) -> PartTime:
     """Codes and weights of three hashes a block, features before the head, sums of norms and of the loss."""
     tensor = config.parallel.tensor
     tokens = config.training.micro_batch_size * config.model.sequence_length
     calls = config.model.num_layers * (3 * 2 + 3 * 2) + 7
     seconds = tokens * tensor_parallel_bytes_per_token(config) / device.inside.bandwidth
     seconds += calls * (tensor - 1) * device.inside.latency
-    return Part("tensor parallel", "inside", times * seconds)
+    return PartTime("tensor parallel", "inside", times * seconds)
 
 
-def _data_parallel(config: Config, nodes: int, per_node: int, device: Device) -> list[Part]:
+def _data_parallel(config: Config, nodes: int, per_node: int, device: Device) -> list[PartTime]:
     """Gradients averaged and parameters gathered over the data-parallel group, one ring."""
     tensor = config.parallel.tensor
     data = nodes * per_node // tensor
@@ -101,7 +103,7 @@ def _data_parallel(config: Config, nodes: int, per_node: int, device: Device) ->
     for purpose, sent in data_parallel_bytes(config, data).items():
         passes = sent / (whole * (data - 1) / data)  # once round the ring with every parameter
         calls = passes * max(1, whole / element_bytes(config) / BUCKET)
-        parts.append(Part(purpose, name, sent / link.bandwidth + calls * _latency(nodes, data, device)))
+        parts.append(PartTime(purpose, name, sent / link.bandwidth + calls * _latency(nodes, data, device)))
     return parts
 
 

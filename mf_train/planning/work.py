@@ -1,24 +1,28 @@
-"""Bytes and FLOPs of a training step, from the configuration alone: the one place where they are counted.
+"""FLOPs, bytes moved and bytes sent in a training step, from the configuration alone: the one place for each count.
 
-Three users: the planner's step time (`planning.time`), a study's cost (`study.cost`), and every step's efficiency in
-metrics.jsonl (`planning.efficiency`).
+Three users: the planner's step time (`planning.time`), a study's cost (`study.cells`), and every step's efficiency in
+metrics.jsonl (`step_efficiency`).
 
 FLOPs. The paper counts a multiply-add as 1 and the forward pass of the blocks alone (Table 1, `model.counts`):
 `paper_flops`. `model_flops` are those of training: the blocks and the LM head, 2 for a multiply and an add, times 3 for
 the forward pass and the backward pass's two products; so 6 for each multiply-add. Both count attention's whole square,
-as the paper does. `Work.flops` are what a device computes: half of that square, once more in the backward pass, and of
-a lookup nothing, since its time is that of its bytes.
+as the paper does. `PartWork.flops` are what a device computes: half of that square, once more in the backward pass, and
+of a lookup nothing, since its time is that of its bytes.
 
-Bytes. Each part counts what its kernel reads and writes in the memory of its device, activations included. A table row
-is counted for every token that reads it, also where a cache serves it; tables and matrices in whole passes once a
-micro-batch. It is a count, not a measurement: no hardware counter is read.
+Bytes moved. Each part counts what its kernel reads and writes in the memory of its device, activations included. A
+table row is counted for every token that reads it, also where a cache serves it; tables and matrices in whole passes
+once a micro-batch. It is a count, not a measurement: no hardware counter is read.
+
+Bytes sent by a rank are those of a ring: of an all-gather or a reduce-scatter of M bytes a rank sends (R - 1) / R of M,
+of an all-reduce twice that. Collectives of single numbers (the loss, the gradient's norm) are left out.
 """
 
 from dataclasses import dataclass
 
 from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_block_flops, count_parameters
-from mf_train.planning.memory import code_bytes, loss_bytes
+from mf_train.planning.device_memory import LIVE, code_bytes, loss_bytes
+from mf_train.planning.devices import Peak
 
 TRAINING_FLOPS = 6  # for each multiply-add of the forward pass: 2 for multiply and add, 3 for the passes
 _CAUSAL = 1 / 2  # of attention's square is below the diagonal
@@ -31,7 +35,7 @@ _AROUND_ADAM_BYTES = 4 + 2 * 4 + 4
 
 
 @dataclass(frozen=True)
-class Work:
+class PartWork:
     """A part of a step on one rank: bytes in long passes, bytes of table rows, FLOPs of products, operations."""
 
     name: str
@@ -67,7 +71,7 @@ def step_bytes(config: Config) -> float:
     return micro_batches * once + update_work(config, count_parameters(config.model).total).copy
 
 
-def micro_batch_work(config: Config, tensor: int, kind: str) -> list[Work]:
+def micro_batch_work(config: Config, tensor: int, kind: str) -> list[PartWork]:
     """Forward and backward pass of one micro-batch on one of `tensor` ranks; `kind` "cpu" or "cuda"."""
     model = config.model
     b = element_bytes(config)
@@ -79,18 +83,18 @@ def micro_batch_work(config: Config, tensor: int, kind: str) -> list[Work]:
     return [
         *(_dense_work if model.kind == "dense" else _memory_work)(model, n, b, tensor),
         # of each norm's features 8 passes in both directions, residual sums and their gradients 8
-        Work("norms and sums", copy=layers * n * (features * 8 + size * 8) * b, launches=layers * 20),
-        Work("head", copy=3 * logits * b, flops=TRAINING_FLOPS * logits * model.hidden_size, launches=6),
-        Work("loss", copy=2 * logits * loss_bytes(b, kind), launches=12),
-        Work("embedding", copy=4 * n * size * b + 2 * model.vocab_size * size * b, launches=4),
+        PartWork("norms and sums", copy=layers * n * (features * 8 + size * 8) * b, launches=layers * 20),
+        PartWork("head", copy=3 * logits * b, flops=TRAINING_FLOPS * logits * model.hidden_size, launches=6),
+        PartWork("loss", copy=2 * logits * loss_bytes(b, kind), launches=12),
+        PartWork("embedding", copy=4 * n * size * b + 2 * model.vocab_size * size * b, launches=4),
     ]
 
 
-def _attention(model: ModelConfig, n: float, b: int, tensor: int) -> Work:
+def _attention(model: ModelConfig, n: float, b: int, tensor: int) -> PartWork:
     """q, k, v and the result, forward; these, their gradients and the rotation's copies, backward: 12 passes."""
     layers = model.num_layers
     products = layers * count_block_flops(model).attention / model.sequence_length * n / tensor
-    return Work(
+    return PartWork(
         "attention",
         copy=layers * n * model.hidden_size / tensor * b * 12,
         flops=2 * _CAUSAL * _ATTENTION_PASSES * products,
@@ -98,7 +102,7 @@ def _attention(model: ModelConfig, n: float, b: int, tensor: int) -> Work:
     )
 
 
-def _memory_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[Work]:
+def _memory_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartWork]:
     layers, size, inner = model.num_layers, model.hidden_size / tensor, model.inner_size / tensor
     rows = layers * n * model.num_tables * (3 * size + inner + size) * b  # of all five lookups
     tables = count_parameters(model).tables / tensor * b
@@ -106,33 +110,33 @@ def _memory_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[Work
     hashes = layers * (3 * hashed + 2 * n * code_bytes(model, b) / tensor)
     return [
         _attention(model, n, b, tensor),
-        Work("hash", copy=hashes, launches=layers * 6),
-        Work("lookup", copy=tables, gather=rows, launches=layers * 6),
+        PartWork("hash", copy=hashes, launches=layers * 6),
+        PartWork("lookup", copy=tables, gather=rows, launches=layers * 6),
         # gradients of tables written, then read and written where they are summed
-        Work("lookup backward", copy=3 * tables, gather=_LOOKUP_PASSES * rows, launches=layers * 12),
+        PartWork("lookup backward", copy=3 * tables, gather=_LOOKUP_PASSES * rows, launches=layers * 12),
     ]
 
 
-def _dense_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[Work]:
+def _dense_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartWork]:
     layers, size = model.num_layers, model.hidden_size / tensor
     products = layers * count_block_flops(model).layers / model.sequence_length * n / tensor
     matrices = 3 * count_parameters(model).dense / tensor * b  # read, read, gradient written
     # inputs and results of six layers, 18 features' width; forward, and twice backward
     features = 3 * 18 * layers * n * size * b
-    dense = Work(
+    dense = PartWork(
         "dense layers", copy=matrices + features, flops=TRAINING_FLOPS * products, launches=layers * 20
     )
     return [_attention(model, n, b, tensor), dense]
 
 
-def update_work(config: Config, parameters: float) -> Work:
+def update_work(config: Config, parameters: float) -> PartWork:
     """Norm, clipping, AdamW and the new parameters, of as many parameters as a rank updates."""
     moved = _ADAM_BYTES + _AROUND_ADAM_BYTES + element_bytes(config)
-    return Work("update", copy=parameters * moved, launches=100)
+    return PartWork("update", copy=parameters * moved, launches=100)
 
 
-def gradient_copies(config: Config, data: int) -> Work:
-    """Passes over a micro-batch's gradients beside the collectives (the copies that `planning.memory` counts)."""
+def gradient_copies(config: Config, data: int) -> PartWork:
+    """Passes over a micro-batch's gradients beside the collectives: copies that `planning.device_memory` counts."""
     n = count_parameters(config.model).total / config.parallel.tensor
     stage, bfloat16 = config.parallel.zero_stage, config.training.precision == "bfloat16"
     b = element_bytes(config)
@@ -143,9 +147,81 @@ def gradient_copies(config: Config, data: int) -> Work:
         passes = (10 + 8 + 6 + 6 + 8 + 4 + 2) * n
     else:  # into the bucket, divided, flattened or put in the ranks' order, then to the partition, twice
         passes = 6 * b * n + (2 * b + 8) * n / data
-    return Work("gradient copies", copy=passes, launches=100)
+    return PartWork("gradient copies", copy=passes, launches=100)
 
 
 def element_bytes(config: Config) -> int:
     """Bytes of a parameter or an activation as the forward pass reads it."""
     return 2 if config.training.precision == "bfloat16" else 4
+
+
+def micro_batches(config: Config, data: int) -> int:
+    """Micro-batches of a step on each of `data` ranks."""
+    return config.training.global_batch_size // (data * config.training.micro_batch_size)
+
+
+def data_parallel_bytes(config: Config, data: int) -> dict[str, float]:
+    """By purpose, of one rank in one step. Gradients and parameters travel in the parameters' dtype.
+
+    Stages 0 and 1 average gradients once a step, stages 2 and 3 for each micro-batch; 0 to 2 by all-reduce,
+    stage 3 by reduce-scatter. Stages 1 and 2 gather parameters after the update, stage 3 for each
+    micro-batch, and again for the backward pass where a rank's share of the model is too large to stay gathered
+    (stage3_max_live_parameters; then this is an upper bound). tests/planning/test_work.py counts the collectives of
+    deepspeed 0.19.8.
+    """
+    if data == 1:
+        return {}
+    stage, times = config.parallel.zero_stage, micro_batches(config, data)
+    parameters = count_parameters(config.model).total / config.parallel.tensor * element_bytes(config)
+    one_way = parameters * (data - 1) / data
+    if stage == 3:
+        gathers = 1 if count_parameters(config.model).total / config.parallel.tensor <= LIVE else 2
+        return {"reduce gradients": times * one_way, "gather parameters": gathers * times * one_way}
+    sent = {"reduce gradients": 2 * one_way * (times if stage == 2 else 1)}
+    return sent | ({"gather parameters": one_way} if stage else {})
+
+
+def data_parallel_bytes_per_token(config: Config, data: int) -> float:
+    """For each token that a data-parallel rank trains on."""
+    return sum(data_parallel_bytes(config, data).values()) / (step_tokens(config) / data)
+
+
+def tensor_parallel_bytes_per_token(config: Config) -> float:
+    """Codes and weights of three hashes a block and the weights' gradients, sums of norms, features before the head and
+    their gradient, three sums of the loss. `parallel.exchange` counts the same while it sends.
+    """
+    model, tensor = config.model, config.parallel.tensor
+    if tensor == 1:
+        return 0
+    b = element_bytes(config)
+    # a code travels in one byte, or in two (`parallel.exchange`)
+    wires = sum(1 if bits <= 8 else 2 for bits in (model.bits, model.bits, model.inner_bits))
+    hashes = model.num_layers * model.num_tables * (wires + 3 * b + 3 * b)
+    shared = hashes + 2 * model.hidden_size * b
+    sums = (3 * model.num_layers + 1) * (2 + 2) * 4 + 3 * 4  # whole on each rank
+    return (tensor - 1) / tensor * shared + (tensor - 1) * sums
+
+
+def step_efficiency(
+    config: Config, processes: int, peak: Peak | None, seconds: float
+) -> dict[str, float | None]:
+    """Keys of metrics.jsonl for a step of `seconds`, of all ranks together.
+
+    `paper_flops`: multiply-adds of the blocks' forward pass, as Table 1 counts them. `model_flops`: FLOPs of training,
+    blocks and LM head, 6 for each multiply-add. `bytes_moved`: of memory, counted by `planning.work.step_bytes`.
+    `flops_share` and `bandwidth_share`: of the devices' peak (data sheet, `find_peak`); None where that is not known,
+    as for every CPU. Rows are counted each time they are read, so a cache that serves them raises `bandwidth_share`,
+    in the extreme above 1. `data_parallel_bytes_per_token`: what a rank sends for each of its tokens, computed.
+    """
+    tokens, model = step_tokens(config), config.model
+    flops, moved = tokens * model_flops(model), step_bytes(config)
+    device_seconds = processes * seconds
+    data = processes // config.parallel.tensor
+    return {
+        "paper_flops": tokens * paper_flops(model),
+        "model_flops": flops,
+        "bytes_moved": moved,
+        "flops_share": flops / device_seconds / peak.flops[config.training.precision] if peak else None,
+        "bandwidth_share": moved / device_seconds / peak.memory if peak else None,
+        "data_parallel_bytes_per_token": data_parallel_bytes_per_token(config, data),
+    }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mf_train.errors import UserError
 from mf_train.study.bootstrap import (
@@ -20,9 +22,14 @@ from mf_train.study.bootstrap import (
     interval,
     over_seeds,
 )
+from mf_train.study.collect import AXIS
 from mf_train.study.fit import Parabola, fit_parabola, fit_power
+from mf_train.study.state import DONE
 
-SEED_AXIS = "axis.seed"
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SEED_AXIS = f"{AXIS}seed"
 SHAPE = ("model.num_layers", "model.hidden_size")  # what makes one model's sizes
 LOSS = "final_validation_loss"
 _SAME_BUDGET = 1.1  # runs whose costs differ by less than this factor are of one budget
@@ -73,34 +80,32 @@ class Series:
     warnings: tuple[str, ...]  # why a fit is missing
 
 
-def measure(rows: Sequence[dict[str, str]], x: str, size: str, by: str) -> list[Measured]:
+def measure(rows: DataFrame, x: str, size: str, by: str) -> list[Measured]:
     """Done cells, with the seeds of one configuration together. Raises UserError."""
-    if not rows:
+    from pandas import to_numeric
+
+    if rows.empty:
         raise UserError("the table of results has no cells")
     keys = by.split(",")
     for name in (x, size, *keys):
-        if name not in rows[0]:
+        if name not in rows:
             raise UserError(f"the table of results has no column {name}: see its first line for those it has")
-    groups: defaultdict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
-    for row in rows:
-        if row["state"] == "done" and row[LOSS] and math.isfinite(float(row[LOSS])):
-            # the axes say what differs; a seed is no configuration of its own
-            others = [row[name] for name in row if name.startswith("axis.") and name != SEED_AXIS]
-            groups[" ".join(row[key] for key in keys), row[size], row["tokens"], *others].append(row)
+    # the axes say what differs; a seed is no configuration of its own
+    axes = [name for name in rows if name.startswith(AXIS) and name != SEED_AXIS]
+    done = rows[(rows["state"] == DONE) & np.isfinite(to_numeric(rows[LOSS], errors="coerce"))]
     found = []
-    for (series, *_), group in groups.items():
-        first = group[0]
-        axes = {name[5:]: first[name] for name in first if name.startswith("axis.") and name != SEED_AXIS}
+    for _, group in done.groupby(list(dict.fromkeys([*keys, size, "tokens", *axes])), sort=False):
+        first = group.iloc[0]
         found.append(
             Measured(
-                series=series,
-                axes=axes,
+                series=" ".join(first[keys]),
+                axes={name.removeprefix(AXIS): first[name] for name in axes},
                 size=float(first[size]),
                 tokens=float(first["tokens"]),
-                x=sum(float(row[x]) for row in group) / len(group),  # of seeds, where runs measured it
-                losses=tuple(float(row[LOSS]) for row in group),
-                seeds=tuple(row.get(SEED_AXIS, "") for row in group),
-                cells=tuple(row["cell"] for row in group),
+                x=float(group[x].map(float).mean()),  # of seeds, where runs measured it
+                losses=tuple(map(float, group[LOSS])),
+                seeds=tuple(group.get(SEED_AXIS, [""])),
+                cells=tuple(group["cell"]),
                 parameters=float(first["parameters"]),
                 flops=float(first["flops"]),
                 shape=tuple(first.get(name, "") for name in SHAPE),
@@ -109,11 +114,8 @@ def measure(rows: Sequence[dict[str, str]], x: str, size: str, by: str) -> list[
     return found
 
 
-def analyse(
-    rows: Sequence[dict[str, str]], x: str, size: str, by: str = "model.kind", samples: int = SAMPLES
-) -> list[Series]:
-    """Fits of each series; none where no cell is done. Raises UserError."""
-    measured = measure(rows, x, size, by)
+def analyse(measured: Sequence[Measured], x: str, size: str, samples: int = SAMPLES) -> list[Series]:
+    """Fits of each series; none where no cell is done."""
     names = dict.fromkeys(one.series for one in measured)
     return [
         _series(name, [one for one in measured if one.series == name], x, size, samples) for name in names
@@ -166,8 +168,7 @@ def _best(measured: Sequence[Measured]) -> list[Measured]:
     found: dict[tuple[float, float], Measured] = {}
     for one in measured:
         place = one.size, one.tokens
-        if place not in found or one.mean < found[place].mean:
-            found[place] = one
+        found[place] = min(found.get(place, one), one, key=lambda one: one.mean)
     return list(found.values())
 
 

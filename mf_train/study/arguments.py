@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mf_train.commands import add_command
+from mf_train.commands import Run, add_command, add_verbs, print_lines
 from mf_train.errors import UserError
 from mf_train.launch.arguments import add_job_options, options_from
 
-Run = Callable[[argparse.Namespace], int]
+if TYPE_CHECKING:
+    from mf_train.study.cells import Grid
+    from mf_train.study.study import Study
+
 _X = ("flops", "bytes_moved", "parameters", "table_parameters", "block_parameters", "tokens")
 
 
 def add_study(commands: Any) -> None:
     """Add the command to the command line's parser."""
-    study = commands.add_parser("study", help="a grid of runs, its results, fits and plots")
-    verbs = study.add_subparsers(metavar="verb", required=True)
+    verbs = add_verbs(commands, "study", "a grid of runs, its results, fits and plots")
 
     def add_verb(name: str, summary: str, options: str, run: Run) -> argparse.ArgumentParser:
         example = f"study {name} configs/studies/sizes-small.yaml{options}"
@@ -52,36 +54,32 @@ def _add_fit_options(parser: argparse.ArgumentParser) -> None:
     fits = parser.add_argument_group("tables, plots and fits")
     fits.add_argument("--x", choices=_X, default="flops", help="what loss is drawn and fitted over (flops)")
     fits.add_argument("--size", choices=_X[2:5], default="parameters", help="N of L(N, D) (parameters)")
-    fits.add_argument(
-        "--by",
-        default="model.kind",
-        metavar="KEYS",
-        help="a fit for each value of these columns (model.kind)",
-    )
+    by = "a fit for each value of these columns (model.kind)"
+    fits.add_argument("--by", default="model.kind", metavar="KEYS", help=by)
     fits.add_argument("--samples", type=int, default=200, metavar="N", help="of the bootstrap (200)")
 
 
-def _plan(given: argparse.Namespace) -> int:
+def _open(given: argparse.Namespace) -> tuple[Study, Grid]:
     from mf_train.study.cells import make_grid
-    from mf_train.study.plan import plan_lines
     from mf_train.study.study import load_study
 
     study = load_study(given.study)
-    for line in plan_lines(study, make_grid(study)):
-        print(line)
-    return 0
+    return study, make_grid(study)
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from mf_train.study.plan import plan_lines
+
+    return print_lines(plan_lines(*_open(given)))
 
 
 def _run(given: argparse.Namespace) -> int:
     from mf_train.exit_status import STOPPED
-    from mf_train.study.cells import make_grid
     from mf_train.study.run import run_here, submit_array
-    from mf_train.study.study import load_study
 
     if given.at_once is not None and given.at_once < 1:
         raise UserError(f"--at-once {given.at_once}: it must be at least 1")
-    study = load_study(given.study)
-    grid = make_grid(study)
+    study, grid = _open(given)
     if given.slurm:
         return submit_array(
             study,
@@ -102,15 +100,12 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _collect(given: argparse.Namespace) -> int:
-    from mf_train.study.cells import make_grid
     from mf_train.study.collect import collect, write_results
-    from mf_train.study.plan import count_states
-    from mf_train.study.study import load_study
 
-    study = load_study(given.study)
-    rows = collect(study, make_grid(study))
-    print(f"{write_results(study, rows)}: {count_states(rows)}")
-    return 0
+    study, grid = _open(given)
+    rows = collect(grid)
+    counts = ", ".join(f"{count} {state}" for state, count in Counter(rows["state"]).items())
+    return print_lines([f"{write_results(study.folder, rows)}: {len(rows)} cells: {counts}"])
 
 
 def _fit(given: argparse.Namespace) -> int:
@@ -121,9 +116,7 @@ def _fit(given: argparse.Namespace) -> int:
         raise UserError(f"--samples {given.samples}: it must be at least 1")
     study = load_study(given.study)
     order = {axis.name: [value.label for value in axis.values] for axis in study.axes}
-    for line in fit_study(study.folder, order, given.x, given.size, given.by, given.samples):
-        print(line)
-    return 0
+    return print_lines(fit_study(study.folder, order, given.x, given.size, given.by, given.samples))
 
 
 def _report(given: argparse.Namespace) -> int:

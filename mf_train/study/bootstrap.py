@@ -62,9 +62,8 @@ class LawFit:
 def expand(points: Sequence[Point]) -> tuple[Array, Array]:
     """x [n, j] and losses [n], a row a run."""
     rows = [(point.x, loss) for point in points for loss in point.losses]
-    return np.array([x for x, _ in rows], dtype=np.float64), np.array(
-        [loss for _, loss in rows], dtype=np.float64
-    )
+    x, losses = zip(*rows, strict=True)
+    return np.array(x, dtype=np.float64), np.array(losses, dtype=np.float64)
 
 
 def resample(points: Sequence[Point], random: np.random.Generator) -> list[Point]:
@@ -83,9 +82,9 @@ def fit_with_intervals(
     points: Sequence[Point], names: Sequence[str], samples: int = SAMPLES, seed: int = 0
 ) -> LawFit:
     """Fit a law and bootstrap it. Raises ValueError where the points are fewer than its parameters."""
-    x, loss = expand(points)
     if len(points) < 2 * len(names) + 1:
         raise ValueError(f"{len(points)} configurations cannot fix {2 * len(names) + 1} parameters")
+    x, loss = expand(points)
     law = fit_law(x, loss)
     random = np.random.default_rng(seed)
     drawn = []
@@ -94,16 +93,17 @@ def fit_with_intervals(
         if any(len(np.unique(column)) < 2 for column in sample_x.T):
             continue  # such a sample says nothing about that exponent
         drawn.append(fit_law(sample_x, sample_loss, near=law))
-    exponents = tuple(
-        interval(law.exponents[j], [one.exponents[j] for one in drawn]) for j in range(len(names))
-    )
+
+    def intervals(key: str) -> tuple[Interval, ...]:
+        found = zip(getattr(law, key), *(getattr(one, key) for one in drawn), strict=True)
+        return tuple(interval(value, others) for value, *others in found)
+
+    exponents = intervals("exponents")
     return LawFit(
         law=law,
         names=tuple(names),
         floor=interval(law.floor, [one.floor for one in drawn]),
-        coefficients=tuple(
-            interval(law.coefficients[j], [one.coefficients[j] for one in drawn]) for j in range(len(names))
-        ),
+        coefficients=intervals("coefficients"),
         exponents=exponents,
         points=len(points),
         runs=len(loss),

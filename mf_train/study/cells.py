@@ -6,23 +6,21 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree, load_config, parse_config, read_tree
 from mf_train.errors import UserError
+from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import check_degrees
-from mf_train.planning.memory import peak_bytes
+from mf_train.planning.device_memory import peak_bytes
 from mf_train.planning.plan import USABLE
 from mf_train.planning.time import estimate_step
-from mf_train.planning.work import model_flops, step_tokens
+from mf_train.planning.work import model_flops, step_bytes, step_tokens
 from mf_train.run_folder import METRICS
-from mf_train.study.cost import Cost, run_cost
 from mf_train.study.study import LENGTHS, Study, Value
 from mf_train.text import human_bytes
 
@@ -30,6 +28,18 @@ _PLACE = "this place of the grid"
 CELLS = "cells"  # folder of the cells' configurations, NUMBER.yaml
 # The dense peer does without these, so cells that differ in them alone are one run.
 _MEMORY_KEYS = ("bits", "expand_bits", "score", "temperature", "ffn_inner_norm", "ffn_activation")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size and cost of all steps of a run, from its configuration alone."""
+
+    tokens: int
+    flops: float  # training FLOPs: `planning.work.model_flops`, the LM head's among them
+    bytes_moved: float  # see `planning.work.step_bytes`
+    parameters: int  # all
+    table_parameters: int
+    block_parameters: int  # without embedding and LM head
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,11 @@ class Grid:
     cells: tuple[Cell, ...]
     left_out: tuple[LeftOut, ...]
     earlier: int = 0  # cells in the study's folder that are of none of its places
+
+
+def describe_values(values: Mapping[str, str]) -> str:
+    """The axes' labels of a place of the grid, in a line."""
+    return " ".join(f"{name}={label}" for name, label in values.items())
 
 
 def cell_folder(study: Study, number: int | str) -> Path:
@@ -109,10 +124,18 @@ def make_grid(study: Study) -> Grid:
     return Grid(tuple(kept), (*left_out, *over), len(numbers.keys() - cells.keys()))
 
 
-def dump_tree(tree: dict[str, Any]) -> str:
-    """YAML of a configuration."""
-    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    return text
+def run_cost(config: Config) -> Cost:
+    """Cost of all steps of a run."""
+    counts = count_parameters(config.model)
+    tokens = config.training.steps * step_tokens(config)
+    return Cost(
+        tokens=tokens,
+        flops=float(tokens * model_flops(config.model)),
+        bytes_moved=float(config.training.steps * step_bytes(config)),
+        parameters=counts.total,
+        table_parameters=counts.tables,
+        block_parameters=counts.total - counts.embedding - counts.head,
+    )
 
 
 def _resolve(study: Study, base: dict[str, Any], values: Sequence[Value]) -> Config:
@@ -190,19 +213,14 @@ def _within_budget(study: Study, cells: Sequence[Cell]) -> tuple[list[Cell], lis
         cells, key=lambda cell: (cell.number not in has_run, _price(study, cell), cell.number)
     ):
         flops, seconds = flops + cell.cost.flops, seconds + (cell.seconds or 0.0)
-        if cell.number in has_run:
+        if cell.number in has_run or (flops <= limits[0] and seconds <= limits[1]):
             kept.add(cell.number)
-            continue
-        if flops > limits[0]:
-            reason = f"over the budget: {flops:.3g} FLOPs with it, budget.flops is {limits[0]:.3g}"
-        elif seconds > limits[1]:
-            reason = (
-                f"over the budget: {seconds / 3600:.3g} hours with it, budget.hours is {study.budget.hours:g}"
-            )
+        elif flops > limits[0]:
+            reason = f"{flops:.3g} FLOPs with it, budget.flops is {limits[0]:.3g}"
+            over.append(LeftOut(cell.values, f"over the budget: {reason}"))
         else:
-            kept.add(cell.number)
-            continue
-        over.append(LeftOut(cell.values, reason))
+            reason = f"{seconds / 3600:.3g} hours with it, budget.hours is {study.budget.hours:g}"
+            over.append(LeftOut(cell.values, f"over the budget: {reason}"))
     return [cell for cell in cells if cell.number in kept], over
 
 
@@ -214,13 +232,10 @@ def _price(study: Study, cell: Cell) -> float:
 def _recorded(study: Study) -> dict[str, int]:
     """Numbers of the cells that the study's folder holds, by what they train. Raises UserError."""
     found: dict[str, int] = {}
-    for path in sorted(_numbered(study.folder / CELLS), key=lambda path: int(path.stem)):
+    paths = [path for path in (study.folder / CELLS).glob("*.yaml") if path.stem.isdigit()]
+    for path in sorted(paths, key=lambda path: int(path.stem)):
         found.setdefault(_identity(load_config(path)), int(path.stem))
     return found
-
-
-def _numbered(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.glob("*.yaml") if path.stem.isdigit())
 
 
 def _identity(config: Config) -> str:

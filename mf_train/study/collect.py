@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mf_train.config.loading import config_to_tree
 from mf_train.errors import UserError
@@ -14,7 +12,9 @@ from mf_train.files import write_whole
 from mf_train.run_folder import read_metrics
 from mf_train.study.cells import Cell, Grid
 from mf_train.study.state import State, cell_state
-from mf_train.study.study import Study
+
+if TYPE_CHECKING:
+    from pandas import DataFrame  # imported by functions: it takes half a second
 
 RESULTS = "results.csv"
 AXIS = "axis."  # before the name of an axis in the table's head
@@ -27,16 +27,22 @@ COLUMNS = (
 _LAST_STEPS = 20  # whose mean is the training loss that is reported
 
 
-def collect(study: Study, grid: Grid) -> list[dict[str, Any]]:
-    """A row for each cell of the grid, in its order."""
-    return [collect_cell(cell, cell_state(cell)) for cell in grid.cells]
+def collect(grid: Grid) -> DataFrame:
+    """A row for each cell of the grid, in its order; None where a cell has no such value."""
+    from pandas import DataFrame
+
+    rows = [_row(cell, cell_state(cell)) for cell in grid.cells]
+    return DataFrame(rows, columns=None if rows else COLUMNS, dtype=object)
 
 
-def collect_cell(cell: Cell, state: State) -> dict[str, Any]:
+def _row(cell: Cell, state: State) -> dict[str, Any]:
     """The row of one cell. Losses in nats a token, seconds of training steps without validation and saving."""
+    from pandas import json_normalize
+
     records = read_metrics(cell.folder)
     validations = [(one["validation_loss"], one["step"]) for one in records if "validation_loss" in one]
     best, best_step = min(validations, default=(None, None))
+    last_loss, last_step = validations[-1] if validations else (None, None)
     last = records[-_LAST_STEPS:]
     seconds = sum(one.get("step_seconds", 0.0) for one in records)
     tokens = records[-1].get("tokens", 0) if records else 0
@@ -47,57 +53,39 @@ def collect_cell(cell: Cell, state: State) -> dict[str, Any]:
         "step": state.step,
         "steps": cell.config.training.steps,
         # of the last step: an earlier one says nothing about a run of this length
-        "final_validation_loss": validations[-1][0]
-        if validations and validations[-1][1] == state.step
-        else None,
+        "final_validation_loss": last_loss if last_step == state.step else None,
         "best_validation_loss": best,
         "best_step": best_step,
         "train_loss": sum(one["loss"] for one in last) / len(last) if last else None,
-        "tokens": cell.cost.tokens,
-        "flops": cell.cost.flops,
-        "bytes_moved": cell.cost.bytes_moved,
-        "parameters": cell.cost.parameters,
-        "table_parameters": cell.cost.table_parameters,
-        "block_parameters": cell.cost.block_parameters,
+        **asdict(cell.cost),
         "seconds": round(seconds, 3) if records else None,
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "folder": str(cell.folder),
     }
     axes = {AXIS + name: label for name, label in cell.values.items()}
-    return row | axes | flatten(config_to_tree(cell.config))
+    settings: dict[str, Any] = json_normalize(config_to_tree(cell.config)).to_dict("records")[0]
+    return row | axes | settings
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration's tree with dotted keys; lists are text."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            found |= flatten(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = str(value) if isinstance(value, list) else value
-    return found
-
-
-def write_results(study: Study, rows: Sequence[dict[str, Any]]) -> Path:
+def write_results(folder: Path, rows: DataFrame) -> Path:
     """Write the table into the study's folder, as a whole. Raises OSError."""
-    path = study.folder / RESULTS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row)) or list(COLUMNS)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
-    return path
+    folder.mkdir(parents=True, exist_ok=True)
+    # as text: pandas would write a loss of nan as if there were none
+    text = rows.map(lambda value: "" if value is None else str(value))
+    write_whole(folder / RESULTS, text.to_csv(index=False, lineterminator="\n").encode())
+    return folder / RESULTS
 
 
-def read_results(path: Path) -> list[dict[str, str]]:
+def read_results(path: Path) -> DataFrame:
     """The rows of a table that `collect` wrote; all values are text. Raises UserError."""
+    from pandas import read_csv
+
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError:
         raise UserError(f"{path}: is not there; run memoryformer study collect first") from None
-    if rows and (lacking := [name for name in COLUMNS if name not in rows[0]]):
+    except ValueError as error:
+        raise UserError(f"{path}: is no table ({error}); run memoryformer study collect again") from None
+    if lacking := [name for name in COLUMNS if name not in rows]:
         raise UserError(f"{path}: has no column {lacking[0]}; run memoryformer study collect again")
     return rows

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from mf_train.launch.progress import duration
-from mf_train.study.cells import Cell, Grid
+from mf_train.study.cells import Cell, Grid, describe_values
 from mf_train.study.state import cell_state
 from mf_train.study.study import Study
+from mf_train.text import duration
 
 
 def plan_lines(study: Study, grid: Grid) -> Iterator[str]:
     """A table of the cells, the sums, and the places of the grid that are not run."""
     names = [axis.name for axis in study.axes]
-    head = [
-        "cell",
-        *names,
-        "steps",
-        "parameters",
-        "tables",
-        "tokens",
-        "FLOPs",
-        "bytes moved",
-        "GB",
-        "time",
-        "state",
-    ]
-    rows = [head, *(_row(study, cell, names) for cell in grid.cells)]
+    numbers = ("steps", "parameters", "tables", "tokens", "FLOPs", "bytes moved", "GB", "time")
+    head = ["cell", *names, *numbers, "state"]
+    rows = [head, *(_row(cell, names) for cell in grid.cells)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     for row in rows:
         yield "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
@@ -45,16 +32,10 @@ def plan_lines(study: Study, grid: Grid) -> Iterator[str]:
     if grid.left_out:
         yield f"left out: {len(grid.left_out)}"
     for one in grid.left_out:
-        yield "  " + " ".join(f"{name}={label}" for name, label in one.values.items()) + f": {one.reason}"
+        yield f"  {describe_values(one.values)}: {one.reason}"
 
 
-def count_states(rows: Sequence[dict[str, Any]]) -> str:
-    """Such as `12 cells: 10 done, 2 failed`."""
-    counts = Counter(row["state"] for row in rows)
-    return f"{len(rows)} cells: " + ", ".join(f"{count} {name}" for name, count in counts.items())
-
-
-def _row(study: Study, cell: Cell, names: Sequence[str]) -> list[str]:
+def _row(cell: Cell, names: Sequence[str]) -> list[str]:
     cost = cell.cost
     return [
         str(cell.number),

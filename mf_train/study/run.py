@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+import yaml
+
 from mf_train.config.loading import config_to_tree
 from mf_train.errors import UserError
 from mf_train.exit_status import STOPPED
 from mf_train.files import write_whole
-from mf_train.launch.job import TASK, JobOptions
-from mf_train.study.cells import CELLS, Cell, Grid, cell_folder, dump_tree
+from mf_train.launch.options import TASK, JobOptions
+from mf_train.study.cells import CELLS, Cell, Grid, cell_folder, describe_values
 from mf_train.study.state import DONE, FAILED, LOG, Outcome, State, cell_state, write_outcome
 from mf_train.study.study import Study
 
@@ -49,7 +51,8 @@ def write_cells(study: Study, cells: Sequence[Cell]) -> None:
     for cell in cells:
         path = folder / f"{cell.number}.yaml"
         if not path.exists():
-            write_whole(path, dump_tree(config_to_tree(cell.config)).encode())
+            tree = config_to_tree(cell.config)
+            write_whole(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
 
 
 def run_here(study: Study, grid: Grid, at_once: int = 1, retry: bool = False) -> int:
@@ -72,15 +75,10 @@ def run_here(study: Study, grid: Grid, at_once: int = 1, retry: bool = False) ->
             print("stopped on request; run the same command again to go on", flush=True)
             return STOPPED
         if failed:
-            print(
-                f"{len(failed)} of {len(grid.cells)} cells failed; --retry-failed runs them again", flush=True
-            )
+            print(f"{len(failed)} of {len(grid.cells)} cells failed; --retry-failed runs them again")
         odd = [cell for cell, state in states if state.name not in (DONE, FAILED)]
         for cell in odd:
-            print(
-                f"cell {cell.number} has ended, and its metrics.jsonl has not its last step: {_REDO}",
-                flush=True,
-            )
+            print(f"cell {cell.number} has ended, and its metrics.jsonl has not its last step: {_REDO}")
         return 1 if failed or odd else 0
 
 
@@ -202,7 +200,7 @@ def _start(study: Study, cell: Cell, at_once: int, lock: int) -> _Process:
             start_new_session=True,  # Ctrl-C reaches the cells through `stop` alone
             pass_fds=[lock],  # a cell that outlives this process keeps the study locked
         )
-    print(f"cell {cell.number} starts: {_values(cell)}", flush=True)
+    print(f"cell {cell.number} starts: {describe_values(cell.values)}", flush=True)
     return _Process(cell, process, time.monotonic(), begin)
 
 
@@ -228,10 +226,6 @@ def _last_line(path: Path, begin: int) -> str:
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith("memoryformer: ")]
     return (ours or lines or [""])[-1].removeprefix("memoryformer: ")
-
-
-def _values(cell: Cell) -> str:
-    return " ".join(f"{name}={label}" for name, label in cell.values.items())
 
 
 @contextmanager

@@ -9,10 +9,9 @@ from pathlib import Path
 from mf_train.errors import UserError
 from mf_train.exit_status import STOPPED
 from mf_train.files import write_whole
-from mf_train.launch.progress import Start, read_starts
-from mf_train.launch.records import LAUNCH, LOGS
+from mf_train.launch.launch_folder import LOGS, Start, read_starts
 from mf_train.launch.report import first_error
-from mf_train.run_folder import last_metrics
+from mf_train.run_folder import LAUNCH, last_metrics
 from mf_train.study.cells import Cell
 
 OUTCOME, LOG = "outcome.json", "output.log"  # in the run's folder, of a cell that ran here
@@ -77,5 +76,5 @@ def _failure(folder: Path) -> str:
 def _first_error(folder: Path, start: Start) -> str:
     """What the first rank that failed said last; '' where its log has gone or says nothing."""
     logs = folder / LAUNCH / LOGS / f"{start.job}-{start.number}"
-    error = first_error(logs) if logs.is_dir() else None
+    error = first_error(logs, start.ranks) if logs.is_dir() else None
     return error.lines[-1].strip().removeprefix("memoryformer: ") if error and error.lines else ""

@@ -86,9 +86,7 @@ def load_study(path: str | Path) -> Study:
             raise UserError(f"{path}: {key} is {tree.get(key)!r}: give {_MEANING[key]}")
     if "{" in tree["output_dir"]:
         raise UserError(f"{path}: output_dir is {tree['output_dir']}: it must have no braces")
-    processes = tree.get("processes", 1)
-    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
-        raise UserError(f"{path}: processes is {processes!r}: expected a whole number above 0")
+    processes = _count(tree.get("processes", 1), f"{path}: processes")
     settings = _settings(tree.get("settings") or {}, f"{path}: settings")
     axes = _axes(tree.get("axes"), str(path))
     _check_once(axes, settings, str(path))
@@ -158,11 +156,7 @@ def _ladder(tree: Any, where: str) -> tuple[Value, ...]:
             f"{where} is {tree!r}: expected depths, width (features a layer of depth) and head_size"
         )
     _check_keys(tree, ("depths", "width", "head_size"), where, "")
-    numbers = {}
-    for key in ("width", "head_size"):
-        numbers[key] = tree.get(key)
-        if not _is_count(numbers[key]):
-            raise UserError(f"{where}.{key} is {numbers[key]!r}: expected a whole number above 0")
+    width, head_size = (_count(tree.get(key), f"{where}.{key}") for key in ("width", "head_size"))
     depths = tree.get("depths")
     if not isinstance(depths, list) or not depths or not all(map(_is_count, depths)):
         raise UserError(f"{where}.depths is {depths!r}: expected a list of whole numbers above 0")
@@ -170,11 +164,9 @@ def _ladder(tree: Any, where: str) -> tuple[Value, ...]:
         raise UserError(f"{where}.depths is {depths}: a depth stands twice")
     values = []
     for depth in depths:
-        hidden = depth * numbers["width"]
-        heads, rest = divmod(hidden, numbers["head_size"])
-        problem = (
-            f"size.head_size {numbers['head_size']} does not divide depth {depth} * width {numbers['width']}"
-        )
+        hidden = depth * width
+        heads, rest = divmod(hidden, head_size)
+        problem = f"size.head_size {head_size} does not divide depth {depth} * width {width}"
         settings = tuple(zip(_LADDER, (depth, hidden, heads), strict=True))
         values.append(Value(str(depth), settings, problem=problem if rest else ""))
     return tuple(values)
@@ -239,10 +231,8 @@ def _budget(tree: Any, origin: str) -> Budget:
         except UserError as error:
             raise UserError(f"{origin}: budget.device: {str(error).removeprefix('--device ')}") from None
     per_node = tree.get("processes_per_node")
-    if per_node is not None and not _is_count(per_node):
-        raise UserError(
-            f"{origin}: budget.processes_per_node is {per_node!r}: expected a whole number above 0"
-        )
+    if per_node is not None:
+        _count(per_node, f"{origin}: budget.processes_per_node")
     return Budget(**numbers, device=device, processes_per_node=per_node)
 
 
@@ -261,6 +251,12 @@ def _positive(value: Any, where: str) -> float:
     if not 0 < number < math.inf:
         raise UserError(f"{where} is {value!r}: expected a number above 0")
     return number
+
+
+def _count(value: Any, where: str) -> int:
+    if not _is_count(value):
+        raise UserError(f"{where} is {value!r}: expected a whole number above 0")
+    return int(value)
 
 
 def _is_count(value: Any) -> bool:

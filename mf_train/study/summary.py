@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import html
+import itertools
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,62 +13,67 @@ from mf_train.study.bootstrap import LEVEL, Interval
 from mf_train.study.fit import student_quantile
 
 SUMMARY = "summary.md"
-_HEAD = ("n", "mean", "std", "min to max", "difference")
+NOTE = (
+    "Validation loss after the last step, nats a token. n: seeds. difference: from the first value of the axis, "
+    f"the same seeds in pairs, with the {LEVEL:.0%} interval of Student's t over the pairs; it needs two. Means are "
+    "of all seeds: where the pairs are fewer, a difference is not that of the means."
+)
+_HEAD = ("parameters", "tokens", "FLOPs", "n", "mean", "std", "min to max")
 
 
 @dataclass(frozen=True)
-class Line:
-    """One value of an axis, with the other axes fixed."""
+class LossTable:
+    """Text to show: a row for each value of one axis beside each choice of the others, or for each configuration."""
 
-    others: dict[str, str]
-    value: str
-    measured: Measured
-    difference: Interval | None = None  # of the mean from `base`; None for that itself
-    pairs: int = 0  # seeds that both have
-    base: str = ""  # the first value of the axis that is there beside these others
+    title: str
+    head: list[str]
+    rows: list[list[str]]
 
 
-@dataclass(frozen=True)
-class AxisTable:
-    """One axis: a line for each value it has beside each choice of the others. No axis: all configurations."""
-
-    axis: str
-    first: str  # the value that others are compared with, where it is there
-    lines: tuple[Line, ...]
-
-
-def axis_tables(measured: Sequence[Measured], order: Mapping[str, Sequence[str]]) -> list[AxisTable]:
+def loss_tables(measured: Sequence[Measured], order: Mapping[str, Sequence[str]]) -> list[LossTable]:
     """A table for each axis with several values, or else one of all configurations.
 
     `order`: the values of each axis as the study lists them.
     """
     labels: dict[str, list[str]] = {}
     for axis in measured[0].axes if measured else ():
-        found = dict.fromkeys(one.axes[axis] for one in measured)
-        known = [label for label in order.get(axis, ()) if label in found]
-        labels[axis] = known + [label for label in found if label not in known]
-    tables = [_axis_table(measured, axis, labels) for axis in labels if len(labels[axis]) > 1]
-    if measured and not any(table.lines for table in tables):
-        return [AxisTable("", "", tuple(Line(one.axes, "", one) for one in measured))]
-    return [table for table in tables if table.lines]
+        found = [one.axes[axis] for one in measured]
+        labels[axis] = [label for label in dict.fromkeys([*order.get(axis, ()), *found]) if label in found]
+    tables = [table for axis in labels if (table := _axis_table(measured, axis, labels))]
+    if tables or not measured:
+        return tables
+    names = _varying(measured)
+    rows = [[*(one.axes[name] for name in names), *_numbers(one)] for one in measured]
+    return [LossTable("configurations", [*names, *_HEAD], rows)]
 
 
-def _axis_table(measured: Sequence[Measured], axis: str, labels: Mapping[str, Sequence[str]]) -> AxisTable:
-    groups: dict[tuple[str, ...], dict[str, Measured]] = {}
-    others = [name for name in labels if name != axis]
-    for one in sorted(measured, key=lambda one: [labels[name].index(one.axes[name]) for name in others]):
-        groups.setdefault(tuple(one.axes[name] for name in others), {})[one.axes[axis]] = one
+def _axis_table(
+    measured: Sequence[Measured], axis: str, labels: Mapping[str, Sequence[str]]
+) -> LossTable | None:
+    """None where no two configurations differ in this axis alone."""
+
+    def others(one: Measured) -> list[int]:
+        return [labels[name].index(label) for name, label in one.axes.items() if name != axis]
+
     first = labels[axis][0]
-    lines = []
-    for place, found in groups.items():
-        if len(found) == 1:
-            continue  # nothing to compare it with
-        base, *rest = (label for label in labels[axis] if label in found)
-        fixed = dict(zip(others, place, strict=True))
-        lines.append(Line(fixed, base, found[base]))
-        for value in rest:
-            lines.append(Line(fixed, value, found[value], *difference(found[value], found[base]), base))
-    return AxisTable(axis, first, tuple(lines))
+    ordered = sorted(measured, key=lambda one: (others(one), labels[axis].index(one.axes[axis])))
+    lines: list[tuple[Measured, str]] = []
+    for _, group in itertools.groupby(ordered, key=others):
+        base, *rest = {one.axes[axis]: one for one in group}.values()
+        if rest:
+            lines += [(base, ""), *((one, _difference_text(one, base, axis, first)) for one in rest)]
+    if not lines:
+        return None
+    names = [name for name in _varying([one for one, _ in lines]) if name != axis]
+    rows = [
+        [*(one.axes[name] for name in names), one.axes[axis], *_numbers(one), text] for one, text in lines
+    ]
+    return LossTable(f"{axis}, compared with {first}", [*names, axis, *_HEAD, "difference"], rows)
+
+
+def _varying(measured: Sequence[Measured]) -> list[str]:
+    """Axes that differ: the others would say nothing."""
+    return [name for name in measured[0].axes if len({one.axes[name] for one in measured}) > 1]
 
 
 def difference(one: Measured, base: Measured) -> tuple[Interval, int]:
@@ -76,110 +82,43 @@ def difference(one: Measured, base: Measured) -> tuple[Interval, int]:
     A seed sets the order of the data too, so the seeds are compared in pairs. NaN bounds with fewer than two pairs, and
     the difference of all means with none.
     """
-    pairs = [
-        loss - base.losses[base.seeds.index(seed)]
-        for seed, loss in zip(one.seeds, one.losses, strict=True)
-        if seed in base.seeds
-    ]
-    if len(pairs) < 2:
-        return Interval(pairs[0] if pairs else one.mean - base.mean, math.nan, math.nan), len(pairs)
-    mean = sum(pairs) / len(pairs)
-    spread = math.sqrt(sum((pair - mean) ** 2 for pair in pairs) / (len(pairs) - 1) / len(pairs))
-    reach = student_quantile((1 + LEVEL) / 2, len(pairs) - 1) * spread
-    return Interval(mean, mean - reach, mean + reach), len(pairs)
+    from pandas import Series
+
+    pairs = (Series(one.losses, one.seeds) - Series(base.losses, base.seeds)).dropna()
+    value = pairs.mean() if len(pairs) else one.mean - base.mean
+    reach = student_quantile((1 + LEVEL) / 2, len(pairs) - 1) * pairs.sem() if len(pairs) > 1 else math.nan
+    return Interval(value, value - reach, value + reach), len(pairs)
 
 
-def deviation(losses: Sequence[float]) -> float:
-    """Standard deviation of a sample; NaN of one."""
-    if len(losses) < 2:
-        return math.nan
-    mean = sum(losses) / len(losses)
-    return math.sqrt(sum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1))
-
-
-def markdown(name: str, tables: Sequence[AxisTable], notes: Sequence[str]) -> str:
-    """The tables as Markdown, and what is to be known beside them."""
-    parts = [f"# {name}", NOTE]
-    for table in tables:
-        parts.append(f"## {_title(table)}")
-        head, rows = _cells(table)
-        lines = [head, ["---"] * len(head), *rows]
-        parts.append(
-            "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in lines)
-        )
-    if notes:
-        parts.append("\n".join(f"- {note}" for note in map(str.strip, notes)))
-    return "\n\n".join(parts) + "\n"
-
-
-def to_html(tables: Sequence[AxisTable]) -> str:
-    """The tables for the report."""
-    found = []
-    for table in tables:
-        head, rows = _cells(table)
-        found.append(
-            f"<h3>{html.escape(_title(table))}</h3>\n"
-            + '<div class="scroll"><table><tr>'
-            + "".join(f"<th>{html.escape(text)}</th>" for text in head)
-            + "</tr>\n"
-            + "".join(
-                "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>\n" for row in rows
-            )
-            + "</table></div>\n"
-        )
-    return "".join(found)
-
-
-NOTE = (
-    "Validation loss after the last step, nats a token. n: seeds. difference: from the first value of the axis, "
-    f"the same seeds in pairs, with the {LEVEL:.0%} interval of Student's t over the pairs; it needs two. Means are "
-    "of all seeds: where the pairs are fewer, a difference is not that of the means."
-)
-
-
-def _title(table: AxisTable) -> str:
-    return f"{table.axis}, compared with {table.first}" if table.axis else "configurations"
-
-
-def _cells(table: AxisTable) -> tuple[list[str], list[list[str]]]:
-    # other axes that are the same in all lines would say nothing
-    others = [name for name in table.lines[0].others if len({line.others[name] for line in table.lines}) > 1]
-    if not table.axis:  # nothing is compared
-        head = [*others, "parameters", "tokens", "FLOPs", *_HEAD[:-1]]
-        return head, [
-            [*(line.others[name] for name in others), *_losses(line.measured)] for line in table.lines
-        ]
-    head = [*others, table.axis, "parameters", "tokens", "FLOPs", *_HEAD]
-    rows = [
-        [
-            *(line.others[name] for name in others),
-            line.value,
-            *_losses(line.measured),
-            _apart(line, table.first),
-        ]
-        for line in table.lines
-    ]
-    return head, rows
-
-
-def _apart(line: Line, first: str) -> str:
+def _difference_text(one: Measured, base: Measured, axis: str, first: str) -> str:
     """Such as `-0.0100 [-0.0150, -0.0050] (3 pairs)`, with what it is from where that is not the axis's first value."""
-    apart = line.difference
-    if apart is None:
-        return ""
+    apart, count = difference(one, base)
     bounds = f" [{apart.low:+.4f}, {apart.high:+.4f}]" if math.isfinite(apart.low) else ""
-    pairs = f"{line.pairs or 'no'} pair{'' if line.pairs == 1 else 's'}"
-    return f"{apart.value:+.4f}{bounds} ({pairs}{'' if line.base == first else f', from {line.base}'})"
+    pairs = f"{count or 'no'} pair{'' if count == 1 else 's'}"
+    origin = "" if base.axes[axis] == first else f", from {base.axes[axis]}"
+    return f"{apart.value:+.4f}{bounds} ({pairs}{origin})"
 
 
-def _losses(one: Measured) -> list[str]:
-    spread = deviation(one.losses)
+def _numbers(one: Measured) -> list[str]:
+    """What _HEAD names."""
     return [
         f"{one.parameters:,.0f}",
         f"{one.tokens:,.0f}",
         f"{one.flops:.3g}",
         str(len(one.losses)),
         f"{one.mean:.4f}",
-        f"{spread:.4f}" if math.isfinite(spread) else "",
+        f"{statistics.stdev(one.losses):.4f}" if len(one.losses) > 1 else "",
         f"{min(one.losses):.4f} to {max(one.losses):.4f}",
     ]
+
+
+def markdown(name: str, tables: Sequence[LossTable], notes: Sequence[str]) -> str:
+    """The tables as Markdown, and what is to be known beside them."""
+    parts = [f"# {name}", NOTE]
+    for table in tables:
+        rows = [table.head, ["---"] * len(table.head), *table.rows]
+        lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+        parts += [f"## {table.title}", "\n".join(lines)]
+    if notes:
+        parts.append("\n".join(f"- {note.strip()}" for note in notes))
+    return "\n\n".join(parts) + "\n"

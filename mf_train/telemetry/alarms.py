@@ -1,6 +1,7 @@
 """Which tables are dead or collapsing: said once for a table until it recovers."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -67,11 +68,7 @@ def _describe(one: HashStatistics, tables: list[int], reasons: dict[str, Tensor]
         "rows_read": numbers[:, ROWS_READ].min().item(),
         "entropy": numbers[:, ENTROPY].min().item(),
         "largest_share": numbers[:, LARGEST].max().item(),
-        "uniform": {
-            "rows_read": expected.rows_read,
-            "entropy": expected.entropy,
-            "largest_share": expected.largest_share,
-        },
+        "uniform": asdict(expected),
     }
 
 
@@ -79,9 +76,8 @@ def alarm_lines(step: int, alarms: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A line on each of `Alarms.update`'s for the console."""
     for alarm in alarms:
         tables = alarm["tables"]
-        named = ", ".join(map(str, tables[:_SHOWN])) + (
-            f" and {len(tables) - _SHOWN} more" if len(tables) > _SHOWN else ""
-        )
+        more = f" and {len(tables) - _SHOWN} more" if len(tables) > _SHOWN else ""
+        named = ", ".join(map(str, tables[:_SHOWN])) + more
         figures = ", ".join(
             f"{name.replace('_', ' ')} {alarm[name]:.3f} (uniform {alarm['uniform'][name]:.3f})"
             for name in alarm["because"]

@@ -28,7 +28,7 @@ class ReadCounts:
         self.values = torch.zeros(sum(sizes.values()), dtype=torch.int64, device=device)
         parts = self.values.split(list(sizes.values()))
         self.by_hash = {name: part.view(self.num_tables, -1) for name, part in zip(sizes, parts, strict=True)}
-        self._asked = self._inside = False
+        self._counting = self._inside = False
         model.register_forward_pre_hook(self._enter)
         model.register_forward_hook(self._leave, always_call=True)
         for name, module in hashes.items():
@@ -37,17 +37,17 @@ class ReadCounts:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """The model's forward passes within are counted."""
-        self._asked = True
+        self._counting = True
         try:
             yield
         finally:
-            self._asked = False
+            self._counting = False
 
     def clear(self) -> None:
         self.values.zero_()
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._inside = self._asked
+        self._inside = self._counting
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._inside = False

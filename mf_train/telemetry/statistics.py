@@ -60,13 +60,10 @@ class HashStatistics:
         `rows_read`, `entropy`, `gini`, `largest_share`: as in `table_numbers`. `bit_imbalance`: |share of ones - 1/2|,
         the mean over a table's bits. `bit_imbalance_worst`: of a table's worst bit. `bit_imbalances`: of each bit.
         """
-        numbers = self.numbers
-        imbalance = numbers[:, BITS:].abs()
-        return {
-            "rows_read": numbers[:, ROWS_READ].mean().item(),
-            "entropy": numbers[:, ENTROPY].mean().item(),
-            "gini": numbers[:, GINI].mean().item(),
-            "largest_share": numbers[:, LARGEST].max().item(),
+        columns, imbalance = self.columns(), self.numbers[:, BITS:].abs()
+        largest = columns.pop("largest_share").max().item()
+        return {name: values.mean().item() for name, values in columns.items()} | {
+            "largest_share": largest,
             "bit_imbalance": imbalance.mean().item(),
             "bit_imbalance_worst": imbalance.amax(-1).mean().item(),
             "bit_imbalances": [round(value, 4) for value in imbalance.mean(0).tolist()],

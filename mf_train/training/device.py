@@ -12,7 +12,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 def find_device(config: Config, process: Process) -> torch.device:
-    """What `training.device` asks for on this process; UserError where there is none."""
+    """The device that `training.device` asks for; UserError where this process has none."""
     wanted = config.training.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("training.device is cuda and no CUDA device is visible: set training.device=cpu")

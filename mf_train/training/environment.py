@@ -1,4 +1,4 @@
-"""What torch and Triton read from the environment, for a run on GPUs. Needs neither of them."""
+"""Environment variables that torch and Triton read in a run on GPUs. Imports neither of them."""
 
 import os
 import stat

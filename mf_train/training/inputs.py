@@ -1,4 +1,4 @@
-"""What a run reads before it starts, and that all ranks read the same."""
+"""A run's tokenizer, token stream and validation text, and the check that all ranks read the same."""
 
 import json
 from dataclasses import dataclass
@@ -12,13 +12,14 @@ from mf_train.data.stream.stream import TokenStream
 from mf_train.data.stream.validation import ValidationBlocks, validation_tokens
 from mf_train.data.tokenizer import Tokenizer, open_tokenizer
 from mf_train.errors import PeerError, UserError
+from mf_train.exit_status import MISTAKE
 from mf_train.parallel.degrees import Degrees
 from mf_train.training.folder import check_folder
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a rank reads before the run starts."""
+    """Opened before the run starts, by every rank."""
 
     tokenizer: Tokenizer
     stream: TokenStream | None  # on the first rank of each tensor-parallel group, which reads for all of it
@@ -67,7 +68,7 @@ def check_same_sources(stream: TokenStream | None, config: Config, rank: int, de
     if not len(differ):
         return
     if rank != 0:
-        raise PeerError(2)
+        raise PeerError(MISTAKE)
     index = int(differ[0])
     source = config.data.train[index]
     raise UserError(

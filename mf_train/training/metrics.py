@@ -1,52 +1,89 @@
-"""What a run records: metrics.jsonl, TensorBoard, and the line that rank 0 shows."""
+"""A run's records: metrics.jsonl, TensorBoard, and the line that rank 0 shows."""
 
 import json
+import resource
 import sys
 import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from mf_train.config import Config
 from mf_train.errors import TrainingError
 from mf_train.files import replacing
 from mf_train.progress import ProgressLine
 from mf_train.run_folder import METRICS, TENSORBOARD, parse_record
+from mf_train.telemetry.alarms import alarm_lines
 
 
-class MetricsWriter:
-    """Appends one JSON object a step to metrics.jsonl, and its numbers to TensorBoard. For rank 0."""
+class Records:
+    """Writes a run's metrics.jsonl and TensorBoard, and shows its line, on rank 0; on other ranks nothing happens."""
 
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
-        self.file = (folder / METRICS).open("a", encoding="utf-8")
-        self.tensorboard: Any = None
-        if tensorboard:
+    def __init__(self, config: Config, rank: int) -> None:
+        self.config = config
+        self.rank = rank
+        self.line = LiveLine(config.training.steps, config.logging.interval)
+        self.failure: TrainingError | None = None  # why the last step could not be written
+        self._file: TextIO | None = None
+        self._tensorboard: Any = None
+
+    def open(self, step: int) -> None:
+        """Begin to record what comes after `step`. Raises OSError."""
+        if self.rank != 0:
+            return
+        folder = Path(self.config.training.output_dir)
+        cut_metrics(folder, step)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        if self.config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(folder / TENSORBOARD))
+            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD))
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Raises TrainingError where the file cannot be written."""
-        try:
-            self.file.write(json.dumps(metrics) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise TrainingError(f"{self.file.name}: {error.strerror}; make room and run again") from error
-        if self.tensorboard is None:
+        """Record and show one step. Where the file cannot be written, `failure` is set, for `check`."""
+        if self._file is None:
             return
-        for key, value in metrics.items():
-            if isinstance(value, int | float) and key != "step":
-                self.tensorboard.add_scalar(key, value, metrics["step"])
-        for name, report in metrics.get("tables", {}).items():
-            for key, value in report.items():
-                if isinstance(value, int | float):
-                    self.tensorboard.add_scalar(f"tables/{key}/{name}", value, metrics["step"])
+        try:
+            self._file.write(json.dumps(metrics) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self.failure = TrainingError(f"{self._file.name}: {error.strerror}; make room and run again")
+        else:
+            self._add_scalars(metrics)
+        self.line.show_step(metrics)
+        for warning in alarm_lines(metrics["step"], metrics.get("alarms", ())):
+            self.say(warning)
+        if "validation_loss" in metrics:
+            self.say(f"step {metrics['step']}: validation loss {metrics['validation_loss']:.4f}")
+
+    def check(self) -> None:
+        """Raises TrainingError where the last step could not be written."""
+        if self.failure is not None:
+            raise self.failure
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            self.line.say(text)
 
     def close(self) -> None:
-        with suppress(OSError):  # `write` has told of it
-            self.file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        if self._file is not None:
+            with suppress(OSError):  # `failure` has told of it
+                self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _add_scalars(self, metrics: dict[str, Any]) -> None:
+        if self._tensorboard is None:
+            return
+        tables = {
+            f"tables/{key}/{name}": value
+            for name, report in metrics.get("tables", {}).items()
+            for key, value in report.items()
+        }
+        for key, value in (metrics | tables).items():
+            if isinstance(value, int | float) and key != "step":
+                self._tensorboard.add_scalar(key, value, metrics["step"])
 
 
 def cut_metrics(folder: Path, step: int) -> None:
@@ -81,3 +118,8 @@ class LiveLine(ProgressLine):
                 f"data wait {wait:.1f} %  {time.strftime('%H:%M:%S', time.gmtime(left))} left"
             )
         self.first = False
+
+
+def process_peak() -> int:
+    """The largest memory that this process has held at once so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

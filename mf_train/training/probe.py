@@ -1,4 +1,4 @@
-"""What the trainer computes on fixed tokens, kept in each checkpoint so that a conversion can be proved against it."""
+"""The trainer's logits and codes on fixed tokens, kept in each checkpoint so that a conversion is proved against it."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from mf_train.parallel.exchange import Exchange
 def run_probe(
     engine: Engine, exchange: Exchange | None, validation: ValidationBlocks | None
 ) -> dict[str, Tensor]:
-    """Logits and codes on the begin of the validation text, or on random tokens, as checkpoint/probe.py lays them out.
+    """Logits and codes on the first validation tokens, or on random ones, as checkpoint/probe.py lays them out.
 
     Collective over all ranks, which all get the same.
     """

@@ -7,7 +7,6 @@ the parts, and are gone afterwards. docs/profiling.md says what is written and h
 import gzip
 import json
 import os
-import resource
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from mf_train.config import Config
 from mf_train.files import beside, write_whole
 from mf_train.parallel.engine import Engine
 from mf_train.run_folder import PROFILE
+from mf_train.training.metrics import process_peak
 from mf_train.training.profile_ranges import MODEL_PARTS, named_method, named_parts
 from mf_train.training.profile_summary import STEP, Trace, table
 
@@ -35,47 +35,34 @@ def profile_path(folder: Path, step: int, rank: int, kind: str) -> Path:
     return folder / PROFILE / f"{step_name(step)}-rank-{rank:05d}.{kind}"
 
 
-def open_profile(
-    config: Config,
-    engine: Engine,
-    step: int,
-    parts: Sequence[Part],
-    say: Callable[[str], None],
-    beat: Callable[[], None],
-) -> "Profile | None":
-    """This rank's profile of the steps that `training.profile` names, or None where it has none after `step`."""
-    wanted, rank = config.training.profile, engine.groups.degrees.rank
-    last = wanted.start + wanted.steps - 1
-    if step >= last and rank == 0:
-        say(
-            f"warning: training.profile asks for steps {wanted.start} to {last} and this run goes on after step "
-            f"{step}: nothing is profiled"
-        )
-    if step >= last or rank not in wanted.ranks:
-        return None
-    return Profile(config, engine, parts, say, beat)
-
-
 class Profile:
-    """Records this rank's steps from `training.profile.start` on, and then writes what was recorded.
+    """Records the steps that `training.profile` names, on the ranks that it names, and then writes what was recorded.
 
-    `turn` is called between steps. Of `parts` each method's time gets the name. `beat` is called while it writes.
+    The run continues after `step`. `turn` is called between steps. `parts` are methods, whose time gets a name.
+    `still_alive` is called between files. Rank 0 says where no step is left to profile.
     """
 
     def __init__(
         self,
         config: Config,
         engine: Engine,
+        step: int,
         parts: Sequence[Part],
         say: Callable[[str], None],
-        beat: Callable[[], None],
+        still_alive: Callable[[], None],
     ) -> None:
-        wanted = config.training.profile
-        self.first, self.last = wanted.start, wanted.start + wanted.steps - 1
+        wanted, self.rank = config.training.profile, engine.groups.degrees.rank
+        first, last = wanted.start, wanted.start + wanted.steps - 1
+        if step >= last and self.rank == 0:
+            say(
+                f"warning: training.profile asks for steps {first} to {last} and this run goes on after step {step}: "
+                "nothing is profiled"
+            )
+        self.steps = range(first, last + 1) if self.rank in wanted.ranks else range(0)
         self.folder = Path(config.training.output_dir)
         self.engine = engine
         self.parts = [*parts, (engine, "update", "optimizer")]
-        self.say, self.beat = say, beat
+        self.say, self.still_alive = say, still_alive
         self._ranges: ExitStack | None = None  # while steps are recorded
         self._step = ExitStack()  # the current step's range
         self._began_at = 0
@@ -84,10 +71,10 @@ class Profile:
     def turn(self, step: int) -> None:
         """The step before `step` is over, and `step` begins now."""
         self._step.close()
-        if self._ranges is not None and step > self.last:
+        if self._ranges is not None and step not in self.steps:
             self._stop()
             self._write()
-        if self.first <= step <= self.last:
+        if step in self.steps:
             if self._ranges is None:
                 self._start(step)
             self._step.enter_context(record_function(f"{STEP}{step}"))
@@ -122,12 +109,12 @@ class Profile:
         self._ranges = None
 
     def _path(self, kind: str) -> Path:
-        return profile_path(self.folder, self._began_at, self.engine.groups.degrees.rank, kind)
+        return profile_path(self.folder, self._began_at, self.rank, kind)
 
     def _write(self) -> None:
         """A profile that cannot be written does not end the run: a line says so."""
-        many = self.last > self._began_at
-        what = f"profile of step{'s' if many else ''} {self._began_at}" + (f" to {self.last}" if many else "")
+        first, last = self._began_at, self.steps[-1]
+        what = f"profile of step {last}" if first == last else f"profile of steps {first} to {last}"
         try:
             self._path("").parent.mkdir(parents=True, exist_ok=True)
             self._write_files()
@@ -148,24 +135,26 @@ class Profile:
         if device == "cuda":
             self._write_snapshot()
         exported = self._export()
-        self.beat()
+        self.still_alive()
         names = {name for _, _, name in self.parts}
         trace = Trace(exported["traceEvents"], names.union(MODEL_PARTS))
         summary = trace.summarise(device)
         exported["traceEvents"] += trace.backward_ranges()
-        self.beat()
-        _write(self._path("trace.json.gz"), gzip.compress(json.dumps(exported).encode(), compresslevel=5))
-        steps = self.last - self._began_at + 1
+        self.still_alive()
+        write_whole(
+            self._path("trace.json.gz"), gzip.compress(json.dumps(exported).encode(), compresslevel=5)
+        )
+        steps = self.steps[-1] - self._began_at + 1
         about = {
             "first_step": self._began_at,
             "steps": steps,
-            "rank": self.engine.groups.degrees.rank,
+            "rank": self.rank,
             "device": device if device == "cpu" else torch.cuda.get_device_name(self.engine.device),
         }
-        memory = {"state": _state_bytes(self.engine), "process_peak_bytes": _process_peak()}
+        memory = {"state": _state_bytes(self.engine), "process_peak_bytes": process_peak()}
         tree = about | asdict(summary) | {"memory": asdict(summary.memory) | memory}
-        _write(self._path("summary.json"), json.dumps(tree, indent=1).encode())
-        _write(self._path("summary.txt"), table(summary, steps).encode())
+        write_whole(self._path("summary.json"), json.dumps(tree, indent=1).encode())
+        write_whole(self._path("summary.txt"), table(summary, steps).encode())
 
     def _export(self) -> dict[str, Any]:
         """The profiler's trace, by way of a file: it gives it in no other form."""
@@ -188,7 +177,7 @@ class Profile:
 
 
 def _state_bytes(engine: Engine) -> dict[str, int]:
-    """What this rank holds between steps: bytes of the parameters, and of the optimiser's masters and moments."""
+    """Bytes that this rank holds between steps: of the parameters, and of the optimiser's masters and moments."""
     parameters = {p.data_ptr(): p.nbytes for p in engine.model.parameters()}
     masters = {p.data_ptr(): p.nbytes for group in engine.optimizer.param_groups for p in group["params"]}
     moments = [value for state in engine.optimizer.state.values() for value in state.values()]
@@ -197,11 +186,3 @@ def _state_bytes(engine: Engine) -> dict[str, int]:
         "masters": sum(size for place, size in masters.items() if place not in parameters),
         "moments": sum(value.nbytes for value in moments if isinstance(value, torch.Tensor)),
     }
-
-
-def _process_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _write(path: Path, data: bytes) -> None:
-    write_whole(path, data, "partial")

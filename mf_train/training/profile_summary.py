@@ -1,4 +1,4 @@
-"""What a profiler's trace says of each part: time, calls and memory, so that the parts sum to the whole.
+"""Time, calls and memory of each part, from a profiler's trace, so that the parts sum to the whole.
 
 A trace is the list of events in Chrome's format that torch.profiler exports: times in microseconds, `user_annotation`
 events for named ranges, `cpu_op` events for operations, `kernel` and the like for what a GPU does.
@@ -6,7 +6,7 @@ events for named ranges, `cpu_op` events for operations, `kernel` and the like f
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ class Label(NamedTuple):
 
 @dataclass
 class Usage:
-    """Of one part, over the profiled steps: ranges entered; seconds of both passes, and of the backward pass alone.
+    """One part's ranges entered over the profiled steps, and its seconds: of both passes, and of the backward alone.
 
     CPU seconds are those that the trainer's thread spent there, by the clock; device seconds those of the kernels
     and copies that were started there.
@@ -41,14 +41,18 @@ class Usage:
     backward_cpu_seconds: float = 0.0
     backward_device_seconds: float = 0.0
 
-    def add(self, label: Label, kind: str, seconds: float) -> None:
-        for key in (kind, f"backward_{kind}") if label.backward else (kind,):
-            setattr(self, key, getattr(self, key) + seconds)
+    def add(self, label: Label, *, cpu: float = 0.0, device: float = 0.0) -> None:
+        """Seconds of one stretch of work."""
+        self.cpu_seconds += cpu
+        self.device_seconds += device
+        if label.backward:
+            self.backward_cpu_seconds += cpu
+            self.backward_device_seconds += device
 
 
 @dataclass
 class Memory:
-    """What the profiled steps allocated, in bytes, at the moment when it was most: whole, and by the part that did.
+    """Bytes that the profiled steps had allocated at the moment of the peak: in all, and by the part that did.
 
     Memory from before the first of these steps (weights, moments) is not in it.
     """
@@ -117,20 +121,24 @@ class Trace:
 
     def summarise(self, device: str) -> Summary:
         """`device`: "cpu" or "cuda", whose memory is counted."""
-        usage: dict[Label, Usage] = defaultdict(Usage)
-        for label, calls in self.calls.items():
-            usage[label].calls += calls
-        for label, seconds in self.timeline.seconds():
-            usage[label].add(label, "cpu_seconds", seconds)
-        for label, seconds in self._device_work():
-            usage[label].add(label, "device_seconds", seconds)
         parts: dict[str, Usage] = defaultdict(Usage)
         layers: list[dict[str, Usage]] = []
-        for label, used in usage.items():
-            _sum_into(parts[label.part], used)
+
+        def usages(label: Label) -> Iterator[Usage]:
+            yield parts[label.part]
             if label.layer is not None:
                 layers.extend(defaultdict(Usage) for _ in range(len(layers), label.layer + 1))
-                _sum_into(layers[label.layer][label.part], used)
+                yield layers[label.layer][label.part]
+
+        for label, calls in self.calls.items():
+            for used in usages(label):
+                used.calls += calls
+        for label, seconds in self.timeline.seconds():
+            for used in usages(label):
+                used.add(label, cpu=seconds)
+        for label, seconds in self._device_work():
+            for used in usages(label):
+                used.add(label, device=seconds)
         parts = dict(sorted(parts.items(), key=lambda item: (-item[1].device_seconds, -item[1].cpu_seconds)))
         return Summary(
             sum(used.cpu_seconds for used in parts.values()),
@@ -296,8 +304,3 @@ def _label_nodes(spans: list[Event], ranges: _Timeline) -> list[tuple[Event, Lab
             label = Label(OTHER, backward=True)
         labelled.append((event, label))
     return labelled
-
-
-def _sum_into(total: Usage, used: Usage) -> None:
-    for key, value in vars(used).items():
-        setattr(total, key, getattr(total, key) + value)

@@ -1,4 +1,4 @@
-"""What a run goes on from: its newest good checkpoint, after its older starts were shut out of the folder.
+"""Choosing the checkpoint to resume from: the newest good one, after older starts were shut out of the folder.
 
 Rank 0 looks and decides; all ranks share the reading of checksums.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mf_train.checkpoint.checksum import read_shares, whole
+from mf_train.checkpoint.checksum import crc_of_file, read_crcs
 from mf_train.checkpoint.fence import Fence, claim, set_aside
 from mf_train.checkpoint.layout import (
     CONFIG,
@@ -28,17 +28,17 @@ from mf_train.config import Config
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
 from mf_train.files import write_whole
-from mf_train.parallel.agreement import exclusive_or, of_first_rank, together, together_slowly
+from mf_train.parallel.agreement import exclusive_or, run_long_on_all, run_on_all, run_on_first
 from mf_train.run_folder import CHECKPOINTS
 
 DAMAGED, ABANDONED = "damaged", "abandoned"
 
 
-def look_ahead(config: Config, fits: Callable[[CheckpointReader], None]) -> int:
-    """Refuse a start that could not go on, before it shuts out an older one that may still be running.
+def look_ahead(config: Config, fits: Callable[[CheckpointReader], object]) -> int:
+    """Refuse a start that could not resume, before it shuts out an older one that may still be running.
 
-    Returns the step to go on from, as far as can be seen. `fits` raises UserError for a checkpoint that this
-    configuration cannot go on from. For rank 0; changes no file.
+    Returns the step to resume from, as far as can be seen. `fits` raises UserError for a checkpoint that this
+    configuration cannot resume from. For rank 0; changes no file.
     """
     path = next(_in_order(config, Path(config.training.output_dir) / CHECKPOINTS), None)
     if path is None:
@@ -55,41 +55,43 @@ def look_ahead(config: Config, fits: Callable[[CheckpointReader], None]) -> int:
 
 
 def choose_checkpoint(
-    config: Config, device: torch.device, stop: Callable[[], bool], beat: Callable[[], None]
+    config: Config, device: torch.device, stop: Callable[[], bool], still_alive: Callable[[], None]
 ) -> tuple[Fence, CheckpointReader | None] | None:
-    """Claim the run's `checkpoints/` and find what to go on from; None where `stop()` was set on any rank.
+    """Claim the run's `checkpoints/` and find what to resume from; None where `stop()` was set on any rank.
 
     A damaged checkpoint of the run is named, renamed and passed over; one that was given as `checkpoint.resume` is an
     error. Collective over all ranks; raises on rank 0 UserError or OSError, on the others PeerError.
     """
     folder = Path(config.training.output_dir) / CHECKPOINTS
-    fence = Fence(folder, of_first_rank(lambda: claim(folder).token, device))
+    fence = Fence(folder, run_on_first(lambda: claim(folder).token, device))
     candidates = _Candidates(config, fence)
-    while (path := of_first_rank(candidates.propose, device)) is not None:
+    while (path := run_on_first(candidates.propose, device)) is not None:
         damage = ""
         if config.checkpoint.verify:
-            found = _find_damage(path, device, stop, beat)
+            found = _find_damage(path, device, stop, still_alive)
             if found is None:
                 return None
             damage = found
-        of_first_rank(partial(candidates.judge, path, damage), device)
+        run_on_first(partial(candidates.judge, path, damage), device)
         if not damage:
-            return fence, together(partial(CheckpointReader, path, check_sizes=False), device)
+            return fence, run_on_all(partial(CheckpointReader, path, check_sizes=False), device)
     return fence, None
 
 
 def _find_damage(
-    checkpoint: Path, device: torch.device, stop: Callable[[], bool], beat: Callable[[], None]
+    checkpoint: Path, device: torch.device, stop: Callable[[], bool], still_alive: Callable[[], None]
 ) -> str | None:
-    """What is wrong with a checkpoint's checksums, "" if nothing; None where `stop()` was set. Collective."""
-    manifest = together(lambda: read_manifest(checkpoint, check_sizes=False), device)
+    """The first file whose checksum is wrong, "" if none is; None where `stop()` was set. Collective."""
+    manifest = run_on_all(lambda: read_manifest(checkpoint, check_sizes=False), device)
     sizes = {name: record.size for name, record in manifest.files.items()}
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    shares = together_slowly(lambda: read_shares(checkpoint, sizes, rank, ranks, beat), device, stop, _ignore)
+    shares = run_long_on_all(
+        lambda: read_crcs(checkpoint, sizes, rank, ranks, still_alive), device, stop, _ignore
+    )
     if shares is None:
         return None
     for (name, record), total in zip(manifest.files.items(), exclusive_or(shares, device), strict=True):
-        if whole(total, record.size) != record.crc32:
+        if crc_of_file(total, record.size) != record.crc32:
             return f"{name}: its checksum is not the manifest's"
     return ""
 
@@ -99,7 +101,7 @@ def _ignore() -> None:
 
 
 class _Candidates:
-    """Rank 0's choice among the checkpoints to go on from."""
+    """Rank 0's choice among the checkpoints to resume from."""
 
     def __init__(self, config: Config, fence: Fence) -> None:
         self.folder = fence.folder
@@ -133,7 +135,7 @@ class _Candidates:
         be trained again. Raises UserError for a damaged one that was asked for.
         """
         own = list_checkpoints(self.folder)
-        if damage and not (path in own and _goes_on(self._resume, own)):
+        if damage and not (path in own and _resumes_own(self._resume, own)):
             raise UserError(f"{path}: {damage}; choose another checkpoint.resume")
         self._fence.check()  # a newer start's checkpoints are not this one's to rename
         if damage:
@@ -155,9 +157,9 @@ class _Candidates:
 
 
 def _in_order(config: Config, folder: Path) -> Iterator[Path]:
-    """Checkpoints to go on from, the best first. Raises UserError where `checkpoint.resume` does not fit the folder."""
+    """Checkpoints to resume from, best first. Raises UserError where `checkpoint.resume` does not fit the folder."""
     own, resume = list_checkpoints(folder), config.checkpoint.resume
-    if _goes_on(resume, own):
+    if _resumes_own(resume, own):
         yield from reversed(own)
         return
     path = resolve_checkpoint(Path(resume))
@@ -169,8 +171,8 @@ def _in_order(config: Config, folder: Path) -> Iterator[Path]:
     yield next((mine for mine in own if mine.resolve() == path.resolve()), path)
 
 
-def _goes_on(resume: str, own: list[Path]) -> bool:
-    """Whether the run goes on from its own newest checkpoint: also where it is started again with the command that
+def _resumes_own(resume: str, own: list[Path]) -> bool:
+    """Whether the run resumes from its own newest checkpoint: also where it is started again with the command that
     made it start from another, as a launcher does.
     """
     return resume in ("auto", "never") or any(_started_from(path) == resume for path in own)

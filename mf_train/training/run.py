@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import resource
 import time
 from functools import partial
 from pathlib import Path
@@ -18,37 +17,29 @@ from mf_train.checkpoint.load import load_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import Config
-from mf_train.data.stream.digest import format_digest, from_int64, rows_digest, to_int64
-from mf_train.data.stream.stream import merge_states
 from mf_train.data.stream.validation import ValidationBlocks
-from mf_train.data.workers.batches import BatchReader
-from mf_train.errors import PeerError, TrainingError, UserError
-from mf_train.exit_status import DONE, STOPPED
-from mf_train.model import MemoryFormer
-from mf_train.model.initialise import initialise
-from mf_train.parallel.agreement import agree, of_first_rank, together, together_slowly
+from mf_train.errors import PeerError, TrainingError
+from mf_train.exit_status import DONE, FAILED, STOPPED
+from mf_train.parallel.agreement import run_long_on_all, run_on_all, run_on_first
 from mf_train.parallel.degrees import Degrees, check_degrees
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import Process
-from mf_train.parallel.tensor import shard_model
+from mf_train.parallel.tensor import build_model
 from mf_train.parallel.watch import Watch
 from mf_train.planning.devices import find_peak
-from mf_train.planning.efficiency import step_efficiency
-from mf_train.planning.work import step_tokens
-from mf_train.telemetry.alarms import alarm_lines
-from mf_train.training.deadline import find_deadline
+from mf_train.planning.work import step_efficiency, step_tokens
+from mf_train.training.batches import Batch, SharedBatches
 from mf_train.training.device import find_device, keep_freed_memory
 from mf_train.training.environment import set_kernel_cache
 from mf_train.training.folder import check_same_run, record_config, resolved_yaml
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
-from mf_train.training.metrics import LiveLine, MetricsWriter, cut_metrics
+from mf_train.training.metrics import Records, process_peak
 from mf_train.training.probe import run_probe
 from mf_train.training.resume import choose_checkpoint, look_ahead
-from mf_train.training.saving import Saving
 from mf_train.training.schedule import learning_rate
-from mf_train.training.signals import StopRequest
+from mf_train.training.stopping import StopRequest, find_deadline
 from mf_train.training.summary import skipped_documents, summary
 from mf_train.training.telemetry import TableTelemetry
 from mf_train.training.validate import validation_loss
@@ -57,15 +48,6 @@ from mf_train.training.warm_up import compile_kernels
 if TYPE_CHECKING:
     from mf_train.training.profile import Part, Profile
 
-_PROFILED = {  # what a profile calls the time in these methods of a run
-    "_next_batch": "read batch",
-    "_agree_on_batch": "agree on batch",
-    "_share_batch": "share batch",
-    "_mean_loss": "share loss",
-    "_validate": "validate",
-    "_report": "report",
-    "_save": "save",
-}
 _WATCH_SPEAKS_FIRST_SECONDS = 60  # before a collective's own timeout, which names no rank
 
 
@@ -99,25 +81,25 @@ def train(config: Config, process: Process) -> int:
 
 
 def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopRequest, watch: Watch) -> int:
-    watch.at("opening the data")
+    watch.entering("opening the data")
     groups = Groups(degrees, config.training.collective_timeout_seconds + _WATCH_SPEAKS_FIRST_SECONDS)
     if device.type == "cpu":
         keep_freed_memory()
-    inputs = together_slowly(lambda: open_inputs(config, degrees), device, lambda: stop.requested, watch.beat)
+    inputs = run_long_on_all(partial(open_inputs, config, degrees), device, stop.requested, watch.still_alive)
     if inputs is None:
         return _stopped("while text was prepared", degrees.rank)
     check_same_sources(inputs.stream, config, degrees.rank, device)
     validation = None
     if config.training.validation_interval:
         validation = share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
-    watch.at("choosing a checkpoint")
-    step = of_first_rank(lambda: look_ahead(config, partial(_fits, config, inputs)), device)
+    watch.entering("choosing a checkpoint")
+    step = run_on_first(lambda: look_ahead(config, partial(_read_state, config, inputs, 0)), device)
     if step >= config.training.steps:
         if degrees.rank == 0:
             folder = config.training.output_dir
             print(f"{folder}: already at step {step} of {config.training.steps}; nothing to do", flush=True)
         return DONE
-    chosen = choose_checkpoint(config, device, lambda: stop.requested, watch.beat)
+    chosen = choose_checkpoint(config, device, stop.requested, watch.still_alive)
     if chosen is None:
         return _stopped("while a checkpoint was verified", degrees.rank)
     run = _Run(config, groups, device, inputs, validation, stop, watch, *chosen)
@@ -127,15 +109,14 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
         run.close()
 
 
-def _fits(config: Config, inputs: Inputs, checkpoint: CheckpointReader) -> None:
-    """Raises UserError where a checkpoint is of another run. Sets the stream to its place."""
-    check_same_run(config, inputs.tokenizer, checkpoint)
-    _place_stream(inputs, checkpoint.state())
-
-
-def _place_stream(inputs: Inputs, state: dict[str, Any]) -> None:
+def _read_state(config: Config, inputs: Inputs, rank: int, checkpoint: CheckpointReader) -> dict[str, Any]:
+    """A checkpoint's state, to which the stream is set. Raises UserError, on rank 0 also where it is of another run."""
+    if rank == 0:
+        check_same_run(config, inputs.tokenizer, checkpoint)
+    state = checkpoint.state()
     if inputs.stream is not None and state["stream"] is not None:
         inputs.stream.load_state_dict(state["stream"])
+    return state
 
 
 def _stopped(when: str, rank: int) -> int:
@@ -167,165 +148,116 @@ class _Run:
         self.validation = validation
         self.stop = stop
         self.watch = watch
-        self.folder = Path(config.training.output_dir)
         self.fence = fence
-        state = together(partial(self._go_on, checkpoint), device) if checkpoint is not None else {}
-        self.batches = BatchReader(inputs.stream, config) if inputs.stream is not None else None
-        watch.at("building the model")
-        self.exchange = Exchange(groups.tensor) if self.degrees.tensor > 1 else None
-        end_of_text = inputs.tokenizer.end_of_text_id if config.data.document_attention else None
-        self.engine = Engine(self._build_model(), config, groups, device, end_of_text)
-        watch.at("compiling kernels")
-        compile_kernels(
-            self.engine, config, lambda: stop.requested, watch.beat, resumes=checkpoint is not None
-        )
-        self.peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.telemetry = TableTelemetry(self.engine, self.exchange, validation, config.logging)
-        saver = Saver(self.engine, fence, config.checkpoint)
-        if config.checkpoint.interval and config.checkpoint.asynchronous:
-            saver.prepare_buffers()
+        state: dict[str, Any] = {}
         if checkpoint is not None:
-            watch.at(f"restoring {checkpoint.checkpoint.name}")
-            load_checkpoint(self.engine, checkpoint, watch.beat)
-            together(partial(self.telemetry.resume, checkpoint), device)
+            state = run_on_all(lambda: _read_state(config, inputs, self.degrees.rank, checkpoint), device)
         self.step: int = state.get("step", 0)
         self.tokens: int = state.get("tokens", 0)
         self.progress: dict[str, Any] = state.get("metrics", {})
         self.started_at = self.step
-        resumed = checkpoint.checkpoint if checkpoint is not None else None
-        self.saving = Saving(saver, watch, resumed, self.step, self.progress.get("checkpoint_seconds", 0.0))
+        self.batches = SharedBatches(
+            inputs.stream,
+            config,
+            groups,
+            device,
+            stop=self._should_stop,
+            before_failing=lambda: self.saver.finish(),  # of an earlier step
+            entering=watch.entering,
+        )
+        watch.entering("building the model")
+        self.exchange = Exchange(groups.tensor) if self.degrees.tensor > 1 else None
+        end_of_text = inputs.tokenizer.end_of_text_id if config.data.document_attention else None
+        model = build_model(config.model, self.exchange, config.training.seed, device)
+        self.engine = Engine(model, config, groups, device, end_of_text)
+        watch.entering("compiling kernels")
+        resumes = checkpoint is not None
+        compile_kernels(self.engine, config, stop.requested, watch.still_alive, resumes=resumes)
+        self.peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.telemetry = TableTelemetry(self.engine, self.exchange, validation, config.logging)
+        self.saver = Saver(
+            self.engine,
+            fence,
+            config.checkpoint,
+            last=checkpoint.checkpoint if checkpoint is not None else None,
+            step=self.step,
+            seconds=self.progress.get("checkpoint_seconds", 0.0),
+            entering=watch.entering,
+            still_alive=watch.still_alive,
+        )
+        if checkpoint is not None:
+            watch.entering(f"restoring {checkpoint.checkpoint.name}")
+            load_checkpoint(self.engine, checkpoint, watch.still_alive)
+            run_on_all(partial(self.telemetry.resume, checkpoint), device)
         beside = config.checkpoint.interval and config.checkpoint.asynchronous
         self.deadline = find_deadline(os.environ, saves=2 if beside else 1)
-        self.metrics: MetricsWriter | None = None
-        self.unwritten: TrainingError | None = None  # why rank 0 could not write the last step's metrics
-        self.line = LiveLine(config.training.steps, config.logging.interval)
+        self.records = Records(config, self.degrees.rank)
         self.profile: Profile | None = None
 
     def run(self) -> int:
         config = self.config
-        together(self._open_metrics, self.device)
-        if self.degrees.rank == 0:
-            self.line.say(
-                summary(config, self.degrees, self.device, self.inputs, self.validation, self.saving)
-            )
+        run_on_all(self._open_folder, self.device)
+        self.records.say(summary(config, self.degrees, self.device, self.inputs, self.validation, self.saver))
         self._open_profile()
         while self.step < config.training.steps:
             if self.profile is not None:
                 self.profile.turn(self.step + 1)
             started = time.perf_counter()
-            self.watch.at(f"reading the batch of step {self.step + 1}")
-            rows, failure = self._next_batch()
-            waited = time.perf_counter() - started
-            self.watch.at(f"agreeing on the batch of step {self.step + 1}")
-            digest, epochs, stopped = self._agree_on_batch(rows, failure)
-            if stopped:
-                if self.step > self.saving.step:
+            batch = self.batches.next(self.step + 1, self.records.failure)
+            if batch is None:
+                if self.step > self.saver.step:
                     self._save(last=True, before_last=True)
-                self.saving.finish()
-                self._say(f"stopped on request after step {self.step}; run the same command again to go on")
+                self.saver.finish()
+                self.records.say(
+                    f"stopped on request after step {self.step}; run the same command again to go on"
+                )
                 return STOPPED
-            self.watch.at(f"training step {self.step + 1}")
-            metrics = self._train_step(self._share_batch(rows), digest)
-            metrics["data_wait_seconds"] = waited
-            metrics["epochs"] = epochs
+            self.watch.entering(f"training step {self.step + 1}")
+            metrics = self._train_step(batch)
             self._finish_metrics(metrics, time.perf_counter() - started)
             last = self.step == config.training.steps
             if self._due(config.training.validation_interval, last) and self.validation is not None:
-                self.watch.at(f"validating after step {self.step}")
+                self.watch.entering(f"validating after step {self.step}")
                 metrics["validation_loss"] = self._validate(self.validation)
                 self.progress |= {"validation_loss": metrics["validation_loss"], "validation_step": self.step}
             self.progress |= {"loss": metrics["loss"]}
             self._report(metrics)
-            self.saving.advance()
+            self.saver.advance()
             self.deadline.note_step(time.perf_counter() - started)
             if self._due(config.checkpoint.interval, last) or last:
                 self._save(last=last)
         if self.profile is not None:
             self.profile.turn(self.step + 1)
-        self._say(f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saving.last}")
+        self.records.say(
+            f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saver.last}"
+        )
         return DONE
 
     def close(self) -> None:
         if self.profile is not None:
             self.profile.close()
-        if self.batches is not None:
-            self.batches.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        self.batches.close()
+        self.records.close()
 
     # one step
 
-    def _next_batch(self) -> tuple[torch.Tensor | None, Exception | None]:
-        """The rows [G/R, S+1] of this rank's tensor-parallel group, where this rank reads them, or what went wrong."""
-        if self.unwritten is not None or self.batches is None:
-            return None, self.unwritten
-        try:
-            return torch.from_numpy(self.batches.next_batch()), None
-        except (UserError, OSError, TrainingError) as error:
-            return None, error
-
-    def _agree_on_batch(
-        self, rows: torch.Tensor | None, failure: Exception | None
-    ) -> tuple[str, list[float], bool]:
-        """Digest of the global batch, epochs of each source, and whether any rank was asked to stop.
-
-        Raises if any rank has no batch.
-        """
-        digest, documents = 0, [0] * len(self.config.data.train)
-        if rows is not None and self.batches is not None and self.inputs.stream is not None:
-            digest = rows_digest(self.inputs.stream.row_numbers, rows.numpy())
-            documents = self.batches.documents()
-        stop = self.stop.requested or self._out_of_time()
-        values = [to_int64(digest), int(stop), int(failure is not None), *documents]
-        shared = torch.tensor(values, dtype=torch.int64, device=self.device)
-        dist.all_reduce(shared)
-        total, stops, failures, *documents = shared.tolist()
-        if failures:
-            self.saving.finish()  # of an earlier step
-            status = 0 if failure is None else 2 if isinstance(failure, UserError) else 1
-            agree(status, failure, self.device)
-        epochs = []
-        if self.inputs.stream is not None:
-            sources = self.inputs.stream.sources
-            epochs = [count / source.num_documents for count, source in zip(documents, sources, strict=True)]
-        return format_digest(from_int64(total)), epochs, stops > 0
-
-    def _out_of_time(self) -> bool:
-        """Whether rank 0 finds that the job's time limit is near."""
-        if self.degrees.rank != 0:
-            return False
-        if warning := self.deadline.warning(self.saving.seconds):
-            self.line.say(warning)
-        return self.deadline.passed(self.saving.seconds)
-
-    def _share_batch(self, rows: torch.Tensor | None) -> torch.Tensor:
-        """The group's rows [G/R, S+1], int64 on the device of every rank of it."""
-        config = self.config
-        if rows is None:
-            shape = (config.training.global_batch_size // self.degrees.data, config.model.sequence_length + 1)
-            rows = torch.empty(shape, dtype=torch.int32, device=self.device)
-        rows = rows.to(self.device)
-        if self.degrees.tensor > 1:
-            dist.broadcast(rows, self.degrees.rank - self.degrees.tensor_rank, group=self.groups.tensor)
-        return rows.long()
-
-    def _train_step(self, batch: torch.Tensor, digest: str) -> dict[str, Any]:
-        config, step = self.config, self.step + 1
+    def _train_step(self, batch: Batch) -> dict[str, Any]:
+        config, step, digest = self.config, self.step + 1, batch.digest
         sent = self.exchange.bytes_sent if self.exchange else 0
-        micro_batches = batch.split(config.training.micro_batch_size)
+        micro_batches = batch.rows.split(config.training.micro_batch_size)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, rows in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             with self.telemetry.counting():
                 loss += self.engine.backward(rows[:, :-1], rows[:, 1:], last=is_last) / len(micro_batches)
-            self.watch.beat()
+            self.watch.still_alive()
         mean = self._mean_loss(loss)
         self._check_finite("loss", mean, step, digest)
         rate = learning_rate(step, config.training.steps, config.optimizer.learning_rate, config.schedule)
         norm = self.engine.update(rate)
         self._check_finite("gradient norm", norm, step, digest)
         self.step = step
-        local_tokens = batch.shape[0] * config.model.sequence_length
+        local_tokens = batch.rows.shape[0] * config.model.sequence_length
         self.tokens += step_tokens(config)
         metrics: dict[str, Any] = {
             "step": step,
@@ -338,22 +270,25 @@ class _Run:
             if self.exchange
             else 0,
         }
-        return metrics | self.telemetry.report(step)
+        waited = {"data_wait_seconds": batch.wait_seconds, "epochs": batch.epochs}
+        return metrics | self.telemetry.report(step) | waited
 
     def _mean_loss(self, loss: torch.Tensor) -> float:
         dist.all_reduce(loss, group=self.groups.data)
         return loss.item() / self.degrees.data
 
     def _validate(self, blocks: ValidationBlocks) -> float:
-        return validation_loss(self.engine, blocks, self.config.training.micro_batch_size, self.watch.beat)
+        return validation_loss(
+            self.engine, blocks, self.config.training.micro_batch_size, self.watch.still_alive
+        )
 
     def _check_finite(self, name: str, value: float, step: int, digest: str) -> None:
         """All ranks have the same value, so all raise, and rank 0 says why."""
         if not math.isfinite(value):
-            self.saving.finish()  # of an earlier step
+            self.saver.finish()  # of an earlier step
             if self.degrees.rank != 0:
-                raise PeerError(1)
-            good = self.saving.last or "none"
+                raise PeerError(FAILED)
+            good = self.saver.last or "none"
             raise TrainingError(
                 f"step {step}: {name} is {value} (batch {digest}); last good checkpoint: {good}; resume from it with "
                 "a lower optimizer.learning_rate, or look at the batch with 'memoryformer data inspect'"
@@ -366,90 +301,75 @@ class _Run:
         if self.device.type == "cuda":
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         else:
-            metrics["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            metrics["peak_memory_bytes"] = process_peak()
+
+    def _should_stop(self) -> bool:
+        """Whether this rank was asked to stop, or, as rank 0, finds that the job's time limit is near."""
+        if self.stop.requested() or self.degrees.rank != 0:
+            return self.stop.requested()
+        if warning := self.deadline.warning(self.saver.seconds):
+            self.records.say(warning)
+        return self.deadline.passed(self.saver.seconds)
 
     def _due(self, interval: int, last: bool) -> bool:
         return interval > 0 and (self.step % interval == 0 or last)
 
     # set-up, saving, showing
 
-    def _build_model(self) -> MemoryFormer:
-        with torch.device("meta"):
-            model = MemoryFormer(self.config.model)
-        if self.exchange is not None:
-            shard_model(model, self.exchange)
-        model.to_empty(device=self.device)
-        initialise(model, self.config.training.seed, self.degrees.tensor_rank, self.degrees.tensor)
-        return model
-
-    def _go_on(self, checkpoint: CheckpointReader) -> dict[str, Any]:
-        """The checkpoint's state, after a look whether it is this run's."""
-        if self.degrees.rank == 0:
-            check_same_run(self.config, self.inputs.tokenizer, checkpoint)
-        state = checkpoint.state()
-        _place_stream(self.inputs, state)
-        return state
-
     def _open_profile(self) -> None:
         """Where steps are to be profiled; without, nothing of it is imported."""
         if self.config.training.profile.steps:
-            from mf_train.training.profile import open_profile
+            from mf_train.training.profile import Profile
 
-            mine: list[Part] = [(self, method, name) for method, name in _PROFILED.items()]
-            parts = [*mine, (self.telemetry, "report", "telemetry"), (self.saving, "advance", "save")]
-            self.profile = open_profile(
-                self.config, self.engine, self.step, parts, self.line.say, self.watch.beat
+            parts: list[Part] = [  # methods, and what the profile calls the time in them
+                (self.batches, "read", "read batch"),
+                (self.batches, "agree", "agree on batch"),
+                (self.batches, "share", "share batch"),
+                (self, "_mean_loss", "share loss"),
+                (self.telemetry, "report", "telemetry"),
+                (self, "_validate", "validate"),
+                (self, "_report", "report"),
+                (self, "_save", "save"),
+                (self.saver, "advance", "save"),
+            ]
+            self.profile = Profile(
+                self.config, self.engine, self.step, parts, self.records.line.say, self.watch.still_alive
             )
 
-    def _check_written(self) -> None:
-        if self.unwritten is not None:
-            raise self.unwritten
-
-    def _open_metrics(self) -> None:
+    def _open_folder(self) -> None:
         if self.degrees.rank == 0:
             self.fence.check()  # a newer start's files are not this one's to replace
             record_config(self.config)
-            cut_metrics(self.folder, self.step)
-            self.metrics = MetricsWriter(self.folder, self.config.logging.tensorboard)
+        self.records.open(self.step)
 
     def _save(self, *, last: bool, before_last: bool = False) -> None:
         """Save beside the steps, or wait for it if this is the `last` time.
 
         `before_last`: the last batch that was read has not been trained on.
         """
-        self.saving.finish()
-        together(self._check_written, self.device)  # a run that goes on from here needs this step's metrics
-        self.watch.at(f"starting to save step {self.step}")
+        self.saver.finish()
+        # a run that continues from here needs this step's metrics
+        run_on_all(self.records.check, self.device)
+        self.watch.entering(f"starting to save step {self.step}")
         began = time.perf_counter()
         extras = self._extras(before_last)
         wait = last or not self.config.checkpoint.asynchronous
-        self.saving.start(self.step, extras, began, wait=wait)
+        self.saver.start(self.step, extras, wait=wait, began=began)
 
     def _extras(self, before_last: bool) -> Extras | None:
-        """What rank 0 writes; None elsewhere. Collective.
-
-        The streams' positions are gathered: their number does not depend on the number of ranks.
-        """
-        positions: list[Any] = [None] * self.degrees.data
-        if self.batches is not None:
-            dist.all_gather_object(
-                positions, self.batches.positions(before_last=before_last), group=self.groups.data
-            )
+        """The checkpoint's contents beside the tensors, on rank 0; None elsewhere. Collective."""
+        stream = self.batches.state(self.step, before_last=before_last)
         probe = run_probe(self.engine, self.exchange, self.validation)
         self.telemetry.note_checkpoint(self.step, probe)
-        if self.degrees.rank != 0 or self.inputs.stream is None:
+        if self.degrees.rank != 0:
             return None
-        identity = self.inputs.stream.identity()
-        stream = merge_states(
-            [{"step": self.step, "identity": identity, "streams": streams} for streams in positions]
-        )
         return Extras(
             state={
                 "step": self.step,
                 "tokens": self.tokens,
                 "device": self.device.type,
                 # a copy: it is written while later steps change it
-                "metrics": self.progress | {"checkpoint_seconds": self.saving.seconds},
+                "metrics": self.progress | {"checkpoint_seconds": self.saver.seconds},
                 "stream": stream,
             },
             config_yaml=resolved_yaml(self.config),
@@ -458,20 +378,6 @@ class _Run:
         )
 
     def _report(self, metrics: dict[str, Any]) -> None:
-        if self.metrics is None:
-            return
         if self.step == self.started_at + 1 and (skipped := skipped_documents(self.inputs)):
             metrics["skipped_documents"] = skipped
-        try:
-            self.metrics.write(metrics | self.saving.take_metrics())
-        except TrainingError as error:
-            self.unwritten = error  # the other ranks learn of it when they save or agree on the next batch
-        self.line.show_step(metrics)
-        for warning in alarm_lines(self.step, metrics.get("alarms", ())):
-            self.line.say(warning)
-        if "validation_loss" in metrics:
-            self.line.say(f"step {self.step}: validation loss {metrics['validation_loss']:.4f}")
-
-    def _say(self, text: str) -> None:
-        if self.degrees.rank == 0:
-            self.line.say(text)
+        self.records.write(metrics | self.saver.take_metrics())

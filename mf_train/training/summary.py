@@ -1,14 +1,14 @@
-"""What a run says about itself before its first step."""
+"""The lines that a run shows before its first step."""
 
 import torch
 
 from mf_train import kernels
+from mf_train.checkpoint.save import Saver
 from mf_train.config import Config
 from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import Degrees
 from mf_train.training.inputs import Inputs
-from mf_train.training.saving import Saving
 
 
 def summary(
@@ -17,9 +17,9 @@ def summary(
     device: torch.device,
     inputs: Inputs,
     validation: ValidationBlocks | None,
-    saving: Saving,
+    saver: Saver,
 ) -> str:
-    """Lines on the model, the processes, the kernels, the data, and what the run goes on from."""
+    """Lines on the model, the processes, the kernels, the data, and the checkpoint that the run resumes from."""
     counts = count_parameters(config.model)
     processes = "1 process" if degrees.world_size == 1 else f"{degrees.world_size} processes"
     lines = [
@@ -43,8 +43,8 @@ def summary(
             f"data: {sum(skipped.values()):,} documents of {len(skipped)} files left out (data.on_error: skip); "
             "metrics.jsonl names the files"
         )
-    if saving.last is not None:
-        lines.append(f"resumed after step {saving.step} from {saving.last}")
+    if saver.last is not None:
+        lines.append(f"resumed after step {saver.step} from {saver.last}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What a run reports on its tables: reads of every step, codes changed since the last checkpoint, alarms."""
+"""A run's reports on its tables: reads of every step, codes changed since the last checkpoint, alarms."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -68,7 +68,7 @@ class TableTelemetry:
             }
 
     def report(self, step: int) -> dict[str, Any]:
-        """Of the passes since the last report, where one is due: keys of metrics.jsonl (docs/telemetry.md).
+        """Keys of metrics.jsonl for the passes since the last report (docs/telemetry.md); {} where none is due.
 
         Collective over all ranks, which get the same but for `codes_changed`: that is rank 0's.
         """

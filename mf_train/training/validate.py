@@ -10,11 +10,11 @@ from mf_train.parallel.engine import Engine
 
 
 def validation_loss(
-    engine: Engine, blocks: ValidationBlocks, batch_size: int, beat: Callable[[], None] = lambda: None
+    engine: Engine, blocks: ValidationBlocks, batch_size: int, still_alive: Callable[[], None] = lambda: None
 ) -> float:
     """Mean loss of a token in nats. Rank r of R takes blocks r, r + R, ...; collective over all ranks.
 
-    `beat` is called after each batch.
+    `still_alive` is called after each batch.
     """
     degrees = engine.groups.degrees
     length = blocks.sequence_length
@@ -32,7 +32,7 @@ def validation_loss(
         with torch.no_grad():
             losses = engine.losses(inputs.to(engine.device), targets.to(engine.device))
         sums[0] += losses.sum(dtype=torch.float64)
-        beat()
+        still_alive()
         sums[1] += (targets != IGNORED).sum()
     dist.all_reduce(sums, group=engine.groups.data)
     return (sums[0] / sums[1]).item()

@@ -20,7 +20,7 @@ from mf_train.errors import TrainingError, UserError
 from mf_train.kernels import hash_codes, lookup_all
 from mf_train.kernels.backends import has_triton
 from mf_train.model.memory import Hash
-from mf_train.parallel.agreement import together_slowly
+from mf_train.parallel.agreement import run_long_on_all
 from mf_train.parallel.engine import Engine
 
 
@@ -32,17 +32,22 @@ class Pass(NamedTuple):
 
 
 def compile_kernels(
-    engine: Engine, config: Config, stop: Callable[[], bool], beat: Callable[[], None], *, resumes: bool
+    engine: Engine,
+    config: Config,
+    stop: Callable[[], bool],
+    still_alive: Callable[[], None],
+    *,
+    resumes: bool,
 ) -> None:
     """Launch the run's kernels, first in one process of each node. Collective; does nothing where Triton does not run.
 
-    `beat` is called after each launch, `stop` as in `together_slowly`. Raises as that does: UserError where a node
-    cannot compile, TrainingError where a kernel fails.
+    `still_alive` is called after each launch, `stop` as in `run_long_on_all`. Raises as that does: UserError where a
+    node cannot compile, TrainingError where a kernel fails.
     """
     if engine.device.type == "cuda" and has_triton() and config.model.kind == "memoryformer":
         passes = run_passes(config, resumes=resumes)
         local_rank = engine.groups.degrees.local_rank
-        first_of_node(lambda: _launch(engine, passes, beat), local_rank, engine.device, stop)
+        first_of_node(lambda: _launch(engine, passes, still_alive), local_rank, engine.device, stop)
 
 
 def run_passes(config: Config, *, resumes: bool) -> list[Pass]:
@@ -59,29 +64,29 @@ def first_of_node(
 ) -> None:
     """Run an action on every rank: on local rank 0 of each node, and when all of these are done on the others.
 
-    No collective waits long meanwhile. Collective over all ranks; fails as `together_slowly`.
+    No collective waits long meanwhile. Collective over all ranks; fails as `run_long_on_all`.
     """
     for mine in (local_rank == 0, local_rank != 0):
-        together_slowly(action if mine else _nothing, device, stop, _nothing)
+        run_long_on_all(action if mine else _nothing, device, stop, _nothing)
 
 
 def _nothing() -> None:
     return None
 
 
-def _launch(engine: Engine, passes: list[Pass], beat: Callable[[], None]) -> None:
+def _launch(engine: Engine, passes: list[Pass], still_alive: Callable[[], None]) -> None:
     """In a thread, which has a current device of its own."""
     device = engine.device
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            launch_kernels(engine, passes, beat)
+            launch_kernels(engine, passes, still_alive)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
     except Exception as error:
         raise explain(error) from error
 
 
-def launch_kernels(engine: Engine, passes: list[Pass], beat: Callable[[], None] = _nothing) -> None:
+def launch_kernels(engine: Engine, passes: list[Pass], still_alive: Callable[[], None] = _nothing) -> None:
     """Hash and look up random features as each layer of the engine's model does in these passes. No collectives."""
     size = engine.groups.degrees.tensor
     numbers = torch.Generator(engine.device).manual_seed(0)
@@ -93,13 +98,13 @@ def launch_kernels(engine: Engine, passes: list[Pass], beat: Callable[[], None] 
             for tensor in (x, *tables):
                 tensor.requires_grad_(backward)
             codes, weights = hash_codes(x, chunks, layer.temperature, layer.score)
-            beat()
+            still_alive()
             # repeated in the place of what the other ranks send
             ys = lookup_all(codes.repeat(1, size), weights.repeat(1, size), tables)
-            beat()
+            still_alive()
             if backward:
                 torch.autograd.grad(ys, [x, *tables], [torch.ones_like(y) for y in ys])
-                beat()
+                still_alive()
 
 
 def _kinds_of_layers(engine: Engine) -> Iterator[tuple[Hash, list[Tensor]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,13 +15,12 @@ import torch
 
 from benchmarks.gpu import look, report
 from benchmarks.gpu.__main__ import describe as describe_machine
-from benchmarks.gpu.device import Device
+from benchmarks.gpu.device import TimedDevice
 from benchmarks.gpu.parts import PARTS, Part
-from benchmarks.gpu.runner import Outcome, Runner
+from benchmarks.gpu.runner import PartResult, Runner
 from benchmarks.gpu.steps import describe
 from mf_train.run_folder import read_records
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.training.runs import REPOSITORY, environment
 
 
 def part(*steps: str, name: str = "a part", limit: int = 60, step_limit: int = 60, **settings: Any) -> Part:
@@ -34,26 +32,13 @@ def runner(folder: Path, seconds: float = 60, **settings: Any) -> Runner:
     return Runner(folder, time.monotonic() + seconds, **settings)
 
 
-def by_step(outcome: Outcome) -> dict[str, str]:
+def by_step(outcome: PartResult) -> dict[str, str]:
     """Of each step its error, or "" where it has values."""
     return {step["step"]: step.get("error", "") for step in outcome.steps}
 
 
 def test_steps_that_fail_crash_and_hang_take_nothing_from_the_others(tmp_path: Path) -> None:
-    names = (
-        "fine-1",
-        "fail",
-        "partly",
-        "memory",
-        "fine-2",
-        "crash",
-        "fine-3",
-        "lost",
-        "hang",
-        "fine-4",
-        "leave",
-        "fine-5",
-    )
+    names = "fine-1 fail partly memory fine-2 crash fine-3 lost hang fine-4 leave fine-5".split()
     outcome = runner(tmp_path).run(part(*names, step_limit=4))
     found = by_step(outcome)
     assert list(found) == list(names)
@@ -112,9 +97,8 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in ("deepspeed", "triton") else find(name)
-    )
+    missing = ("deepspeed", "triton")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
     outcome = runner(tmp_path).run(part("fine", needs=("torch", "triton", "deepspeed")))
     assert outcome.reason == "not run: triton, deepspeed are not installed"
 
@@ -130,20 +114,15 @@ def test_what_a_part_started_ends_with_it(tmp_path: Path) -> None:
 
 
 def test_errors_take_one_line() -> None:
-    memory = RuntimeError(
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB. If reserved, then more"
-    )
-    assert describe(memory) == "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB"
     assert describe(ValueError("two\nlines")) == "ValueError: two lines"
     assert len(describe(RuntimeError("x" * 1000))) == 400
 
 
 def test_too_little_memory_is_said_with_the_numbers() -> None:
-    device = Device(rehearse=True)
+    device = TimedDevice(rehearse=True)
     device.require(2**20, "a small layer")
-    with pytest.raises(
-        RuntimeError, match=r"too little memory: a layer needs 1000\.0 GB, and 8\.6 GB are free"
-    ):
+    words = r"too little memory: a layer needs 1000\.0 GB, and 8\.6 GB are free"
+    with pytest.raises(RuntimeError, match=words):
         device.require(1e12, "a layer")
 
 
@@ -176,8 +155,9 @@ def test_every_test_is_a_step(tmp_path: Path) -> None:
     file.write_text(TESTS)
     broken = tmp_path / "test_broken.py"
     broken.write_text("import no_such_module")
-    arguments = (str(file), f"--rootdir={tmp_path}", "-c", str(REPOSITORY / "pyproject.toml"))
-    outcome = runner(tmp_path, 120).run(part(*arguments, module="benchmarks.gpu.tests", step_limit=15))
+    options = (f"--rootdir={tmp_path}", "-c", str(REPOSITORY / "pyproject.toml"))
+    tests = part(str(file), *options, module="benchmarks.gpu.tests", step_limit=15)
+    outcome = runner(tmp_path, 120).run(tests)
     found = {step["step"].split("::")[-1]: step for step in outcome.steps}
     assert found["test_passes"]["values"] == {"ratio": 0.5}
     assert found["test_fails"]["error"] == "call: assert 1 == 2"
@@ -189,8 +169,7 @@ def test_every_test_is_a_step(tmp_path: Path) -> None:
     assert outcome.starts == 3 and not outcome.reason
     assert report.short_table([outcome]).endswith("2 passed, 2 skipped")
 
-    arguments = (str(broken), f"--rootdir={tmp_path}", "-c", str(REPOSITORY / "pyproject.toml"))
-    outcome = runner(tmp_path).run(part(*arguments, module="benchmarks.gpu.tests"))
+    outcome = runner(tmp_path).run(part(str(broken), *options, module="benchmarks.gpu.tests"))
     [step] = outcome.steps
     assert "no_such_module" in step["error"]
 
@@ -199,19 +178,17 @@ def test_every_test_is_a_step(tmp_path: Path) -> None:
 
 
 def test_what_keeps_a_gpu_from_computing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    too_old = "The NVIDIA driver on your system is too old (found version 11040)."
+
     def fail() -> None:
-        raise RuntimeError(
-            "The NVIDIA driver on your system is too old (found version 11040).\nPlease update it"
-        )
+        raise RuntimeError(f"{too_old}\nPlease update it")
 
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert look.find_device() == (
-        None,
-        f"torch {torch.__version__} is built without CUDA: install its CUDA build",
-    )
+    no_cuda = f"torch {torch.__version__} is built without CUDA: install its CUDA build"
+    assert look.find_device() == (None, no_cuda)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "init", fail)
-    assert look.find_device() == (None, "The NVIDIA driver on your system is too old (found version 11040).")
+    assert look.find_device() == (None, too_old)
 
 
 def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,13 +205,13 @@ def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def arguments(*given: object) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu", *map(str, given)]
+
+
+def command(*given: object, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
+        arguments(*given), cwd=REPOSITORY, env=environment() | variables, capture_output=True, text=True
     )
 
 
@@ -251,13 +228,13 @@ def test_dry_prints_each_part_with_its_time() -> None:
 
 
 def test_wrong_arguments_are_one_line() -> None:
-    for arguments in (["--only", "nothing"], ["--minutes", "0"]):
-        done = command(*arguments)
+    for given in (["--only", "nothing"], ["--minutes", "0"]):
+        done = command(*given)
         assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1]
 
 
 def test_without_a_gpu_every_part_says_so(tmp_path: Path) -> None:
-    done = command("--output", str(tmp_path / "out"), CUDA_VISIBLE_DEVICES="")
+    done = command("--output", tmp_path / "out", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1, done.stderr
     tree = json.loads((tmp_path / "out" / "results.json").read_text())
     problem = tree["machine"]["problem"]
@@ -273,22 +250,8 @@ def test_without_a_gpu_every_part_says_so(tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_it_with_what_was_found(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.gpu",
-            "--rehearse",
-            "--only",
-            "rates",
-            "lookup",
-            "--output",
-            str(tmp_path),
-        ],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    given = arguments("--rehearse", "--only", "rates", "lookup", "--output", tmp_path)
+    process = subprocess.Popen(given, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     results = tmp_path / ".lookup.jsonl"
     for _ in range(1200):
         if results.exists() or process.poll() is not None:
@@ -305,12 +268,12 @@ def test_a_signal_ends_it_with_what_was_found(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rehearsal_goes_through(tmp_path: Path) -> None:
-    done = command("--rehearse", "--output", str(tmp_path))
+    done = command("--rehearse", "--output", tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + (tmp_path / "output.log").read_text()[-6000:]
     tree = json.loads((tmp_path / "results.json").read_text())
     assert tree["rehearsal"] and not any(one["failed"] for one in tree["parts"])
     values = {
-        one["name"]: report.values_of(Outcome(one["name"], steps=one["steps"])) for one in tree["parts"]
+        one["name"]: report.values_of(PartResult(one["name"], steps=one["steps"])) for one in tree["parts"]
     }
     assert set(values["training"]) == {"tiny", "dense-tiny", "small", "dense-small"}
     assert set(values["decoding"]) == {"tiny", "base"}

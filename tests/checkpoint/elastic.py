@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,15 +18,13 @@ from mf_train.checkpoint.load import load_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import CheckpointConfig
-from mf_train.model import MemoryFormer
-from mf_train.model.initialise import initialise
 from mf_train.model.sharding import slice_of_rank
-from mf_train.parallel.agreement import of_first_rank
+from mf_train.parallel.agreement import run_on_first
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import start_processes, stop_processes
 from mf_train.parallel.processes import Process
-from mf_train.parallel.tensor import shard_model
+from mf_train.parallel.tensor import build_model
 from tests.parallel.worlds import (
     BATCH,
     CPU,
@@ -80,7 +77,6 @@ def run_world(rank: int, world_size: int, folder: Path, worlds: list[World], ste
     start_processes(process, CPU, 120)
     for case in world.write:
         found[case, None] = write(case, process, folder)
-    gc.freeze()  # ZeRO 3 collects garbage at each load, which else takes longest of all
     for case, sources in world.read.items():
         found |= read(case, process, sources, folder, steps)
     stop_processes()
@@ -92,13 +88,13 @@ def write(case: Case, process: Process, folder: Path, device: torch.device = CPU
     for step in range(1, SAVED_STEP + 1):
         train_step(engine, step)
     place = folder / str(case)
-    fence = Fence(place, of_first_rank(lambda: claim(place).token, device))
+    fence = Fence(place, run_on_first(lambda: claim(place).token, device))
     saver = Saver(engine, fence, CheckpointConfig(keep=0, asynchronous=case.stage % 2 == 0))
     extras = Extras(state={}, config_yaml="", tokenizer=b"", probe={})
-    saver.start(SAVED_STEP, extras if process.rank == 0 else None, copy=True)
-    path = saver.finish()
-    assert path is not None and path == checkpoint_of(case, folder)
-    wrong = differing(engine, whole_tensors(path, case.tensor))
+    saver.start(SAVED_STEP, extras if process.rank == 0 else None, wait=False)
+    saver.finish()
+    assert saver.last == checkpoint_of(case, folder)
+    wrong = differing(engine, whole_tensors(saver.last, case.tensor))
     engine.engine.destroy()
     return wrong
 
@@ -136,12 +132,7 @@ def build(case: Case, process: Process, device: torch.device = CPU) -> Engine:
     micro = BATCH // case.data  # no accumulation
     config = replace(config, training=replace(config.training, micro_batch_size=micro))
     groups = make_groups(process, case.tensor)
-    with torch.device("meta"):
-        model = MemoryFormer(MODEL)
-    if case.tensor > 1:
-        shard_model(model, Exchange(groups.tensor))
-    model.to_empty(device=device)
-    initialise(model, 0, groups.degrees.tensor_rank, case.tensor)
+    model = build_model(MODEL, Exchange(groups.tensor) if case.tensor > 1 else None, 0, device)
     return Engine(model, config, groups, device)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mf_train.checkpoint import checksum
-from mf_train.checkpoint.checksum import read_shares, share, whole
+from mf_train.checkpoint.checksum import crc_of_file, crc_of_piece, read_crcs
 
 
 def test_shares_of_any_pieces_in_any_order() -> None:
@@ -24,8 +24,8 @@ def test_shares_of_any_pieces_in_any_order() -> None:
         generator.shuffle(pieces)
         shares = 0
         for first, last in pieces:
-            shares ^= share(data[first:last], size - last)
-        assert whole(shares, size) == zlib.crc32(data)
+            shares ^= crc_of_piece(data[first:last], size - last)
+        assert crc_of_file(shares, size) == zlib.crc32(data)
 
 
 def test_a_piece_far_from_the_end() -> None:
@@ -34,10 +34,10 @@ def test_a_piece_far_from_the_end() -> None:
     expected = zlib.crc32(bytes(zeros), zlib.crc32(piece)) ^ zlib.crc32(
         bytes(zeros), zlib.crc32(bytes(len(piece)))
     )
-    assert share(piece, zeros) == expected
+    assert crc_of_piece(piece, zeros) == expected
     # linear: the share before a + b zeros is that of the share itself, as a piece of 4 bytes, before b
-    as_bytes = share(piece, 10**11).to_bytes(4, "little")
-    assert share(piece, 10**11 + 9) == share(as_bytes, 9 - 4)
+    as_bytes = crc_of_piece(piece, 10**11).to_bytes(4, "little")
+    assert crc_of_piece(piece, 10**11 + 9) == crc_of_piece(as_bytes, 9 - 4)
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 7, 64])
@@ -51,11 +51,9 @@ def test_readers_together_read_every_byte_once(
         (tmp_path / name).write_bytes(generator.randbytes(size))
 
     def sums() -> dict[str, int]:
-        shares = zip(
-            *(read_shares(tmp_path, sizes, reader, readers) for reader in range(readers)), strict=True
-        )
+        shares = zip(*(read_crcs(tmp_path, sizes, reader, readers) for reader in range(readers)), strict=True)
         combined = [functools.reduce(operator.xor, mine) for mine in shares]
-        return {name: whole(both, sizes[name]) for name, both in zip(sizes, combined, strict=True)}
+        return {name: crc_of_file(both, sizes[name]) for name, both in zip(sizes, combined, strict=True)}
 
     expected = {name: zlib.crc32((tmp_path / name).read_bytes()) for name in sizes}
     assert sums() == expected

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.checkpoint.elastic import (
     SAVED_STEP,
@@ -25,9 +24,11 @@ from tests.checkpoint.elastic import (
     run_world,
     whole_tensors,
 )
-from tests.distributed import _free_port, run_distributed
+from tests.distributed import run_distributed
 from tests.parallel.test_engine import BFLOAT16_LOSS, BFLOAT16_NORM, largest_error, largest_relative
 from tests.parallel.worlds import Case, Record, train_plainly
+from tests.threads import threads
+from tests.warm import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -72,7 +73,7 @@ def worlds_of(pairs: Pairs) -> list[World]:
     for members in ([0, 1, 2, 3], [4, 5], [6]):
         write = [case for case in writers if case.tensor * case.data == len(members)]
         read = {case: pairs[case] for case in pairs if case.tensor * case.data == len(members)}
-        worlds.append(World(members, _free_port(), write, read))
+        worlds.append(World(members, free_port(), write, read))
     return worlds
 
 
@@ -91,11 +92,8 @@ def results(folder: Path, slow: bool) -> list[Results]:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Record]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    trained = {precision: train_plainly(precision, False) for precision in ("float32", "bfloat16")}
-    torch.set_num_threads(threads)
-    return trained
+    with threads(1):
+        return {precision: train_plainly(precision, False) for precision in ("float32", "bfloat16")}
 
 
 def readers(pairs: Pairs, slow: bool) -> list[object]:

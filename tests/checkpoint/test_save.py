@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,18 @@ from mf_train.checkpoint.fence import Fence, claim
 from mf_train.checkpoint.layout import KINDS, list_checkpoints, read_manifest
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.save import Extras, Saver, surplus
+from mf_train.checkpoint.verify import find_damage
 from mf_train.config import CheckpointConfig, Config, ParallelConfig, TrainingConfig
 from mf_train.errors import PeerError, TrainingError
 from mf_train.model import MemoryFormer
 from mf_train.model.initialise import initialise
-from mf_train.parallel.agreement import of_first_rank
+from mf_train.parallel.agreement import run_on_first
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.groups import start_processes, stop_processes
 from mf_train.parallel.processes import find_process
 from tests.distributed import run_distributed
 from tests.parallel.worlds import MODEL, batch_of, make_groups
+from tests.standalone.checkpoints import flip
 
 CPU = torch.device("cpu")
 EXTRAS = Extras(
@@ -70,12 +74,23 @@ def train(engine: Engine, step: int) -> None:
 
 
 def saver_in(folder: Path, engine: Engine, **settings: Any) -> Saver:
-    token = of_first_rank(lambda: claim(folder).token, CPU)
+    token = run_on_first(lambda: claim(folder).token, CPU)
     return Saver(engine, Fence(folder, token), CheckpointConfig(**settings))
 
 
-def begin(saver: Saver, step: int, copy: bool = True) -> None:
-    saver.start(step, EXTRAS if saver.engine.groups.degrees.rank == 0 else None, copy=copy)
+def begin(saver: Saver, step: int, wait: bool = False) -> None:
+    saver.start(step, EXTRAS if saver.engine.groups.degrees.rank == 0 else None, wait=wait)
+
+
+def strike(saver: Saver, act: Callable[[], object]) -> None:
+    """Save step 1, and have rank 0 do something when all ranks have written and none has completed."""
+    begin(saver, 1)
+    assert saver._task is not None
+    saver._task.wait(60)
+    torch.distributed.barrier()
+    if saver.engine.groups.degrees.rank == 0:
+        act()
+    torch.distributed.barrier()
 
 
 def held(engine: Engine) -> dict[tuple[str, str], tuple[int, torch.Tensor]]:
@@ -112,46 +127,29 @@ def cases(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         train(engine, 2)  # while it is written
         found[f"early-{stage}"] = [path.name for path in list_checkpoints(saver.fence.folder)]
         deadline = time.monotonic() + 60
-        path = None
-        while path is None and time.monotonic() < deadline:
-            path = saver.advance()
-        found[f"stage-{stage}"] = (path, before, saver.advance(), saver.finish())
+        while saver.last is None and time.monotonic() < deadline:
+            saver.advance()
+        found[f"stage-{stage}"] = (saver.last, before)
+        found[f"metrics-{stage}"] = (saver.seconds, saver.take_metrics(), saver.take_metrics())
     engine_saver = functools.partial(saver_in, engine=engine)
 
-    saver = engine_saver(folder / "damaged")
-    begin(saver, 1)
-    saver._task.wait(60)
-    torch.distributed.barrier()
-    if rank == 0:  # all have written; now somebody else writes there
-        [file] = saver.partial.glob("exp_avg-*")
-        data = bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
-    torch.distributed.barrier()
-    found["damaged"] = error_of(saver.finish)
-
+    saver = engine_saver(folder / "flipped")
+    strike(saver, lambda: flip(next(saver.partial.glob("exp_avg-*"))))
+    saver.finish()
+    saver = engine_saver(folder / "cut")
+    strike(saver, lambda: os.truncate(next(saver.partial.glob("exp_avg-*")), 100))
+    found["cut"] = error_of(saver.finish)
     saver = engine_saver(folder / "fenced")
-    begin(saver, 1)
-    saver._task.wait(60)
-    torch.distributed.barrier()
-    if rank == 0:
-        claim(saver.fence.folder)
-    torch.distributed.barrier()
+    strike(saver, lambda: claim(saver.fence.folder))
     found["fenced"] = error_of(saver.finish)
     found["fenced again"] = error_of(lambda: begin(saver, 2))
-
     saver = engine_saver(folder / "rotated", keep=1, keep_every=4)
     for step in range(2, 8):
-        begin(saver, step, copy=False)
-        assert saver.finish() is not None
-    found["uncopied"] = (saver.fence.folder / "step-000000007", held(engine), saver.buffers)
+        begin(saver, step, wait=True)
+        assert saver.step == step and saver.last == saver.fence.folder / f"step-{step:09d}"
+    found["uncopied"] = (saver.last, held(engine), saver.buffers)
     saver = engine_saver(folder / "gone")
-    begin(saver, 1)
-    saver._task.wait(60)
-    torch.distributed.barrier()
-    if rank == 0:
-        shutil.rmtree(saver.fence.folder)
-    torch.distributed.barrier()
+    strike(saver, lambda: shutil.rmtree(saver.fence.folder))
     found["gone"] = error_of(saver.finish)
     stop_processes()
     return found
@@ -171,8 +169,11 @@ Results = tuple[Path, list[dict[str, Any]]]
 def test_a_checkpoint_is_the_state_when_saving_began(results: Results, stage: int) -> None:
     _, ranks = results
     for found in ranks:
-        path, before, *nothing = found[f"stage-{stage}"]
-        assert found[f"early-{stage}"] == [] and nothing == [None, None]
+        path, before = found[f"stage-{stage}"]
+        assert found[f"early-{stage}"] == []
+        seconds, metrics, later = found[f"metrics-{stage}"]
+        assert metrics.keys() == {"checkpoint_stall_seconds", "checkpoint_seconds"} and not later
+        assert 0 < metrics["checkpoint_stall_seconds"] < metrics["checkpoint_seconds"] == seconds
         reader = CheckpointReader(path)
         assert reader.manifest.step == 1
         for (name, kind), (start, values) in before.items():
@@ -205,11 +206,18 @@ def test_the_manifest_is_of_the_files(results: Results) -> None:
     assert (path.parent / "latest").read_text() == "step-000000001\n"
 
 
-def test_what_reads_back_otherwise_is_refused(results: Results) -> None:
+def test_a_bit_that_flips_on_the_way_to_the_disk_is_found_by_verify(results: Results) -> None:
+    """The checksums are those of the memory that was written from."""
+    (path,) = list_checkpoints(results[0] / "flipped")
+    (problem,) = find_damage(path)
+    assert problem.startswith(f"{path}/exp_avg-0-of-1-part-000.safetensors: its checksum is ")
+
+
+def test_a_file_that_was_cut_while_others_wrote(results: Results) -> None:
     folder, (first, second) = results
-    assert "exp_avg-0-of-1-part-000.safetensors reads back otherwise" in first["damaged"]
-    assert first["damaged"].startswith("TrainingError") and second["damaged"].startswith("PeerError")
-    assert [path.name for path in (folder / "damaged").iterdir()] == [".writer"]
+    assert "exp_avg-0-of-1-part-000.safetensors has 100 bytes instead of" in first["cut"]
+    assert first["cut"].startswith("TrainingError") and second["cut"].startswith("PeerError")
+    assert [path.name for path in (folder / "cut").iterdir()] == [".writer"]
 
 
 def test_an_older_start_cannot_save(results: Results) -> None:

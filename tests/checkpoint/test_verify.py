@@ -27,6 +27,7 @@ from mf_train.checkpoint.verify import find_damage, list_lines, verify
 from mf_train.config import ModelConfig
 from mf_train.errors import TrainingError, UserError
 from tests.standalone.checkpoints import (
+    flip,
     random_weights,
     records,
     write_checkpoint,
@@ -73,14 +74,11 @@ def test_a_good_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_flipped_bit_anywhere(checkpoint: Path, kind: str) -> None:
     for victim in sorted(checkpoint.glob(f"{kind}*")):
-        data = bytearray(victim.read_bytes())
-        for place in (0, len(data) // 2, len(data) - 1):
-            data[place] ^= 4
-            victim.write_bytes(data)
+        for place in (0, victim.stat().st_size // 2, -1):
+            flip(victim, place)
             problems = list(find_damage(checkpoint))
             assert len(problems) == 1 and problems[0].startswith(f"{victim}: its checksum is "), problems
-            data[place] ^= 4
-        victim.write_bytes(data)
+            flip(victim, place)
     assert not list(find_damage(checkpoint))
 
 
@@ -91,139 +89,92 @@ def test_a_flipped_bit_of_the_manifest(checkpoint: Path) -> None:
     assert list(find_damage(checkpoint)) == [f"{checkpoint / MANIFEST}: damaged"]
 
 
-def truncate(folder: Path) -> str:
-    path = folder / WEIGHTS
-    size = path.stat().st_size
-    os.truncate(path, size - 1)
-    return rf"{WEIGHTS}: {size - 1} bytes instead of {size}"
+def put_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
-def lengthen(folder: Path) -> str:
-    with (folder / WEIGHTS).open("ab") as file:
-        file.write(b"x")
-    return rf"{WEIGHTS}: \d+ bytes instead of \d+"
+def link(path: Path) -> None:
+    path.rename(path.parents[1] / "elsewhere")
+    path.symlink_to(path.parents[1] / "elsewhere")
 
 
-def remove(folder: Path) -> str:
-    (folder / WEIGHTS).unlink()
-    return f"{WEIGHTS}: missing"
+# what is done to a file of the checkpoint, and what is said of it
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "cut": (WEIGHTS, lambda path: os.truncate(path, 5), rf"{WEIGHTS}: 5 bytes instead of \d+"),
+    "lengthened": (
+        WEIGHTS,
+        lambda path: os.truncate(path, 10**6),
+        rf"{WEIGHTS}: 1000000 bytes instead of \d+",
+    ),
+    "removed": (WEIGHTS, Path.unlink, f"{WEIGHTS}: missing"),
+    "a link": (WEIGHTS, link, f"{WEIGHTS}: missing, or not a file"),
+    "a folder": (WEIGHTS, put_a_folder, f"{WEIGHTS}: missing, or not a file"),
+    "one more": ("notes.txt", Path.touch, r"notes\.txt: not in manifest\.json"),
+    "no manifest": (MANIFEST, Path.unlink, r"manifest\.json: missing"),
+    "garbled manifest": (MANIFEST, lambda path: path.write_bytes(b"\xff{"), r"manifest\.json: damaged"),
+    "renamed": (
+        MANIFEST,
+        lambda path: path.parent.rename(path.parent.with_name("step-000000008")),
+        r"step-000000008/manifest\.json: of step 7",
+    ),
+}
 
 
-def link(folder: Path) -> str:
-    (folder / WEIGHTS).rename(folder.parent / "elsewhere")
-    (folder / WEIGHTS).symlink_to(folder.parent / "elsewhere")
-    return f"{WEIGHTS}: missing, or not a file"
-
-
-def put_a_folder(folder: Path) -> str:
-    (folder / WEIGHTS).unlink()
-    (folder / WEIGHTS).mkdir()
-    return f"{WEIGHTS}: missing, or not a file"
-
-
-def add_a_file(folder: Path) -> str:
-    (folder / "notes.txt").touch()
-    return r"notes\.txt: not in manifest\.json"
-
-
-def remove_the_manifest(folder: Path) -> str:
-    (folder / MANIFEST).unlink()
-    return r"manifest\.json: missing"
-
-
-def garble_the_manifest(folder: Path) -> str:
-    (folder / MANIFEST).write_bytes(b"\xff{")
-    return r"manifest\.json: damaged"
-
-
-def rename_the_folder(folder: Path) -> str:
-    folder.rename(folder.with_name("step-000000008"))
-    return r"step-000000008/manifest\.json: of step 7"
-
-
-DAMAGE: list[Callable[[Path], str]] = [
-    truncate,
-    lengthen,
-    remove,
-    link,
-    put_a_folder,
-    add_a_file,
-    remove_the_manifest,
-    garble_the_manifest,
-    rename_the_folder,
-]
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damage(checkpoint: Path, damage: Callable[[Path], str]) -> None:
-    expected = damage(checkpoint)
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage(checkpoint: Path, case: str) -> None:
+    file, damage, expected = DAMAGE[case]
+    damage(checkpoint / file)
     with pytest.raises(TrainingError, match=f"^1 of 1 checkpoints are damaged: .*{expected}[^;]*$"):
         list(verify(checkpoint.parent))
 
 
-def rewrite_state(folder: Path) -> str:
-    (folder / STATE).write_text('{"step": 8}')
-    return rf"{STATE}: of step 8, and manifest\.json of step 7"
+def write_embedding(path: Path, tensor: torch.Tensor, **more: torch.Tensor) -> None:
+    write_tensors(path, {"embedding.weight": tensor, **more})
 
 
-def garble_state(folder: Path) -> str:
-    (folder / STATE).write_text("[7")
-    return rf"{STATE}: damaged \(not a JSON object\)"
+ROWS = torch.zeros(4096, 8)
+MISMATCHES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "another step": (
+        STATE,
+        lambda path: path.write_text('{"step": 8}'),
+        rf"{STATE}: of step 8, and manifest\.json of step 7",
+    ),
+    "garbled state": (STATE, lambda path: path.write_text("[7"), rf"{STATE}: damaged \(not a JSON object\)"),
+    "garbled config": (
+        CONFIG,
+        lambda path: path.write_text("model: {bits: many}"),
+        rf"{CONFIG}: model\.bits is 'many'",
+    ),
+    "no config": (CONFIG, Path.unlink, rf"{CONFIG}: missing from the checkpoint and from manifest\.json"),
+    "no part": (WEIGHTS, Path.unlink, rf"{WEIGHTS}: missing from the checkpoint and from manifest\.json"),
+    "a pickle": (
+        PROBE,
+        lambda path: torch.save({"tokens": torch.zeros(3)}, path),
+        f"{PROBE}: damaged, or not a safetensors file",
+    ),
+    "another dtype": (
+        WEIGHTS,
+        lambda path: write_embedding(path, ROWS.bfloat16()),
+        rf"{WEIGHTS}: embedding\.weight is \(torch\.bfloat16, \(4096, 8\)\) in it and \(torch\.float32",
+    ),
+    "another shape": (
+        WEIGHTS,
+        lambda path: write_embedding(path, ROWS.T.contiguous()),
+        rf"{WEIGHTS}: embedding\.weight is \(torch\.float32, \(8, 4096\)\) in it",
+    ),
+    "another name": (
+        WEIGHTS,
+        lambda path: write_embedding(path, ROWS, extra=torch.zeros(1)),
+        rf"{WEIGHTS}: extra is \(torch\.float32, \(1,\)\) in it and None by manifest",
+    ),
+}
 
 
-def garble_config(folder: Path) -> str:
-    (folder / CONFIG).write_text("model: {bits: many}")
-    return rf"{CONFIG}: model\.bits is 'many'"
-
-
-def lose_config(folder: Path) -> str:
-    (folder / CONFIG).unlink()
-    return rf"{CONFIG}: missing from the checkpoint and from manifest\.json"
-
-
-def lose_a_part(folder: Path) -> str:
-    (folder / WEIGHTS).unlink()
-    return rf"{WEIGHTS}: missing from the checkpoint and from manifest\.json"
-
-
-def pickle_for_probe(folder: Path) -> str:
-    torch.save({"tokens": torch.zeros(3)}, folder / PROBE)
-    return f"{PROBE}: damaged, or not a safetensors file"
-
-
-def another_dtype(folder: Path) -> str:
-    write_tensors(folder / WEIGHTS, {"embedding.weight": torch.zeros(4096, 8).half().bfloat16()})
-    return rf"{WEIGHTS}: embedding\.weight is \(torch\.bfloat16, \(4096, 8\)\) in it and \(torch\.float32"
-
-
-def another_shape(folder: Path) -> str:
-    write_tensors(folder / WEIGHTS, {"embedding.weight": torch.zeros(8, 4096)})
-    return rf"{WEIGHTS}: embedding\.weight is \(torch\.float32, \(8, 4096\)\) in it"
-
-
-def another_name(folder: Path) -> str:
-    write_tensors(folder / WEIGHTS, {"embedding.weight": torch.zeros(4096, 8), "extra": torch.zeros(1)})
-    return rf"{WEIGHTS}: extra is \(torch\.float32, \(1,\)\) in it and None by manifest"
-
-
-MISMATCHES = [
-    rewrite_state,
-    garble_state,
-    garble_config,
-    lose_config,
-    lose_a_part,
-    pickle_for_probe,
-    another_dtype,
-    another_shape,
-    another_name,
-]
-
-
-@pytest.mark.parametrize("damage", MISMATCHES)
-def test_contents_that_do_not_fit_though_every_checksum_is_right(
-    checkpoint: Path, damage: Callable[[Path], str]
-) -> None:
-    expected = damage(checkpoint)
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_contents_that_do_not_fit_though_every_checksum_is_right(checkpoint: Path, case: str) -> None:
+    file, damage, expected = MISMATCHES[case]
+    damage(checkpoint / file)
     manifest = dataclasses.replace(read_manifest(checkpoint, check_sizes=False), files=records(checkpoint))
     (checkpoint / MANIFEST).write_text(manifest.to_json())
     with pytest.raises(TrainingError, match=f"^1 of 1 checkpoints are damaged: .*{expected}"):

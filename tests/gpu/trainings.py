@@ -23,8 +23,9 @@ from mf_train.parallel.engine import Engine
 from mf_train.parallel.groups import start_processes, stop_processes
 from mf_train.parallel.processes import Process
 from tests.checkpoint import elastic
-from tests.distributed import _free_port, run_distributed
+from tests.distributed import run_distributed
 from tests.parallel.worlds import OPTIMIZER, Case, Weights, collect, make_groups, run_case, train_plainly
+from tests.warm import free_port
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("float32", "bfloat16")
@@ -68,7 +69,7 @@ def pairs_of(tensor: int, data: int) -> dict[Case, list[Case]]:
 
 def run_trainings(device: str, tensor: int, data: int, folder: Path) -> list[dict[Any, Any]]:
     """All of one pair of degrees; each rank's results by what they are of."""
-    arguments = (device, tensor, data, folder, _free_port())
+    arguments = (device, tensor, data, folder, free_port())
     return run_distributed(_run_rank, tensor * data, *arguments, timeout=TIME_LIMIT)
 
 
@@ -110,7 +111,7 @@ def _run_rank(
 
 def run_repeats(device: str) -> dict[Any, Any]:
     """Pairs of `Repeat` by precision and attention."""
-    return run_distributed(_run_pairs, 1, device, _free_port(), timeout=TIME_LIMIT)[0]
+    return run_distributed(_run_pairs, 1, device, free_port(), timeout=TIME_LIMIT)[0]
 
 
 def _run_pairs(rank: int, world_size: int, kind: str, port: int) -> dict[Any, Any]:

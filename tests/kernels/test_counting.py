@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mf_train.kernels import count_codes, cpu
 from mf_train.kernels.composition import code_dtype
+from tests.threads import threads
 
 FAST = [
     "auto",
@@ -42,14 +43,10 @@ def test_counts_are_the_references(backend: str, tau: int, tables: int, tokens: 
     def slow(codes: Tensor, counts: Tensor) -> None:
         count_codes(codes, counts, backend="reference")
 
-    threads = torch.get_num_threads()
     expected = run_counting(slow, tau, tables, tokens)
-    try:
-        for number in (1, 3):
-            torch.set_num_threads(number)
+    for number in (1, 3):
+        with threads(number):
             assert torch.equal(run_counting(fast, tau, tables, tokens), expected)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from torch import Tensor
 from mf_train.kernels import build, cpu, reference
 from tests.closeness import assert_close
 from tests.examples import examples
+from tests.threads import threads
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason=cpu.reason())
 SCORES = ["probability", "scaled_probability"]
@@ -61,13 +61,6 @@ class Case:
         ys = [reference.lookup(self.codes, weights, t) for t in tables]
         gradients = torch.autograd.grad(ys, [weights, *tables], [dy.double() for dy in self.dys])
         return [*[y.detach() for y in ys], *gradients]
-
-
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @needs_library
@@ -179,17 +172,15 @@ def test_all_tokens_in_one_row(dtype: torch.dtype) -> None:
 @needs_library
 @pytest.mark.parametrize("tokens", [1, 40, 700])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_same_bits_in_every_run_and_for_any_number_of_threads(
-    dtype, tokens: int, restore_threads: None
-) -> None:
+def test_same_bits_in_every_run_and_for_any_number_of_threads(dtype, tokens: int) -> None:
     case = Case(tokens, 7, 18, [200, 64, 128], tokens, dtype)
     x = torch.randn(tokens, 18 * 7, generator=torch.Generator().manual_seed(3)).to(dtype)
     runs = []
-    for threads in (1, 2, 2, 3):
-        torch.set_num_threads(threads)
-        codes, weights = cpu.hash_codes(x, 18)
-        dx = cpu.hash_codes_backward(case.weights, x, 18, 1.0, SCORES[1])
-        runs.append([*case.run(), codes, weights, dx])
+    for number in (1, 2, 2, 3):
+        with threads(number):
+            codes, weights = cpu.hash_codes(x, 18)
+            dx = cpu.hash_codes_backward(case.weights, x, 18, 1.0, SCORES[1])
+            runs.append([*case.run(), codes, weights, dx])
     for run in runs[1:]:
         assert_same_bits(run, runs[0])
 
@@ -323,14 +314,6 @@ def test_more_than_2_to_the_31_elements(dtype: torch.dtype) -> None:
     else:
         (y,) = cpu.lookup(codes, weights, [tables])
     assert_close(y, (weights.double().unsqueeze(-1) * hit.double()).sum(1), 1e-2)
-
-
-def test_what_it_supports() -> None:
-    x = torch.zeros(2)
-    assert cpu.supports(x, x.bfloat16(), x.to(torch.uint8), x.to(torch.int8))
-    assert not cpu.supports(x, x.double())
-    assert not cpu.supports(x.half())
-    assert not cpu.supports(x.to("meta"))
 
 
 # --- The build. Each in its own process, with its own cache.

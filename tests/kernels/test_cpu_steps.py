@@ -10,6 +10,7 @@ from mf_train.kernels import cpu, cpu_loss, cpu_norm, fast_loss, fast_norm
 from mf_train.model import loss_steps, norm_steps
 from mf_train.model.sums import num_chunks, pairwise_moments, pairwise_sum
 from tests.closeness import TOLERANCE, assert_close
+from tests.threads import threads
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=cpu.reason())
 
@@ -19,12 +20,11 @@ LEADS = pytest.mark.parametrize("lead", [(), (0,), (1,), (3, 70)], ids=str)
 
 
 def on_one_and_two_threads(function: Callable[[], Tensor | tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    before, runs = torch.get_num_threads(), []
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        result = function()
+    runs = []
+    for number in (1, 2, 2):
+        with threads(number):
+            result = function()
         runs.append(result if isinstance(result, tuple) else (result,))
-    torch.set_num_threads(before)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
     return runs[0]

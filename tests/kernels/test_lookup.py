@@ -12,6 +12,7 @@ from torch import Tensor
 from mf_train.kernels import composition, cpu, hash_codes, lookup, lookup_all, lookup_int8, ops, reference
 from tests.closeness import TOLERANCE, assert_close
 from tests.pairs import in_pairs
+from tests.threads import threads
 
 
 def random_arguments(
@@ -48,11 +49,9 @@ def lookup_with_gradients(function, codes, weights, tables, dy, bias=None) -> li
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+def thread_number(request: pytest.FixtureRequest) -> Iterator[int]:
+    with threads(request.param):
+        yield request.param
 
 
 def test_reference_is_the_sum_over_tables() -> None:
@@ -154,7 +153,7 @@ def test_gradcheck(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("out_features", [8, 16, 24, 40, 64, 80, 96, 192, 520])
-def test_columns_give_the_same_bits_as_the_whole(out_features: int, threads: int, backend: str) -> None:
+def test_columns_give_the_same_bits_as_the_whole(out_features: int, thread_number: int, backend: str) -> None:
     lookup = run(backend)
     codes, weights, tables = random_arguments(out_features, 6, 33, out_features, (65,))
     y = lookup(codes, weights, tables)
@@ -167,7 +166,7 @@ def test_columns_give_the_same_bits_as_the_whole(out_features: int, threads: int
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_number_of_tokens_and_threads_changes_no_bit(threads: int, backend: str) -> None:
+def test_the_number_of_tokens_and_threads_changes_no_bit(thread_number: int, backend: str) -> None:
     lookup = run(backend)
     codes, weights, tables = random_arguments(11, 8, 24, 72, (130,))
     y = lookup(codes, weights, tables)
@@ -181,12 +180,10 @@ def test_gradients_have_the_same_bits_in_every_run(dtype: torch.dtype, backend: 
     lookup = run(backend)
     codes, weights, tables = random_arguments(12, 5, 16, 48, (2000,), dtype)
     dy = torch.randn(2000, 48, generator=torch.Generator().manual_seed(13)).to(dtype)
-    before = torch.get_num_threads()
     runs = []
-    for thread_count in (1, 2, 2, 2):
-        torch.set_num_threads(thread_count)
-        runs.append(lookup_with_gradients(lookup, codes, weights, tables, dy))
-    torch.set_num_threads(before)
+    for number in (1, 2, 2, 2):
+        with threads(number):
+            runs.append(lookup_with_gradients(lookup, codes, weights, tables, dy))
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True))
 

@@ -22,6 +22,17 @@ _CASE, _LOST, _RECOVERY = (f"slurm drill: {what}" for what in ("case", "lost", "
 _HEADINGS = ("case", "seconds", "steps lost", "allowed", "event to first new step, s", "verdict")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--starter", default="torchrun", help="of the drills' ranks: torchrun (default) or srun")
+
+
+def starter_of(config: pytest.Config) -> str:
+    starter: str = config.getoption(
+        "--starter", "torchrun"
+    )  # no option where only other folders' tests are named
+    return starter
+
+
 @pytest.fixture(scope="session")
 def session_cluster() -> Iterator[Cluster]:
     """One SLURM cluster for all tests of the session. Skips where none can run."""
@@ -78,7 +89,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(
-    session_cluster: Cluster, text: Path, tmp_path_factory: pytest.TempPathFactory
+    session_cluster: Cluster,
+    text: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    pytestconfig: pytest.Config,
 ) -> Callable[..., Run]:
     """`reference(steps=, nodes=)`: that run, launched and undisturbed, made once."""
     made: dict[tuple[int, int], Run] = {}
@@ -87,7 +101,7 @@ def reference(
         if (steps, nodes) not in made:
             session_cluster.restore()
             folder = tmp_path_factory.mktemp(f"reference-{steps}-{nodes}") / "run"
-            run = Run(session_cluster, drill_config(folder, text, steps))
+            run = Run(session_cluster, drill_config(folder, text, steps), starter_of(pytestconfig))
             run.launch(nodes=nodes)
             run.finish(60 + steps)
             made[steps, nodes] = run
@@ -97,14 +111,14 @@ def reference(
 
 
 @pytest.fixture
-def make_run(slurm_cluster: Cluster, text: Path, tmp_path: Path) -> MakeRun:
+def make_run(slurm_cluster: Cluster, text: Path, tmp_path: Path, pytestconfig: pytest.Config) -> MakeRun:
     """`make_run(steps=, name=, section={key: value})`: a run's configuration, not launched yet."""
 
     def make(steps: int = STEPS, name: str = "run", **sections: dict[str, Any]) -> Run:
         tree = drill_config(tmp_path / name, text, steps)
         for section, values in sections.items():
             tree[section] = tree.get(section, {}) | values
-        return Run(slurm_cluster, tree)
+        return Run(slurm_cluster, tree, starter_of(pytestconfig))
 
     return make
 

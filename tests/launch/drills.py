@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from mf_train.checkpoint.verify import verify
-from mf_train.launch.job import TASK
+from mf_train.launch.options import TASK
 from tests.faults.drill import check_checkpoint, list_steps, newest_step, partials, step_of_partial
 from tests.launch.cluster import FINISHED, Cluster
 from tests.training.runs import REPOSITORY, environment, read_metrics, small_config
@@ -63,8 +63,9 @@ class Start:
 class Run:
     """A run's folder and the configuration that is launched, beside it."""
 
-    def __init__(self, cluster: Cluster, tree: dict[str, Any]) -> None:
+    def __init__(self, cluster: Cluster, tree: dict[str, Any], starter: str) -> None:
         self.cluster = cluster
+        self.starter = starter
         self.folder = Path(tree["training"]["output_dir"])
         self.checkpoints = self.folder / "checkpoints"
         self.interval: int = tree["checkpoint"]["interval"]
@@ -75,8 +76,8 @@ class Run:
 
     def launch(self, *options: str, nodes: int = NODES, per_node: int = PER_NODE) -> int:
         """`memoryformer launch` of it, as a user types it; returns the job's number."""
-        size = [f"--nodes={nodes}", f"--tasks-per-node={per_node}", "--parsable"]
-        done = self.memoryformer("launch", str(self.config), *size, *options)
+        size = [f"--nodes={nodes}", f"--tasks-per-node={per_node}", f"--starter={self.starter}"]
+        done = self.memoryformer("launch", str(self.config), *size, "--parsable", *options)
         assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}{done.stderr}"
         self.job = int(done.stdout)
         return self.job

@@ -17,6 +17,25 @@ from tests.training.runs import small_config, write_text
 SIZE = ["--nodes", "2", "--tasks-per-node", "2", "--time", "10"]
 
 
+# In the place of the job's python: the starters, the ranks' own processes and the report are real.
+_STAND_IN = """
+import json, os, runpy, signal, sys, time
+from pathlib import Path
+program = PROGRAM
+_, module, *sys.argv[1:] = [word for word in sys.argv[1:] if word != "-u"]
+if module == "mf_train.launch.launch_folder":
+    print("run")  # for a job by hand
+elif module != "mf_train.launch.rank":
+    os.environ["PYTHON_EXEC"] = sys.argv[0]  # torchrun starts its ranks with it
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+else:
+    from mf_train.launch.rank import run_rank
+    from mf_train.parallel.processes import find_process
+    logs, process = Path(sys.argv[1]), find_process()
+    sys.exit(run_rank(logs, lambda: exec(program, globals())))
+"""
+
+
 class Launcher:
     """Calls the command line in a folder and keeps what it printed."""
 
@@ -64,9 +83,9 @@ def without_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stand_in(folder: Path, program: str) -> Path:
-    """An executable in the place of the job's python that runs `program`, also for the script's own questions."""
+    """An executable in the place of the job's python, whose ranks run `program`; it has `process` and `logs`."""
     path = folder / "stand-in"
-    path.write_text(f"#!{sys.executable}\n{program}")
+    path.write_text(f"#!{sys.executable}\n{_STAND_IN.replace('PROGRAM', repr(program))}")
     path.chmod(0o755)
     return path
 

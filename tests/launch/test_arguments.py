@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from mf_train.cli import main
-from mf_train.launch.arguments import add_launch, join_verb, options_from
-from mf_train.launch.job import JobOptions
+from mf_train.commands import CommandParser
+from mf_train.launch.arguments import add_launch, options_from
+from mf_train.launch.options import JobOptions
 
 
 def parse(*words: str) -> JobOptions:
     parser = argparse.ArgumentParser()
-    add_launch(parser.add_subparsers())
+    add_launch(parser.add_subparsers(parser_class=CommandParser))
     return options_from(parser.parse_args(["launch", "config.yaml", *words]))
 
 
@@ -30,10 +31,22 @@ def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) ->
     assert f"example: memoryformer {verb} " in told
 
 
-def test_a_verb_is_the_word_after_launch() -> None:
-    assert join_verb(["launch", "status", "run"]) == ["launch status", "run"]
-    assert join_verb(["launch", "./status"]) == ["launch", "./status"]
-    assert join_verb(["train", "status"]) == ["train", "status"]
+@pytest.mark.parametrize("words", [["status"], ["stop"], ["logs", "--rank", "1"]])
+def test_a_verb_is_the_word_after_launch(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Anything else is a configuration, also one of a verb's name in a folder."""
+    with pytest.raises(SystemExit) as ended:
+        main(["launch", *words, str(tmp_path)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        f"memoryformer: {tmp_path}: no job was launched for this folder"
+    )
+    with pytest.raises(SystemExit):
+        main(["launch", str(tmp_path / words[0]), "--tasks-per-node=1"])
+    assert capsys.readouterr().err.startswith(
+        f"memoryformer: {tmp_path / words[0]}: no such configuration file"
+    )
 
 
 def test_what_is_left_out_has_its_default() -> None:
@@ -86,6 +99,7 @@ def test_the_login_node_needs_no_torch_to_look_at_runs(tmp_path: Path) -> None:
 import sys
 sys.modules["torch"] = None  # any import of it fails
 from mf_train.cli import main
+from mf_train.commands import CommandParser
 for verb in ("status", "stop", "logs"):
     try:
         main(["launch", verb, "nowhere"])

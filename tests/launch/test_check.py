@@ -18,7 +18,7 @@ from mf_train.config import Config
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
 from mf_train.launch.check import check
-from mf_train.launch.job import JobOptions
+from mf_train.launch.options import JobOptions
 from tests.launch.cluster import Cluster
 
 pytestmark = pytest.mark.slurm
@@ -143,7 +143,7 @@ def test_names_the_node_with_a_slow_network_from_inside_a_job(
 ) -> None:
     """All four nodes of a job of its own, whose batch script calls the check."""
     program = (
-        "import sys; from mf_train.launch.check import check; from mf_train.launch.job import JobOptions; "
+        "import sys; from mf_train.launch.check import check; from mf_train.launch.options import JobOptions; "
         "from mf_train.config.loading import load_config; "
         "sys.exit(check(load_config(sys.argv[1], sys.argv[2:]), JobOptions(nodes=4, tasks_per_node=1)))"
     )

@@ -12,30 +12,27 @@ import pytest
 
 from mf_train.errors import UserError
 from mf_train.launch.control import logs, status, stop
-from mf_train.launch.logs import Ending, format_ending, format_head, node_log, rank_log
-from mf_train.launch.progress import duration, read_starts
+from mf_train.launch.launch_folder import read_starts
+from mf_train.launch.logs import Ending, format_ending, format_head, rank_log
 from mf_train.run_folder import last_metrics
+from mf_train.text import duration
 from tests.launch.cluster import Cluster
 from tests.launch.launching import SIZE, Launcher, on_cluster, stand_in, without_slurm
 
 # Trains until it is asked to stop; saves and ends with 75 then. A later start is done at once.
 TRAINER = """
-import os, signal, sys, time
-from pathlib import Path
-if "train" in sys.argv:
-    run = Path(sys.argv[-1]).parent.parent
-    rank = os.environ["SLURM_PROCID"]
-    def stop(number, frame):
-        (run / f"saved-{rank}").touch()
-        sys.exit(75)
-    signal.signal(signal.SIGUSR1, stop)
-    signal.signal(signal.SIGTERM, stop)
-    if (run / f"saved-{rank}").exists():
-        sys.exit(0)
-    (run / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5, "tokens_per_second": 1234.5}\\n')
-    (run / f"started-{rank}").touch()
-    print("training", flush=True)
-    time.sleep(120)
+run = Path(sys.argv[-1]).parent.parent
+def stop(number, frame):
+    (run / f"saved-{process.rank}").touch()
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, stop)
+signal.signal(signal.SIGTERM, stop)
+if (run / f"saved-{process.rank}").exists():
+    sys.exit(0)
+(run / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5, "tokens_per_second": 1234.5}\\n')
+(run / f"started-{process.rank}").touch()
+print("training", flush=True)
+time.sleep(120)
 """
 
 
@@ -91,7 +88,7 @@ class TestWithoutSlurm:
         for rank, words in ((0, "Connection reset"), (1, "memoryformer: no luck")):
             end = format_ending(Ending(rank, "n1", 1, time.time()))
             rank_log(folder, rank).write_text(f"{format_head(rank, 'n1', 'pid 1')}\n{words}\n{end}\n")
-        node_log(folder, 0).touch()
+        (folder / "node-000.log").touch()
 
     def test_status(self, run: Path) -> None:
         told = list(status(run))

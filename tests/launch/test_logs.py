@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 
 import pytest
 
-from mf_train.launch.logs import Copy, Ending, format_ending, format_head, parse_ending, parse_head, say
+from mf_train.launch.logs import (
+    Ending,
+    format_ending,
+    format_head,
+    format_request,
+    is_request,
+    parse_ending,
+    parse_head,
+)
 
 
 @pytest.mark.parametrize(
@@ -19,7 +25,6 @@ from mf_train.launch.logs import Copy, Ending, format_ending, format_head, parse
         Ending(0, "n1", 137, 1_800_000_000.5, note="out of memory?"),
         Ending(0, "n1", 139, 1_800_000_000.5),
         Ending(0, "n1", 128 + 35, 1_800_000_000.5),
-        Ending(1, "n1", 143, 1_800_000_000.5, by_agent=True),
     ],
 )
 def test_an_ending_is_read_as_it_was_written(ending: Ending) -> None:
@@ -37,34 +42,6 @@ def test_a_head_is_read_as_it_was_written() -> None:
     assert parse_head("rank 12 on n3 started") is None
 
 
-def test_saying_is_not_held_up() -> None:
-    """As by storage that hangs: a pipe that nobody empties."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with pytest.raises(BlockingIOError):
-        while True:
-            os.write(writer, b"x" * 4096)
-    os.set_blocking(writer, True)
-    before = time.monotonic()
-    say(writer, "more")
-    assert time.monotonic() - before < 20
-    os.close(reader)  # lets the thread go
-    time.sleep(0.1)
-    say(writer, "nobody reads")
-    os.close(writer)
-
-
-def test_a_copy_has_all_that_was_written_from_its_offset_on(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    path.write_text("before\n")
-    reader, writer = os.pipe()
-    copy = Copy(path, writer, len("before\n"))
-    with path.open("a") as log:
-        for number in range(100):
-            log.write(f"line {number}\n")
-            log.flush()
-            time.sleep(0.005)
-    copy.close(10)
-    os.close(writer)
-    with os.fdopen(reader) as copied:
-        assert copied.read() == "".join(f"line {number}\n" for number in range(100))
+def test_a_request_is_told_from_other_lines() -> None:
+    assert is_request(format_request(3, "n2", 15))
+    assert not is_request("rank 3 on n2 was asked")

@@ -1,4 +1,4 @@
-"""A rank as srun starts it: its log, the copy of rank 0's, its exit status, signals."""
+"""A rank as srun or torchrun starts it: its log, exit status and signals. Several under torchrun: test_torchrun.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mf_train.launch.logs import parse_ending, parse_head
+from mf_train.launch.logs import Ending, is_request, parse_ending, parse_head, stop_file
 from tests.training.runs import REPOSITORY, environment
 
 HOST = os.uname().nodename
@@ -26,10 +27,11 @@ folder = Path(sys.argv[1])
 def wait():
     (folder / "ready").touch()
     time.sleep(300)
-run_rank(folder, lambda: exec(sys.argv[2], globals()))
+sys.exit(run_rank(folder, lambda: exec(sys.argv[2], globals())))
 """
 _SAVE = """
 def stop(number, frame):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the trainer
     print("saved at", signal.Signals(number).name)
     sys.exit(75)
 signal.signal(signal.SIGUSR1, stop), signal.signal(signal.SIGTERM, stop)
@@ -54,11 +56,10 @@ def start(folder: Path, rank: int, program: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Status and standard output; nothing comes on standard error."""
-    output, errors = process.communicate(timeout=_TIMEOUT)
-    assert errors == ""
-    return process.returncode, output
+def finish(process: subprocess.Popen[str]) -> int:
+    """Its status; nothing is written where it was started."""
+    assert process.communicate(timeout=_TIMEOUT) == ("", "")
+    return process.returncode
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -72,75 +73,82 @@ def log_of(folder: Path, rank: int) -> list[str]:
     return (folder / f"rank-{rank:05d}.log").read_text().splitlines()
 
 
+def ending_of(folder: Path, rank: int = 1) -> Ending:
+    ending = parse_ending(log_of(folder, rank)[-1])
+    assert ending is not None and ending[:2] == (rank, HOST) and 0 <= time.time() - ending.time < 60
+    return ending
+
+
 def test_a_rank_s_output_is_in_its_log_alone(tmp_path: Path) -> None:
     program = "print('hello'); print('oh', file=sys.stderr); os.system('echo a child'); sys.exit(1)"
-    assert finish(start(tmp_path / "logs", 1, program)) == (1, "")
-    head, *lines, last = log_of(tmp_path / "logs", 1)
-    start_of_log, ending = parse_head(head), parse_ending(last)
+    assert finish(start(tmp_path / "logs", 1, program)) == 1
+    head, *lines, _ = log_of(tmp_path / "logs", 1)
+    start_of_log = parse_head(head)
     assert start_of_log is not None and start_of_log[:2] == (1, HOST)
     assert f"python {sys.version.split()[0]} ({sys.executable}), {REPOSITORY / 'mf_train'}" in head
     assert lines == ["hello", "oh", "a child"]
-    assert ending is not None and ending[:3] == (1, HOST, 1)
-    assert 0 <= time.time() - ending.time < 60
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["rank-00001.log"]
 
 
-def test_rank_0_is_also_heard_where_it_was_started(tmp_path: Path) -> None:
-    status, output = finish(start(tmp_path, 0, "print('hello'); sys.exit(75)"))
-    assert status == 75
-    assert output.splitlines() == log_of(tmp_path, 0)
-    assert output.splitlines()[1] == "hello"
+@pytest.mark.parametrize(
+    ("program", "status", "told", "line"),
+    [
+        ("pass", 0, 0, ""),
+        ("sys.exit(75)", 0, 75, ""),  # it has saved: no failure, for which torchrun would end the others
+        ("sys.exit(2)", 2, 2, ""),
+        ("sys.exit('words')", 1, 1, "words"),
+        ("1 / 0", 1, 1, "ZeroDivisionError: division by zero"),
+        ("os.write(2, b'last words'); os._exit(7)", 7, 7, "last words"),
+        ("os.write(1, b'step 3'); os.kill(os.getpid(), signal.SIGKILL)", 137, 137, "step 3"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 139, 139, "Fatal Python error: Segmentation fault"),
+    ],
+)
+def test_how_it_ends(tmp_path: Path, program: str, status: int, told: int, line: str) -> None:
+    assert finish(start(tmp_path, 1, program)) == status
+    ending = ending_of(tmp_path)
+    assert (ending.status, ending.note) == (told, "out of memory?" if told == 137 else "")
+    assert not line or line in log_of(tmp_path, 1)
 
 
-def test_nothing_is_lost_when_rank_0_ends_at_once(tmp_path: Path) -> None:
-    program = "print('x' * 300_000); os.write(2, b'last words\\n'); os._exit(1)"
-    status, output = finish(start(tmp_path, 0, program))
-    assert status == 1
-    assert output.splitlines()[1:] == ["x" * 300_000, "last words"]
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_traceback_and_a_crash_are_in_the_log(tmp_path: Path, rank: int) -> None:
-    assert finish(start(tmp_path / "1", rank, "1 / 0"))[0] == 1
-    assert "ZeroDivisionError: division by zero" in log_of(tmp_path / "1", rank)
-    status, _ = finish(start(tmp_path / "2", rank, "os.kill(os.getpid(), signal.SIGSEGV)"))
-    assert status == (139 if rank == 0 else -11)  # srun tells both as 139
-    assert "Fatal Python error: Segmentation fault" in log_of(tmp_path / "2", rank)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_request_to_stop_reaches_the_command(tmp_path: Path, rank: int) -> None:
-    process = start(tmp_path, rank, _SAVE)
-    wait_for(tmp_path / "ready", process)
-    process.send_signal(signal.SIGUSR1)
-    assert finish(process)[0] == 75
-    assert log_of(tmp_path, rank)[1] == "saved at SIGUSR1"
-
-
-def test_a_request_to_every_process_at_once(tmp_path: Path) -> None:
-    """As SLURM sends it: rank 0's parent copies on."""
+@pytest.mark.parametrize("send", [os.kill, os.killpg])  # SLURM's plug-ins reach the starter alone, or all
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_request_to_stop_reaches_the_command(
+    tmp_path: Path, send: Callable[[int, int], None], number: signal.Signals
+) -> None:
     process = start(tmp_path, 0, _SAVE)
     wait_for(tmp_path / "ready", process)
-    os.killpg(process.pid, signal.SIGTERM)
-    status, output = finish(process)
-    assert status == 75
-    assert output.splitlines() == log_of(tmp_path, 0)
-    assert output.splitlines()[1] == "saved at SIGTERM"
+    send(process.pid, number)
+    assert finish(process) == 0 and ending_of(tmp_path, 0).status == 75
+    (request,) = filter(is_request, log_of(tmp_path, 0))
+    assert request.startswith(f"rank 0 on {HOST} was asked to end by {number.name} at ")
+    assert f"saved at {number.name}" in log_of(tmp_path, 0)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_request_before_the_command_listens(tmp_path: Path, rank: int) -> None:
-    process = start(tmp_path, rank, "wait()")
+@pytest.mark.parametrize("early", [False, True])
+def test_the_file_that_asks_to_stop(tmp_path: Path, early: bool) -> None:
+    """Made by the job's script, also before the rank has started."""
+    if early:
+        stop_file(tmp_path).touch()
+        assert finish(start(tmp_path, 1, "wait()")) == 75
+        assert ending_of(tmp_path).on_request
+        return
+    process = start(tmp_path, 1, _SAVE)
     wait_for(tmp_path / "ready", process)
-    process.send_signal(signal.SIGTERM)
-    assert finish(process)[0] == 75
-    lines = log_of(tmp_path, rank)
-    assert lines[1] == "asked to stop by SIGTERM before training began"
-    ending = parse_ending(lines[2])
-    assert ending is not None and ending.status == 75
+    stop_file(tmp_path).touch()
+    assert finish(process) == 0 and ending_of(tmp_path).status == 75
+    assert "saved at SIGUSR1" in log_of(tmp_path, 1)
 
 
-def test_rank_0_ends_with_its_parent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_a_request_before_the_command_listens(tmp_path: Path, send: Callable[[int, int], None]) -> None:
+    process = start(tmp_path, 1, "wait()")
+    wait_for(tmp_path / "ready", process)
+    send(process.pid, signal.SIGTERM)
+    assert finish(process) == 75  # the others cannot train without it
+    assert ending_of(tmp_path).on_request
+
+
+def test_the_command_ends_with_what_waits_for_it(tmp_path: Path) -> None:
     process = start(tmp_path, 0, "wait()")
     wait_for(tmp_path / "ready", process)
     child = int(log_of(tmp_path, 0)[0].partition("pid ")[2].partition(",")[0])

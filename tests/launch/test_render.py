@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 
 from mf_train.errors import UserError
-from mf_train.launch.job import JobOptions
-from mf_train.launch.render import TEMPLATE, Place, quote, render, render_job
+from mf_train.launch.options import JobOptions
+from mf_train.launch.render import TEMPLATE, JobFolders, quote, render, render_job
 
 OPTIONS = JobOptions(nodes=2, gpus_per_node=4, time="1:00:00")
-PLACE = Place(run="/runs/a", common="/runs/a", directory="/home/me/project")
-ARRAY = Place(run="/runs/seed-{task}", common="/runs/seed-array", directory="/home/me")
+PLACE = JobFolders(run="/runs/a", common="/runs/a", directory="/home/me/project")
+ARRAY = JobFolders(run="/runs/seed-{task}", common="/runs/seed-array", directory="/home/me")
 NASTY = '/runs/it\'s "a" $(touch broken) `touch broken` ; touch broken # 100%'
 
 
-def rendered(options: JobOptions = OPTIONS, place: Place = PLACE, **changes: object) -> str:
+def rendered(options: JobOptions = OPTIONS, folders: JobFolders = PLACE, **changes: object) -> str:
     values: dict[str, object] = {
         "notice": 180,
         "node_counts": [2],
         "python": "/env/bin/python",
         "head": "Head.",
     }
-    return render_job(options, place, **(values | changes))  # type: ignore[arg-type]
+    return render_job(options, folders, **(values | changes))  # type: ignore[arg-type]
 
 
 def directives(text: str) -> list[str]:
@@ -138,7 +138,7 @@ def test_an_arrays_task_has_its_own_run(tmp_path: Path) -> None:
 
 def test_no_value_breaks_out(tmp_path: Path) -> None:
     options = replace(OPTIONS, container=f"{NASTY}.sif", container_mounts=("/a b:/c$d",), job_name=NASTY)
-    text = rendered(options, Place(run=NASTY, common=NASTY, directory="/home/$me"), python=NASTY)
+    text = rendered(options, JobFolders(run=NASTY, common=NASTY, directory="/home/$me"), python=NASTY)
     values = run_settings(text, tmp_path)
     assert values["run"] == values["python"] == NASTY
     assert values["arguments"] == f"{NASTY}/launch/config.yaml"
@@ -199,21 +199,21 @@ def test_other_images_are_pyxis_and_enroots(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "expected"),
+    ("folders", "expected"),
     [
         (replace(PLACE, common="/runs/100%"), "--output=/runs/100%%/launch/logs/%j.out"),
         (replace(PLACE, directory='/a "b"'), r'--chdir="/a \"b\""'),
         (replace(PLACE, directory="/a#b"), '--chdir="/a#b"'),
     ],
 )
-def test_what_sbatch_reads_specially_is_escaped(place: Place, expected: str) -> None:
-    assert expected in directives(rendered(place=place))
+def test_what_sbatch_reads_specially_is_escaped(folders: JobFolders, expected: str) -> None:
+    assert expected in directives(rendered(folders=folders))
 
 
 @pytest.mark.parametrize("path", ["/runs/a\nb", "/runs/a\\b"])
 def test_paths_that_sbatch_cannot_read_are_refused(path: str) -> None:
     with pytest.raises(UserError, match=r"sbatch cannot read|SLURM cannot write"):
-        rendered(place=replace(PLACE, common=path))
+        rendered(folders=replace(PLACE, common=path))
 
 
 def test_a_template_that_does_not_fit_is_an_error() -> None:

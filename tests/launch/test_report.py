@@ -1,8 +1,9 @@
-"""The first error of a start, found in logs that were made up after real ones."""
+"""How a start ended, and its first error, found in logs that were made up after real ones."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,8 +12,15 @@ from pathlib import Path
 import pytest
 
 from mf_train.errors import UserError
-from mf_train.launch.logs import Ending, format_ending, format_time, node_log, rank_log
-from mf_train.launch.report import first_error, report
+from mf_train.launch.logs import (
+    Ending,
+    format_ending,
+    format_request,
+    format_time,
+    rank_log,
+    stop_file,
+)
+from mf_train.launch.report import first_error, judge, report
 from tests.training.runs import REPOSITORY, environment
 
 START = 1_800_000_000.0
@@ -41,7 +49,15 @@ class Logs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def rank(self, rank: int, lines: list[str], status: int | None = None, after: float = 0.0) -> None:
+    def rank(
+        self,
+        rank: int,
+        lines: list[str],
+        status: int | None = None,
+        after: float = 0.0,
+        note: str = "",
+        asked: bool = False,
+    ) -> None:
         path = rank_log(self.folder, rank)
         host = f"n{rank // 2 + 1}"
         text = [
@@ -50,14 +66,15 @@ class Logs:
             "step 1/12  loss 8.3",
             *lines,
         ]
+        if asked:
+            text.append(format_request(rank, host, signal.SIGTERM))
         if status is not None:
-            text.append(format_ending(Ending(rank, host, status, START + after)))
+            text.append(format_ending(Ending(rank, host, status, START + after, note)))
         path.write_text("\n".join(text) + "\n")
         os.utime(path, (START + after, START + after))
 
-    def agent(self, node: int, *endings: Ending, lines: list[str] | None = None) -> None:
-        text = [*(lines or []), *map(format_ending, endings)]
-        node_log(self.folder, node).write_text("\n".join(text) + "\n")
+    def node(self, node: int, lines: list[str]) -> None:
+        (self.folder / f"node-{node:03d}.log").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
@@ -65,8 +82,45 @@ def logs(tmp_path: Path) -> Logs:
     return Logs(tmp_path)
 
 
-def seen(rank: int, status: int, after: float, by_agent: bool = False, note: str = "") -> Ending:
-    return Ending(rank, f"n{rank // 2 + 1}", status, START + after, by_agent, note)
+# by rank: a status, or "lost"
+@pytest.mark.parametrize(
+    ("ends", "starter", "outcome"),
+    [
+        ((0, 0), 0, 0),
+        ((0, 0), 1, 0),  # the ranks know best: torchrun ended with a traceback after a TERM
+        ((0, 75), 0, 75),
+        ((75, 75), 1, 75),
+        ((75, 2), 75, 2),  # srun's is the greatest
+        ((75, 1), 75, 1),
+        ((137, 0, 75), 1, 137),
+        ((143, 143), 143, 75),  # asked to end before they listened
+        ((143, 2), 143, 2),
+        (("lost", 75), 75, 1),
+        (("lost", 0), 0, 1),
+        (("lost", 0), 137, 137),
+        (("lost", "lost"), 6, 6),
+        ((0, 0, "no log"), 0, 1),
+        (("no log", "no log"), 127, 127),
+    ],
+)
+def test_the_outcome(logs: Logs, ends: tuple[int | str, ...], starter: int, outcome: int) -> None:
+    for rank, end in enumerate(ends):
+        if end != "no log":
+            logs.rank(rank, [], None if isinstance(end, str) else end)
+    status, lines = judge(logs.folder, len(ends), starter)
+    assert status == outcome
+    assert [line[:12] for line in lines[:1]] == ["first error:"] * (outcome not in (0, 75))
+
+
+def test_ranks_that_were_asked_to_stop_before_they_trained_lose_nothing(logs: Logs) -> None:
+    """Rank 1 listened already and waited for rank 0, which did not: its starter had to kill it."""
+    logs.rank(0, [], 138)
+    logs.rank(1, [], asked=True)
+    assert judge(logs.folder, 2, 137)[0] == 137
+    stop_file(logs.folder).touch()
+    assert judge(logs.folder, 2, 137)[0] == 75
+    logs.rank(2, OWN, 1)
+    assert judge(logs.folder, 3, 137)[0] == 1
 
 
 def test_a_rank_s_own_error_comes_before_those_who_lost_it_earlier(logs: Logs) -> None:
@@ -96,13 +150,11 @@ def test_of_two_own_errors_the_earlier_is_the_first(logs: Logs) -> None:
     assert error.lines == ["memoryformer: /data: No space left on device"]
 
 
-def test_a_killed_rank_is_known_from_its_agent(logs: Logs) -> None:
+def test_a_killed_rank(logs: Logs) -> None:
     logs.rank(0, [LOST], 1, after=12)
     logs.rank(1, GLOO, 1, after=11)
-    logs.rank(2, ["step 6/12", "step 7/12"])
-    logs.rank(3, [])
-    logs.agent(0, seen(0, 1, 12.1), seen(1, 1, 11.1))
-    logs.agent(1, seen(2, 137, 10, note="out of memory?"), seen(3, 143, 40, by_agent=True))
+    logs.rank(2, ["step 6/12", "step 7/12"], 137, after=10, note="out of memory?")
+    logs.rank(3, [], after=1, asked=True)  # and killed by its starter
     assert report(logs.folder) == [
         f"first error: rank 2 on n2 was killed by signal 9 (SIGKILL, out of memory?) at {format_time(START + 10)}",
         "    memoryformer: 0.3 M parameters, 0.1 M in tables",
@@ -110,7 +162,7 @@ def test_a_killed_rank_is_known_from_its_agent(logs: Logs) -> None:
         "    step 6/12",
         "    step 7/12",
         "  ranks 0-1: ended with status 1, 1 to 2 s later",
-        "  rank 3: ended by the agent, 30 s later",
+        "  rank 3: no ending: killed, or the node has gone",
         f"  log: {rank_log(logs.folder, 2)} (and 3 of other ranks beside it)",
     ]
 
@@ -118,8 +170,7 @@ def test_a_killed_rank_is_known_from_its_agent(logs: Logs) -> None:
 def test_the_watch_s_verdict_comes_before_ends_without_a_word(logs: Logs) -> None:
     logs.rank(0, [VERDICT], 1, after=70)
     logs.rank(1, [], 1, after=69)
-    logs.rank(3, [])
-    logs.agent(1, seen(3, 137, 130, by_agent=True))
+    logs.rank(3, [], after=1, asked=True)
     error = first_error(logs.folder)
     assert error is not None and (error.rank, error.lines) == (0, [VERDICT])
 
@@ -134,9 +185,8 @@ def test_under_srun_the_watch_leaves_no_endings(logs: Logs) -> None:
 
 def test_steps_after_the_watch_s_verdict(logs: Logs) -> None:
     """The ranks go on for as long as the others need to see it."""
-    logs.rank(0, [VERDICT, *(f"step {number}/12  loss 8.1" for number in range(2, 9))])
-    logs.rank(1, [])
-    logs.agent(0, seen(0, 1, 71), seen(1, 1, 70))
+    logs.rank(0, [VERDICT, *(f"step {number}/12  loss 8.1" for number in range(2, 9))], 1, after=71)
+    logs.rank(1, [], 1, after=70)
     logs.rank(2, [], 1, after=73)
     assert report(logs.folder)[:-1] == [
         f"first error: rank 0 on n1 ended with status 1 at {format_time(START + 71)}",
@@ -146,7 +196,7 @@ def test_steps_after_the_watch_s_verdict(logs: Logs) -> None:
 
 
 def test_an_error_that_the_run_outlived_is_none(logs: Logs) -> None:
-    logs.rank(0, [*OWN, "step 2/12  loss 8.2"])
+    logs.rank(0, [*OWN, "step 2/12  loss 8.2"], 0)
     logs.rank(1, [*OWN, "step 2/12  loss 8.2"], 75)
     assert first_error(logs.folder) is None
     logs.rank(2, [*OWN, "step 2/12  loss 8.2"], 137)
@@ -164,34 +214,44 @@ def test_a_rank_that_left_no_ending_comes_before_those_that_lost_their_connectio
         "first error: rank 2 on n2 left no ending (killed, or its node has gone), and last wrote at "
         f"{format_time(START + 8)}"
     )
-    assert "  rank 3: no ending: at work, killed, or the node has gone" in lines
+    assert "  rank 3: no ending: killed, or the node has gone" in lines
 
 
-def test_ranks_at_work_stopped_and_done_are_no_errors(logs: Logs) -> None:
+def test_ranks_stopped_and_done_are_no_errors(logs: Logs) -> None:
     logs.rank(0, ["memoryformer: warning of no weight"], 75, after=5)
     logs.rank(1, [], 0, after=5)
-    logs.rank(2, [])
     assert first_error(logs.folder) is None
     assert report(logs.folder) == [
         f"no error in the logs of {logs.folder}",
         "  rank 0: ended with status 75",
         "  rank 1: ended with status 0",
-        "  rank 2: no ending: at work, killed, or the node has gone",
     ]
 
 
-def test_agents_that_could_not_meet(logs: Logs) -> None:
-    words = "memoryformer: node 0 of 2 on n1 could not meet the others at n1:10123: Timed out"
-    logs.agent(0, lines=[words])
-    assert report(logs.folder)[1] == f"    {words}"
-
-
-def test_a_rank_without_a_log_is_quoted_from_its_agent_s(logs: Logs) -> None:
-    logs.agent(0, seen(0, 1, 2), seen(1, 1, 2), lines=["/usr/bin/python: No module named mf_train"])
-    error = first_error(logs.folder)
-    assert error is not None and error.rank == 0
+def test_what_kept_ranks_from_starting_is_in_the_logs_of_their_nodes(logs: Logs) -> None:
+    logs.node(1, ["/usr/bin/python: No module named mf_train"])
+    error = first_error(logs.folder, 4)
+    assert error is not None
+    assert (error.rank, error.host, error.how) == (None, "node-001", "failed")
     assert error.lines == ["/usr/bin/python: No module named mf_train"]
-    assert error.path == node_log(logs.folder, 0)
+    assert error.path == logs.folder / "node-001.log"
+    logs.node(
+        0, [*GLOO[:2], "torch.distributed.DistStoreError: Timed out after 301 seconds waiting for clients."]
+    )
+    assert "Timed out after 301 seconds" in report(logs.folder, 4)[3]
+    for rank in range(4):  # torchrun says as well that its ranks failed: they know better
+        logs.rank(rank, OWN, 1)
+    error = first_error(logs.folder, 4)
+    assert error is not None and error.rank == 0
+
+
+def test_a_rank_without_a_log(logs: Logs) -> None:
+    logs.rank(0, [], 0)
+    lines = report(logs.folder, 2)
+    assert lines[0].startswith("first error: rank 1 on an unknown host had written nothing at ")
+    logs.rank(0, GLOO, 1)
+    error = first_error(logs.folder, 2)
+    assert error is not None and error.rank == 0
 
 
 def test_of_a_long_traceback_the_first_and_last_lines(logs: Logs) -> None:
@@ -203,8 +263,7 @@ def test_of_a_long_traceback_the_first_and_last_lines(logs: Logs) -> None:
 
 
 def test_a_live_line_shows_its_last_state(logs: Logs) -> None:
-    logs.rank(0, ["step 1/12\rstep 2/12\rstep 3/12"])
-    logs.agent(0, seen(0, 139, 3))
+    logs.rank(0, ["step 1/12\rstep 2/12\rstep 3/12"], 139)
     error = first_error(logs.folder)
     assert error is not None and error.lines[-1] == "step 3/12"
 
@@ -217,7 +276,7 @@ def test_files_that_are_cut_empty_strange_or_gone(logs: Logs) -> None:
     rank_log(logs.folder, 4).symlink_to(logs.folder / "nowhere")
     rank_log(logs.folder, 5).write_text("rank 5 on n3 ended with status 1 at 2027-01-15T08:0")
     (logs.folder / "rank-notes.log").write_text("mine")
-    node_log(logs.folder, 0).write_bytes(b"\xff\xfe")
+    (logs.folder / "node-000.log").write_bytes(b"\xff\xfe")
     error = first_error(logs.folder)
     assert error is not None and error.rank == 0
     report(logs.folder)
@@ -254,10 +313,10 @@ def test_the_command(logs: Logs) -> None:
             command, capture_output=True, text=True, timeout=60, env=environment(), cwd=REPOSITORY
         )
 
-    done = run(str(logs.folder))
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run(str(logs.folder), "1", "75")
+    assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout.splitlines() == report(logs.folder)
-    done = run(str(logs.folder / "nowhere"))
+    done = run(str(logs.folder / "nowhere"), "1", "75")
     assert done.returncode == 2
     assert done.stderr == f"memoryformer: {logs.folder / 'nowhere'}: no such folder of logs\n"
 

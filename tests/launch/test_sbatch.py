@@ -1,14 +1,16 @@
 """The job script, by hand with plain sbatch, on a real SLURM cluster.
 
-The trainer itself runs in `test_trains_on_two_nodes`. The others put a short program in the place of its python
-(MF_PYTHON), to see just what the script does: which processes it starts and where, and what it does with an exit
-status and with signals. `test_drills.py` has the real trainer in trouble.
+The trainer itself runs in `test_trains_on_two_nodes`. The others put a short program in its place, to see just what the
+script does: which processes it starts and where, and what it does with their ends and with signals. `test_drills.py`
+has the real trainer in trouble.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import sys
 import time
@@ -17,73 +19,55 @@ from pathlib import Path
 import pytest
 
 from tests.launch.cluster import Cluster
+from tests.launch.launching import stand_in
 
 pytestmark = pytest.mark.slurm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "launch" / "train.sbatch"
 
-# What the script asks beside training: `python -m MODULE ...`.
-ANSWERS = """
-import sys
-module = sys.argv[2]
-if module == "mf_train.launch.run_folder":
-    print("run")
-    sys.exit(0)
-if module == "mf_train.launch.report":
-    print("the first error of", sys.argv[3])
-    sys.exit(0)
-"""
-
 # Writes down which process it is and what it sees.
 RECORDER = """
-import json, os, socket
-names = "SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID SLURM_NODEID MASTER_ADDR OMP_NUM_THREADS RANK"
-seen = {name: os.environ.get(name) for name in [*names.split(), "CUDA_VISIBLE_DEVICES"]}
-with open(f"rank-{seen['SLURM_PROCID']}.json", "w") as file:
-    json.dump({**seen, "host": socket.gethostname(), "arguments": sys.argv[1:]}, file)
+names = "SLURM_NODEID OMP_NUM_THREADS CUDA_VISIBLE_DEVICES".split()
+import resource
+seen = {"open_files": resource.getrlimit(resource.RLIMIT_NOFILE)}
+seen |= {**vars(process), **{name: os.environ.get(name) for name in names}, "host": os.uname().nodename}
+Path(f"rank-{process.rank}.json").write_text(json.dumps({**seen, "arguments": sys.argv[1:]}))
 """
 
 # Stops as the trainer does: on USR1 or TERM it saves and exits 75. After its first restart it exits at once.
 STOPPABLE = """
-import os, signal, time
-from pathlib import Path
-rank = os.environ["SLURM_PROCID"]
 def stop(number, frame):
-    time.sleep(1 + 2 * int(rank))  # ranks leave at different times, and none may be killed meanwhile
-    Path(f"saved-{rank}").write_text(signal.Signals(number).name)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1 + 2 * process.rank)  # ranks leave at different times, and none may be killed meanwhile
+    Path(f"saved-{process.rank}").write_text(signal.Signals(number).name)
     sys.exit(75)
 signal.signal(signal.SIGUSR1, stop)
 signal.signal(signal.SIGTERM, stop)
 if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-    Path(f"resumed-{rank}").touch()
+    Path(f"resumed-{process.rank}").touch()
     sys.exit(0)
-Path(f"started-{rank}").touch()
+Path(f"started-{process.rank}").touch()
 time.sleep(120)
 """
 
-# Ends its Nth start with the Nth word of the file `ends`: a status, after a new checkpoint where a + stands before it.
+# Ends its Nth start with the Nth word of the file `ends`: a status, or one for each rank as in 75/2, after a new
+# checkpoint where a + stands before it. "lost": the rank and the process that waits for it are killed.
 SCRIPTED = """
-import os
-from pathlib import Path
-start = int(sys.argv[3].rpartition("-")[2])
+start = int(logs.name.rpartition("-")[2])
 end = Path("ends").read_text().split()[start - 1]
-if os.environ["SLURM_PROCID"] == "0":
+if process.rank == 0:
     with open("seen", "a") as seen:
         seen.write(f"{start} {os.environ['SLURM_JOB_END_TIME']} {os.environ['MF_NOTICE_SECONDS']}\\n")
     if end.startswith("+"):
         Path("run/checkpoints").mkdir(exist_ok=True)
         Path("run/checkpoints/latest").write_text(f"step-{start:09d}\\n")
+end = end.split("/")[-1 if process.rank else 0]
+if end == "lost":
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
 sys.exit(int(end))
 """
-
-
-def stand_in(folder: Path, program: str) -> str:
-    """Writes an executable that runs `program`, for MF_PYTHON."""
-    path = folder / "stand-in"
-    path.write_text(f"#!{sys.executable}\n{ANSWERS}{program}")
-    path.chmod(0o755)
-    return str(path)
 
 
 def output(folder: Path) -> str:
@@ -112,8 +96,8 @@ def wait_for_files(folder: Path, names: set[str], timeout: float = 60) -> None:
         ("srun", "--nodes=2 --partition=gpu --gpus-per-node=2", "g1 g1 g2 g2", 2),
         ("srun", "--nodes=2 --partition=gpu --gpus-per-node=h100:1", "g1 g2", 4),
         ("srun", "--partition=gpu", "g1 g1", 2),  # no number given: all of the node
-        ("torchrun", "--nodes=2 --ntasks-per-node=2", "n1 n2", 2),
-        ("torchrun", "--nodes=2 --partition=gpu --gpus-per-node=2", "g1 g2", 2),
+        ("torchrun", "--nodes=2 --ntasks-per-node=2", "n1 n1 n2 n2", 2),
+        ("torchrun", "--nodes=2 --partition=gpu --gpus-per-node=2", "g1 g1 g2 g2", 2),
     ],
 )
 def test_starts_one_process_per_task_or_gpu(
@@ -125,36 +109,49 @@ def test_starts_one_process_per_task_or_gpu(
         SCRIPT,
         *arguments,
         cwd=tmp_path,
-        MF_PYTHON=stand_in(tmp_path, RECORDER),
+        MF_PYTHON=str(stand_in(tmp_path, RECORDER)),
         MF_STARTER=starter,
         RANK="7",
     )
     job = slurm_cluster.wait_for_end(number, 60)
     assert job["JobState"] == "COMPLETED", output(tmp_path)
 
-    logs = f"run/launch/logs/{number}-1"
-    program = ["mf_train.launch.rank", logs] if starter == "srun" else ["mf_train.launch.agent", logs, "2"]
     ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank-*.json"))]
     assert [rank["host"] for rank in ranks] == hosts.split()
     for i, rank in enumerate(ranks):
-        assert rank["SLURM_PROCID"] == str(i)
-        assert rank["SLURM_STEP_NUM_TASKS"] == str(len(ranks))
-        assert rank["SLURM_LOCALID"] == str([r["host"] for r in ranks[:i]].count(rank["host"]))
+        assert (rank["rank"], rank["world_size"]) == (i, len(ranks))
+        assert rank["local_rank"] == [r["host"] for r in ranks[:i]].count(rank["host"])
         assert rank["SLURM_NODEID"] == str(sorted(set(hosts.split())).index(rank["host"]))
-        assert rank["MASTER_ADDR"] == hosts.split()[0]
+        assert rank["master_address"] == hosts.split()[0]
         assert rank["OMP_NUM_THREADS"] == str(threads)
-        assert rank["RANK"] is None  # of whatever the user's shell was in
-        assert rank["arguments"] == ["-m", *program, "--", "train", *arguments]
+        assert rank["arguments"] == [f"run/launch/logs/{number}-1", "--", "train", *arguments]
         if "gpu" in options:  # each sees all those of its node, or of those that were asked for
-            seen = hosts.split().count(rank["host"]) if starter == "srun" else 2
-            assert rank["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, range(seen)))
+            assert rank["CUDA_VISIBLE_DEVICES"] == ",".join(
+                map(str, range(hosts.split().count(rank["host"])))
+            )
+
+
+def test_the_limit_of_open_files_is_raised(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    """SLURM hands on that of the shell that submitted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        python = str(stand_in(tmp_path, RECORDER))
+        number = slurm_cluster.submit(
+            SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, MF_STARTER="srun"
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    slurm_cluster.wait_for_end(number, 60)
+    raised, most = json.loads((tmp_path / "rank-0.json").read_text())["open_files"]
+    assert raised == (65536 if most == resource.RLIM_INFINITY else min(65536, most))
 
 
 @pytest.mark.parametrize("starter", [pytest.param("srun", marks=pytest.mark.slow), "torchrun"])
 def test_saves_and_requeues_itself_on_notice(slurm_cluster: Cluster, tmp_path: Path, starter: str) -> None:
     python = stand_in(tmp_path, STOPPABLE)
     number = slurm_cluster.submit(
-        "--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, MF_STARTER=starter
+        "--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python), MF_STARTER=starter
     )
     wait_for_files(tmp_path, {"started-0", "started-1"})
     slurm_cluster.run("scancel", "--batch", "--signal=USR1", str(number))
@@ -172,7 +169,7 @@ def test_saves_and_requeues_itself_on_notice(slurm_cluster: Cluster, tmp_path: P
 
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm_cluster: Cluster, tmp_path: Path) -> None:
     python = stand_in(tmp_path, STOPPABLE)
-    number = slurm_cluster.submit("--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python)
+    number = slurm_cluster.submit("--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python))
     wait_for_files(tmp_path, {"started-0", "started-1"})
     slurm_cluster.run("scancel", str(number))
     wait_for_files(tmp_path, {"saved-0", "saved-1"}, timeout=30)
@@ -183,7 +180,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm_cluster: Cluster, tmp_p
 
 def test_stopped_on_request_it_stays_out_of_the_queue(slurm_cluster: Cluster, tmp_path: Path) -> None:
     python = stand_in(tmp_path, STOPPABLE)
-    number = slurm_cluster.submit("--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python)
+    number = slurm_cluster.submit("--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python))
     wait_for_files(tmp_path, {"started-0", "started-1"})
     (tmp_path / f"run/launch/stop-{number}").touch()
     slurm_cluster.run("scancel", "--batch", "--signal=USR1", str(number))
@@ -195,7 +192,7 @@ def test_stopped_on_request_it_stays_out_of_the_queue(slurm_cluster: Cluster, tm
 def test_a_request_that_came_before_the_script_counts(slurm_cluster: Cluster, tmp_path: Path) -> None:
     """As while a node was made ready, or where SLURM requeued the job before it could look."""
     python = stand_in(tmp_path, STOPPABLE)
-    number = slurm_cluster.submit("--hold", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python)
+    number = slurm_cluster.submit("--hold", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python))
     (tmp_path / "run/launch").mkdir(parents=True)
     (tmp_path / f"run/launch/stop-{number}").touch()
     slurm_cluster.run("scontrol", "release", str(number))
@@ -211,6 +208,10 @@ def test_a_request_that_came_before_the_script_counts(slurm_cluster: Cluster, tm
         ("2", "FAILED", "2:0", 0, "ends", "not tried again"),
         # a failure is, at once
         ("1 0", "COMPLETED", "0:0", 0, "retry done", "failed with status 1"),
+        # srun's status is the greatest: 75 hides the others
+        ("75/2", "FAILED", "2:0", 0, "ends", "not tried again"),
+        ("1/75 0", "COMPLETED", "0:0", 0, "retry done", "failed with status 1"),
+        ("0/lost 75/lost 0", "COMPLETED", "0:0", 0, "retry retry done", "rank 1 on n2 left no ending"),
         # not for ever: three starts from the same checkpoint
         (
             "1 137 1",
@@ -242,17 +243,21 @@ def test_goes_on_as_long_as_there_is_progress(
     (tmp_path / "ends").write_text(ends)
     python = stand_in(tmp_path, SCRIPTED)
     number = slurm_cluster.submit(
-        "--nodes=2", "--time=10", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, MF_STARTER="srun"
+        "--nodes=2",
+        "--time=10",
+        SCRIPT,
+        "config.yaml",
+        cwd=tmp_path,
+        MF_PYTHON=str(python),
+        MF_STARTER="srun",
     )
     submitted = time.time()
     job = slurm_cluster.wait_for_end(number, 120)
     printed = output(tmp_path)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == (state, code, str(restarts)), printed
     assert says in printed
-    failures = [start for start, end in enumerate(ends.split(), 1) if int(end) not in (0, 75)]
-    assert [f"the first error of run/launch/logs/{number}-{start}" in printed for start in failures] == [
-        True for _ in failures
-    ]
+    failures = [start for start, end in enumerate(ends.split(), 1) if end.strip("+") not in ("0", "75")]
+    assert re.findall(rf"  log: run/launch/logs/{number}-(\d+)/rank", printed) == list(map(str, failures))
     ended = [line for line in starts(tmp_path) if line[3] == "ended"]
     assert " ".join(line[8] for line in ended[: len(nexts.split())]) == nexts
     seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
@@ -261,9 +266,22 @@ def test_goes_on_as_long_as_there_is_progress(
     assert all(line[2] == "120" for line in seen)
 
 
+def test_a_container_leaves_time_to_be_started_once_more(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "ends").write_text("0")
+    script = tmp_path / "script"
+    script.write_text(SCRIPT.read_text().replace("srun_options=()", "srun_options=(--quiet)"))
+    python = str(stand_in(tmp_path, SCRIPTED))
+    submitted = time.time()
+    options = ["--time=10", "--job-name=memoryformer"]
+    number = slurm_cluster.submit(
+        *options, script, "config.yaml", cwd=tmp_path, MF_PYTHON=python, MF_STARTER="srun"
+    )
+    assert slurm_cluster.wait_for_end(number, 60)["JobState"] == "COMPLETED", output(tmp_path)
+    _, end, notice = (tmp_path / "seen").read_text().split()
+    assert notice == "90" and submitted + 560 < int(end) < time.time() + 580
+
+
 TASK = """
-import os, signal, time
-from pathlib import Path
 task = os.environ["SLURM_ARRAY_TASK_ID"]
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
 Path(f"started-{task}-{os.environ.get('SLURM_RESTART_COUNT', 0)}").touch()
@@ -275,7 +293,7 @@ while not Path("go").exists():
 def test_a_task_of_an_array_requeues_itself_alone(slurm_cluster: Cluster, tmp_path: Path) -> None:
     """The task that starts last has the whole array's number."""
     python = stand_in(tmp_path, TASK)
-    array = slurm_cluster.submit("--array=0-2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python)
+    array = slurm_cluster.submit("--array=0-2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python))
     wait_for_files(tmp_path, {f"started-{task}-0" for task in range(3)})
     numbers = {task: slurm_cluster.job(f"{array}_{task}")["JobId"] for task in range(3)}
     (last,) = [task for task, number in numbers.items() if number == str(array)]
@@ -301,7 +319,7 @@ def test_a_request_to_stop_counts_while_the_start_is_prepared(slurm_cluster: Clu
     path = slurm_with(tmp_path, 'echo "$@" >> asked; sleep 1; exec $real "$@"')
     python = stand_in(tmp_path, STOPPABLE)
     number = slurm_cluster.submit(
-        "--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, PATH=path
+        "--nodes=2", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python), PATH=path
     )
     wait_for_files(tmp_path, {"asked"})
     time.sleep(1.5)  # it has asked for the nodes' names and now asks for the job's end
@@ -318,7 +336,7 @@ def test_waits_for_a_controller_that_does_not_answer(slurm_cluster: Cluster, tmp
     (tmp_path / "ends").write_text("+75 0")
     python = stand_in(tmp_path, SCRIPTED)
     number = slurm_cluster.submit(
-        "--nodes=2", "--time=10", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=python, PATH=path
+        "--nodes=2", "--time=10", SCRIPT, "config.yaml", cwd=tmp_path, MF_PYTHON=str(python), PATH=path
     )
     job = slurm_cluster.wait_for_end(number, 120)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(tmp_path)

@@ -19,14 +19,10 @@ from tests.launch.launching import SIZE, Launcher, on_cluster, stand_in, without
 
 # Notes the configuration and the code of its task, and ends.
 RECORDER = """
-import json, os, sys
-from pathlib import Path
-if "train" in sys.argv:
-    config = Path(sys.argv[sys.argv.index("train") + 1])
-    note = {"arguments": sys.argv[1:], "code": os.environ["PYTHONPATH"].split(":")[0], "cwd": os.getcwd()}
-    (config.parent / f"seen-{os.environ['SLURM_PROCID']}.json").write_text(json.dumps(note))
+note = {"arguments": sys.argv[1:], "code": os.environ["PYTHONPATH"].split(":")[0], "cwd": os.getcwd()}
+(Path(sys.argv[-1]).parent / f"seen-{process.rank}.json").write_text(json.dumps(note))
 """
-SLEEPER = "import sys, time\nif 'train' in sys.argv: time.sleep(300)"
+SLEEPER = "time.sleep(300)"
 
 
 @pytest.fixture

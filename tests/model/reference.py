@@ -1,4 +1,4 @@
-"""The two models again, written from SPEC.md with loops and in float64: slow, and sharing no code with mf_train."""
+"""The two models again, written from the equations with loops in float64: slow, and sharing no code with mf_train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts of parameters and FLOPs against the built models, SPEC.md's table and the paper's Table 1."""
+"""Counts of parameters and FLOPs against the built models and the paper's (arXiv 2411.12992, Table 1)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def paper_model(name: str, kind: str = "memoryformer", **other: object) -> Model
     return ModelConfig(kind=kind, num_layers=layers, hidden_size=hidden, num_heads=heads, **other)
 
 
-# SPEC.md prints 1.868 for small's 1 868 562 432; the others are rounded.
+# In billions, rounded but for small's, which is cut.
 @pytest.mark.parametrize(
     ("name", "count", "printed"),
     [("tiny", 415_236_096, 0.415), ("small", 1_868_562_432, 1.868), ("base", 6_643_777_536, 6.644)],

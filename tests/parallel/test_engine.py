@@ -7,7 +7,6 @@ start of 4 processes (tests/parallel/worlds.py).
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from mf_train.config import ModelConfig, OptimizerConfig
 from mf_train.model import MemoryFormer
 from mf_train.parallel.engine import parameter_groups
-from tests.distributed import _free_port, run_distributed
+from tests.distributed import run_distributed
 from tests.parallel.worlds import (
     MODEL,
     OPTIMIZER,
@@ -28,6 +27,8 @@ from tests.parallel.worlds import (
     run_worlds,
     train_plainly,
 )
+from tests.threads import threads
+from tests.warm import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -102,7 +103,7 @@ WARM = [p for p in EVERY_CASE if p.values[0].warm]
 @functools.cache
 def results(slow: bool) -> list[list[dict[str, Any]]]:
     """By rank, then by world."""
-    worlds = [(members, _free_port(), cases) for members, cases in (SLOW_WORLDS if slow else WORLDS)]
+    worlds = [(members, free_port(), cases) for members, cases in (SLOW_WORLDS if slow else WORLDS)]
     return run_distributed(run_worlds, 4, worlds, timeout=900 if slow else 500)
 
 
@@ -123,12 +124,12 @@ Plain = dict[tuple[str, bool], Record]  # by precision, and whether attention st
 
 @pytest.fixture(scope="module")
 def plain() -> Plain:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    kinds = itertools.product(("float32", "bfloat16"), (False, True))
-    trained = {kind: train_plainly(*kind) for kind in kinds}
-    torch.set_num_threads(threads)
-    return trained
+    with threads(1):
+        return {
+            (precision, documents): train_plainly(precision, documents)
+            for precision in ("float32", "bfloat16")
+            for documents in (False, True)
+        }
 
 
 def whole(ranks: list[Record], kind: str) -> dict[str, torch.Tensor]:

@@ -61,8 +61,8 @@ def test_no_micro_batch_waits_for_the_device() -> None:
 def test_operators_are_probed_on_cpus_alone(kind: str, probed: bool) -> None:
     code = (
         "import torch\n"
-        "from mf_train.parallel.engine import _import_deepspeed\n"
-        f"deepspeed = _import_deepspeed(torch.device({kind!r}), 0)\n"
+        "from mf_train.parallel.engine import import_deepspeed\n"
+        f"deepspeed = import_deepspeed(torch.device({kind!r}), 0)\n"
         "print('__compatible_ops__' in vars(deepspeed.ops))\n"
     )
     done = subprocess.run(

@@ -19,29 +19,31 @@ def test_the_group_is_bound_to_a_gpu_only_where_there_are_several_processes() ->
     assert bound_device(Process(1, 2, 1), cpu) is None
 
 
-def claims(rank: int, world_size: int, uuids: list[str]) -> str:
+def claims(rank: int, world_size: int, cases: list[list[str]]) -> list[str]:
     """What a rank is told that claims the GPU `uuids[rank]` of a store that all share, in the order of ranks."""
     process = find_process()
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     store = dist.TCPStore(
         process.master_address, process.master_port, is_master=False, wait_for_workers=False
     )
-    told = "taken"
-    for turn in range(world_size):
-        if turn == rank:
-            try:
-                claim_gpu(store, rank, uuids[rank])
-                claim_gpu(store, rank, uuids[rank])  # its own: no other's
-            except UserError as error:
-                told = str(error)
-        dist.barrier()
+    told = ["taken"] * len(cases)
+    for number, uuids in enumerate(cases):
+        for turn in range(world_size):
+            if turn == rank:
+                try:
+                    claim_gpu(store, rank, uuids[rank])
+                    claim_gpu(store, rank, uuids[rank])  # its own: no other's
+                except UserError as error:
+                    told[number] = str(error)
+            dist.barrier()
     return told
 
 
 @pytest.mark.distributed
 def test_a_gpu_that_another_rank_has_is_refused() -> None:
-    assert run_distributed(claims, 3, ["GPU-a", "GPU-b", "GPU-c"]) == ["taken"] * 3
-    first, second, third = run_distributed(claims, 3, ["GPU-a", "GPU-b", "GPU-a"])
+    cases = [["GPU-a", "GPU-b", "GPU-c"], ["GPU-d", "GPU-e", "GPU-d"]]
+    different, (first, second, third) = zip(*run_distributed(claims, 3, cases), strict=True)
+    assert different == ("taken",) * 3
     assert first == second == "taken"
     assert "rank 2 on " in third and "the same GPU as rank 0" in third and "--gpus-per-task=1" in third
 

@@ -30,8 +30,7 @@ from mf_train.parallel.watch import (
     find_speaker,
     is_broken_connection,
 )
-from tests.distributed import _free_port
-from tests.warm import start_warm
+from tests.warm import free_port, start_warm
 
 pytestmark = pytest.mark.distributed
 HOST = socket.gethostname()
@@ -93,21 +92,21 @@ def train(world: World, rank: int, watch: Watch, folder: Path) -> None:
     values = torch.ones(4)
     for step in range(1, 200):
         trouble = world.trouble if step > STEPS else ""
-        watch.at(f"reading the batch of step {step}")
+        watch.entering(f"reading the batch of step {step}")
         if trouble in ("reads", "alone") and rank == min(1, world.size - 1):
             time.sleep(60)
         if trouble == "raises" and rank == 1:
             raise ValueError("a mistake of rank 1 alone")
         if trouble == "another error":
             raise RuntimeError("out of memory")
-        watch.at(f"training step {step}")
+        watch.entering(f"training step {step}")
         if trouble == "all hang" or (trouble == "computes" and rank == 1):
             time.sleep(60)
         if trouble == "works":
             if rank == 1:  # the others wait in their collective for longer than the limit
                 for _ in range(20):
                     time.sleep(2 * LIMIT / 20)
-                    watch.beat()
+                    watch.still_alive()
             dist.all_reduce(values)
             return
         dist.all_reduce(values)
@@ -133,7 +132,7 @@ class Outcome:
 
 def run_world(world: World, folder: Path) -> Outcome:
     folder.mkdir()
-    port = _free_port()
+    port = free_port()
     agent = (
         dist.TCPStore(
             "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)

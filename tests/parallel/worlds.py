@@ -16,7 +16,6 @@ from mf_train.data.stream.validation import IGNORED, ValidationBlocks
 from mf_train.data.tokenizer import TokenIds
 from mf_train.model import MemoryFormer
 from mf_train.model.head import Head
-from mf_train.model.initialise import initialise
 from mf_train.model.memory import record_codes
 from mf_train.model.sharding import split_dimension
 from mf_train.parallel.degrees import Degrees, check_degrees
@@ -24,7 +23,7 @@ from mf_train.parallel.engine import MOMENTS, Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import Process
-from mf_train.parallel.tensor import TensorParallelHead, shard_model
+from mf_train.parallel.tensor import TensorParallelHead, build_model
 from mf_train.training.validate import validation_loss
 
 Weights = dict[str, Tensor]
@@ -148,12 +147,7 @@ def run_case(case: Case, process: Process, device: torch.device = CPU) -> Record
     check_degrees(config, process.world_size)
     groups = make_groups(process, case.tensor)
     degrees = groups.degrees
-    with torch.device("meta"):
-        model = MemoryFormer(MODEL)
-    if case.tensor > 1:
-        shard_model(model, Exchange(groups.tensor))
-    model.to_empty(device=device)
-    initialise(model, 0, degrees.tensor_rank, case.tensor)
+    model = build_model(MODEL, Exchange(groups.tensor) if case.tensor > 1 else None, 0, device)
     engine = Engine(model, config, groups, device, END_OF_TEXT if case.documents else None)
     if case.warm:
         warm_up(engine)

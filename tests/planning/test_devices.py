@@ -59,6 +59,7 @@ def test_peaks_are_those_of_the_data_sheets(
 def test_every_name_is_of_one_device_and_has_a_sheet() -> None:
     names = [name for tree in TABLE.values() for name in tree["names"]]
     assert sorted(names) == sorted(row[0] for row in SHEETS)
+    assert find_peak("Some CPU @ 2.00GHz") is None
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -90,6 +91,28 @@ def test_a_file_may_replace_all_that_a_benchmark_measures(tmp_path: Path) -> Non
     assert (device.copy, device.launch, device.memory, device.gather) == (1e12, 5e-6, 4e10, 2e12)
     assert device.inside == find_device("h200").inside
     assert device.measured == ("copy", "flops", "gather", "launch")
+
+
+def test_a_file_replaces_some_of_its_base_s_rates(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: h100\ngather: 1.0e+12\ninside: {bandwidth: 1.0e+11}\n")
+    device, base = find_device(str(path)), find_device("h100")
+    assert (device.gather, device.inside.bandwidth) == (1e12, 1e11)
+    assert (device.copy, device.inside.latency) == (base.copy, base.inside.latency)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("base: h300\n", "base: [cpu]\n", "base: cpu\nspeed: 3\n", "base: cpu\nmeasured: 5\n"),
+        *("base: cpu\ngather: fast\n", "base: cpu\ncopy: .inf\n", "[]\n"),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"mine\.yaml"):
+        find_device(str(path))
 
 
 @pytest.mark.parametrize("key", sorted(FULL))

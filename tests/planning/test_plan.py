@@ -10,48 +10,24 @@ from pathlib import Path
 import pytest
 
 from mf_train.cli import main
+from mf_train.commands import CommandParser
 from mf_train.config import Config
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
 from mf_train.launch.arguments import add_launch
-from mf_train.launch.job import JobOptions, check_job
+from mf_train.launch.limits import check_job
+from mf_train.launch.options import JobOptions
 from mf_train.planning.devices import find_device
 from mf_train.planning.plan import choose, make_layout, search
 from mf_train.planning.scaling import scaling
 from mf_train.planning.time import estimate_step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-
-def test_a_measured_rate_overrides_the_table(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("base: h100\ngather: 1.0e+12\ninside: {bandwidth: 1.0e+11}\n")
-    device, base = find_device(str(path)), find_device("h100")
-    assert (device.gather, device.inside.bandwidth) == (1e12, 1e11)
-    assert (device.copy, device.inside.latency) == (base.copy, base.inside.latency)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "base: h300\n",
-        "base: [cpu]\n",
-        "base: cpu\nspeed: 3\n",
-        "base: cpu\nmeasured: 5\n",
-        "base: cpu\ngather: fast\n",
-        "base: cpu\ncopy: .inf\n",
-        "[]\n",
-    ],
-)
-def test_a_wrong_device_file_is_refused(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError, match=r"mine\.yaml"):
-        find_device(str(path))
+BASE, H100 = load_config(CONFIGS / "base.yaml"), find_device("h100")
 
 
 def test_a_slower_part_makes_a_slower_step() -> None:
-    config, device = load_config(CONFIGS / "base.yaml"), find_device("h100")
+    config, device = BASE, H100
     step = estimate_step(config, 4, 8, device)
     for name in ("gather", "copy"):
         slow = replace(device, **{name: getattr(device, name) / 10})
@@ -62,8 +38,7 @@ def test_a_slower_part_makes_a_slower_step() -> None:
 
 
 def test_the_best_layout_fits_is_quick_and_leaves_room() -> None:
-    config, device = load_config(CONFIGS / "base.yaml"), find_device("h100")
-    layouts = search(config, 1, 8, device)
+    layouts = search(BASE, 1, 8, H100)
     fitting = [layout for layout in layouts if layout.fits]
     assert fitting and len(fitting) < len(layouts)
     assert layouts[0].time.seconds == min(layout.time.seconds for layout in fitting)
@@ -71,20 +46,17 @@ def test_the_best_layout_fits_is_quick_and_leaves_room() -> None:
     assert best is not None and best.fits and best.time.seconds <= 1.05 * layouts[0].time.seconds
     smaller = [layout for layout in fitting if layout.memory.peak < best.memory.peak]
     assert all(layout.time.seconds > 1.05 * layouts[0].time.seconds for layout in smaller)
-    small = replace(device, memory=1e9)
-    assert choose(search(config, 1, 8, small)) is None
+    assert choose(search(BASE, 1, 8, replace(H100, memory=1e9))) is None
 
 
 def test_a_batch_of_no_small_divisors_ends() -> None:
     config = load_config(CONFIGS / "tiny.yaml", ["training.global_batch_size=1000000007"])
-    assert search(config, 1, 1, find_device("h100"))[0].config.training.micro_batch_size == 1
+    assert search(config, 1, 1, H100)[0].config.training.micro_batch_size == 1
 
 
 def test_no_layout_sums_gradients_in_bfloat16_unless_it_was_asked_for() -> None:
-    config, device = load_config(CONFIGS / "base.yaml"), find_device("h100")
-
     def summed(config: Config) -> list[int]:
-        layouts = search(config, 1, 8, device)
+        layouts = search(config, 1, 8, H100)
         return [
             layout.config.training.micro_batch_size
             for layout in layouts
@@ -92,24 +64,24 @@ def test_no_layout_sums_gradients_in_bfloat16_unless_it_was_asked_for() -> None:
             and layout.config.training.micro_batch_size * layout.data < config.training.global_batch_size
         ]
 
-    assert not summed(config)
-    assert summed(replace(config, parallel=replace(config.parallel, zero_stage=0)))
-    assert summed(replace(config, training=replace(config.training, precision="float32")))
+    assert not summed(BASE)
+    assert summed(replace(BASE, parallel=replace(BASE.parallel, zero_stage=0)))
+    assert summed(replace(BASE, training=replace(BASE.training, precision="float32")))
 
 
 def test_tensor_parallel_groups_stay_inside_a_node() -> None:
-    config = load_config(CONFIGS / "base.yaml")
     with pytest.raises(UserError, match=r"parallel\.tensor"):
-        make_layout(config, 4, 4, find_device("h100"))
+        make_layout(BASE, 4, 4, H100)
 
 
 def test_scaling_keeps_or_grows_the_batch() -> None:
-    curves = scaling(load_config(CONFIGS / "base.yaml"), 4, 8, find_device("h100"))
+    curves = scaling(BASE, 4, 8, H100)
     assert [point["devices"] for point in curves["weak"]] == [8, 64, 512, 4096]
     assert {point["global_batch_size"] for point in curves["strong"]} == {1024}
     assert curves["weak"][-1]["global_batch_size"] == 512 * 256  # 1024 sequences on 4 data-parallel ranks
     seconds = [point["step_seconds"] for point in curves["strong"]]
     assert seconds == sorted(seconds, reverse=True)
+    assert [point["micro_batch_size"] for point in curves["strong"]] == [32, 32, 16, 2]
     assert [point["logical_streams"] for point in curves["weak"]] == [64, 64, 64, 512]
 
 
@@ -118,10 +90,10 @@ def test_a_point_that_does_not_divide_says_so() -> None:
     config = load_config(
         CONFIGS / "base.yaml", ["training.global_batch_size=1000", "training.micro_batch_size=1"]
     )
-    strong = scaling(config, 1, 8, find_device("h100"))["strong"]
+    strong = scaling(config, 1, 8, H100)["strong"]
     assert ["refused" in point for point in strong] == [False, False, True, True]
     assert "data-parallel degree 64" in strong[2]["refused"]
-    assert all("refused" in point for point in scaling(config, 1, 5, find_device("h100"))["weak"])
+    assert all("refused" in point for point in scaling(config, 1, 5, H100)["weak"])
 
 
 def run_plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -147,12 +119,13 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_launch_line_is_one_that_launch_takes(capsys: pytest.CaptureFixture[str]) -> None:
     path = str(CONFIGS / "base.yaml")
-    _, out, _ = run_plan(capsys, path, "training.steps=9", "parallel.tensor=8", "--nodes", "4", "--json")
+    overrides = ("training.steps=9", "training.micro_batch_size=1", "parallel.tensor=8")
+    _, out, _ = run_plan(capsys, path, *overrides, "--nodes", "4", "--json")
     found = json.loads(out)
     program, verb, *words = shlex.split(found["launch"])
     assert (program, verb) == ("memoryformer", "launch")
     given = argparse.ArgumentParser()
-    add_launch(given.add_subparsers())
+    add_launch(given.add_subparsers(parser_class=CommandParser))
     parsed = given.parse_args([verb, *words])
     config = load_config(parsed.config, parsed.overrides)
     assert config.training.steps == 9

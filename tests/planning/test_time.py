@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
 from benchmarks.plan_time import CONFIGS
 from mf_train.planning.devices import find_device
 from mf_train.planning.time import estimate_step
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.planning.configs import run_python
 
 
 def test_the_ranked_configurations_lie_apart() -> None:
@@ -26,13 +21,8 @@ def test_the_ranked_configurations_lie_apart() -> None:
 
 @pytest.mark.slow
 def test_the_ranking_is_that_of_real_steps() -> None:
-    command = [sys.executable, "-m", "benchmarks.plan_time"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    assert "ranking exact" in done.stdout, done.stdout
+    said = run_python("-m", "benchmarks.plan_time")
+    assert "ranking exact" in said, said
 
 
 def test_a_cpu_adds_launches_and_a_gpu_hides_them() -> None:

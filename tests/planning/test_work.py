@@ -1,29 +1,42 @@
-"""FLOPs and bytes of a step: the paper's Table 1, and counts made here by hand or by running the model."""
+"""FLOPs and bytes of a step: the paper's Table 1, counts made here by hand, by running the model, and on real ranks."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
+from mf_train.config import ModelConfig
 from mf_train.model import MemoryFormer
-from mf_train.planning.devices import Peak, find_peak
-from mf_train.planning.efficiency import step_efficiency
-from mf_train.planning.work import micro_batch_work, model_flops, paper_flops, step_bytes
+from mf_train.parallel.degrees import Degrees
+from mf_train.parallel.engine import Engine
+from mf_train.parallel.exchange import Exchange
+from mf_train.parallel.groups import Groups, start_processes, stop_processes
+from mf_train.parallel.processes import find_process
+from mf_train.parallel.tensor import shard_model
+from mf_train.planning.devices import Peak
+from mf_train.planning.work import (
+    data_parallel_bytes,
+    micro_batch_work,
+    model_flops,
+    paper_flops,
+    step_bytes,
+    step_efficiency,
+    tensor_parallel_bytes_per_token,
+)
+from tests.distributed import run_distributed
+from tests.planning.configs import SMALL
+from tests.planning.configs import make_config as make
 
 SIZES = {"tiny": (6, 512, 8), "small": (12, 768, 12), "base": (24, 1024, 16)}
 # Billions of multiply-adds of a block at S = 2048, as the paper prints them.
 TABLE_1 = {"tiny": (10.7, 4.7), "small": (20.9, 7.4), "base": (34.4, 10.2)}
-
-
-def make(model: ModelConfig, batch: int = 4, micro: int = 2, **parallel: int) -> Config:
-    training = TrainingConfig(global_batch_size=batch, micro_batch_size=micro)
-    return Config(model=model, training=training, parallel=ParallelConfig(**parallel))
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -39,9 +52,7 @@ def test_flops_of_a_step_are_table_1_s(name: str) -> None:
 
 def test_flops_of_the_dense_peer_are_those_that_torch_counts() -> None:
     """torch counts 2 for a multiply-add of each product it runs, attention's whole square included."""
-    model = ModelConfig(
-        kind="dense", hidden_size=48, num_layers=3, num_heads=4, vocab_size=96, sequence_length=40
-    )
+    model = replace(SMALL, kind="dense", hidden_size=48, num_layers=3, vocab_size=96, sequence_length=40)
     tokens = torch.randint(96, (2, 41))
     built = MemoryFormer(model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -52,13 +63,12 @@ def test_flops_of_the_dense_peer_are_those_that_torch_counts() -> None:
 
 def test_rows_and_tables_of_a_lookup_are_counted_by_hand() -> None:
     size, bits, layers, length = 8 * random.randint(2, 9), random.choice([2, 4, 8]), 3, 20
-    model = ModelConfig(
-        hidden_size=size, num_layers=layers, num_heads=2, bits=bits, vocab_size=64, sequence_length=length
+    model = replace(
+        SMALL, hidden_size=size, num_layers=layers, num_heads=2, bits=bits, sequence_length=length
     )
     works = {work.name: work for work in micro_batch_work(make(model), 1, "cpu")}
-    shapes = [
-        tuple(p.shape) for n, p in MemoryFormer(model).named_parameters() if n.endswith(".tables")
-    ]  # [K, rows, O]
+    named = MemoryFormer(model).named_parameters()
+    shapes = [parameter.shape for name, parameter in named if name.endswith(".tables")]  # [K, rows, O]
     assert len(shapes) == 5 * layers
     tokens = 2 * length
     assert works["lookup"].gather == tokens * sum(tables * columns * 4 for tables, _, columns in shapes)
@@ -68,41 +78,114 @@ def test_rows_and_tables_of_a_lookup_are_counted_by_hand() -> None:
 
 
 def test_a_layout_does_not_change_what_a_step_moves() -> None:
-    model = ModelConfig(hidden_size=64, num_layers=2, num_heads=4, vocab_size=512, sequence_length=32)
-    base = step_bytes(make(model, 16, 2, tensor=1, zero_stage=0))
-    assert step_bytes(make(model, 16, 2, tensor=4, zero_stage=3)) == base
+    base = step_bytes(make(SMALL, 16, 2, stage=0))
+    assert step_bytes(make(SMALL, 16, 2, 4, 3)) == base
     # tables, matrices and gradients are passed over once a micro-batch, rows once a token
-    more, fewer = step_bytes(make(model, 16, 1)), step_bytes(make(model, 16, 4))
+    more, fewer = step_bytes(make(SMALL, 16, 1)), step_bytes(make(SMALL, 16, 4))
     assert more > base > fewer
     assert more - base == pytest.approx(2 * 2 * (base - fewer) / 2)
 
 
 def test_work_of_a_rank_is_a_part_of_the_whole() -> None:
-    model = ModelConfig(hidden_size=64, num_layers=2, num_heads=4, vocab_size=512, sequence_length=32)
-    for one, two in zip(
-        micro_batch_work(make(model), 1, "cuda"), micro_batch_work(make(model), 2, "cuda"), strict=True
-    ):
-        assert (two.copy, two.gather, two.flops) == pytest.approx(
-            (one.copy / 2, one.gather / 2, one.flops / 2)
+    for one, two in zip(*(micro_batch_work(make(), tensor, "cuda") for tensor in (1, 2)), strict=True):
+        assert (2 * two.copy, 2 * two.gather, 2 * two.flops) == pytest.approx(
+            (one.copy, one.gather, one.flops)
         )
 
 
 def test_shares_are_of_all_devices_peak() -> None:
-    model = ModelConfig(hidden_size=64, num_layers=2, num_heads=4, vocab_size=512, sequence_length=32)
-    config = make(model, 16, 2)
-    found = step_efficiency(config, 4, Peak({"float32": 1e9, "bfloat16": 2e9}, 1e8), 0.5)
-    tokens = 16 * 32
-    assert found["flops_share"] == pytest.approx(tokens * model_flops(model) / (0.5 * 4 * 1e9))
+    config, peak = make(SMALL, 16, 2), Peak({"float32": 1e9, "bfloat16": 2e9}, 1e8)
+    found = step_efficiency(config, 4, peak, 0.5)
+    assert found["flops_share"] == pytest.approx(16 * 32 * model_flops(SMALL) / (0.5 * 4 * 1e9))
     assert found["bandwidth_share"] == pytest.approx(step_bytes(config) / (0.5 * 4 * 1e8))
-    half = replace(config, training=replace(config.training, precision="bfloat16"))
-    other = step_efficiency(half, 4, Peak({"float32": 1e9, "bfloat16": 2e9}, 1e8), 0.5)
+    other = step_efficiency(make(SMALL, 16, 2, precision="bfloat16"), 4, peak, 0.5)
     assert other["flops_share"] == found["flops_share"] / 2  # type: ignore[operator]
     assert step_efficiency(config, 4, None, 0.5)["flops_share"] is None
 
 
-def test_peaks_are_found_by_the_device_s_name() -> None:
-    peak = find_peak("NVIDIA H100 80GB HBM3")
-    assert peak is not None and peak.flops["bfloat16"] == 989e12 and peak.memory == 3.35e12
-    slower = find_peak("NVIDIA H100 PCIe")
-    assert slower is not None and slower.memory == 2e12
-    assert find_peak("Some CPU @ 2.00GHz") is None
+# ------------------------------- bytes between ranks, against collectives that are counted while real ranks train
+
+SENT = replace(SMALL, sequence_length=16)  # 10-bit codes in the inner hash: those travel in two bytes
+RANKS, BATCH, MICRO = 2, 8, 2
+FEWEST = 64  # elements: smaller collectives are single numbers, which the formula leaves out
+# How often a tensor goes round the ring: by c10d operator, of the whole (all-reduce) or the gathered tensor.
+ONCE = ("_allgather_base_", "_reduce_scatter_base_", "allgather_", "reduce_scatter_")
+PASSES = {"allreduce_": 2} | dict.fromkeys(ONCE, 1)
+
+
+class Count(TorchDispatchMode):
+    """Bytes of a ring in each collective of torch.distributed that runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::")
+            tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(leaf)]
+            whole = max(tensors, key=torch.numel)
+            if whole.numel() >= FEWEST:
+                assert name in PASSES, name
+                bytes_sent = PASSES[name] * whole.nbytes * (RANKS - 1) / RANKS
+                self.sent[name] = self.sent.get(name, 0) + bytes_sent
+        return func(*args, **(kwargs or {}))
+
+
+CASES = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16")]
+
+
+def count_steps(rank: int, size: int) -> dict[str, float]:
+    """Bytes that this rank sent in a second step under each case of data parallelism."""
+    process, cpu = find_process(), torch.device("cpu")
+    start_processes(process, cpu, 300)
+    groups = Groups(Degrees(process.rank, process.world_size, 1), 300)
+    found = {}
+    for stage, precision in CASES:
+        torch.manual_seed(rank)
+        engine = Engine(MemoryFormer(SENT), make(SENT, BATCH, MICRO, 1, stage, precision), groups, cpu)
+        train_step(engine)  # stage 3 traces its first step, and compares the traces of all ranks
+        with Count() as count:
+            train_step(engine)
+        found[f"{stage} {precision}"] = sum(count.sent.values())
+    stop_processes()
+    return found
+
+
+def train_step(engine: Engine) -> None:
+    for index in range(engine.accumulation):
+        tokens = torch.randint(SENT.vocab_size, (MICRO, SENT.sequence_length + 1))
+        engine.backward(tokens[:, :-1], tokens[:, 1:], last=index == engine.accumulation - 1)
+    engine.update(1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_data_parallel_bytes_are_those_sent() -> None:
+    counted = run_distributed(count_steps, RANKS, timeout=400)
+    for stage, precision in CASES:
+        computed = sum(data_parallel_bytes(make(SENT, BATCH, MICRO, 1, stage, precision), RANKS).values())
+        for rank in range(RANKS):
+            # DeepSpeed fills flat buffers up to whole partitions
+            case = f"{stage} {precision}"
+            assert counted[rank][case] == pytest.approx(computed, rel=2e-3), case
+
+
+def count_exchange(rank: int, size: int) -> float:
+    """Bytes a token that this tensor-parallel rank sent in one pass forward and backward."""
+    process, cpu = find_process(), torch.device("cpu")
+    start_processes(process, cpu, 300)
+    groups = Groups(Degrees(process.rank, process.world_size, size), 300)
+    exchange = Exchange(groups.tensor)
+    model = shard_model(MemoryFormer(SENT), exchange)
+    tokens = torch.randint(SENT.vocab_size, (3, SENT.sequence_length + 1))
+    torch.distributed.broadcast(tokens, 0)
+    model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+    stop_processes()
+    return exchange.bytes_sent / tokens[:, 1:].numel()
+
+
+@pytest.mark.distributed
+def test_tensor_parallel_bytes_are_those_sent() -> None:
+    computed = tensor_parallel_bytes_per_token(make(SENT, BATCH, MICRO, 2))
+    assert run_distributed(count_exchange, 2) == [computed] * 2

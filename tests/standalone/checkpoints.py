@@ -106,6 +106,13 @@ def write_large(folder: Path, config: ModelConfig, tensor: int) -> Path:
     return folder
 
 
+def flip(file: Path, place: int | None = None) -> None:
+    """Flip a bit of the byte at a place of a file; by default in its middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 if place is None else place] ^= 16
+    file.write_bytes(data)
+
+
 def records(folder: Path) -> dict[str, FileRecord]:
     """Sizes and checksums of the files of a checkpoint, but the manifest's own."""
     contents = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != MANIFEST}

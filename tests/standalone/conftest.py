@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from mf_train.checkpoint.layout import resolve_checkpoint
 from mf_train.standalone.conversion.convert import convert
 from tests.shared import made_once
+from tests.threads import threads
 from tests.training.runs import small_config, train, write_text
 
 VALIDATED_SEQUENCES = 5
@@ -31,10 +31,8 @@ class Trained:
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """As the runs have: these models are so small that a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")

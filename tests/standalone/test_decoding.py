@@ -25,6 +25,7 @@ from mf_train.standalone.exported.cache import Cache, Growing
 from mf_train.standalone.use.generate import new_tokens
 from tests.model.reference import logits_of
 from tests.models import random_model
+from tests.threads import threads
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"no C++ operation: {cpu.reason()}")
 
@@ -173,16 +174,12 @@ def test_against_the_reference_in_float64(name: str) -> None:
 def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
     config = CONFIGS["odd"]
     model = frozen_model(config, dtype, seed=6)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    for number in (1, 2, 5):
+        with threads(number):
             cache, fast = Cache(config.num_layers), FastPath()
             tokens = random_tokens(config, 9, 8, seed=7)
             results.append(torch.stack([decode(fast, model, tokens[:, i], cache) for i in range(8)]))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.training.runs import small_config, write_text
+from mf_train.study.cells import Cell, Grid, make_grid
+from mf_train.study.study import Study, load_study
+from tests.training.runs import run_command, small_config, write_text
 
 
 def base_config(folder: Path) -> Path:
@@ -27,12 +30,25 @@ def study_file(folder: Path, axes: dict[str, Any], **other: Any) -> Path:
     if not base.exists():
         base_config(folder)
     path = folder / "study.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {"base": str(base), "output_dir": str(folder / "out"), "axes": axes} | other, sort_keys=False
-        )
-    )
+    tree = {"base": str(base), "output_dir": str(folder / "out"), "axes": axes} | other
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
+
+
+def make_study(folder: Path, axes: dict[str, Any], **other: Any) -> tuple[Study, Grid]:
+    """`study_file` as `memoryformer study` reads it."""
+    study = load_study(study_file(folder, axes, **other))
+    return study, make_grid(study)
+
+
+def run_study(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`memoryformer study ARGUMENTS`."""
+    return run_command(["study", *map(str, arguments)], cold=True)
+
+
+def finish(cell: Cell, loss: float) -> None:
+    """Leave what a cell of 4 steps does that ended with this loss."""
+    write_metrics(cell.folder, {4: loss}, {4: loss})
 
 
 def write_metrics(
@@ -40,10 +56,8 @@ def write_metrics(
 ) -> None:
     """A run's metrics.jsonl with these losses by step."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for step, loss in losses.items():
-        record = {"step": step, "tokens": step * tokens, "loss": loss, "step_seconds": 0.5}
-        if step in validation:
-            record["validation_loss"] = validation[step]
-        lines.append(json.dumps(record) + "\n")
-    (folder / "metrics.jsonl").write_text("".join(lines))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step, loss in losses.items():
+            record = {"step": step, "tokens": step * tokens, "loss": loss, "step_seconds": 0.5}
+            known = {"validation_loss": validation[step]} if step in validation else {}
+            file.write(json.dumps(record | known) + "\n")

@@ -8,9 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pandas import DataFrame
 
 from mf_train.errors import UserError
-from mf_train.study.analysis import IsoFlop, analyse, budgets, fit_isoflop, frontier, measure
+from mf_train.study.analysis import (
+    IsoFlop,
+    Measured,
+    Series,
+    analyse,
+    budgets,
+    fit_isoflop,
+    frontier,
+    measure,
+)
 from mf_train.study.collect import COLUMNS
 from mf_train.study.fit import Law
 from mf_train.study.report import fit_study
@@ -57,8 +67,16 @@ def table(kinds: tuple[str, ...] = ("memoryformer", "dense"), noise: float = 1e-
     return rows
 
 
+def measured(rows: list[dict[str, str]], by: str = "model.kind") -> list[Measured]:
+    return measure(DataFrame(rows), "flops", "parameters", by)
+
+
+def series(rows: list[dict[str, str]], samples: int = 5) -> list[Series]:
+    return analyse(measured(rows), "flops", "parameters", samples)
+
+
 def test_each_kind_s_constants_are_found() -> None:
-    found = analyse(table(), "flops", "parameters", samples=20)
+    found = series(table(), samples=20)
     assert [one.name for one in found] == ["memoryformer", "dense"]
     for one in found:
         law = LAWS[one.name]
@@ -78,13 +96,13 @@ def test_each_kind_s_constants_are_found() -> None:
 def test_the_best_learning_rate_counts() -> None:
     rows = table(("dense",))
     worse = [one | {"axis.learning_rate": "0.1", "final_validation_loss": "9"} for one in rows]
-    found = analyse(rows + worse, "flops", "parameters", samples=5)[0]
+    found = series(rows + worse)[0]
     assert found.tuned_away == 24 and all(one.axes["learning_rate"] == "0.001" for one in found.measured)
 
 
 def test_series_by_several_columns() -> None:
     rows = [row(kind, 1e6, 1e9, 0, 3.0, **{"model.bits": bits}) for kind in LAWS for bits in ("4", "8")]
-    found = measure(rows, "flops", "parameters", "model.kind,model.bits")
+    found = measured(rows, "model.kind,model.bits")
     assert [one.series for one in found] == ["memoryformer 4", "memoryformer 8", "dense 4", "dense 8"]
 
 
@@ -92,19 +110,19 @@ def test_cells_that_are_not_done_do_not_count() -> None:
     rows = table(("dense",))
     rows[0]["state"] = "failed"
     rows[1]["final_validation_loss"] = ""
-    assert sum(len(one.losses) for one in measure(rows, "flops", "parameters", "model.kind")) == 46
+    assert sum(len(one.losses) for one in measured(rows)) == 46
 
 
 def test_the_frontier_falls() -> None:
-    measured = measure(table(("dense",)), "flops", "parameters", "model.kind")
-    edge = frontier(measured)
+    found = measured(table(("dense",)))
+    edge = frontier(found)
     assert [one.mean for one in edge] == sorted((one.mean for one in edge), reverse=True)
-    assert len(edge) == 4 and len(budgets(measured)) == 4
+    assert len(edge) == 4 and len(budgets(found)) == 4
 
 
 def test_too_little_is_said_and_the_rest_is_fitted() -> None:
     rows = [row("dense", 1e6 * 4**i, 1e9, 0, 3 - 0.2 * i) for i in range(4)]
-    found = analyse(rows, "flops", "parameters", samples=5)[0]
+    found = series(rows)[0]
     assert found.surface is None and any("4 configurations cannot fix 5" in one for one in found.warnings)
     assert found.curve is not None and found.isoflop is None
 
@@ -123,7 +141,7 @@ def three_sizes(curvature: float, noise: float, seeds: int = 6, **other: str) ->
 
 
 def isoflop(rows: list[dict[str, str]]) -> IsoFlop:
-    return fit_isoflop(budgets(measure(rows, "flops", "parameters", "model.kind")), samples=100)
+    return fit_isoflop(budgets(measured(rows)), samples=100)
 
 
 def test_intervals_of_three_sizes_hold_the_minimum() -> None:
@@ -152,7 +170,7 @@ def test_a_best_size_of_noise_is_doubted() -> None:
 
 def test_sizes_of_other_settings_have_no_parabola() -> None:
     rows = three_sizes(0.1, 0.01, **{"model.hidden_size": "80"})  # their parameters differ by bits
-    found = analyse(rows, "flops", "parameters", samples=5)[0]
+    found = series(rows)[0]
     assert found.isoflop is None
     assert any(
         "2 of 2 budgets have no parabola: parameters differ there by more" in one for one in found.warnings
@@ -161,24 +179,21 @@ def test_sizes_of_other_settings_have_no_parabola() -> None:
 
 def test_a_column_that_is_not_there_is_a_mistake() -> None:
     rows = [one | {"state": "failed"} for one in table(("dense",))]
-    assert analyse(rows, "flops", "parameters") == []
+    assert series(rows) == []
     with pytest.raises(UserError, match="no column size"):
-        analyse(rows, "flops", "size")
+        measure(DataFrame(rows), "flops", "size", "model.kind")
+    with pytest.raises(UserError, match="has no cells"):
+        measured([])
 
 
 def test_the_report_holds_everything(tmp_path: Path) -> None:
-    import csv
-
     rows = table()
     rows.append(rows[0] | {"state": "failed", "reason": "loss is <nan>", "final_validation_loss": ""})
-    with (tmp_path / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
     lines = list(fit_study(tmp_path, {}, "flops", "parameters", "model.kind", samples=5))
     assert any("best size grows" in line for line in lines)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "loss is &lt;nan&gt;" in page
+    assert page.count("data:image/png;base64,") == 3 and page.count("loss is &lt;nan&gt;") == 2
     assert not re.search(r"(src|href)=(?!\"data:)|url[(]|@import", page), "nothing is fetched from elsewhere"
     pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert pictures == ["isoflop.png", "loss-over-flops.png", "loss-surface.png"]
@@ -186,9 +201,6 @@ def test_the_report_holds_everything(tmp_path: Path) -> None:
     assert any("best size" in line and line.count("[") == 2 for line in lines)
     fits = json.loads((tmp_path / "fits.json").read_text())
     assert fits["series"][0]["surface"]["law"]["floor"] == pytest.approx(1.7, rel=0.1)
-    isoflop = fits["series"][0]["isoflop"]
-    assert len(isoflop["best"]) == len(isoflop["parabolas"]) and set(isoflop["lowest"][0]) == {
-        "value",
-        "low",
-        "high",
-    }
+    found = fits["series"][0]["isoflop"]
+    assert len(found["best"]) == len(found["parabolas"])
+    assert set(found["lowest"][0]) == {"value", "low", "high"}

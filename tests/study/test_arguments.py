@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from mf_train.study.cells import make_grid
 from mf_train.study.run import write_cells
-from mf_train.study.study import load_study
-from tests.study.studies import study_file, write_metrics
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def memoryformer(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mf_train", "study", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+from tests.study.studies import make_study, run_study, study_file, write_metrics
 
 
 def test_plan_collect_and_fit(tmp_path: Path) -> None:
     axes = {"size": {"depths": [1, 2, 3], "width": 16, "head_size": 8}, "flops": [1e10, 3e10], "bits": [4, 5]}
-    path = study_file(tmp_path, axes)
-    plan = memoryformer("plan", path)
+    study, grid = make_study(tmp_path, axes)
+    plan = run_study("plan", study.path)
     assert plan.returncode == 0, plan.stderr
     assert "6 cells of 1 processes" in plan.stdout and "left out: 6" in plan.stdout
     assert "size=2 flops=1e+10 bits=5: model.bits 5 does not divide model.hidden_size 32" in plan.stdout
-    study = load_study(path)
-    cells = make_grid(study).cells
-    write_cells(study, cells)
-    for index, cell in enumerate(cells):
+    write_cells(study, grid.cells)
+    for index, cell in enumerate(grid.cells):
         steps = cell.config.training.steps
         loss = 5 - 0.1 * cell.number + 0.2 * (index // 2 - 1) ** 2
         write_metrics(cell.folder, {steps: loss}, {steps: loss})
-    collect = memoryformer("collect", path)
+    collect = run_study("collect", study.path)
     assert collect.returncode == 0 and "6 cells: 6 done" in collect.stdout
-    fit = memoryformer("fit", path, "--samples", 5)
+    fit = run_study("fit", study.path, "--samples", 5)
     assert fit.returncode == 0, fit.stderr
     assert "L(N, D): floor" in fit.stdout and "warning:" in fit.stdout
     assert (tmp_path / "out" / "report.html").stat().st_size > 20_000
@@ -58,6 +43,6 @@ def test_plan_collect_and_fit(tmp_path: Path) -> None:
 def test_mistakes_end_with_2(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     verb, *rest = arguments
     path = study_file(tmp_path, {"seed": [0]})
-    done = memoryformer(verb, *([] if "none.yaml" in rest else [path]), *rest)
+    done = run_study(verb, *([] if "none.yaml" in rest else [path]), *rest)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -7,23 +7,25 @@ from typing import Any
 
 import pytest
 
-from mf_train.config.loading import config_to_tree
+from mf_train.config.loading import load_config
 from mf_train.errors import UserError
+from mf_train.planning.device_memory import estimate_memory
+from mf_train.planning.devices import find_device
+from mf_train.planning.time import estimate_step
 from mf_train.planning.work import model_flops
-from mf_train.study.cells import CELLS, Grid, dump_tree, make_grid
+from mf_train.study.cells import Grid, make_grid
+from mf_train.study.run import write_cells
 from mf_train.study.study import load_study
-from tests.study.studies import study_file, write_metrics
+from tests.study.studies import finish, make_study, study_file, write_metrics
 
 
 def grid(folder: Path, axes: dict[str, Any], **other: Any) -> Grid:
-    return make_grid(load_study(study_file(folder, axes, **other)))
+    return make_study(folder, axes, **other)[1]
 
 
 def record(folder: Path, made: Grid) -> None:
     """What `study run` leaves of the cells that it starts."""
-    (folder / "out" / CELLS).mkdir(parents=True, exist_ok=True)
-    for cell in made.cells:
-        (folder / "out" / CELLS / f"{cell.number}.yaml").write_text(dump_tree(config_to_tree(cell.config)))
+    write_cells(load_study(folder / "study.yaml"), made.cells)
 
 
 def test_cells_are_numbered_and_resolved(tmp_path: Path) -> None:
@@ -56,21 +58,23 @@ def test_tokens_per_parameter(tmp_path: Path) -> None:
     assert cell.cost.tokens == pytest.approx(2 * cell.cost.parameters, abs=128)
 
 
-def test_what_does_not_divide_is_listed(tmp_path: Path) -> None:
-    made = grid(tmp_path, {"bits": [4, 5], "seed": [0, 1]})
-    assert len(made.cells) == 2
-    assert [one.values for one in made.left_out] == [{"bits": "5", "seed": "0"}, {"bits": "5", "seed": "1"}]
-    assert made.left_out[0].reason.startswith("model.bits 5 does not divide model.hidden_size 32")
-
-
-def test_processes_must_divide_the_batch(tmp_path: Path) -> None:
-    made = grid(tmp_path, {"training.global_batch_size": [8, 12]}, processes=4)
-    assert len(made.cells) == 1 and "training.global_batch_size 12" in made.left_out[0].reason
-
-
-def test_warm_up_longer_than_the_run_is_listed(tmp_path: Path) -> None:
-    made = grid(tmp_path, {"training.steps": [2, 3]})
-    assert len(made.cells) == 1 and "schedule.warmup_steps 2" in made.left_out[0].reason
+@pytest.mark.parametrize(
+    ("axes", "processes", "reason"),
+    [
+        ({"bits": [4, 5]}, 1, "model.bits 5 does not divide model.hidden_size 32"),
+        ({"training.global_batch_size": [8, 12]}, 4, "training.global_batch_size 12"),
+        ({"training.steps": [3, 2]}, 1, "schedule.warmup_steps 2"),
+    ],
+    ids=["sizes", "processes", "a warm-up longer than the run"],
+)
+def test_what_cannot_be_run_is_listed(
+    axes: dict[str, list[int]], processes: int, reason: str, tmp_path: Path
+) -> None:
+    made = grid(tmp_path, axes | {"seed": [0, 1]}, processes=processes)
+    ((name, (good, bad)),) = axes.items()
+    assert [cell.values[name] for cell in made.cells] == [str(good)] * 2
+    assert [one.values for one in made.left_out] == [{name: str(bad), "seed": seed} for seed in "01"]
+    assert made.left_out[0].reason.startswith(reason)
 
 
 def test_the_dense_peer_ignores_the_table_s_axes(tmp_path: Path) -> None:
@@ -80,8 +84,6 @@ def test_the_dense_peer_ignores_the_table_s_axes(tmp_path: Path) -> None:
 
 
 def test_memory_that_does_not_fit_is_listed(tmp_path: Path) -> None:
-    from mf_train.planning.memory import estimate_memory
-
     axes = {"size": {"depths": [1, 64], "width": 16, "head_size": 16}}
     small, large = grid(tmp_path, axes).cells
     for cell in (small, large):
@@ -93,9 +95,6 @@ def test_memory_that_does_not_fit_is_listed(tmp_path: Path) -> None:
 
 
 def test_a_device_s_memory_and_rates_count(tmp_path: Path) -> None:
-    from mf_train.planning.devices import find_device
-    from mf_train.planning.time import estimate_step
-
     measured = tmp_path / "mine.yaml"
     measured.write_text("base: cpu\nmemory: 7.0e+8\ncopy: 2.0e+10\n")
     axes = {"size": {"depths": [1, 64], "width": 16, "head_size": 16}}
@@ -110,17 +109,14 @@ def test_a_device_s_memory_and_rates_count(tmp_path: Path) -> None:
 
 def test_processes_are_laid_out_on_nodes(tmp_path: Path) -> None:
     axes = {"training.global_batch_size": [64]}
-    of_node = [
-        grid(
-            tmp_path,
-            axes,
-            processes=16,
-            settings={"data.logical_streams": 16},
-            budget={"device": "h100"} | ({"processes_per_node": n} if n else {}),
-        )
-        for n in (None, 8, 16, 1)
-    ]
-    default, eight, all_inside, apart = (made.cells[0].seconds or 0 for made in of_node)
+    settings = {"data.logical_streams": 16}
+
+    def seconds(**budget: int) -> float:
+        budgets = {"device": "h100", **budget}
+        return grid(tmp_path, axes, processes=16, settings=settings, budget=budgets).cells[0].seconds or 0
+
+    default = seconds()
+    eight, all_inside, apart = (seconds(processes_per_node=n) for n in (8, 16, 1))
     assert default == eight < apart and all_inside != eight
 
 
@@ -135,6 +131,8 @@ def test_the_budget_takes_the_cheapest_first(tmp_path: Path) -> None:
     made = grid(tmp_path, axes, budget={"hours": cells[10].seconds * 1.01 / 3600, "device": "cpu"})
     assert [cell.config.training.steps for cell in made.cells] == [10]
     assert all("budget.hours" in one.reason for one in made.left_out)
+    none = grid(tmp_path, axes, budget={"flops": 1.0})
+    assert not none.cells and len(none.left_out) == 3
 
 
 def test_what_has_run_stays_and_is_charged_first(tmp_path: Path) -> None:
@@ -143,7 +141,7 @@ def test_what_has_run_stays_and_is_charged_first(tmp_path: Path) -> None:
     limit = {"flops": small.cost.flops + large.cost.flops + 1}
     before = grid(tmp_path, axes, budget=limit)
     record(tmp_path, before)
-    write_metrics(small.folder, {4: 2.0}, {4: 2.0})
+    finish(small, 2.0)
     write_metrics(large.folder, {3: 2.0}, {})  # stopped: it goes on
     made = grid(tmp_path, axes | {"seed": [0, 1]}, budget=limit)
     assert [cell.number for cell in made.cells] == [0, 1]
@@ -153,11 +151,6 @@ def test_what_has_run_stays_and_is_charged_first(tmp_path: Path) -> None:
     room = {"flops": limit["flops"] + small.cost.flops}
     made = grid(tmp_path, axes | {"seed": [0, 1]}, budget=room)
     assert [tuple(cell.values.values()) for cell in made.cells] == [("0", "4"), ("0", "8"), ("1", "4")]
-
-
-def test_a_budget_too_small_for_any_cell(tmp_path: Path) -> None:
-    made = grid(tmp_path, {"seed": [0, 1]}, budget={"flops": 1.0})
-    assert not made.cells and len(made.left_out) == 2
 
 
 def test_numbers_stay_when_axes_grow(tmp_path: Path) -> None:
@@ -187,8 +180,6 @@ def test_a_wrong_base_is_a_mistake(tmp_path: Path) -> None:
 
 def test_flops_of_the_paper_s_tiny_model(tmp_path: Path) -> None:
     """Table 1 has 4.7e9 multiply-adds for a block of 2048 tokens."""
-    from mf_train.config.loading import load_config
-
     config = load_config("configs/tiny.yaml")
     blocks = model_flops(config.model) / 6 - config.model.hidden_size * config.model.vocab_size
     assert blocks * 2048 / 6 == pytest.approx(4.7e9, rel=0.01)

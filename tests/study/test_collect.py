@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from mf_train.errors import UserError
-from mf_train.study.cells import make_grid
 from mf_train.study.collect import collect, read_results, write_results
 from mf_train.study.state import Outcome, cell_state, write_outcome
-from mf_train.study.study import load_study
-from tests.study.studies import study_file, write_metrics
+from tests.study.studies import make_study, write_metrics
 
 
 def test_rows_of_every_state(tmp_path: Path) -> None:
-    study = load_study(study_file(tmp_path, {"seed": [0, 1, 2, 3, 4]}))
-    grid = make_grid(study)
+    _, grid = make_study(tmp_path, {"seed": [0, 1, 2, 3, 4]})
     done, failed, stopped, torn, missing = grid.cells
     write_metrics(done.folder, {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}, {2: 2.5, 4: 2.75})
     write_metrics(failed.folder, {1: 5.0, 2: 9.0}, {2: 7.0})
@@ -26,7 +24,7 @@ def test_rows_of_every_state(tmp_path: Path) -> None:
     write_metrics(torn.folder, {1: 5.0, 2: 4.0, 3: 3.5}, {2: 6.0})
     with (torn.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "los')
-    rows = collect(study, grid)
+    rows = collect(grid).to_dict("records")
     assert [row["state"] for row in rows] == ["done", "failed", "unfinished", "unfinished", "missing"]
     assert [row["step"] for row in rows] == [4, 2, 1, 3, 0]
     assert rows[0]["final_validation_loss"] == 2.75
@@ -39,42 +37,43 @@ def test_rows_of_every_state(tmp_path: Path) -> None:
 
 
 def test_the_file_gives_the_rows_back(tmp_path: Path) -> None:
-    study = load_study(study_file(tmp_path, {"seed": [0], "bits": [2, 4]}))
-    grid = make_grid(study)
-    write_metrics(grid.cells[0].folder, {4: 2.0}, {4: 2.25})
-    path = write_results(study, collect(study, grid))
-    rows = read_results(path)
-    assert [row["axis.bits"] for row in rows] == ["2", "4"] and rows[0]["final_validation_loss"] == "2.25"
-    assert rows[1]["final_validation_loss"] == "" and rows[1]["model.bits"] == "4"
+    study, grid = make_study(tmp_path, {"seed": [0], "bits": [2, 4, 8]})
+    for cell, loss in zip(grid.cells, (2.25, math.nan), strict=False):
+        write_metrics(cell.folder, {4: 2.0}, {4: loss})
+    rows = read_results(write_results(study.folder, collect(grid))).to_dict("records")
+    assert [row["axis.bits"] for row in rows] == [row["model.bits"] for row in rows] == ["2", "4", "8"]
+    assert [row["final_validation_loss"] for row in rows] == ["2.25", "nan", ""]
+    assert [row["best_step"] for row in rows] == ["4", "4", ""]
     assert rows[0]["optimizer.betas"] == "[0.9, 0.95]" and rows[0]["state"] == "done"
 
 
 def test_a_failed_slurm_start_is_a_failed_cell(tmp_path: Path) -> None:
-    study = load_study(study_file(tmp_path, {"seed": [0, 1, 2]}))
-    cells = make_grid(study).cells
+    _, grid = make_study(tmp_path, {"seed": [0, 1, 2]})
     endings = [("1", "ends"), ("143", "requeue"), ("", "")]
-    for cell, (status, following) in zip(cells, endings, strict=True):
+    for cell, (status, following) in zip(grid.cells, endings, strict=True):
         (cell.folder / "launch").mkdir(parents=True)
-        lines = [f"2026-01-01T00:00:00\t7_{cell.number}\t1\tstarted\tn1\t1\tnone\t\t"]
-        if status:
-            lines.append(
-                f"2026-01-01T00:01:00\t7_{cell.number}\t1\tended\tn1\t1\tnone\t{status}\t{following}"
-            )
-        (cell.folder / "launch" / "starts.tsv").write_text("\n".join(lines) + "\n")
-    assert [cell_state(cell).name for cell in cells] == ["failed", "unfinished", "unfinished"]
-    assert "job 7_0 ended with 1" in cell_state(cells[0]).reason
+        start = f"2026-01-01T00:00:00\t7_{cell.number}\t1\tstarted\tn1\t1\tnone\t\t\n"
+        end = f"2026-01-01T00:01:00\t7_{cell.number}\t1\tended\tn1\t1\tnone\t{status}\t{following}\n"
+        (cell.folder / "launch" / "starts.tsv").write_text(start + (end if status else ""))
+    assert [cell_state(cell).name for cell in grid.cells] == ["failed", "unfinished", "unfinished"]
+    assert "job 7_0 ended with 1" in cell_state(grid.cells[0]).reason
 
 
 def test_a_table_that_is_not_there_or_old_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="study collect first"):
         read_results(tmp_path / "results.csv")
-    (tmp_path / "results.csv").write_text("cell,state\n0,done\n")
-    with pytest.raises(UserError, match="no column reason"):
-        read_results(tmp_path / "results.csv")
+    for text, words in (
+        ("cell,state\n0,done\n", "no column reason"),
+        ("", "is no table"),
+        ("a\n1,2\n3,4,5\n", "is no table"),
+    ):
+        (tmp_path / "results.csv").write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_results(tmp_path / "results.csv")
 
 
 def test_a_damaged_outcome_is_said(tmp_path: Path) -> None:
-    cell = make_grid(load_study(study_file(tmp_path, {"seed": [0]}))).cells[0]
+    (cell,) = make_study(tmp_path, {"seed": [0]})[1].cells
     cell.folder.mkdir(parents=True)
     (cell.folder / "outcome.json").write_text("{")
     with pytest.raises(UserError, match=r"outcome.json: is damaged"):

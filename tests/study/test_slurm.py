@@ -7,14 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from mf_train.study.cells import Cell, make_grid
+from mf_train.study.cells import Cell
 from mf_train.study.collect import read_results
 from mf_train.study.state import cell_state
-from mf_train.study.study import load_study
 from tests.launch.cluster import Cluster
-from tests.study.studies import study_file
+from tests.study.studies import make_study
 from tests.training.runs import REPOSITORY, environment
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -40,8 +38,8 @@ def output(cells: tuple[Cell, ...]) -> str:
 
 
 def test_an_array_of_cells(slurm_cluster: Cluster, tmp_path: Path) -> None:
-    path = study_file(tmp_path, {"learning_rate": [1e-3, 1e30, 3e-3]})  # the second diverges at once
-    cells = make_grid(load_study(path)).cells
+    made, grid = make_study(tmp_path, {"learning_rate": [1e-3, 1e30, 3e-3]})  # the second diverges at once
+    path, cells = made.path, grid.cells
     queue = ["--slurm", "--tasks-per-node", 1, "--at-once", 2, "--retries", 0, "--time", "0:20:00"]
     done = study(slurm_cluster, "run", path, *queue, "--parsable")
     assert done.returncode == 0, done.stderr
@@ -66,30 +64,18 @@ def test_an_array_of_cells(slurm_cluster: Cluster, tmp_path: Path) -> None:
     assert report.returncode == 0, report.stderr
     assert "3 cells: 2 done, 1 failed" in report.stdout and "left out: cell 1 failed" in report.stdout
     rows = read_results(tmp_path / "out" / "results.csv")
-    assert [row["state"] for row in rows] == ["done", "failed", "done"]
-    assert all(0 < float(row["final_validation_loss"]) < 20 for row in rows[::2])
+    assert rows["state"].tolist() == ["done", "failed", "done"]
+    assert all(0 < float(loss) < 20 for loss in rows["final_validation_loss"][::2])
     assert "loss is nan" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_cells_of_two_processes(slurm_cluster: Cluster, tmp_path: Path) -> None:
     """A cell's processes are a task's: here two nodes with one each, beside another cell."""
-    path = study_file(tmp_path, {"seed": [0, 1]}, processes=2)
-    tree = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump(tree | {"settings": {"training.global_batch_size": 16}}))
-    cells = make_grid(load_study(path)).cells
-    done = study(
-        slurm_cluster,
-        "run",
-        path,
-        "--slurm",
-        "--nodes",
-        2,
-        "--tasks-per-node",
-        1,
-        "--time",
-        "0:20:00",
-        "--parsable",
-    )
+    settings = {"training.global_batch_size": 16}
+    made, grid = make_study(tmp_path, {"seed": [0, 1]}, processes=2, settings=settings)
+    cells = grid.cells
+    size = ("--nodes", 2, "--tasks-per-node", 1, "--time", "0:20:00")
+    done = study(slurm_cluster, "run", made.path, "--slurm", *size, "--parsable")
     assert done.returncode == 0, done.stderr
     for cell in cells:
         slurm_cluster.wait_for_end(f"{int(done.stdout)}_{cell.number}", 300)

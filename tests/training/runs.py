@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +87,49 @@ def train(
     tree: dict[str, Any], *overrides: str, processes: int = 1, expect: int = 0, cold: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Train a configuration tree, its file written beside the output folder; asserts the exit status."""
-    folder = Path(tree["training"]["output_dir"])
-    config = folder.parent / f"{folder.name}.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    done = run_command(["train", str(config), *overrides], processes, cold=cold)
+    done = run_command(["train", write_config(tree), *overrides], processes, cold=cold)
     # torchrun ends with 1 whatever its processes ended with, and so do warm ranks
     wanted = expect if processes == 1 else min(expect, 1)
     assert done.returncode == wanted, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def start(
+    tree: dict[str, Any], processes: int = 1, cold: bool = False, **variables: str
+) -> subprocess.Popen[str] | Running:
+    """A run that is going to be disturbed; `variables` are more of its environment."""
+    arguments = ["train", write_config(tree)]
+    if not cold:
+        return Running(arguments, environment() | variables, REPOSITORY, processes)
+    return subprocess.Popen(
+        command_line(arguments, processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment() | variables,
+        cwd=REPOSITORY,
+    )
+
+
+def write_config(tree: dict[str, Any]) -> str:
+    """The path of a configuration tree's file, beside its output folder."""
+    folder = Path(tree["training"]["output_dir"])
+    path = folder.parent / f"{folder.name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120, every: float = 0.05) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(every)
+
+
+def has_steps(tree: dict[str, Any], steps: int = 1) -> bool:
+    """Whether a run has recorded so many steps."""
+    metrics = Path(tree["training"]["output_dir"]) / "metrics.jsonl"
+    return metrics.exists() and metrics.read_text().count("\n") >= steps
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

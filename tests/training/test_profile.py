@@ -18,7 +18,7 @@ from mf_train.checkpoint.layout import step_name
 from mf_train.config import Config, ProfileConfig, TrainingConfig
 from mf_train.model import MemoryFormer, ModelConfig
 from mf_train.parallel.degrees import Degrees
-from mf_train.training.profile import open_profile, profile_path
+from mf_train.training.profile import Profile, profile_path
 from mf_train.training.profile_ranges import named_method, named_parts
 from mf_train.training.profile_summary import GRADIENTS, OTHER
 from tests.training.runs import (
@@ -217,13 +217,13 @@ def test_a_run_that_is_past_them_says_so() -> None:
     for rank in range(3):
         engine: Any = SimpleNamespace(groups=SimpleNamespace(degrees=Degrees(rank, 3, 1)))
         said: list[str] = []
-        assert open_profile(config, engine, 4, [], said.append, lambda: None) is None
+        profile = Profile(config, engine, 3, [], said.append, lambda: None)
+        assert not said and list(profile.steps) == ([3, 4] if rank < 2 else [])
+        Profile(config, engine, 4, [], said.append, lambda: None)
         words = (
             "training.profile asks for steps 3 to 4 and this run goes on after step 4: nothing is profiled"
         )
         assert said == ([f"warning: {words}"] if rank == 0 else [])
-        engine.update = None
-        assert (open_profile(config, engine, 3, [], said.append, lambda: None) is None) == (rank == 2)
 
 
 def test_the_run_goes_on_where_a_profile_cannot_be_written(tmp_path: Path) -> None:

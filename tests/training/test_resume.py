@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from mf_train.parallel.processes import find_process
 from mf_train.training.folder import check_same_run
 from mf_train.training.resume import _Candidates, choose_checkpoint, look_ahead
 from tests.distributed import run_distributed
-from tests.standalone.checkpoints import random_weights, records, write_checkpoint
+from tests.standalone.checkpoints import flip, random_weights, records, write_checkpoint
 from tests.training.runs import TOKENIZER, write_text
 
 pytestmark = pytest.mark.distributed
@@ -59,79 +59,98 @@ def seal(folder: Path, step: int) -> None:
     (folder / MANIFEST).write_text(new.to_json())
 
 
-def replace_text(file: Path, old: str, new: str) -> None:
-    text = file.read_text()
-    assert text.count(old) == 1
-    file.write_text(text.replace(old, new))
+NEWEST = "step-000000030"
 
 
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 16
-    file.write_bytes(data)
+class Situation(NamedTuple):
+    """A run's folder with checkpoints of some steps, one of which something was done to, and what is chosen there."""
+
+    chosen: str  # a step, or the beginning of what is refused
+    aside: Sequence[str] = ()  # what is renamed, by the ends of the names
+    damage: Callable[[Path], object] = lambda checkpoints: None
+    steps: tuple[int, ...] = (10, 20, 30)
+    resume: str = "auto"  # FOLDER is that of all situations
+    started_from: str = "auto"
+    verify: bool = True
+
+
+def flip_weights(*steps: int) -> Callable[[Path], object]:
+    return lambda path: [flip(path / f"step-{step:09d}" / WEIGHTS) for step in steps]
+
+
+def abandon(*steps: int) -> Callable[[Path], object]:
+    names = [f"step-{step:09d}" for step in steps]
+    return lambda path: [(path / name).rename(path / f"{name}.abandoned") for name in names]
+
+
+def in_manifest(old: str, new: str) -> Callable[[Path], object]:
+    def replace_text(path: Path) -> None:
+        text = (path / NEWEST / MANIFEST).read_text()
+        assert text.count(old) == 1
+        (path / NEWEST / MANIFEST).write_text(text.replace(old, new))
+
+    return replace_text
+
+
+DAMAGED, BACK = ["30.damaged"], ["20.abandoned", "30.abandoned"]
+OTHER, BAD = "FOLDER/other/checkpoints/step-000000500", "FOLDER/bad/checkpoints/step-000000500"
+SITUATIONS = {
+    "new": Situation("none", steps=()),
+    "good": Situation("30"),
+    "cut": Situation("20", DAMAGED, lambda path: (path / NEWEST / WEIGHTS).write_bytes(b"123")),
+    "lost": Situation("20", DAMAGED, lambda path: (path / NEWEST / WEIGHTS).unlink()),
+    "flipped": Situation("20", DAMAGED, flip_weights(30)),
+    "flipped-unverified": Situation("30", [], flip_weights(30), verify=False),
+    "flipped-state": Situation("20", DAMAGED, lambda path: flip(path / NEWEST / "state.json")),
+    "flipped-manifest": Situation("20", DAMAGED, lambda path: flip(path / NEWEST / MANIFEST)),
+    "two-bad": Situation("10", ["20.damaged", "30.damaged"], flip_weights(20, 30)),
+    "all-bad": Situation(
+        "no checkpoint of this run is good", ["10.damaged", "20.damaged", *DAMAGED], flip_weights(10, 20, 30)
+    ),
+    "own-bad": Situation(
+        "weights-1-of-2-part-000", [], flip_weights(30), resume=f"FOLDER/own-bad/checkpoints/{NEWEST}"
+    ),
+    "abandoned": Situation("no checkpoint of this run is good", ["10.abandoned", *BACK], abandon(10, 20, 30)),
+    "to-abandoned": Situation(
+        "20",
+        BACK,
+        abandon(20),
+        resume="FOLDER/to-abandoned/checkpoints/step-000000020.abandoned",
+    ),
+    "format-digit": Situation("20", DAMAGED, in_manifest('"format": 2,', '"format": 3,')),
+    "manifest-nested": Situation(
+        "20", DAMAGED, lambda path: (path / NEWEST / MANIFEST).write_text("[" * 200_000)
+    ),
+    "manifest-names": Situation("20", DAMAGED, in_manifest('"state.json"', '"../state.json"')),
+    "format": Situation(
+        "step-000000030/manifest.json: format 1, this version reads format 2",
+        [],
+        lambda path: (path / NEWEST / MANIFEST).write_text('{"format": 1}'),
+    ),
+    "from-other": Situation("500", steps=(), resume=OTHER),
+    "from-other-run": Situation("500", steps=(), resume="FOLDER/other"),
+    "from-bad": Situation(
+        "step-000000500: weights-1-of-2-part-000.safetensors: its checksum", steps=(), resume=BAD
+    ),
+    "again-from-other": Situation("30", started_from=OTHER, resume=OTHER),
+    "again-and-gone": Situation("30", started_from="/no/such", resume="/no/such"),
+    "other-refused": Situation("holds checkpoints up to step-000000030 of a run that did not", resume=OTHER),
+    "back": Situation("10", BACK, resume="FOLDER/back/checkpoints/step-000000010"),
+}
 
 
 def prepare(folder: Path) -> dict[str, Config]:
     original = folder / "original"
     write_checkpoint(original, SMALL, random_weights(SMALL, 0), 2)
-    cases = {}
-
-    def case(
-        name: str, damage: Callable[[Path], Any], steps: tuple[int, ...] = (10, 20, 30), **settings: Any
-    ) -> Path:
-        run = folder / name
-        checkpoints = make_run(run, original, steps, settings.pop("started_from", "auto"))
-        damage(checkpoints)
-        cases[name] = config_of(run, **settings)
-        return checkpoints
-
-    newest = "step-000000030"
-    case("new", lambda _: None, steps=())
-    case("good", lambda _: None)
-    case("cut", lambda path: (path / newest / WEIGHTS).write_bytes(b"123"))
-    case("lost", lambda path: (path / newest / WEIGHTS).unlink())
-    case("flipped", lambda path: flip(path / newest / WEIGHTS))
-    case("flipped-unverified", lambda path: flip(path / newest / WEIGHTS), verify=False)
-    case("flipped-state", lambda path: flip(path / newest / "state.json"))
-    case("flipped-manifest", lambda path: flip(path / newest / MANIFEST))
-    case("two-bad", lambda path: [flip(path / f"step-0000000{n}0" / WEIGHTS) for n in (2, 3)])
-    case("all-bad", lambda path: [flip(path / f"step-0000000{n}0" / WEIGHTS) for n in (1, 2, 3)])
-    case(
-        "own-bad",
-        lambda path: flip(path / newest / WEIGHTS),
-        resume=str(folder / "own-bad/checkpoints" / newest),
-    )
-    case(
-        "abandoned",
-        lambda path: [
-            (path / f"step-0000000{n}0").rename(path / f"step-0000000{n}0.abandoned") for n in (1, 2, 3)
-        ],
-    )
-    case(
-        "to-abandoned",
-        lambda path: (path / "step-000000020").rename(path / "step-000000020.abandoned"),
-        resume=str(folder / "to-abandoned/checkpoints/step-000000020.abandoned"),
-    )
-    digit = '"format": 2,'
-    case("format-digit", lambda path: replace_text(path / newest / MANIFEST, digit, '"format": 3,'))
-    case("manifest-nested", lambda path: (path / newest / MANIFEST).write_text("[" * 200_000))
-    case(
-        "manifest-names",
-        lambda path: replace_text(path / newest / MANIFEST, '"state.json"', '"../state.json"'),
-    )
-    case("format", lambda path: (path / newest / MANIFEST).write_text('{"format": 1}'))
-
-    other = make_run(folder / "other", original, (500,)) / "step-000000500"
-    bad = make_run(folder / "bad", original, (500,)) / "step-000000500"
-    flip(bad / WEIGHTS)
-    case("from-other", lambda _: None, steps=(), resume=str(other))
-    case("from-other-run", lambda _: None, steps=(), resume=str(folder / "other"))
-    case("from-bad", lambda _: None, steps=(), resume=str(bad))
-    case("again-from-other", lambda _: None, started_from=str(other), resume=str(other))
-    case("again-and-gone", lambda _: None, started_from="/no/such", resume="/no/such")
-    case("other-refused", lambda _: None, resume=str(other))
-    case("back", lambda _: None, resume=str(folder / "back" / "checkpoints" / "step-000000010"))
-    return cases
+    for name in ("other", "bad"):
+        make_run(folder / name, original, (500,))
+    flip_weights(500)(folder / "bad" / "checkpoints")
+    configs = {}
+    for name, case in SITUATIONS.items():
+        resume, started_from = (text.replace("FOLDER", str(folder)) for text in case[4:6])
+        case.damage(make_run(folder / name, original, case.steps, started_from))
+        configs[name] = config_of(folder / name, resume, case.verify)
+    return configs
 
 
 def choose(rank: int, world_size: int, cases: dict[str, Config]) -> dict[str, str]:
@@ -162,60 +181,31 @@ def ranks(folder: Path) -> list[dict[str, str]]:
     return run_distributed(choose, 2, prepare(folder))
 
 
-@pytest.mark.parametrize(
-    ("name", "chosen", "set_aside"),
-    [
-        ("new", "none", []),
-        ("good", "30", []),
-        ("cut", "20", ["step-000000030.damaged"]),
-        ("lost", "20", ["step-000000030.damaged"]),
-        ("flipped", "20", ["step-000000030.damaged"]),
-        ("flipped-unverified", "30", []),
-        ("flipped-state", "20", ["step-000000030.damaged"]),
-        ("flipped-manifest", "20", ["step-000000030.damaged"]),
-        ("format-digit", "20", ["step-000000030.damaged"]),
-        ("manifest-nested", "20", ["step-000000030.damaged"]),
-        ("manifest-names", "20", ["step-000000030.damaged"]),
-        ("to-abandoned", "20", ["step-000000020.abandoned", "step-000000030.abandoned"]),
-        ("two-bad", "10", ["step-000000020.damaged", "step-000000030.damaged"]),
-        ("from-other", "500", []),
-        ("from-other-run", "500", []),
-        ("again-from-other", "30", []),
-        ("again-and-gone", "30", []),
-        ("back", "10", ["step-000000020.abandoned", "step-000000030.abandoned"]),
-    ],
-)
-def test_what_is_chosen(
-    folder: Path, ranks: list[dict[str, str]], name: str, chosen: str, set_aside: list[str]
-) -> None:
-    assert [found[name] for found in ranks] == [chosen, chosen]
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_what_is_chosen(folder: Path, ranks: list[dict[str, str]], name: str) -> None:
+    case, (first, second) = SITUATIONS[name], (found[name] for found in ranks)
+    if case.chosen.isdigit() or case.chosen == "none":
+        assert first == second == case.chosen
+    else:
+        assert first.startswith("UserError: ") and case.chosen in first and second.startswith("PeerError")
     paths = {path.name for path in (folder / name / "checkpoints").glob("step-*")}
-    assert sorted(path for path in paths if "." in path) == set_aside
+    assert sorted(path for path in paths if "." in path) == [f"step-0000000{end}" for end in case.aside]
     left = {path.name for path in list_checkpoints(folder / name / "checkpoints")}
     assert left == {path for path in paths if "." not in path}
-    if left:
+    if left and first == second:
         assert (folder / name / "checkpoints" / "latest").read_text() == f"{max(left)}\n"
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "remedy"),
     [
-        (
-            "all-bad",
-            ["no checkpoint of this run is good", "step-000000010.damaged", "checkpoint.resume=PATH"],
-        ),
-        ("format", ["step-000000030/manifest.json: format 1", "reads format 2"]),
-        ("from-bad", ["step-000000500: weights-1-of-2-part-000.safetensors: its checksum", "choose another"]),
-        (
-            "other-refused",
-            ["up to step-000000030 of a run that did not start from", "leave checkpoint.resume out"],
-        ),
+        ("all-bad", "checkpoint.resume=PATH"),
+        ("from-bad", "choose another"),
+        ("other-refused", "leave checkpoint.resume out"),
     ],
 )
-def test_what_is_refused(folder: Path, ranks: list[dict[str, str]], name: str, words: list[str]) -> None:
-    first, second = (found[name] for found in ranks)
-    assert first.startswith("UserError: ") and all(word in first for word in words), first
-    assert second.startswith("PeerError")
+def test_what_is_refused_has_a_remedy(ranks: list[dict[str, str]], name: str, remedy: str) -> None:
+    assert remedy in ranks[0][name]
 
 
 def test_a_run_whose_checkpoints_were_all_bad_does_not_begin_anew_unasked(

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,15 @@ import yaml
 from mf_train.checkpoint.layout import list_checkpoints, resolve_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from tests.training.runs import (
-    REPOSITORY,
-    command_line,
     complaints,
-    environment,
+    has_steps,
     read_metrics,
     small_config,
+    start,
     train,
+    wait_for,
     write_text,
 )
-from tests.warm import Running
 
 STEPS, MIDDLE = 12, 6
 
@@ -172,15 +170,8 @@ def test_resume_on_another_shape(reference: Path, tmp_path: Path, tensor: int, d
 def test_a_signal_saves_and_exits_75(reference: Path, tmp_path: Path, number: signal.Signals) -> None:
     tree = tree_beside(reference, tmp_path / "run")
     tree["training"]["steps"] = 2000
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    process = subprocess.Popen(
-        command_line(["train", str(config)]), stdout=subprocess.PIPE, text=True, env=environment()
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        time.sleep(0.05)
+    process = start(tree, cold=True)
+    wait_for(lambda: has_steps(tree, 3))
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
@@ -197,12 +188,8 @@ def test_a_signal_saves_and_exits_75(reference: Path, tmp_path: Path, number: si
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_save(reference: Path, tmp_path: Path) -> None:
     tree = tree_beside(reference, tmp_path / "run")
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    process = Running(["train", str(config)], environment(), REPOSITORY)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (tmp_path / "run/checkpoints/.writer").exists():
-        time.sleep(0.001)
+    process = start(tree)
+    wait_for((tmp_path / "run/checkpoints/.writer").exists, every=0.001)
     process.send_signal(signal.SIGTERM)  # the engine is not built yet
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output

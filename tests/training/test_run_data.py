@@ -6,13 +6,10 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from mf_train.config import Config, DataConfig, SourceConfig
 from mf_train.data.shards.shard import TokenShardWriter
@@ -26,15 +23,15 @@ from mf_train.parallel.processes import find_process
 from mf_train.training.inputs import check_same_sources
 from tests.distributed import run_distributed
 from tests.training.runs import (
-    REPOSITORY,
     TOKENIZER,
-    command_line,
     complaints,
-    environment,
+    has_steps,
     read_metrics,
     run_command,
     small_config,
+    start,
     train,
+    wait_for,
     write_text,
 )
 from tests.warm import Running
@@ -93,21 +90,6 @@ def test_skipped_documents_are_counted_by_file(tmp_path: Path) -> None:
     assert first["skipped_documents"] == {str(bad): 3} and "skipped_documents" not in second
 
 
-def start(tree: dict[str, Any], cold: bool = False) -> subprocess.Popen[str] | Running:
-    """A run of two processes; `cold`: under torchrun."""
-    config = Path(tree["training"]["output_dir"]).with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(tree))
-    if not cold:
-        return Running(["train", str(config)], environment(), REPOSITORY, 2)
-    return subprocess.Popen(
-        command_line(["train", str(config)], 2),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-
-
 def ranks_of(run: subprocess.Popen[str] | Running) -> list[int]:
     return children(run.pid) if isinstance(run, subprocess.Popen) else [rank.pid or 0 for rank in run.ranks]
 
@@ -137,13 +119,6 @@ def command(pid: int) -> bytes:
         return b""
 
 
-def wait_for(condition: Any, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.mark.parametrize(
     ("victim", "cold"),
     [("worker", False), ("run", False), pytest.param("worker", True, marks=pytest.mark.slow)],
@@ -153,10 +128,9 @@ def test_a_kill_leaves_nothing(victim: str, cold: bool, tmp_path: Path) -> None:
     tree = small_config(tmp_path / "run", write_text(tmp_path / "text.jsonl"))
     tree["training"]["steps"] = 100_000
     shared_memory = set(os.listdir("/dev/shm"))
-    run = start(tree, cold)  # tensor 1: both ranks read
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    run = start(tree, 2, cold)  # tensor 1: both ranks read
     try:
-        wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        wait_for(lambda: has_steps(tree))
         workers = workers_of(run)
         assert len(workers) == 2
         if victim == "worker":
@@ -184,10 +158,9 @@ def test_a_shard_that_is_cut_while_it_is_read_ends_all_ranks(tmp_path: Path) -> 
     tree = small_config(tmp_path / "run", text)
     tree["data"] = {"train": [{"path": str(shard)}], "logical_streams": 8}
     tree["training"]["steps"] = 100_000
-    run = start(tree)
+    run = start(tree, 2)
     try:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        wait_for(lambda: has_steps(tree))
         os.truncate(shard, 1000)
         _, errors = run.communicate(timeout=60)
         assert run.returncode == 1  # as torchrun's, of processes that ended with 2
@@ -199,9 +172,13 @@ def test_a_shard_that_is_cut_while_it_is_read_ends_all_ranks(tmp_path: Path) -> 
         run.communicate()
 
 
-def reading(rank: int, world_size: int, texts: list[str]) -> str:
-    """What rank 2 r finds as its own text; odd ranks do not read, as in a tensor-parallel group of two."""
+def reading(rank: int, world_size: int, cases: list[list[str]]) -> list[str]:
     start_processes(find_process(), torch.device("cpu"), timeout_seconds=60)
+    return [read_texts(rank, texts) for texts in cases]
+
+
+def read_texts(rank: int, texts: list[str]) -> str:
+    """What rank 2 r finds as its own text; odd ranks do not read, as in a tensor-parallel group of two."""
     config = Config(
         data=DataConfig(train=tuple(SourceConfig(path=path) for path in texts), logical_streams=2)
     )
@@ -225,7 +202,7 @@ def test_ranks_that_see_other_sources_are_refused(tmp_path: Path) -> None:
         write_text(tmp_path / f"a{rank}.jsonl")
         write_text(tmp_path / f"b{rank}.jsonl", documents=39 if rank == 2 else 40)
     same, other = str(tmp_path / "a*.jsonl"), str(tmp_path / "b*.jsonl")
-    assert run_distributed(reading, 4, [same, same]) == ["the same"] * 4
-    first, *rest = run_distributed(reading, 4, [same, other])
+    equal, (first, *rest) = zip(*run_distributed(reading, 4, [[same, same], [same, other]]), strict=True)
+    assert equal == ("the same",) * 4
     assert first.startswith(f"UserError data.train[1] ({other}) is not the same for all ranks")
     assert rest == ["PeerError another rank failed with status 2"] * 3

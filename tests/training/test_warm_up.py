@@ -18,14 +18,11 @@ import torch
 from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.kernels import ops
-from mf_train.model import MemoryFormer
-from mf_train.model.initialise import initialise
-from mf_train.parallel.degrees import Degrees
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
-from mf_train.parallel.groups import Groups, start_processes
+from mf_train.parallel.groups import start_processes
 from mf_train.parallel.processes import find_process
-from mf_train.parallel.tensor import shard_model
+from mf_train.parallel.tensor import build_model
 from mf_train.training.probe import run_probe
 from mf_train.training.warm_up import (
     Pass,
@@ -36,6 +33,7 @@ from mf_train.training.warm_up import (
     run_passes,
 )
 from tests.distributed import run_distributed
+from tests.parallel.worlds import new_groups
 
 CPU = torch.device("cpu")
 # every hash and lookup differs: bits, inner bits, and the columns of query, up and down
@@ -86,10 +84,15 @@ ROWS = 2  # of a micro-batch
 KINDS = [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "bfloat16")]  # ZeRO stage and precision
 
 
-def compare(rank: int, world_size: int, tensor: int) -> list[str]:
-    """What differs between a run's launches and those of `launch_kernels`, under every stage."""
+def compare_all(rank: int, world_size: int) -> list[str]:
     start_processes(find_process(), CPU, 120)
-    groups = Groups(Degrees(rank, world_size, tensor), 120)
+    return compare(1) + compare(2)
+
+
+def compare(tensor: int) -> list[str]:
+    """What differs between a run's launches and those of `launch_kernels`, under every stage."""
+    process = find_process()
+    groups, world_size = new_groups(process, tensor), process.world_size
     differences = []
     for stage, precision in KINDS:
         config = Config(
@@ -99,13 +102,8 @@ def compare(rank: int, world_size: int, tensor: int) -> list[str]:
                 global_batch_size=ROWS * world_size // tensor, micro_batch_size=ROWS, precision=precision
             ),
         )
-        with torch.device("meta"):
-            model = MemoryFormer(MODEL)
         exchange = Exchange(groups.tensor) if tensor > 1 else None
-        if exchange is not None:
-            shard_model(model, exchange)
-        model.to_empty(device=CPU)
-        initialise(model, 0, groups.degrees.tensor_rank, tensor)
+        model = build_model(MODEL, exchange, 0, CPU)
         engine = Engine(model, config, groups, CPU)
         step, probe, resume = run_passes(config, resumes=True)
         batch = torch.randint(MODEL.vocab_size, (ROWS, MODEL.sequence_length + 1))
@@ -131,20 +129,23 @@ def compare(rank: int, world_size: int, tensor: int) -> list[str]:
                 lines = [f"missing {x}" for x in expected - launched] + [
                     f"more {x}" for x in launched - expected
                 ]
-                differences.append(f"stage {stage} {precision} {one}: " + "; ".join(lines))
+                differences.append(f"P {tensor} stage {stage} {precision} {one}: " + "; ".join(lines))
     return differences
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_what_is_launched_is_what_a_run_launches(tensor: int) -> None:
-    for differences in run_distributed(compare, 2, tensor):
+def test_what_is_launched_is_what_a_run_launches() -> None:
+    for differences in run_distributed(compare_all, 2):
         assert not differences
 
 
-def take_turns(rank: int, world_size: int) -> tuple[float, float]:
-    """Begin and end of the action on two nodes of two ranks, the second of which compiles more slowly."""
+def two_nodes(rank: int, world_size: int) -> tuple[tuple[float, float], str]:
     start_processes(find_process(), CPU, 60)
+    return take_turns(rank), fail_on_node_1(rank)
+
+
+def take_turns(rank: int) -> tuple[float, float]:
+    """Start and end of the action on two nodes of two ranks, the second of which compiles more slowly."""
     times: list[float] = []
 
     def act() -> None:
@@ -156,9 +157,7 @@ def take_turns(rank: int, world_size: int) -> tuple[float, float]:
     return times[0], times[1]
 
 
-def fail_on_node_1(rank: int, world_size: int) -> str:
-    start_processes(find_process(), CPU, 60)
-
+def fail_on_node_1(rank: int) -> str:
     def act() -> None:
         if rank == 2:
             raise explain(
@@ -176,15 +175,11 @@ def fail_on_node_1(rank: int, world_size: int) -> str:
 
 
 @pytest.mark.distributed
-def test_the_first_rank_of_each_node_is_done_before_the_others_begin() -> None:
-    times = run_distributed(take_turns, 4)
+def test_two_nodes() -> None:
+    """The first rank of each is done before the others begin; one without a compiler ends the run with one line."""
+    times, (told, *others) = zip(*run_distributed(two_nodes, 4), strict=True)
     last_first = max(times[0][1], times[2][1])
     assert all(times[rank][0] >= last_first for rank in (1, 3))
-
-
-@pytest.mark.distributed
-def test_a_node_without_a_compiler_ends_the_run_with_one_line() -> None:
-    told, *others = run_distributed(fail_on_node_1, 4)
     assert "gcc" in told and "Python.h" in told and "rank 2 on " in told and "\n" not in told
     assert others == ["peer 2"] * 3
 

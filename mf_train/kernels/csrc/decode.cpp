@@ -1,6 +1,6 @@
-// One token of every sequence through the whole model (SPEC.md section 2), in one call: what is read from memory is one
-// row of every table and the LM head, and everything else is arranged around those reads. Activations are float32
-// arrays whose values are rounded to the model's type wherever the plain model's tensors are.
+// One token of every sequence through the whole model (Eq. 13 of arXiv 2411.12992), in one call: what is read from
+// memory is one row of every table and the LM head, and everything else is arranged around those reads. Activations are
+// float32 arrays whose values are rounded to the model's type wherever the plain model's tensors are.
 //
 // A thread owns whole heads from the lookups of q, k and v to the sum after attention, columns in the other lookups,
 // and rows of the vocabulary; every sum is taken by one thread in an order of its own, so results do not depend on the
@@ -21,7 +21,6 @@
 namespace mf {
 namespace {
 
-constexpr int64_t kMaxBatch = 16;
 constexpr int64_t kMaxTile = 8;  // sequences that share one pass over the LM head
 constexpr int kMaxBits = 16;
 
@@ -494,8 +493,6 @@ private:
 
 }  // namespace
 }  // namespace mf
-
-extern "C" int64_t mf_decode_max_batch() { return mf::kMaxBatch; }
 
 // Floats of scratch memory for a step.
 extern "C" int64_t mf_decode_scratch(const mf::ModelWeights* model, int64_t batch, int64_t threads) {

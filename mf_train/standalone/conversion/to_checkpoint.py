@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from mf_train.checkpoint.checksum import share, whole
+from mf_train.checkpoint.checksum import crc_of_file, crc_of_piece
 from mf_train.checkpoint.layout import (
     FORMAT,
     MANIFEST,
@@ -146,8 +146,9 @@ def _write_weights(model: Path, weights: FolderWeights, config: Config, folder: 
         for part, layout in part_layouts(local, parts).items()
         for rank in range(ranks)
     }
-    shares = {
-        file: share(layout.header, layout.size - len(layout.header)) for file, layout in layouts.items()
+    crcs = {
+        file: crc_of_piece(layout.header, layout.size - len(layout.header))
+        for file, layout in layouts.items()
     }
     certified, files, lock = _certified_hashes(model), weights.files, threading.Lock()
     with ShardWriter(folder, layouts) as writer:
@@ -161,9 +162,9 @@ def _write_weights(model: Path, weights: FolderWeights, config: Config, folder: 
                     writer.write(file, name, places[rank], data)
                     places[rank] += len(data)
                     layout = layouts[file]
-                    mine = share(data, layout.size - layout.offsets[name] - places[rank])
+                    mine = crc_of_piece(data, layout.size - layout.offsets[name] - places[rank])
                     with lock:
-                        shares[file] ^= mine
+                        crcs[file] ^= mine
             if certified is not None and certified.get(outside) != digest.hexdigest():
                 raise UserError(
                     f"{files[outside].path}: tensor {outside} is not what {CERTIFICATE} says: restore the file, or "
@@ -172,7 +173,8 @@ def _write_weights(model: Path, weights: FolderWeights, config: Config, folder: 
 
         in_threads(shapes, copy)
     records = {
-        file: FileRecord(layout.size, whole(shares[file], layout.size)) for file, layout in layouts.items()
+        file: FileRecord(layout.size, crc_of_file(crcs[file], layout.size))
+        for file, layout in layouts.items()
     }
     return Manifest(FORMAT, 0, ranks, ("master",), shapes, parts, records)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.memory import BARE, LIMITED
 from mf_train.config import ModelConfig
 from mf_train.config.loading import load_config
 from tests.processes import run_python
@@ -20,24 +21,6 @@ SMALL = ModelConfig(
 )
 WIDE = ModelConfig(hidden_size=32, num_layers=1, num_heads=4, bits=2, vocab_size=262_144, sequence_length=128)
 
-_MEASURE = """
-def measure(key):
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
-"""
-_BARE = f"import torch{_MEASURE}print(measure('VmHWM'), measure('VmData'))"
-_RUN = f"""
-import resource, sys
-limit = int(sys.argv.pop(1))
-if limit:
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-from mf_train.cli import main
-{_MEASURE}
-try:
-    main(sys.argv[1:])
-finally:
-    print(measure("VmHWM"))
-"""
-
 
 def numbers(code: str, *arguments: object) -> list[int]:
     """Those in the last line that it prints."""
@@ -47,7 +30,7 @@ def numbers(code: str, *arguments: object) -> list[int]:
 @pytest.fixture(scope="module")
 def bare() -> tuple[int, int]:
     """Peak resident and writable private memory of a Python that has imported torch, in bytes."""
-    peak, data = numbers(_BARE)
+    peak, data = numbers(BARE)
     return peak, data
 
 
@@ -61,11 +44,17 @@ def check(checkpoint: Path, folder: Path, bare: tuple[int, int], limit: float) -
         "check": [str(checkpoint), str(model), "--check"],
         "to-checkpoint": [str(model), str(back), "--to-checkpoint", "--tensor", "2"],
     }.items():
-        (peak,) = numbers(_RUN, 0, "convert", *arguments)
+        (peak,) = numbers(LIMITED, 0, "convert", *arguments)
         assert peak - bare[0] < limit, f"{name}: {(peak - bare[0]) / 1e6:.0f} MB above import torch"
     for dtype in ("bfloat16", "int8"):
-        run_python(
-            _RUN, str(bare[1] + int(limit)), "convert", str(checkpoint), str(folder / dtype), "--dtype", dtype
+        numbers(
+            LIMITED,
+            str(bare[1] + int(limit)),
+            "convert",
+            str(checkpoint),
+            str(folder / dtype),
+            "--dtype",
+            dtype,
         )
 
 
@@ -79,7 +68,7 @@ def test_a_large_vocabulary(tmp_path: Path, bare: tuple[int, int]) -> None:
     checkpoint = write_large(tmp_path / "step-000000007", WIDE, 1)
     for dtype in ("float32", "bfloat16"):
         arguments = [str(checkpoint), str(tmp_path / dtype), "--dtype", dtype]
-        (peak,) = numbers(_RUN, 0, "convert", *arguments)
+        (peak,) = numbers(LIMITED, 0, "convert", *arguments)
         assert peak - bare[0] < SMALL_LIMIT, f"{dtype}: {(peak - bare[0]) / 1e6:.0f} MB above import torch"
 
 

@@ -30,7 +30,7 @@ PROCESS = {"cpu": LIBRARIES + 15e6, "cuda": 1.0e9}
 
 
 @dataclass(frozen=True)
-class Memory:
+class RankMemory:
     """Bytes of one rank: what stays between steps, what a step adds, and its peak."""
 
     parameters: float  # as the forward pass reads them
@@ -62,7 +62,7 @@ class _States:
     update: float
 
 
-def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Memory:
+def estimate_memory(config: Config, processes: int, device: str = "cuda") -> RankMemory:
     """Memory of a rank of `processes`; `device` "cpu" or "cuda". The degrees must divide (`check_degrees`)."""
     model, tensor = config.model, config.parallel.tensor
     data = processes // tensor
@@ -87,7 +87,7 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Mem
         "update": fixed + states.update,
     }
     saves_beside = config.checkpoint.interval and config.checkpoint.asynchronous
-    return Memory(
+    return RankMemory(
         parameters=states.parameters,
         optimizer=states.optimizer,
         gradients=states.gradients,

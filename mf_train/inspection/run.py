@@ -13,6 +13,7 @@ from torch import Tensor
 from mf_train.data.stream.validation import validation_tokens
 from mf_train.errors import UserError
 from mf_train.files import write_whole
+from mf_train.inspection.figure import draw_reads
 from mf_train.inspection.source import Inspected, open_inspected
 from mf_train.inspection.terminal import reads_lines
 from mf_train.model.attention import document_numbers
@@ -50,9 +51,7 @@ def inspect(
     reads = count_reads(inspected, sequences)
     tree = describe(inspected, reads)
     if output is not None:
-        from mf_train.inspection.figure import draw_reads
-
-        picture = draw_reads(reads)
+        picture = draw_reads(reads.counts, reads.hashes)
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / PICTURE, picture)
         write_whole(output / NUMBERS, (json.dumps(tree, indent=1) + "\n").encode())

@@ -1,7 +1,15 @@
-"""How far a launched run is, from the files in its folder alone."""
+"""What `memoryformer launch` keeps in a run's folder, and how far the run is by what lies there.
+
+    launch/job.json     the newest job's number, and what was submitted
+    launch/starts.tsv   a line for the beginning and one for the end of every start, written by the job's script
+
+`python -m mf_train.launch.launch_folder CONFIG ...` prints the run's folder, for the job's script.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -10,8 +18,10 @@ from typing import Any
 
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
-from mf_train.launch.records import STARTS
+from mf_train.files import write_whole
 from mf_train.run_folder import CHECKPOINTS, CONFIG, LAUNCH, METRICS, last_metrics
+
+JOB, SCRIPT, LOGS, STARTS = "job.json", "job.sbatch", "logs", "starts.tsv"
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,10 @@ class Start:
     next: str = ""  # what the script did then
     checkpoint_after: str = ""
 
+    @property
+    def ranks(self) -> int:
+        return int(self.processes) if self.processes.isdigit() else 0
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -38,6 +52,29 @@ class Progress:
     metrics: dict[str, Any]
     age: float | None  # seconds since the last step was recorded
     checkpoint: str
+
+
+def recorded_jobs(folder: Path) -> list[str]:
+    """Numbers of the jobs launched for a run's or an array's folder that may be alive, the newest last; [] if none."""
+    record = read_record(folder)
+    return [*record.get("before", []), record["job"]] if record else []
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A run's launch/job.json, or {}. Raises UserError where it cannot be read."""
+    path = folder / LAUNCH / JOB
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return record
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError:
+        raise UserError(f"{path}: is damaged; delete it if no job of this run is in the queue") from None
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write a run's launch/job.json. Raises OSError."""
+    write_whole(folder / LAUNCH / JOB, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def read_progress(run: Path) -> Progress:
@@ -82,9 +119,8 @@ def seconds_between(first: str, last: str) -> float | None:
         return None
 
 
-def duration(seconds: float) -> str:
-    """1:02:03 or, from a day on, 2-01:02:03, as SLURM writes it."""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (f"{days}-{hour:02}" if days else f"{hour}") + f":{minute:02}:{second:02}"
+if __name__ == "__main__":
+    try:
+        print(load_config(sys.argv[1], sys.argv[2:]).training.output_dir)
+    except UserError as error:
+        sys.exit(f"memoryformer: {error}")

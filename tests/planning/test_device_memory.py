@@ -1,37 +1,22 @@
 """The memory model against what ranks really take (benchmarks.plan_memory)."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
+from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree
-from mf_train.planning.memory import BUCKET, LIBRARIES, estimate_memory
+from mf_train.planning.device_memory import BUCKET, LIBRARIES, estimate_memory
+from tests.planning.configs import make_config as make
+from tests.planning.configs import run_python
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TABLES = ModelConfig(hidden_size=256, num_layers=4, num_heads=4, bits=8, vocab_size=8192, sequence_length=128)
 ROWS = ModelConfig(hidden_size=128, num_layers=6, num_heads=4, bits=4, vocab_size=4096, sequence_length=512)
-LONG = ModelConfig(
-    hidden_size=128, num_layers=4, num_heads=4, bits=8, vocab_size=4096, sequence_length=512
-)  # its activations are larger than its tables
+LONG = replace(ROWS, num_layers=4, bits=8)  # its activations are larger than its tables
 DENSE = replace(ROWS, kind="dense", hidden_size=512, vocab_size=16384)
-
-
-def make(model: ModelConfig, batch: int, micro: int, tensor: int, stage: int, precision: str) -> Config:
-    training = TrainingConfig(
-        global_batch_size=batch,
-        micro_batch_size=micro,
-        precision=precision,  # type: ignore[arg-type]
-        device="cpu",
-    )
-    return Config(model=model, training=training, parallel=ParallelConfig(tensor=tensor, zero_stage=stage))
-
 
 # processes and configurations: every stage, both precisions, tables or activations as the larger part
 CASES = {
@@ -52,22 +37,10 @@ CASES = {
 def measured_peak(config: Config, processes: int, folder: Path) -> int:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config_to_tree(config)), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     # freed tensors go back to the system at once, so that resident memory is what is held
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    command += ["-m", "benchmarks.plan_memory", str(path), str(folder)]
-    done = subprocess.run(
-        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    run_python(*launcher, "-m", "benchmarks.plan_memory", str(path), str(folder), **at_once)
     return max(max(json.loads((folder / f"{rank}.json").read_text())["peaks"]) for rank in range(processes))
 
 
@@ -75,9 +48,7 @@ def measured_peak(config: Config, processes: int, folder: Path) -> int:
 @pytest.mark.parametrize("name", CASES)
 def test_within_a_tenth_of_a_real_rank(name: str, tmp_path: Path) -> None:
     processes, config = CASES[name]
-    predicted = (
-        estimate_memory(config, processes, "cpu").peak - LIBRARIES
-    )  # the measurement begins after them
+    predicted = estimate_memory(config, processes, "cpu").peak - LIBRARIES  # measured from there on
     assert predicted == pytest.approx(measured_peak(config, processes, tmp_path), rel=0.1)
 
 

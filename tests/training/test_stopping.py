@@ -8,11 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from mf_train.training.deadline import Deadline, find_deadline
-from tests.training.runs import REPOSITORY, environment, read_metrics, small_config, write_text
-from tests.warm import Running
+from mf_train.training.stopping import Deadline, find_deadline
+from tests.training.runs import read_metrics, small_config, start, write_text
 
 
 def test_time_for_the_saves_a_step_and_a_reserve_is_kept() -> None:
@@ -58,10 +56,8 @@ def test_a_run_stops_by_itself_before_the_limit(tmp_path: Path) -> None:
     """No signal comes; the notice is shorter than what a save needs."""
     tree = small_config(tmp_path / "run", write_text(tmp_path / "text.jsonl"))
     tree["training"]["steps"] = 100_000
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     limit = time.time() + 20
-    job = {"SLURM_JOB_END_TIME": f"{limit:.0f}", "MF_NOTICE_SECONDS": "5"}
-    run = Running(["train", str(tmp_path / "run.yaml")], environment() | job, REPOSITORY)
+    run = start(tree, SLURM_JOB_END_TIME=f"{limit:.0f}", MF_NOTICE_SECONDS="5")
     output, errors = run.communicate(timeout=120)
     assert run.returncode == 75, output + errors
     assert time.time() < limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tests.standalone.checkpoints import random_weights, write_checkpoint
 from tests.telemetry.test_statistics import expected_numbers
 from tests.training.runs import TOKENIZER, write_text
 
+Capture = pytest.CaptureFixture[str]
 MODEL = ModelConfig(
     hidden_size=32, num_layers=4, num_heads=2, bits=4, expand_bits=1, vocab_size=4096, sequence_length=48
 )
@@ -37,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(folder, MODEL, random_weights(MODEL, 3), tensor=2)
 
 
-def inspect(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> str:
+def inspect(capsys: Capture, *arguments: object, status: int = 0) -> str:
     """What the command prints: its output, or where it fails its complaint."""
     with pytest.raises(SystemExit) as ended:
         main(["inspect", *map(str, arguments)])
@@ -47,7 +49,7 @@ def inspect(capsys: pytest.CaptureFixture[str], *arguments: object, status: int 
 
 
 def test_numbers_are_those_of_the_plain_model(
-    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     run = checkpoint.parents[1]
     found = json.loads(inspect(capsys, run, "--data", text, "--sequences", SEQUENCES, "--json"))
@@ -71,9 +73,7 @@ def test_numbers_are_those_of_the_plain_model(
     assert converted["tables"] == found["tables"]
 
 
-def test_terminal_and_files(
-    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_terminal_and_files(checkpoint: Path, text: Path, tmp_path: Path, capsys: Capture) -> None:
     before = sorted(checkpoint.parents[1].rglob("*"))
     said = inspect(capsys, checkpoint, "--data", text, "--output", tmp_path / "new" / "folder")
     assert sorted(checkpoint.parents[1].rglob("*")) == before
@@ -82,12 +82,10 @@ def test_terminal_and_files(
     assert [line[:17].strip() for line in lines[2:14]] == [
         f"layer {layer} {name}" for layer in range(4) for name in ("qkv", "ffn_up", "ffn_down")
     ]
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
-        "buckets.png",
-        "tables.json",
-    ]
-    assert (tmp_path / "new" / "folder" / "buckets.png").read_bytes().startswith(b"\x89PNG")
-    tree = json.loads((tmp_path / "new" / "folder" / "tables.json").read_text())
+    folder = tmp_path / "new" / "folder"
+    assert sorted(path.name for path in folder.iterdir()) == ["buckets.png", "tables.json"]
+    assert (folder / "buckets.png").read_bytes().startswith(b"\x89PNG")
+    tree = json.loads((folder / "tables.json").read_text())
     assert len(tree["tables"]) == 12 and tree["sequences"] == 22
 
 
@@ -103,21 +101,14 @@ def test_terminal_and_files(
     ],
 )
 def test_mistakes_are_named(
-    arguments: list[str],
-    complaint: str,
-    checkpoint: Path,
-    text: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], complaint: str, checkpoint: Path, text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     given = [word.format(folder=tmp_path, checkpoint=checkpoint, text=text) for word in arguments]
     said = inspect(capsys, *given, status=2)
     assert complaint in said and len(said.splitlines()) == 1
 
 
-def test_damage_and_dense_models_are_named(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damage_and_dense_models_are_named(text: Path, tmp_path: Path, capsys: Capture) -> None:
     damaged = write_checkpoint(tmp_path / "damaged", MODEL, random_weights(MODEL, 3), tensor=1)
     weights = next(damaged.glob("weights-*"))
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -125,9 +116,7 @@ def test_damage_and_dense_models_are_named(
     assert f"{weights}: damaged" in said and "use another checkpoint" in said
     weights.unlink()
     assert f"{weights}: missing from the checkpoint" in inspect(capsys, damaged, "--data", text, status=2)
-    dense = ModelConfig(
-        kind="dense", hidden_size=32, num_layers=1, num_heads=2, vocab_size=4096, sequence_length=48
-    )
+    dense = replace(MODEL, kind="dense", num_layers=1)
     folder = write_checkpoint(tmp_path / "dense", dense, random_weights(dense, 1), tensor=1)
     assert "a dense model, which has no tables" in inspect(capsys, folder, "--data", text, status=2)
     model = tmp_path / "model"

@@ -1,10 +1,38 @@
-"""Stopping before a job's time limit where saving takes longer than the launcher's notice."""
+"""Reasons to stop a run early: a signal, or a job's time limit that is nearer than the launcher's notice tells.
+
+SIGTERM and SIGUSR1 ask for a save at the next step boundary and an end with status 75.
+"""
 
 import math
+import signal
 import time
 from collections.abc import Mapping
+from types import FrameType
 
 _RESERVE_SECONDS, _RESERVE_SHARE = 10.0, 0.25  # storage is slower at times
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGUSR1 from `install` on; a second signal changes nothing."""
+
+    def __init__(self) -> None:
+        self._requested = False
+
+    def requested(self) -> bool:
+        return self._requested
+
+    def install(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._set)
+        return self
+
+    def ignore_more(self) -> None:
+        """From now on requests are ignored: while Python ends, it would end by them and not with its status."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
 
 
 class Deadline:
@@ -23,7 +51,10 @@ class Deadline:
         self._warned = False
 
     def note_step(self, seconds: float) -> None:
-        """The time between two chances to stop: a step, and a validation where there is one. The first one compiles."""
+        """Record how long one iteration of the loop took: a step and, if due, a validation.
+
+        A stop may have to wait that long. The first iteration does not count, because it includes compilation.
+        """
         self._steps += 1
         if self._steps > 1:
             self._longest = max(self._longest, seconds)
@@ -33,7 +64,7 @@ class Deadline:
         return _RESERVE_SECONDS + (1 + _RESERVE_SHARE) * (self.saves * save_seconds + self._longest)
 
     def warning(self, save_seconds: float) -> str | None:
-        """What to say, once, where the notice is too short."""
+        """The line to show, once, where the notice is too short."""
         needed = self.needed(save_seconds)
         if self._warned or math.isinf(self.end) or needed <= self.notice:
             return None

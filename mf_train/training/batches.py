@@ -1,0 +1,132 @@
+"""The batch of a step on every rank: read by some ranks, agreed on by all, shared in each tensor-parallel group."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mf_train.config import Config
+from mf_train.data.stream.digest import format_digest, from_int64, rows_digest, to_int64
+from mf_train.data.stream.stream import TokenStream, merge_states
+from mf_train.data.workers.batches import BatchReader
+from mf_train.errors import TrainingError, UserError
+from mf_train.parallel.agreement import fail_together
+from mf_train.parallel.groups import Groups
+
+
+class Batch(NamedTuple):
+    """A rank's part of a global batch, and what the whole is known by."""
+
+    rows: Tensor  # int64 [G/R, S+1] on the device; the same on all ranks of a tensor-parallel group
+    digest: str  # of the global batch
+    epochs: list[float]  # passes over each source so far; empty on ranks that do not read
+    wait_seconds: float  # that reading took
+
+
+class SharedBatches:
+    """A run's batches in their order. A rank with a `stream` reads for its tensor-parallel group.
+
+    `stop` says whether this rank was asked to stop. `before_failing` is called on all ranks where one has no batch,
+    before they raise. All calls but `close` are collective.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream | None,
+        config: Config,
+        groups: Groups,
+        device: torch.device,
+        *,
+        stop: Callable[[], bool],
+        before_failing: Callable[[], None],
+        entering: Callable[[str], None],
+    ) -> None:
+        self.stream = stream
+        self.reader = BatchReader(stream, config) if stream is not None else None
+        self.config = config
+        self.groups = groups
+        self.device = device
+        self.stop = stop
+        self.before_failing = before_failing
+        self.entering = entering
+
+    def next(self, step: int, failure: Exception | None = None) -> Batch | None:
+        """The batch of a step; None where any rank was asked to stop.
+
+        Where any rank could not read its rows, or has met a `failure` since the last step, all raise as
+        `fail_together`.
+        """
+        self.entering(f"reading the batch of step {step}")
+        started, rows = time.perf_counter(), None
+        if failure is None:
+            rows, failure = self.read()
+        waited = time.perf_counter() - started
+        self.entering(f"agreeing on the batch of step {step}")
+        agreed = self.agree(rows, failure)
+        return None if agreed is None else Batch(self.share(rows), *agreed, waited)
+
+    def read(self) -> tuple[Tensor | None, Exception | None]:
+        """int32 [G/R, S+1] where this rank reads, or what went wrong."""
+        if self.reader is None:
+            return None, None
+        try:
+            return torch.from_numpy(self.reader.next_batch()), None
+        except (UserError, OSError, TrainingError) as error:
+            return None, error
+
+    def agree(self, rows: Tensor | None, failure: Exception | None) -> tuple[str, list[float]] | None:
+        """Digest of the global batch and epochs of each source; None where any rank was asked to stop."""
+        digest, documents = 0, [0] * len(self.config.data.train)
+        if rows is not None and self.reader is not None and self.stream is not None:
+            digest = rows_digest(self.stream.row_numbers, rows.numpy())
+            documents = self.reader.documents()
+        values = [to_int64(digest), int(self.stop()), int(failure is not None), *documents]
+        shared = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(shared)
+        total, stops, failures, *documents = shared.tolist()
+        if failures:
+            self.before_failing()
+            fail_together(failure, self.device)
+        if stops:
+            return None
+        epochs = []
+        if self.stream is not None:
+            read = zip(documents, self.stream.sources, strict=True)
+            epochs = [count / source.num_documents for count, source in read]
+        return format_digest(from_int64(total)), epochs
+
+    def share(self, rows: Tensor | None) -> Tensor:
+        """The group's rows [G/R, S+1], int64 on the device of every rank of it."""
+        config, degrees = self.config, self.groups.degrees
+        if rows is None:
+            shape = (config.training.global_batch_size // degrees.data, config.model.sequence_length + 1)
+            rows = torch.empty(shape, dtype=torch.int32, device=self.device)
+        rows = rows.to(self.device)
+        if degrees.tensor > 1:
+            dist.broadcast(rows, degrees.rank - degrees.tensor_rank, group=self.groups.tensor)
+        return rows.long()
+
+    def state(self, step: int, *, before_last: bool) -> dict[str, Any] | None:
+        """The stream's state for a checkpoint of `step`, on rank 0; None elsewhere.
+
+        It does not depend on the number of ranks. `before_last`: the last batch that was read has not been trained on.
+        """
+        if self.reader is None or self.stream is None:
+            return None
+        positions: list[Any] = [None] * self.groups.degrees.data
+        dist.all_gather_object(
+            positions, self.reader.positions(before_last=before_last), group=self.groups.data
+        )
+        if self.groups.degrees.rank != 0:
+            return None
+        identity = self.stream.identity()
+        return merge_states(
+            [{"step": step, "identity": identity, "streams": streams} for streams in positions]
+        )
+
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.close()

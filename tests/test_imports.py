@@ -66,13 +66,7 @@ ONE_FILE_EACH = [
     "matplotlib",
     "lm_eval",
 ]
-ONE_FOLDER_EACH = {
-    "jinja2": "study",
-    "pandas": "study",
-    "pyarrow": "data",
-    "transformers": "standalone",
-    "triton": "kernels",
-}
+ONE_FOLDER_EACH = {"pandas": "study", "pyarrow": "data", "transformers": "standalone", "triton": "kernels"}
 # Parts whose modules import nothing of other projects but these.
 THIRD_PARTY = {"errors": set(), "config": {"yaml"}, "kernels": {"torch", "triton"}, "model": {"torch"}}
 CORE_DISTRIBUTIONS = ["torch", "numpy", "pyyaml", "safetensors"]  # those that pip installs without an extra

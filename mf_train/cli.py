@@ -51,6 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             _speak(f"{error}; make room and run again" if full else str(error))
         status = FAILED
+    except ModuleNotFoundError as error:
+        if (error.name or "mf_train").split(".")[0] == "mf_train":
+            raise
+        extras = "mf-train[train,standalone,study,evaluation]"
+        _speak(
+            f"the package {error.name} is not installed; pip install '{extras}' has all that commands need"
+        )
+        status = MISTAKE
     except PeerError as error:
         status = error.status
     except KeyboardInterrupt:

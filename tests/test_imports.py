@@ -66,7 +66,12 @@ ONE_FILE_EACH = [
     "matplotlib",
     "lm_eval",
 ]
-ONE_FOLDER_EACH = {"pandas": "study", "pyarrow": "data", "transformers": "standalone", "triton": "kernels"}
+ONE_FOLDER_EACH = {
+    "pandas": "study",
+    "pyarrow": "data",
+    "transformers": "standalone",
+    "triton": "kernels",
+}
 # Parts whose modules import nothing of other projects but these.
 THIRD_PARTY = {"errors": set(), "config": {"yaml"}, "kernels": {"torch", "triton"}, "model": {"torch"}}
 CORE_DISTRIBUTIONS = ["torch", "numpy", "pyyaml", "safetensors"]  # those that pip installs without an extra
@@ -271,6 +276,24 @@ def test_every_module_imports_with_the_core_dependencies(bare_environment: BareE
     failures = run_python(bare_environment(CORE_DISTRIBUTIONS), IMPORT_EACH, *MODULES).splitlines()
     unexpected = [line for line in failures if line.partition(" ")[2] not in owners[line.split(" ")[0]]]
     assert not unexpected, "\n".join(unexpected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (["study", "collect", "configs/studies/sizes-small.yaml"], "pandas"),
+        (["plan", "configs/tiny.yaml", "--plot", "scaling.png"], "matplotlib"),
+        (["train", "configs/quickstart.yaml", "parallel.tensor=1"], "megatron"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_package_that_is_missing_is_named_in_one_line(
+    bare_environment: BareEnvironment, arguments: list[str], missing: str
+) -> None:
+    command = [bare_environment(CORE_DISTRIBUTIONS), "-m", PACKAGE, *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and f"{missing} is not installed" in line, line
 
 
 def test_the_model_needs_torch_alone(bare_environment: BareEnvironment) -> None:

@@ -104,7 +104,7 @@ def measure(rows: DataFrame, x: str, size: str, by: str) -> list[Measured]:
                 tokens=float(first["tokens"]),
                 x=float(group[x].map(float).mean()),  # of seeds, where runs measured it
                 losses=tuple(map(float, group[LOSS])),
-                seeds=tuple(group.get(SEED_AXIS, [""])),
+                seeds=tuple(group.get(SEED_AXIS, [""] * len(group))),
                 cells=tuple(group["cell"]),
                 parameters=float(first["parameters"]),
                 flops=float(first["flops"]),

@@ -14,16 +14,6 @@ from mf_train.standalone.conversion.proof import Comparison, Proof
 from mf_train.standalone.folder import CERTIFICATE, DTYPES
 
 FORMAT = 2
-_COMPARED = (
-    "largest_logit_difference",
-    "changed_codes",
-    "recorded_loss",
-    "loss",
-    "loss_difference",
-    "recorded_perplexity",
-    "perplexity",
-    "divergence",
-)
 
 
 def certificate_tree(source: Mapping[str, Any], dtype: str, proof: Proof) -> dict[str, Any]:
@@ -56,7 +46,8 @@ def certificate_tree(source: Mapping[str, Any], dtype: str, proof: Proof) -> dic
 
 
 def _figures(comparison: Comparison) -> dict[str, Any]:
-    return {name: getattr(comparison, name) for name in _COMPARED}
+    counts = ("relative_logit_error", "changed", "codes")
+    return {name: value for name, value in vars(comparison).items() if name not in counts}
 
 
 def hash_files(folder: Path) -> Iterator[tuple[str, str]]:
@@ -68,10 +59,6 @@ def hash_files(folder: Path) -> Iterator[tuple[str, str]]:
         if path.is_file() and not hidden and not weights and path.name != CERTIFICATE:
             with path.open("rb") as file:
                 yield path.name, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_certificate(folder: Path, tree: Mapping[str, Any]) -> None:
-    (folder / CERTIFICATE).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
 def read_certificate(model: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`memoryformer convert`: a training checkpoint of any degrees becomes a folder that transformers loads."""
 
+import json
 import os
 import shlex
 import shutil
@@ -20,14 +21,14 @@ from mf_train.errors import UserError
 from mf_train.files import sync
 from mf_train.model.counts import count_parameters
 from mf_train.model.model import MemoryFormer
-from mf_train.standalone.conversion.certificate import certificate_tree, hash_files, write_certificate
+from mf_train.standalone.conversion.certificate import certificate_tree, hash_files
 from mf_train.standalone.conversion.proof import Proof, prove
 from mf_train.standalone.conversion.settings_files import model_card, settings_files
 from mf_train.standalone.conversion.source_files import source_files
 from mf_train.standalone.conversion.tokenizer_files import tokenizer_files
 from mf_train.standalone.conversion.weights import copy_weights
 from mf_train.standalone.exported.names import INT8
-from mf_train.standalone.folder import CARD, DTYPES, check_layers
+from mf_train.standalone.folder import CARD, CERTIFICATE, DTYPES, check_layers
 from mf_train.text import human_bytes
 
 _METRICS = ("loss", "validation_loss", "validation_step")
@@ -109,7 +110,8 @@ def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: 
     proof = prove(reader, config, source["device"], dtype, folder)
     tree = certificate_tree(source, dtype, proof)
     (folder / CARD).write_bytes(model_card(config, tree))
-    write_certificate(folder, tree | {"tensors": digests, "files": dict(hash_files(folder))})
+    tree |= {"tensors": digests, "files": dict(hash_files(folder))}
+    (folder / CERTIFICATE).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     return proof
 
 

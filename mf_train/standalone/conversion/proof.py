@@ -67,19 +67,10 @@ class Comparison(Difference):
 
     recorded_loss: float  # the first model's mean cross-entropy
     loss: float  # the second's
+    loss_difference: float
+    recorded_perplexity: float
+    perplexity: float
     divergence: float  # mean KL divergence of the second's predictions from the first's
-
-    @property
-    def loss_difference(self) -> float:
-        return self.loss - self.recorded_loss
-
-    @property
-    def recorded_perplexity(self) -> float:
-        return math.exp(min(self.recorded_loss, _LARGEST_LOSS))
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, _LARGEST_LOSS))
 
 
 @dataclass(frozen=True)
@@ -250,11 +241,14 @@ def compare(before: Results, after: Results) -> Comparison:
             for which, values in enumerate((old, new)):
                 losses[which] -= values[: len(place)].gather(-1, place).sum().item()
     tokens = len(before.tokens)
-    predicted = max(tokens - 1, 1)
+    recorded_loss, loss = (value / max(tokens - 1, 1) for value in losses)
     return Comparison(
         **vars(subtract(before, after)),
-        recorded_loss=losses[0] / predicted,
-        loss=losses[1] / predicted,
+        recorded_loss=recorded_loss,
+        loss=loss,
+        loss_difference=loss - recorded_loss,
+        recorded_perplexity=math.exp(min(recorded_loss, _LARGEST_LOSS)),
+        perplexity=math.exp(min(loss, _LARGEST_LOSS)),
         divergence=divergence / tokens,
     )
 

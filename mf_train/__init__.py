@@ -1,3 +1,3 @@
 """Pretraining of MemoryFormer language models: hashed lookup tables instead of fully-connected layers."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -90,34 +90,21 @@ def _forward_kernel(
     codes_ptr += token * K
     weights_ptr += token * K
     total = tl.zeros([TOKENS, BLOCK], SUM)
-    for first in tl.range(0, K - K % UNROLL, UNROLL):
-        total = _add_rows(
-            total,
-            codes_ptr,
-            weights_ptr,
-            tables_ptr,
-            scales_ptr,
-            first,
-            column,
-            inside,
-            out_features,
-            ROWS,
-            UNROLL,
-        )
-    for first in tl.range(K - K % UNROLL, K, UNROLL):  # once, or never
-        total = _add_rows(
-            total,
-            codes_ptr,
-            weights_ptr,
-            tables_ptr,
-            scales_ptr,
-            first,
-            column,
-            inside,
-            out_features,
-            ROWS,
-            K % UNROLL,
-        )
+    for rest in tl.static_range(2):  # UNROLL tables at a time, and at last those that are left over
+        for first in tl.range(K - K % UNROLL if rest else 0, K if rest else K - K % UNROLL, UNROLL):
+            total = _add_rows(
+                total,
+                codes_ptr,
+                weights_ptr,
+                tables_ptr,
+                scales_ptr,
+                first,
+                column,
+                inside,
+                out_features,
+                ROWS,
+                K % UNROLL if rest else UNROLL,
+            )
     place = (token * out_features)[:, None] + column[None, :]
     tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=inside)
 

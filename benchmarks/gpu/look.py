@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.gpu.parts import is_installed, missing_packages
 from mf_train.launch.machine import compiler_problem
+from mf_train.text import first_line
 
 _PACKAGES = ("torch", "triton", "transformers", "deepspeed")
 
@@ -53,7 +54,7 @@ def find_device() -> tuple[dict[str, Any] | None, str]:
         if total != 1000:
             return None, f"the GPU adds a thousand ones to {total}"
     except (RuntimeError, AssertionError) as error:
-        return None, str(error).strip().splitlines()[0][:300]
+        return None, first_line(error)[:300]
     properties = torch.cuda.get_device_properties(0)
     device = {
         "name": properties.name,

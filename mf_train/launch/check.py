@@ -23,6 +23,7 @@ from mf_train.launch.options import TASK, JobOptions
 from mf_train.launch.preflight import MARK
 from mf_train.launch.render import JobFolders, container
 from mf_train.launch.verdict import Expected, collect, judge, list_names, summary, table
+from mf_train.run_folder import LAUNCH
 
 MINUTES = 10  # of an allocation of its own
 ANSWER_SECONDS = 45  # in which a node starts a program
@@ -39,7 +40,7 @@ def check(config: Config, options: JobOptions) -> int:
     """
     run = Path(config.training.output_dir.replace(TASK, "array")).absolute()
     begin = time.monotonic()
-    with _allocation(options) as job, _scratch(run / "launch", job) as folder:
+    with _allocation(options) as job, _scratch(run / LAUNCH, job) as folder:
         names = _nodes(job)
         print(f"job {job}: checking {list_names(names)}", flush=True)
         answering = _answering(job, names)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_train.errors import UserError
+from mf_train.exit_status import DONE, STOPPED
 from mf_train.launch import slurm
 from mf_train.launch.launch_folder import (
     LOGS,
@@ -29,7 +30,7 @@ _LOOK_SECONDS = 0.5  # between looks for new output
 _ASK_SECONDS = 10.0  # between questions whether the job has ended
 _LAST_ASK_SECONDS = 2.0  # the same after a start's end
 _TAIL_BYTES = 1 << 20
-_FINE = ("0", "75")
+_FINE = (str(DONE), str(STOPPED))
 
 
 def status(folder: Path) -> Iterator[str]:

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mf_train.checkpoint.layout import LATEST
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
 from mf_train.files import write_whole
@@ -86,7 +87,7 @@ def read_progress(run: Path) -> Progress:
     metrics = last_metrics(run)
     age = max(0.0, time.time() - (run / METRICS).stat().st_mtime) if metrics else None
     try:
-        checkpoint = (run / CHECKPOINTS / "latest").read_text(encoding="utf-8").strip()
+        checkpoint = (run / CHECKPOINTS / LATEST).read_text(encoding="utf-8").strip()
     except OSError:
         checkpoint = "none"
     return Progress(steps, metrics, age, checkpoint)

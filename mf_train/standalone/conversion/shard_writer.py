@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mf_train.checkpoint.safetensors_file import FileLayout
-from mf_train.files import path_in_errors
+from mf_train.files import path_in_errors, sync_file
 
 SYNC_SECONDS = 0.2
 
@@ -63,7 +63,7 @@ class ShardWriter:
             raise self._error
         for name, file in self._files.items():
             with path_in_errors(self._folder / name):
-                os.fsync(file.fileno())
+                sync_file(file)
 
     def _write(self, file: str, place: int, data: memoryview) -> None:
         while len(data):

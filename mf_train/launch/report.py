@@ -49,6 +49,10 @@ _OURS = "memoryformer: "
 _STARTS_OF_ERRORS = ("Traceback (most recent call last)", "Fatal Python error: ", "terminate called ")
 _NO_ERROR = re.compile(r"memoryformer: [\d.]+ M parameters")  # the model's name: the first line of a run
 _STEP = re.compile(r"step \d+/\d+ ")  # the run went on
+# torchrun's own end, once a rank of its node has failed or it was asked to end: the ranks know better
+_TORCHRUNS_END = re.compile(
+    r"torch\.distributed\.elastic\.multiprocessing\.\w+\.(ChildFailedError|SignalException)\b"
+)
 _NAMES_ANOTHER = re.compile(
     r"rank \d+ on \S+ (does not answer|has ended|has been )|no sign of life|no progress for "
 )
@@ -185,7 +189,15 @@ def _read_rank(folder: Path, rank: int) -> _Log:
 
 def _read_node(path: Path) -> _Log:
     _, lines, changed = _read_ends(path)
-    return _Log(None, path.stem, changed, None, True, False, _plain(lines), path)
+    return _Log(None, path.stem, changed, None, True, False, _without_torchruns_end(_plain(lines)), path)
+
+
+def _without_torchruns_end(lines: list[str]) -> list[str]:
+    for number, line in enumerate(lines):
+        if _TORCHRUNS_END.match(line):
+            begins = [start for start in range(number) if lines[start].startswith(_STARTS_OF_ERRORS[0])]
+            return lines[: begins[-1] if begins else number]
+    return lines
 
 
 def _plain(lines: list[str]) -> list[str]:

@@ -245,6 +245,29 @@ def test_what_kept_ranks_from_starting_is_in_the_logs_of_their_nodes(logs: Logs)
     assert error is not None and error.rank == 0
 
 
+TORCHRUNS_END = [
+    "E1129 15:46:31.507 torch/distributed/elastic/multiprocessing/api.py:882] failed (exitcode: -9) local_rank: 1",
+    "Traceback (most recent call last):",
+    '  File "torch/distributed/launcher/api.py", line 300, in launch_agent',
+    "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+    "============================================================",
+    "  exitcode  : -9 (pid: 4711)",
+]
+
+
+def test_torchruns_word_of_a_rank_is_no_cause(logs: Logs) -> None:
+    """It ends ranks that have not begun yet, and then has words where they have none."""
+    logs.node(0, TORCHRUNS_END)
+    assert report(logs.folder, 2)[1] == f"    {TORCHRUNS_END[0]}"
+    logs.rank(1, [])
+    error = first_error(logs.folder, 2)
+    assert error is not None and error.rank == 1 and error.how.startswith("left no ending")
+    logs.node(1, ["Traceback (most recent call last):", "OSError: [Errno 28] No space left", *TORCHRUNS_END])
+    error = first_error(logs.folder, 2)
+    assert error is not None and error.host == "node-001"
+    assert error.lines[1] == "OSError: [Errno 28] No space left"
+
+
 def test_a_rank_without_a_log(logs: Logs) -> None:
     logs.rank(0, [], 0)
     lines = report(logs.folder, 2)

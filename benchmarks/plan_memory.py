@@ -54,8 +54,8 @@ def main(path: str, folder: str, *flags: str) -> None:
     for _ in range(STEPS):
         reset_peak()
         began = time.perf_counter()
-        for index in range(engine.accumulation):
-            engine.backward(batch[:, :-1], batch[:, 1:], last=index == engine.accumulation - 1)
+        for index in range(engine.micro_batches):
+            engine.backward(batch[:, :-1], batch[:, 1:], last=index == engine.micro_batches - 1)
             if trace is not None:
                 trace.note("backward")
         engine.update(1e-4)

@@ -72,9 +72,9 @@ def measure_all(configs: dict[str, Config]) -> Iterator[tuple[str, float]]:
         seconds = []
         for _ in range(STEPS):
             began = time.process_time()
-            for index in range(engine.accumulation):
+            for index in range(engine.micro_batches):
                 batch = torch.randint(config.model.vocab_size, (micro, length + 1))
-                engine.backward(batch[:, :-1], batch[:, 1:], last=index == engine.accumulation - 1)
+                engine.backward(batch[:, :-1], batch[:, 1:], last=index == engine.micro_batches - 1)
             engine.update(1e-4)
             seconds.append(time.process_time() - began)
         yield name, min(seconds[1:])

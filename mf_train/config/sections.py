@@ -79,6 +79,13 @@ class ParallelConfig:
 
     tensor: int = positive(1)
     zero_stage: int = bounds.zero_stage(1)
+    reduce_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # in which gradients are sent; they are added in float32
+    )
+    overlap: bool = (
+        True  # reduce gradients beside the backward pass, gather weights beside the next forward pass
+    )
+    bucket_size: int = positive(40_000_000)  # gradients that are reduced at once, at least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,19 @@ class Degrees:
         return self.rank // self.tensor
 
 
+def count_micro_batches(config: Config, data: int) -> int:
+    """Micro-batches of a step, the same number on each of so many data-parallel ranks.
+
+    As few as `training.micro_batch_size` sequences at a time allow the rank with the most sequences.
+    """
+    return -(-most_rows(config, data) // config.training.micro_batch_size)
+
+
+def most_rows(config: Config, data: int) -> int:
+    """Sequences of a global batch on the data-parallel ranks that have the most; others have one less at most."""
+    return -(-config.training.global_batch_size // data)
+
+
 def check_degrees(config: Config, world_size: int) -> None:
     """Refuse what does not divide, before anything is built. Raises UserError with the numbers."""
     tensor, model = config.parallel.tensor, config.model

@@ -11,6 +11,23 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Start to fill `whole` [R n] with every rank's `shard` [n], which may lie in its place in `whole`."""
+    return _all_gather(whole, shard, group=group, async_op=True)
+
+
+def reduce_scatter(shard: Tensor, whole: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Start to fill `shard` [n] with the sum over ranks of this rank's part of their `whole` [R n]."""
+    return _reduce_scatter(shard, whole, group=group, async_op=True)
+
+
+def all_to_all(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Start to fill part r of `received` [R n] with this rank's part of what rank r sends, of any dtype."""
+    return dist.all_to_all_single(
+        received.view(torch.uint8), sent.view(torch.uint8), group=group, async_op=True
+    )
+
+
 class Exchange:
     """Collectives of one tensor-parallel group, and the bytes that this rank has sent in them.
 

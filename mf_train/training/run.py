@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -244,17 +245,24 @@ class _Run:
     def _train_step(self, batch: Batch) -> dict[str, Any]:
         config, step, digest = self.config, self.step + 1, batch.digest
         sent = self.exchange.bytes_sent if self.exchange else 0
-        micro_batches = batch.rows.split(config.training.micro_batch_size)
+        sent_data = self.engine.bytes_sent
+        micro_batches = batch.rows.tensor_split(self.engine.micro_batches)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, rows in enumerate(micro_batches):
-            is_last = index == len(micro_batches) - 1
-            with self.telemetry.counting():
-                loss += self.engine.backward(rows[:, :-1], rows[:, 1:], last=is_last) / len(micro_batches)
+            share = rows.shape[0] / config.training.global_batch_size
+            # a rank with a row less than others may have none left for the last micro-batch, in which it takes part
+            counted = self.telemetry.counting() if share else nullcontext()
+            rows = rows if share else batch.rows[:1]
+            with counted:
+                loss += self.engine.backward(
+                    rows[:, :-1], rows[:, 1:], share=share, last=index == len(micro_batches) - 1
+                )
             self.watch.still_alive()
-        mean = self._mean_loss(loss)
-        self._check_finite("loss", mean, step, digest)
         rate = learning_rate(step, config.training.steps, config.optimizer.learning_rate, config.schedule)
         norm = self.engine.update(rate)
+        # the only wait for the device in a step; a step that is not finite is never saved
+        mean, norm = torch.stack((self._mean_loss(loss), norm.double())).tolist()
+        self._check_finite("loss", mean, step, digest)
         self._check_finite("gradient norm", norm, step, digest)
         self.step = step
         local_tokens = batch.rows.shape[0] * config.model.sequence_length
@@ -269,13 +277,14 @@ class _Run:
             "tensor_parallel_bytes_per_token": (self.exchange.bytes_sent - sent) / local_tokens
             if self.exchange
             else 0,
+            "data_parallel_bytes_per_token": (self.engine.bytes_sent - sent_data) / local_tokens,
         }
         waited = {"data_wait_seconds": batch.wait_seconds, "epochs": batch.epochs}
         return metrics | self.telemetry.report(step) | waited
 
-    def _mean_loss(self, loss: torch.Tensor) -> float:
+    def _mean_loss(self, loss: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(loss, group=self.groups.data)
-        return loss.item() / self.degrees.data
+        return loss
 
     def _validate(self, blocks: ValidationBlocks) -> float:
         return validation_loss(

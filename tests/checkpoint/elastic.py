@@ -95,7 +95,7 @@ def write(case: Case, process: Process, folder: Path, device: torch.device = CPU
     saver.finish()
     assert saver.last == checkpoint_of(case, folder)
     wrong = differing(engine, whole_tensors(saver.last, case.tensor))
-    engine.engine.destroy()
+    engine.close()
     return wrong
 
 
@@ -119,7 +119,7 @@ def read(
         counts = {float(state["step"]) for state in engine.optimizer.state.values()}
         curve = [train_step(engine, SAVED_STEP + 1 + i) for i in range(steps)]
         found[case, source] = Resumed(wrong, counts, [loss for loss, _ in curve], [norm for _, norm in curve])
-    engine.engine.destroy()
+    engine.close()
     return found
 
 

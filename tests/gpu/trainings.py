@@ -160,5 +160,5 @@ def train_long(precision: str, attention: str, process: Process, device: torch.d
             repeat.losses.append(torch.stack(losses).double().mean().item())
             repeat.norms.append(engine.update(OPTIMIZER.learning_rate))
     repeat.masters = collect(engine, "master", 0)
-    engine.engine.destroy()
+    engine.close()
     return repeat

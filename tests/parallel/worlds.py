@@ -159,10 +159,10 @@ def run_case(case: Case, process: Process, device: torch.device = CPU) -> Record
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for index, rows in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
-            loss += engine.backward(rows[:, :-1], rows[:, 1:], last=is_last) / len(micro_batches)
+            loss += engine.backward(rows[:, :-1], rows[:, 1:], share=len(rows) / BATCH, last=is_last)
         dist.all_reduce(loss, group=groups.data)
-        record.losses.append(loss.item() / degrees.data)
-        record.norms.append(engine.update(OPTIMIZER.learning_rate))
+        record.losses.append(loss.item())
+        record.norms.append(engine.update(OPTIMIZER.learning_rate).item())
         if case.warm:
             continue
         if step == 1:
@@ -179,7 +179,7 @@ def run_case(case: Case, process: Process, device: torch.device = CPU) -> Record
         halve_masters(engine)
         record.state["halved"] = collect(engine, "master", last)
         record.probe_losses["halved"] = probe_losses(engine)
-    engine.engine.destroy()
+    engine.close()
     return record
 
 

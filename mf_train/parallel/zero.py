@@ -1,0 +1,348 @@
+"""ZeRO stages 0, 1 and 2: gradients summed in float32, and AdamW on what a rank owns.
+
+Parameters lie one behind another in a few flat buckets, in the order in which the backward pass finishes them. Each
+data-parallel rank has one equal shard of every bucket. Of a bucket, R ranks and n elements a stage sends, in a step:
+
+    0   the sums: a reduce-scatter and an all-gather in float32; every rank updates everything
+    1   the sums: a reduce-scatter in float32; the updated weights: an all-gather in their dtype
+    2   as 1, but a reduce-scatter in each micro-batch: between them a rank keeps the sums of its shard alone
+
+each (R - 1) / R * n elements a rank. So stages 0 and 1 train with the same bits, and overlap changes none: it decides
+when a collective starts, not what it adds. The sizes are those of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054,
+section 7); buckets are split over ranks as megatron-core's distributed optimiser splits its own, which runs on GPUs
+alone. DeepSpeed's optimiser of stages 1 and 2 gives each rank one range of all parameters instead, so that it has to
+all-reduce whole buckets or to send one reduction for each owner (docs/parallel.md has the counts).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
+from torch.utils.hooks import RemovableHandle
+
+from mf_train.config import OptimizerConfig, ParallelConfig
+from mf_train.parallel.exchange import all_gather, all_to_all, reduce_scatter
+from mf_train.parallel.fragment import Fragment
+from mf_train.parallel.groups import Groups
+
+_ALIGNMENT = 64  # elements: whole cache lines, and addresses that kernels may read in large words
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A parameter's place in its bucket."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int  # elements
+    numel: int  # also while the parameter's data is elsewhere
+
+
+class _Bucket:
+    """Parameters whose gradients are reduced together. `weights` is their memory, in the order of `slots`."""
+
+    def __init__(self, parameters: list[tuple[str, nn.Parameter]], ranks: int) -> None:
+        self.slots: list[_Slot] = []
+        end = 0
+        for name, parameter in parameters:
+            self.slots.append(_Slot(name, parameter, end, parameter.numel()))
+            end += _round_up(parameter.numel(), _ALIGNMENT)
+        self.shard = _round_up(end, ranks * _ALIGNMENT) // ranks  # elements of each rank
+        self.size = ranks * self.shard
+        first = parameters[0][1]
+        self.weights = torch.zeros(self.size, dtype=first.dtype, device=first.device)
+        for slot in self.slots:
+            place = self.weights.narrow(0, slot.start, slot.numel).view(slot.parameter.shape)
+            place.copy_(slot.parameter.detach())
+            slot.parameter.data = place
+        self.missing = 0  # gradients that the current backward pass has not given yet
+        self.sums: Tensor | None = None  # float32 [size], of this rank's gradients
+        self.master = self.gradient = self.weights  # set by `Zero`: float32, of what this rank owns
+        self.first = 0  # of the elements that it owns
+
+    def sum_of(self, slot: _Slot) -> Tensor:
+        """The float32 sums of a parameter's gradient, in its shape."""
+        if self.sums is None:
+            self.sums = torch.zeros(self.size, dtype=torch.float32, device=self.weights.device)
+        return self.sums.narrow(0, slot.start, slot.numel).view(slot.parameter.shape)
+
+
+class Zero:
+    """A model's parameters, gradients and AdamW under stage 0, 1 or 2. `bytes_sent` counts this rank's, as of a ring.
+
+    The model's parameters move into the buckets. A gradient is taken as soon as the backward pass has it, so that
+    `.grad` is None between passes; every parameter must get one. `settings`: AdamW's groups, as torch takes them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: int,
+        optimizer: OptimizerConfig,
+        parallel: ParallelConfig,
+        groups: Groups,
+        settings: list[dict[str, Any]],
+    ) -> None:
+        self.stage = stage
+        self.group = groups.data
+        self.ranks = groups.degrees.data
+        self.rank = groups.degrees.data_rank
+        self.world_size = groups.degrees.world_size
+        self.gradient_clip = optimizer.gradient_clip
+        self.overlap = parallel.overlap
+        self.reduce_dtype = getattr(torch, parallel.reduce_dtype)
+        self.bytes_sent = 0
+        self.buckets = [
+            _Bucket(part, self.ranks)
+            for part in _cut(reversed(list(model.named_parameters())), parallel.bucket_size)
+        ]
+        self._of_rank: dict[str, Fragment] = {}
+        for bucket in self.buckets:
+            self._own(bucket)
+        self.optimizer = self._build_optimizer(model, settings, optimizer)
+        self._fresh = True  # no gradient of this step has been taken
+        self._last = True  # the backward pass is the step's last
+        self._started = 0  # buckets whose reduction has, in their order
+        self._reducing: deque[Callable[[], None]] = deque()
+        self._gathering: dict[int, dist.Work] = {}
+        self._hooks = [*self._take_gradients(), *self._wait_before_use(model)]
+
+    # the step
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """The backward pass of a micro-batch's share of the batch's loss; `update` follows the step's last."""
+        self._last = last
+        self._started = 0
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.slots)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert not any(bucket.missing for bucket in self.buckets), "a parameter got no gradient"
+        if self._reduces:
+            self._start_reductions(len(self.buckets))
+        self._fresh = False
+
+    def update(self) -> Tensor:
+        """Clip, update, and start to send the weights; the gradient's L2 norm before clipping, float32 [].
+
+        The squares are added in float64, so that how parameters lie on ranks does not show in the norm: float64 sums in
+        another order differ in some 1e-16, of which nothing is left in float32 but once in about 10^8 steps.
+        """
+        while self._reducing:
+            self._reducing.popleft()()
+        norm = self._norm()
+        if self.gradient_clip:
+            clip_grads_with_norm_(self._masters(), self.gradient_clip, norm)
+        self.optimizer.step()
+        self._send_weights()
+        self._fresh = True
+        return norm
+
+    # the state
+
+    def fragments(self) -> dict[str, Fragment]:
+        """This rank's fragment of every parameter that it owns a part of, by name in the model's order."""
+        return self._of_rank
+
+    def refresh_parameters(self) -> None:
+        """Copy the masters into the parameters that the forward pass reads. Collective."""
+        self._send_weights()
+        self._wait(range(len(self.buckets)))
+
+    def close(self) -> None:
+        """Leave the model without hooks, and nothing on its way."""
+        self._wait(range(len(self.buckets)))
+        for hook in self._hooks:
+            hook.remove()
+
+    # set-up
+
+    def _own(self, bucket: _Bucket) -> None:
+        """Master, gradient and fragments of what this rank owns of a bucket."""
+        bucket.first, owned = (
+            (0, bucket.size) if self.stage == 0 else (self.rank * bucket.shard, bucket.shard)
+        )
+        mine = bucket.weights.narrow(0, bucket.first, owned)
+        bucket.master = mine if mine.dtype == torch.float32 else mine.float()
+        if self.stage == 2:
+            bucket.gradient = torch.zeros_like(bucket.master)
+        else:
+            bucket.sums = torch.zeros(bucket.size, dtype=torch.float32, device=mine.device)
+            whole = owned == bucket.size
+            bucket.gradient = bucket.sums if whole else torch.zeros_like(bucket.master)
+        for slot in bucket.slots:
+            first = max(slot.start, bucket.first)
+            numel = min(slot.start + slot.numel, bucket.first + owned) - first
+            if numel > 0:
+                flat = bucket.master.narrow(0, first - bucket.first, numel).requires_grad_()
+                flat.grad = bucket.gradient.narrow(0, first - bucket.first, numel)
+                self._of_rank[slot.name] = Fragment(flat, 0, first - slot.start, numel)
+
+    def _build_optimizer(
+        self, model: nn.Module, settings: list[dict[str, Any]], optimizer: OptimizerConfig
+    ) -> torch.optim.AdamW:
+        """AdamW over the fragments, with its state made: an update by zero gradients at a learning rate of 0."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        owned = self._of_rank
+        self._of_rank = {name: owned[name] for name in names.values() if name in owned}
+        groups = []
+        for group in settings:
+            mine = [names[id(parameter)] for parameter in group["params"]]
+            groups.append(group | {"params": [owned[name].flat for name in mine if name in owned]})
+        adamw = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+        adamw.step()
+        return adamw
+
+    def _take_gradients(self) -> Iterator[RemovableHandle]:
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                yield slot.parameter.register_post_accumulate_grad_hook(partial(self._take, bucket, slot))
+
+    def _wait_before_use(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """Have each part of the model wait for its own weights, in its forward pass."""
+        places = {slot.name: index for index, bucket in enumerate(self.buckets) for slot in bucket.slots}
+        for prefix, part in _parts(model):
+            needed = {places[f"{prefix}.{name}"] for name, _ in part.named_parameters()}
+            yield part.register_forward_pre_hook(lambda *_, needed=needed: self._wait(needed))
+
+    # gradients
+
+    @property
+    def _reduces(self) -> bool:
+        return self._last or self.stage == 2
+
+    @torch.no_grad()
+    def _take(self, bucket: _Bucket, slot: _Slot, parameter: nn.Parameter) -> None:
+        """Add a parameter's gradient to its sums; start what has become complete, in the order that all ranks have."""
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        total = bucket.sum_of(slot)
+        if self._fresh or self.stage == 2:
+            total.copy_(gradient)
+        else:
+            total.add_(gradient)
+        bucket.missing -= 1
+        if self._reduces and (self.overlap or self.stage == 2):
+            complete = self._started
+            while complete < len(self.buckets) and not self.buckets[complete].missing:
+                complete += 1
+            self._start_reductions(complete)
+
+    def _start_reductions(self, end: int) -> None:
+        """Of the buckets before `end` that have not started yet."""
+        # stage 2 has own sums of two buckets at most: one that fills, and one that is on its way
+        most = int(self.overlap) if self.stage == 2 else len(self.buckets)
+        for bucket in self.buckets[self._started : end]:
+            self._reducing.append(self._start_reduction(bucket))
+            while len(self._reducing) > most:
+                self._reducing.popleft()()
+        self._started = max(self._started, end)
+
+    def _start_reduction(self, bucket: _Bucket) -> Callable[[], None]:
+        """Returns what waits for the sums over ranks of this rank's shard and puts them where they belong."""
+        sums, keep = bucket.sums, partial(self._keep, bucket, fresh=self._fresh)
+        assert sums is not None
+        if self.stage == 2:
+            bucket.sums = None
+        if self.ranks == 1:
+            return partial(keep, sums)
+        self.bytes_sent += (self.ranks - 1) * bucket.shard * self.reduce_dtype.itemsize
+        if self.reduce_dtype == torch.float32:
+            shard = bucket.gradient if self.stage == 1 else sums.new_empty(bucket.shard)
+            work = reduce_scatter(shard, sums, self.group)
+
+            def finish() -> None:
+                work.wait()
+                keep(shard)
+
+        else:
+            # sent as they are and added in float32: a collective that adds on its way would round R - 1 times
+            received = torch.empty(bucket.size, dtype=self.reduce_dtype, device=sums.device)
+            work = all_to_all(received, sums.to(self.reduce_dtype), self.group)
+
+            def finish() -> None:
+                work.wait()
+                keep(received.view(self.ranks, -1).sum(0, dtype=torch.float32))
+
+        return finish
+
+    @torch.no_grad()
+    def _keep(self, bucket: _Bucket, shard: Tensor, *, fresh: bool) -> None:
+        if self.stage == 0 and self.ranks > 1:
+            self.bytes_sent += (self.ranks - 1) * shard.nbytes
+            all_gather(bucket.gradient, shard, self.group).wait()
+        elif self.stage == 2 and not fresh:
+            bucket.gradient.add_(shard)
+        elif shard is not bucket.gradient:
+            bucket.gradient.copy_(shard)
+
+    def _norm(self) -> Tensor:
+        squares = torch.zeros((), dtype=torch.float64, device=self.buckets[0].weights.device)
+        for bucket in self.buckets:
+            first = self.rank * bucket.shard - bucket.first
+            mine = bucket.gradient.narrow(
+                0, first, bucket.shard
+            )  # without what other ranks own as well (stage 0)
+            squares += torch.linalg.vector_norm(mine, dtype=torch.float64).square()
+        if self.world_size > 1:
+            dist.all_reduce(squares)
+        return squares.sqrt().float()
+
+    # weights
+
+    def _masters(self) -> list[Tensor]:
+        return [fragment.flat for fragment in self._of_rank.values()]
+
+    @torch.no_grad()
+    def _send_weights(self) -> None:
+        """From the masters that each rank owns to every rank's parameters, those first that are used first."""
+        self._wait(range(len(self.buckets)))
+        for index, bucket in reversed([*enumerate(self.buckets)]):
+            mine = bucket.weights.narrow(0, bucket.first, bucket.master.numel())
+            if bucket.master.dtype != mine.dtype:
+                mine.copy_(bucket.master)
+            if self.stage and self.ranks > 1:
+                self.bytes_sent += (self.ranks - 1) * mine.nbytes
+                self._gathering[index] = all_gather(bucket.weights, mine, self.group)
+        if not self.overlap:
+            self._wait(range(len(self.buckets)))
+
+    def _wait(self, buckets: Iterable[int]) -> None:
+        for index in buckets if self._gathering else ():
+            if work := self._gathering.pop(index, None):
+                work.wait()
+
+
+def _cut(parameters: Iterable[tuple[str, nn.Parameter]], size: int) -> list[list[tuple[str, nn.Parameter]]]:
+    """Parameters in order, in lists of at least `size` elements each but the last."""
+    cut: list[list[tuple[str, nn.Parameter]]] = []
+    elements = size
+    for name, parameter in parameters:
+        if elements >= size:
+            cut.append([])
+            elements = 0
+        cut[-1].append((name, parameter))
+        elements += parameter.numel()
+    return cut
+
+
+def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that the model calls itself, by name: a list of modules is not called, its members are."""
+    parts = []
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList):
+            parts += [(f"{name}.{index}", member) for index, member in child.named_children()]
+        else:
+            parts.append((name, child))
+    return parts
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -22,11 +22,12 @@ def main(path: str, folder: str, *flags: str) -> None:
     from mf_train.config.loading import load_config
     from mf_train.model import MemoryFormer
     from mf_train.parallel.degrees import Degrees
-    from mf_train.parallel.engine import Engine, import_deepspeed
+    from mf_train.parallel.engine import Engine
     from mf_train.parallel.exchange import Exchange
     from mf_train.parallel.groups import Groups, start_processes, stop_processes
     from mf_train.parallel.processes import find_process
     from mf_train.parallel.tensor import shard_model
+    from mf_train.parallel.zero3 import import_deepspeed
 
     process, cpu = find_process(), torch.device("cpu")
     config = load_config(path)
@@ -55,7 +56,12 @@ def main(path: str, folder: str, *flags: str) -> None:
         reset_peak()
         began = time.perf_counter()
         for index in range(engine.micro_batches):
-            engine.backward(batch[:, :-1], batch[:, 1:], last=index == engine.micro_batches - 1)
+            engine.backward(
+                batch[:, :-1],
+                batch[:, 1:],
+                share=1 / engine.micro_batches,
+                last=index == engine.micro_batches - 1,
+            )
             if trace is not None:
                 trace.note("backward")
         engine.update(1e-4)

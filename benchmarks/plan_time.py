@@ -74,7 +74,12 @@ def measure_all(configs: dict[str, Config]) -> Iterator[tuple[str, float]]:
             began = time.process_time()
             for index in range(engine.micro_batches):
                 batch = torch.randint(config.model.vocab_size, (micro, length + 1))
-                engine.backward(batch[:, :-1], batch[:, 1:], last=index == engine.micro_batches - 1)
+                engine.backward(
+                    batch[:, :-1],
+                    batch[:, 1:],
+                    share=1 / engine.micro_batches,
+                    last=index == engine.micro_batches - 1,
+                )
             engine.update(1e-4)
             seconds.append(time.process_time() - began)
         yield name, min(seconds[1:])

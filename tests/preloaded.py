@@ -12,7 +12,7 @@ import torch.distributed.run
 
 import mf_train.standalone.conversion.convert
 import mf_train.training.run  # noqa: F401
-from mf_train.parallel.engine import import_deepspeed
+from mf_train.parallel.zero3 import import_deepspeed
 
 environment = dict(os.environ)
 with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

@@ -54,12 +54,6 @@ class Engine:
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
         self.reset_step()
 
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes that this rank has sent to its data-parallel peers for gradients and weights, as of a ring."""
-        sent: int = self._zero.bytes_sent
-        return sent
-
     def forward(self, token_ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """The model's forward pass, each row one text, as a converted model computes it. Collective over all ranks."""
         output: Tensor = self._call(token_ids, targets)

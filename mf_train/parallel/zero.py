@@ -35,6 +35,9 @@ from mf_train.parallel.groups import Groups
 
 _ALIGNMENT = 64  # elements: whole cache lines, and addresses that kernels may read in large words
 
+# elements whose squares are added at once: copies that a CPU's cache holds, few launches on a GPU
+_NORM_PIECE = {"cpu": 2**18, "cuda": 2**24}
+
 
 @dataclass(frozen=True)
 class _Slot:
@@ -76,7 +79,7 @@ class _Bucket:
 
 
 class Zero:
-    """A model's parameters, gradients and AdamW under stage 0, 1 or 2. `bytes_sent` counts this rank's, as of a ring.
+    """A model's parameters, gradients and AdamW under stage 0, 1 or 2.
 
     The model's parameters move into the buckets. A gradient is taken as soon as the backward pass has it, so that
     `.grad` is None between passes; every parameter must get one. `settings`: AdamW's groups, as torch takes them.
@@ -99,7 +102,6 @@ class Zero:
         self.gradient_clip = optimizer.gradient_clip
         self.overlap = parallel.overlap
         self.reduce_dtype = getattr(torch, parallel.reduce_dtype)
-        self.bytes_sent = 0
         self.buckets = [
             _Bucket(part, self.ranks)
             for part in _cut(reversed(list(model.named_parameters())), parallel.bucket_size)
@@ -253,7 +255,6 @@ class Zero:
             bucket.sums = None
         if self.ranks == 1:
             return partial(keep, sums)
-        self.bytes_sent += (self.ranks - 1) * bucket.shard * self.reduce_dtype.itemsize
         if self.reduce_dtype == torch.float32:
             shard = bucket.gradient if self.stage == 1 else sums.new_empty(bucket.shard)
             work = reduce_scatter(shard, sums, self.group)
@@ -276,7 +277,6 @@ class Zero:
     @torch.no_grad()
     def _keep(self, bucket: _Bucket, shard: Tensor, *, fresh: bool) -> None:
         if self.stage == 0 and self.ranks > 1:
-            self.bytes_sent += (self.ranks - 1) * shard.nbytes
             all_gather(bucket.gradient, shard, self.group).wait()
         elif self.stage == 2 and not fresh:
             bucket.gradient.add_(shard)
@@ -290,7 +290,9 @@ class Zero:
             mine = bucket.gradient.narrow(
                 0, first, bucket.shard
             )  # without what other ranks own as well (stage 0)
-            squares += torch.linalg.vector_norm(mine, dtype=torch.float64).square()
+            for piece in mine.split(_NORM_PIECE[mine.device.type]):
+                wide = piece.double()
+                squares += wide.dot(wide)
         if self.world_size > 1:
             dist.all_reduce(squares)
         return squares.sqrt().float()
@@ -309,7 +311,6 @@ class Zero:
             if bucket.master.dtype != mine.dtype:
                 mine.copy_(bucket.master)
             if self.stage and self.ranks > 1:
-                self.bytes_sent += (self.ranks - 1) * mine.nbytes
                 self._gathering[index] = all_gather(bucket.weights, mine, self.group)
         if not self.overlap:
             self._wait(range(len(self.buckets)))

@@ -33,7 +33,6 @@ class Zero3:
     ) -> None:
         deepspeed = import_deepspeed(device, groups.degrees.local_rank)
         self.groups = groups
-        self.bytes_sent = 0
         self.model = model
         for parameter in model.parameters():
             # DeepSpeed sums the gradient's norm over the tensor-parallel group for parameters marked so

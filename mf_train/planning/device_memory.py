@@ -6,14 +6,8 @@ A step has three moments that can be its peak; the plan's is the largest of them
     reduce    the backward pass is over: all gradients exist, and the buffers that they are averaged in
     update    AdamW runs: gradients in float32 beside the masters and moments
 
-What exists at each is that of DeepSpeed 0.19.8 as `parallel.engine` sets it up, read in its sources (named at each
-function) and checked by `benchmarks.plan_memory`. n is the number of a tensor-parallel rank's parameters, R the
-data-parallel degree.
-
-The first step's moments come into being in its update, after its gradients are reduced: the second step reduces its
-gradients beside them and needs more. Under stages 0 and 3 in float32 that is one more copy of the rank's parameters:
-stage 0 reduces beside W + gradients + flat copy = 12 bytes and updates with W + gradients + moments = 16, and from the
-second step on reduces beside 12 + 8 = 20.
+What exists at each is that of `parallel.zero` and, under stage 3, of DeepSpeed 0.19.8, read in its sources;
+`benchmarks.plan_memory` checks it. n is the number of a tensor-parallel rank's parameters, R the data-parallel degree.
 """
 
 from dataclasses import dataclass
@@ -21,7 +15,6 @@ from dataclasses import dataclass
 from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import CHECKPOINT_BYTES, count_parameters
 
-BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size, which `parallel.engine` leaves as it is
 LIVE = 1_000_000_000  # elements that stage 3 keeps gathered: stage3_max_live_parameters
 # Beside tensors. On a CPU: Python with torch and DeepSpeed (LIBRARIES, as resident before a model is built), and
 # scratch; on a GPU: context, cuBLAS, NCCL.
@@ -148,44 +141,35 @@ def loss_bytes(width: int, device: str) -> int:
 
 def _states(config: Config, n: float, data: int, device: str) -> _States:
     stage, bfloat16 = config.parallel.zero_stage, config.training.precision == "bfloat16"
-    training = config.training
-    accumulates = training.global_batch_size // (data * training.micro_batch_size) > 1
-    bucket = (
-        float(BUCKET) if device == "cuda" else min(n, BUCKET)
-    )  # pages that nothing touches take no memory
-    flat = min(n, BUCKET)
     largest = _largest_parameter(config.model) / config.parallel.tensor
+    bucket = min(n, max(config.parallel.bucket_size, largest))
     w = 2 if bfloat16 else 4
+    if stage == 3:
+        if device == "cuda":  # on a CPU pages that nothing touches take no memory
+            bucket = max(bucket, config.parallel.bucket_size)
+        # runtime/zero/stage3.py: a bucket and the gradient's partition that stay; reduce_scatter_coalesced's copy, and
+        # then gloo's own copy of it, or the float32 partitions
+        copies = w * bucket + max(w * bucket if device == "cpu" else 0, 4 * n / data if bfloat16 else 0)
+        return _States(
+            parameters=w * n / data,
+            optimizer=12 * n / data,
+            gradients=4 * n / data + w * bucket,
+            gathered=w * min(n, LIVE),
+            early=0,
+            reduce=copies,
+            update=4 * n / data,
+        )
+    # float32 masters are the weights themselves
+    optimizer = (12 if bfloat16 else 8) * (n if stage == 0 else n / data)
+    shard = 4 * n / data if data > 1 or stage == 2 else 0
     if stage == 0:
-        summed = w * n if accumulates else 0  # in `.grad`, while the next micro-batch's loss is computed
-        if bfloat16:  # runtime/fp16/unfused_optimizer.py: gradients become float32 all at once
-            return _States(2 * n, 12 * n, 0, 0, summed, 2 * n + 2 * flat, 2 * n + 4 * n)
-        # torch's AdamW; runtime/engine.py allreduce_bucket copies the gradients into one, also for R = 1
-        return _States(4 * n, 8 * n, 0, 0, summed, 4 * n + 4 * flat, 4 * n)
-    if stage == 1 and bfloat16:
-        # runtime/bf16_optimizer.py: float32 sums of all gradients; each group's is flattened into one, however large,
-        # and that turned to bfloat16 for the all-reduce
-        return _States(2 * n, 12 * n / data, 4 * n, 0, 0, 2 * n + 4 * n + 2 * n, 2 * n)
-    if stage in (1, 2):
-        # runtime/zero/stage_1_and_2.py: a bucket, its flat copy for the all-reduce, the partition's own gradients
-        own = 4 * n / data
-        earlier = own if bfloat16 or accumulates or n > BUCKET else 0
-        cast = 4 * largest if bfloat16 else 0
-        reduce = w * bucket + max(w * flat + earlier + cast, own)
-        early = (w * bucket if device == "cuda" else 0) + (own if accumulates else 0)
-        return _States(w * n, 12 * n / data, 0, 0, early, reduce, own)
-    # runtime/zero/stage3.py: a bucket and the gradient's partition that stay; reduce_scatter_coalesced's copy, and then
-    # gloo's own copy of it, or the float32 partitions
-    copies = w * flat + max(w * flat if device == "cpu" else 0, 4 * n / data if bfloat16 else 0)
-    return _States(
-        parameters=w * n / data,
-        optimizer=12 * n / data,
-        gradients=4 * n / data + w * bucket,
-        gathered=w * min(n, LIVE),
-        early=0,
-        reduce=copies,
-        update=4 * n / data,
-    )
+        # every bucket's reduced shard is on its way at once
+        return _States(w * n, optimizer, 4 * n, 0, 0, shard, 0)
+    if stage == 1:
+        return _States(w * n, optimizer, 4 * n + shard, 0, 0, 0, 0)
+    # own sums of the bucket that fills and of one that is reduced, and that one's reduced shard
+    several = 4 * min(n, 2 * bucket) if config.parallel.overlap else 4 * bucket
+    return _States(w * n, optimizer, shard, 0, 0, several + (4 * bucket / data if data > 1 else 0), 0)
 
 
 def _largest_parameter(model: ModelConfig) -> int:

@@ -122,8 +122,6 @@ def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Itera
                     parallel=replace(config.parallel, tensor=tensor, zero_stage=stage),
                     training=replace(config.training, micro_batch_size=micro),
                 )
-                if _loses_gradients(candidate, nodes * per_node) and stage != config.parallel.zero_stage:
-                    continue
                 try:
                     yield make_layout(candidate, nodes, per_node, device)
                 except UserError:
@@ -134,14 +132,6 @@ def divisors(number: int) -> list[int]:
     """Ascending."""
     low = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return sorted({*low, *(number // size for size in low)})
-
-
-def _loses_gradients(config: Config, processes: int) -> bool:
-    """Whether gradients of micro-batches are summed in bfloat16, where small ones are lost: `parallel.engine`."""
-    training = config.training
-    data = max(1, processes // config.parallel.tensor)
-    several = training.global_batch_size > data * training.micro_batch_size
-    return config.parallel.zero_stage == 0 and training.precision == "bfloat16" and several
 
 
 @dataclass(frozen=True)

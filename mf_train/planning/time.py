@@ -1,23 +1,21 @@
 """Seconds of a training step from bytes and FLOPs: each part costs its largest bound, and parts follow one another.
 
 Modelled: the kernels' bytes and FLOPs at a device's rates, a launch for every operation, ring collectives with a
-latency a step. Nothing overlaps, as in `parallel.engine` (overlap_comm off). Not modelled: reading data, saving,
-stragglers, a network that is shared or congested, rates that differ with sizes.
+latency a step. Parts follow one another: what `parallel.overlap` hides is not taken off. Not modelled: reading data,
+saving, stragglers, a network that is shared or congested, rates that differ with sizes.
 """
 
 from dataclasses import dataclass
 
 from mf_train.config import Config
 from mf_train.model.counts import count_parameters
-from mf_train.planning.device_memory import BUCKET
+from mf_train.parallel.degrees import count_micro_batches
 from mf_train.planning.devices import Device, Link
 from mf_train.planning.work import (
     PartWork,
     data_parallel_bytes,
-    element_bytes,
     gradient_copies,
     micro_batch_work,
-    micro_batches,
     step_tokens,
     tensor_parallel_bytes_per_token,
     update_work,
@@ -53,12 +51,12 @@ def estimate_step(config: Config, nodes: int, per_node: int, device: Device) -> 
     """Time of a step on `nodes` x `per_node` ranks; the degrees must divide (`check_degrees`)."""
     tensor, stage = config.parallel.tensor, config.parallel.zero_stage
     data = nodes * per_node // tensor
-    times, precision = micro_batches(config, data), config.training.precision
+    times, precision = count_micro_batches(config, data), config.training.precision
     works = micro_batch_work(config, tensor, device.kind)
     parts = [_bound(work, device, precision, times) for work in works]
     share = count_parameters(config.model).total / tensor / (data if stage else 1)
     parts.append(_bound(update_work(config, share), device, precision, 1))
-    parts.append(_bound(gradient_copies(config, data), device, precision, times if stage > 1 else 1))
+    parts.append(_bound(gradient_copies(config, data), device, precision, times))
     if tensor > 1:
         parts.append(_tensor_parallel(config, device, times))
     parts += _data_parallel(config, nodes, per_node, device)
@@ -98,11 +96,11 @@ def _data_parallel(config: Config, nodes: int, per_node: int, device: Device) ->
         shared = max(1, per_node // tensor)
         link = Link(min(device.inside.bandwidth, shared * device.between.bandwidth), device.between.latency)
         name = "between"
-    whole = count_parameters(config.model).total / tensor * element_bytes(config)
+    buckets = max(1, count_parameters(config.model).total / tensor / config.parallel.bucket_size)
+    stage, times = config.parallel.zero_stage, count_micro_batches(config, data)
     parts = []
     for purpose, sent in data_parallel_bytes(config, data).items():
-        passes = sent / (whole * (data - 1) / data)  # once round the ring with every parameter
-        calls = passes * max(1, whole / element_bytes(config) / BUCKET)
+        calls = buckets * (times if stage == 3 or (stage == 2 and purpose == "reduce gradients") else 1)
         parts.append(PartTime(purpose, name, sent / link.bandwidth + calls * _latency(nodes, data, device)))
     return parts
 

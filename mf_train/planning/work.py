@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_block_flops, count_parameters
+from mf_train.parallel.degrees import count_micro_batches
 from mf_train.planning.device_memory import LIVE, code_bytes, loss_bytes
 from mf_train.planning.devices import Peak
 
@@ -136,16 +137,14 @@ def update_work(config: Config, parameters: float) -> PartWork:
 
 
 def gradient_copies(config: Config, data: int) -> PartWork:
-    """Passes over a micro-batch's gradients beside the collectives: copies that `planning.device_memory` counts."""
+    """Passes over a micro-batch's gradients beside the collectives."""
     n = count_parameters(config.model).total / config.parallel.tensor
-    stage, bfloat16 = config.parallel.zero_stage, config.training.precision == "bfloat16"
     b = element_bytes(config)
-    if stage == 0:  # flattened, divided, copied back; in bfloat16 checked and turned to float32
-        passes = 6 * b * n + (8 * n if bfloat16 else 0)
-    elif stage == 1 and bfloat16:
-        # added to float32 sums, flattened, to bfloat16 and back, copied back, cleared
-        passes = (10 + 8 + 6 + 6 + 8 + 4 + 2) * n
-    else:  # into the bucket, divided, flattened or put in the ranks' order, then to the partition, twice
+    if (
+        config.parallel.zero_stage < 3
+    ):  # read, and added to float32 sums; stage 2 adds reduced ones to a shard's
+        passes = (b + 8) * n + (12 * n / data if config.parallel.zero_stage == 2 else 0)
+    else:  # into the bucket, divided, put in the ranks' order, then to the partition, twice
         passes = 6 * b * n + (2 * b + 8) * n / data
     return PartWork("gradient copies", copy=passes, launches=100)
 
@@ -155,30 +154,27 @@ def element_bytes(config: Config) -> int:
     return 2 if config.training.precision == "bfloat16" else 4
 
 
-def micro_batches(config: Config, data: int) -> int:
-    """Micro-batches of a step on each of `data` ranks."""
-    return config.training.global_batch_size // (data * config.training.micro_batch_size)
-
-
 def data_parallel_bytes(config: Config, data: int) -> dict[str, float]:
-    """By purpose, of one rank in one step. Gradients and parameters travel in the parameters' dtype.
+    """By purpose, of one rank in one step: gradients in `parallel.reduce_dtype`, parameters in their own dtype.
 
-    Stages 0 and 1 average gradients once a step, stages 2 and 3 for each micro-batch; 0 to 2 by all-reduce,
-    stage 3 by reduce-scatter. Stages 1 and 2 gather parameters after the update, stage 3 for each
-    micro-batch, and again for the backward pass where a rank's share of the model is too large to stay gathered
-    (stage3_max_live_parameters; then this is an upper bound). tests/planning/test_work.py counts the collectives of
-    deepspeed 0.19.8.
+    Stages 0 and 1 reduce gradients once a step, stages 2 and 3 for each micro-batch, by reduce-scatter. Stage 0 gathers
+    the float32 sums. Stages 1 and 2 gather parameters after the update, stage 3 for each micro-batch, and again for the
+    backward pass where a rank's share of the model is too large to stay gathered (stage3_max_live_parameters; then this
+    is an upper bound). tests/planning/test_work.py counts the collectives.
     """
     if data == 1:
         return {}
-    stage, times = config.parallel.zero_stage, micro_batches(config, data)
-    parameters = count_parameters(config.model).total / config.parallel.tensor * element_bytes(config)
-    one_way = parameters * (data - 1) / data
+    stage, times = config.parallel.zero_stage, count_micro_batches(config, data)
+    shares = count_parameters(config.model).total / config.parallel.tensor * (data - 1) / data
+    reduced = shares * (2 if config.parallel.reduce_dtype == "bfloat16" else 4)
+    gathered = shares * element_bytes(config)
+    if stage == 0:
+        return {"reduce gradients": reduced, "gather gradients": 4 * shares}
     if stage == 3:
-        gathers = 1 if count_parameters(config.model).total / config.parallel.tensor <= LIVE else 2
-        return {"reduce gradients": times * one_way, "gather parameters": gathers * times * one_way}
-    sent = {"reduce gradients": 2 * one_way * (times if stage == 2 else 1)}
-    return sent | ({"gather parameters": one_way} if stage else {})
+        gathered *= times * (
+            1 if count_parameters(config.model).total / config.parallel.tensor <= LIVE else 2
+        )
+    return {"reduce gradients": reduced * (times if stage > 1 else 1), "gather parameters": gathered}
 
 
 def data_parallel_bytes_per_token(config: Config, data: int) -> float:

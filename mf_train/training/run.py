@@ -245,7 +245,6 @@ class _Run:
     def _train_step(self, batch: Batch) -> dict[str, Any]:
         config, step, digest = self.config, self.step + 1, batch.digest
         sent = self.exchange.bytes_sent if self.exchange else 0
-        sent_data = self.engine.bytes_sent
         micro_batches = batch.rows.tensor_split(self.engine.micro_batches)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, rows in enumerate(micro_batches):
@@ -277,7 +276,6 @@ class _Run:
             "tensor_parallel_bytes_per_token": (self.exchange.bytes_sent - sent) / local_tokens
             if self.exchange
             else 0,
-            "data_parallel_bytes_per_token": (self.engine.bytes_sent - sent_data) / local_tokens,
         }
         waited = {"data_wait_seconds": batch.wait_seconds, "epochs": batch.epochs}
         return metrics | self.telemetry.report(step) | waited

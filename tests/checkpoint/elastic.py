@@ -140,9 +140,9 @@ def train_step(engine: Engine, step: int) -> tuple[float, float]:
     """Mean loss over all ranks, and the gradient's norm."""
     degrees = engine.groups.degrees
     rows = batch_of(step).to(engine.device)[degrees.data_rank :: degrees.data]
-    loss = engine.backward(rows[:, :-1], rows[:, 1:], last=True).double()
+    loss = engine.backward(rows[:, :-1], rows[:, 1:], share=1 / degrees.data, last=True).double()
     dist.all_reduce(loss, group=engine.groups.data)
-    return loss.item() / degrees.data, engine.update(OPTIMIZER.learning_rate)
+    return loss.item(), engine.update(OPTIMIZER.learning_rate).item()
 
 
 @functools.cache

@@ -154,11 +154,11 @@ def train_long(precision: str, attention: str, process: Process, device: torch.d
         for _ in range(5):
             rows = (256 * torch.rand(4, LONG.sequence_length + 1, generator=generator).pow(3)).long()
             losses = [
-                engine.backward(part[:, :-1], part[:, 1:], last=index == 1)
+                engine.backward(part[:, :-1], part[:, 1:], share=1 / 2, last=index == 1)
                 for index, part in enumerate(rows.to(device).split(2))
             ]
-            repeat.losses.append(torch.stack(losses).double().mean().item())
-            repeat.norms.append(engine.update(OPTIMIZER.learning_rate))
+            repeat.losses.append(torch.stack(losses).double().sum().item())
+            repeat.norms.append(engine.update(OPTIMIZER.learning_rate).item())
     repeat.masters = collect(engine, "master", 0)
     engine.close()
     return repeat

@@ -9,7 +9,7 @@ import yaml
 
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree
-from mf_train.planning.device_memory import BUCKET, LIBRARIES, estimate_memory
+from mf_train.planning.device_memory import LIBRARIES, estimate_memory
 from tests.planning.configs import make_config as make
 from tests.planning.configs import run_python
 
@@ -62,9 +62,10 @@ def test_stages_share_what_they_say() -> None:
 
 
 def test_a_gpu_holds_whole_buckets() -> None:
-    config = make(TABLES, 2, 2, 1, 2, "float32")
-    difference = estimate_memory(config, 1, "cuda").buffers - estimate_memory(config, 1, "cpu").buffers
-    assert difference == pytest.approx(4 * BUCKET, rel=0.2)
+    config = make(TABLES, 2, 2, 1, 3, "float32")
+    config = replace(config, parallel=replace(config.parallel, bucket_size=10**9))
+    difference = estimate_memory(config, 1, "cuda").gradients - estimate_memory(config, 1, "cpu").gradients
+    assert difference == pytest.approx(4 * 10**9, rel=0.2)
 
 
 def test_tensor_parallelism_shares_all_but_codes() -> None:

@@ -54,21 +54,6 @@ def test_a_batch_of_no_small_divisors_ends() -> None:
     assert search(config, 1, 1, H100)[0].config.training.micro_batch_size == 1
 
 
-def test_no_layout_sums_gradients_in_bfloat16_unless_it_was_asked_for() -> None:
-    def summed(config: Config) -> list[int]:
-        layouts = search(config, 1, 8, H100)
-        return [
-            layout.config.training.micro_batch_size
-            for layout in layouts
-            if layout.config.parallel.zero_stage == 0
-            and layout.config.training.micro_batch_size * layout.data < config.training.global_batch_size
-        ]
-
-    assert not summed(BASE)
-    assert summed(replace(BASE, parallel=replace(BASE.parallel, zero_stage=0)))
-    assert summed(replace(BASE, training=replace(BASE.training, precision="float32")))
-
-
 def test_tensor_parallel_groups_stay_inside_a_node() -> None:
     with pytest.raises(UserError, match=r"parallel\.tensor"):
         make_layout(BASE, 4, 4, H100)

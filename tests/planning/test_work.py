@@ -155,7 +155,12 @@ def count_steps(rank: int, size: int) -> dict[str, float]:
 def train_step(engine: Engine) -> None:
     for index in range(engine.micro_batches):
         tokens = torch.randint(SENT.vocab_size, (MICRO, SENT.sequence_length + 1))
-        engine.backward(tokens[:, :-1], tokens[:, 1:], last=index == engine.micro_batches - 1)
+        engine.backward(
+            tokens[:, :-1],
+            tokens[:, 1:],
+            share=1 / engine.micro_batches,
+            last=index == engine.micro_batches - 1,
+        )
     engine.update(1e-4)
 
 

@@ -109,7 +109,7 @@ def compare(tensor: int) -> list[str]:
         batch = torch.randint(MODEL.vocab_size, (ROWS, MODEL.sequence_length + 1))
 
         def train(engine: Engine = engine, batch: torch.Tensor = batch) -> None:
-            engine.backward(batch[:, :-1], batch[:, 1:], last=True)
+            engine.backward(batch[:, :-1], batch[:, 1:], share=1.0, last=True)
             engine.update(1e-3)
 
         def look(engine: Engine = engine, exchange: Exchange | None = exchange) -> None:

@@ -8,7 +8,6 @@ backward pass had ended, and the step's seconds. Ranks share the machine's proce
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 

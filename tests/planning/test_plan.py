@@ -11,7 +11,6 @@ import pytest
 
 from mf_train.cli import main
 from mf_train.commands import CommandParser
-from mf_train.config import Config
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
 from mf_train.launch.arguments import add_launch

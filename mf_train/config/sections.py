@@ -31,7 +31,7 @@ class DataConfig:
     train: tuple[SourceConfig, ...] = ()
     validation: tuple[SourceConfig, ...] = ()
     seed: int = 0
-    logical_streams: int = positive(64)  # batches are dealt from them; data parallelism must divide them
+    logical_streams: int = positive(64)  # batches are dealt from them, and so many ranks can read
     block_documents: int = positive(64)  # neighbours that stay together when a source's blocks are shuffled
     window_blocks: int = positive(16)  # blocks of a stream among which documents are shuffled
     document_attention: bool = False  # attention inside documents only, and positions that begin anew in each
@@ -103,7 +103,7 @@ class TrainingConfig:
 
     steps: int = positive(1000)
     global_batch_size: int = positive(8)  # sequences a step
-    micro_batch_size: int = positive(8)  # sequences a forward pass of one data-parallel rank
+    micro_batch_size: int = positive(8)  # sequences a forward pass of one data-parallel rank, at most
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0  # of the initial weights
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -107,7 +107,7 @@ def _sample(source: Source, tokenizer: Tokenizer) -> tuple[int, int, int]:
 
 
 def _describe_batch(stream: TokenStream, tokenizer: Tokenizer, step: int) -> Iterator[str]:
-    rows = [stream.next_row() for _ in stream.row_numbers]
+    rows = [stream.next_row() for _ in stream.row_numbers()]
     batch = np.stack([row.tokens for row in rows])
     size = f"{len(rows)} rows of {batch.shape[1]} tokens ({batch.shape[1] - 1} predicted)"
     yield f"batch of step {step}: {size}, digest {batch_digest(batch)}"

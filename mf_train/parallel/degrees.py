@@ -31,21 +31,33 @@ class Degrees:
         return self.rank // self.tensor
 
 
+def rows_of_rank(config: Config, data_rank: int, data: int) -> range:
+    """Numbers in the global batch of a data-parallel rank's sequences: as many as of others, or one less."""
+    return range(data_rank, config.training.global_batch_size, data)
+
+
 def count_micro_batches(config: Config, data: int) -> int:
     """Micro-batches of a step, the same number on each of so many data-parallel ranks.
 
     As few as `training.micro_batch_size` sequences at a time allow the rank with the most sequences.
     """
-    return -(-most_rows(config, data) // config.training.micro_batch_size)
+    return -(-len(rows_of_rank(config, 0, data)) // config.training.micro_batch_size)
 
 
-def most_rows(config: Config, data: int) -> int:
-    """Sequences of a global batch on the data-parallel ranks that have the most; others have one less at most."""
-    return -(-config.training.global_batch_size // data)
+def micro_batch_sizes(config: Config, data: int) -> list[int]:
+    """Sequences of the micro-batches that any data-parallel rank has, largest first: even parts of its sequences.
+
+    A rank that has fewer sequences than there are micro-batches goes through one of them once more, for nothing.
+    """
+    parts = count_micro_batches(config, data)
+    shares = {len(rows_of_rank(config, rank, data)) for rank in (0, data - 1)}
+    return sorted(
+        {max(1, size) for rows in shares for size in (rows // parts, -(-rows // parts))}, reverse=True
+    )
 
 
 def check_degrees(config: Config, world_size: int) -> None:
-    """Refuse what does not divide, before anything is built. Raises UserError with the numbers."""
+    """Refuse degrees that cannot work, before anything is built. Raises UserError with the numbers."""
     tensor, model = config.parallel.tensor, config.model
     if world_size % tensor:
         raise UserError(
@@ -54,18 +66,12 @@ def check_degrees(config: Config, world_size: int) -> None:
         )
     if tensor > 1:
         _check_tensor(config)
-    data = world_size // tensor
-    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    if batch % data or (batch // data) % micro:
+    data, batch = world_size // tensor, config.training.global_batch_size
+    if batch < data:
         raise UserError(
-            f"training.global_batch_size {batch} is not a multiple of training.micro_batch_size {micro} times the "
-            f"data-parallel degree {data} ({world_size} processes / parallel.tensor {tensor}): change one of them"
-        )
-    if config.data.logical_streams % data:
-        raise UserError(
-            f"data.logical_streams {config.data.logical_streams} is not a multiple of the data-parallel degree {data} "
-            f"({world_size} processes / parallel.tensor {tensor}): change the number of processes, or for a new run "
-            "data.logical_streams"
+            f"training.global_batch_size {batch} leaves some of {data} data-parallel ranks without a sequence "
+            f"({world_size} processes / parallel.tensor {tensor}): start {batch * tensor} processes at most, or for a "
+            f"new run raise training.global_batch_size to {data} or more"
         )
     profile = config.training.profile
     if profile.steps and max(profile.ranks) >= world_size:

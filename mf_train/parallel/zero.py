@@ -151,16 +151,17 @@ class Zero:
 
     def fragments(self) -> dict[str, Fragment]:
         """This rank's fragment of every parameter that it owns a part of, by name in the model's order."""
+        self._wait_for_all()  # in float32 the masters are weights, into which they are gathered
         return self._of_rank
 
     def refresh_parameters(self) -> None:
         """Copy the masters into the parameters that the forward pass reads. Collective."""
         self._send_weights()
-        self._wait(range(len(self.buckets)))
+        self._wait_for_all()
 
     def close(self) -> None:
         """Leave the model without hooks, and nothing on its way."""
-        self._wait(range(len(self.buckets)))
+        self._wait_for_all()
         for hook in self._hooks:
             hook.remove()
 
@@ -305,7 +306,7 @@ class Zero:
     @torch.no_grad()
     def _send_weights(self) -> None:
         """From the masters that each rank owns to every rank's parameters, those first that are used first."""
-        self._wait(range(len(self.buckets)))
+        self._wait_for_all()
         for index, bucket in reversed([*enumerate(self.buckets)]):
             mine = bucket.weights.narrow(0, bucket.first, bucket.master.numel())
             if bucket.master.dtype != mine.dtype:
@@ -313,7 +314,10 @@ class Zero:
             if self.stage and self.ranks > 1:
                 self._gathering[index] = all_gather(bucket.weights, mine, self.group)
         if not self.overlap:
-            self._wait(range(len(self.buckets)))
+            self._wait_for_all()
+
+    def _wait_for_all(self) -> None:
+        self._wait(range(len(self.buckets)))
 
     def _wait(self, buckets: Iterable[int]) -> None:
         for index in buckets if self._gathering else ():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import CHECKPOINT_BYTES, count_parameters
+from mf_train.parallel.degrees import micro_batch_sizes
 
 LIVE = 1_000_000_000  # elements that stage 3 keeps gathered: stage3_max_live_parameters
 # Beside tensors. On a CPU: Python with torch and DeepSpeed (LIBRARIES, as resident before a model is built), and
@@ -56,19 +57,20 @@ class _States:
 
 
 def estimate_memory(config: Config, processes: int, device: str = "cuda") -> RankMemory:
-    """Memory of a rank of `processes`; `device` "cpu" or "cuda". The degrees must divide (`check_degrees`)."""
+    """Memory of a rank of `processes`; `device` "cpu" or "cuda". The degrees must have passed `check_degrees`."""
     model, tensor = config.model, config.parallel.tensor
     data = processes // tensor
+    micro = micro_batch_sizes(config, data)[0]
     n = count_parameters(model).total / tensor  # every parameter is split
     states = _states(config, n, data, device)
-    tokens = config.training.micro_batch_size * model.sequence_length
+    tokens = micro * model.sequence_length
     width = 2 if config.training.precision == "bfloat16" else 4
     codes = tokens * model.num_layers * code_bytes(model, width)
     layers = tokens * model.num_layers * block_bytes(model, tensor, width)
     # the final norm's two, gathered features, and int64 tokens and targets
     ends = tokens * (2 * model.hidden_size // tensor * width + (tensor > 1) * model.hidden_size * width + 24)
     if config.data.document_attention:
-        ends += config.training.micro_batch_size * model.sequence_length**2 * width
+        ends += micro * model.sequence_length**2 * width
     kept = layers + ends
     logits = tokens * model.vocab_size / tensor * loss_bytes(width, device)
     work = tokens * working_bytes(model, tensor, width)

@@ -71,7 +71,7 @@ class PlannedLayout:
 
 
 def make_layout(config: Config, nodes: int, per_node: int, device: Device) -> PlannedLayout:
-    """What the configuration needs as it stands. Raises UserError where its degrees do not divide."""
+    """What the configuration needs as it stands. Raises UserError where its degrees cannot work."""
     check_degrees(config, nodes * per_node)
     if per_node % config.parallel.tensor:
         raise UserError(
@@ -103,7 +103,7 @@ def choose(layouts: Sequence[PlannedLayout]) -> PlannedLayout | None:
 
 
 def stages(config: Config, nodes: int, per_node: int, device: Device) -> list[PlannedLayout]:
-    """The configuration under each ZeRO stage. Raises UserError where its degrees do not divide."""
+    """The configuration under each ZeRO stage. Raises UserError where its degrees cannot work."""
     return [
         make_layout(
             replace(config, parallel=replace(config.parallel, zero_stage=stage)), nodes, per_node, device
@@ -122,6 +122,8 @@ def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Itera
                     parallel=replace(config.parallel, tensor=tensor, zero_stage=stage),
                     training=replace(config.training, micro_batch_size=micro),
                 )
+                if micro > max(1, batch * tensor // (nodes * per_node)):
+                    break  # more than any rank has
                 try:
                     yield make_layout(candidate, nodes, per_node, device)
                 except UserError:
@@ -158,14 +160,14 @@ class Plan:
 def make_plan(
     path: str, overrides: Sequence[str], config: Config, nodes: int, per_node: int, device: Device
 ) -> Plan:
-    """Raises UserError where no layout divides."""
+    """Raises UserError where no layout works."""
     try:
         configured, refusal = make_layout(config, nodes, per_node, device), ""
     except UserError as error:
         configured, refusal = None, str(error)
     layouts = search(config, nodes, per_node, device)
     if not layouts:
-        raise UserError(f"no layout of {nodes} x {per_node} processes divides; as configured: {refusal}")
+        raise UserError(f"no layout of {nodes} x {per_node} processes works; as configured: {refusal}")
     best = choose(layouts)
     return Plan(path, overrides, config, nodes, per_node, device, configured, refusal, layouts, best)
 

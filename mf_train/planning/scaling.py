@@ -1,13 +1,13 @@
 """Weak and strong scaling at 8 to 4096 devices, as `planning.time` models it; nothing is measured."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
 from mf_train.config import Config
 from mf_train.errors import UserError
+from mf_train.parallel.degrees import micro_batch_sizes
 from mf_train.planning.devices import Device
-from mf_train.planning.plan import divisors, make_layout
+from mf_train.planning.plan import make_layout
 
 SCALES = (8, 64, 512, 4096)
 MODELLED = (
@@ -24,9 +24,8 @@ def scaling(config: Config, nodes: int, per_node: int, device: Device) -> dict[s
     """A point for each of SCALES and each curve. strong: the same global batch; weak: the same batch for each rank of
     the data-parallel group as on `nodes` nodes. P and stage are the configuration's.
 
-    The micro-batch is the largest up to the configuration's that divides, and data.logical_streams is raised to a
-    multiple of the data-parallel degree where a new run would have to. Every point has passed `check_degrees`;
-    one that does not divide says so under `refused`.
+    Micro-batches shrink with what a rank has. Every point has passed `check_degrees`; one that cannot work says so
+    under `refused`.
     """
     tensor = config.parallel.tensor
     own = max(1, config.training.global_batch_size * tensor // (nodes * per_node))
@@ -47,21 +46,13 @@ def _point(config: Config, devices: int, per_node: int, batch: int, device: Devi
             "refused": f"parallel.tensor {config.parallel.tensor} does not divide {devices} devices"
         }
     data = devices // config.parallel.tensor
-    most = config.training.micro_batch_size
-    micro = max(size for size in divisors(max(1, batch // data)) if size <= most)
-    streams = math.lcm(config.data.logical_streams, data)
-    here = replace(
-        config,
-        training=replace(config.training, global_batch_size=batch, micro_batch_size=micro),
-        data=replace(config.data, logical_streams=streams),
-    )
+    here = replace(config, training=replace(config.training, global_batch_size=batch))
     try:
         layout = make_layout(here, devices // per_node, per_node, device)
     except UserError as error:
         return found | {"refused": str(error)}
     return found | {
-        "micro_batch_size": micro,
-        "logical_streams": streams,
+        "micro_batch_size": micro_batch_sizes(here, data)[0],
         "fits": layout.fits,
         "step_seconds": layout.time.seconds,
         "tokens_per_second": layout.time.tokens_per_second,
@@ -90,7 +81,7 @@ def draw_scaling(config: Config, title: str, curves: dict[str, list[dict[str, An
         axes.grid(True, alpha=0.3)
         axes.set_xticks(SCALES, [f"{devices:,}" for devices in SCALES])
         if not points:
-            axes.text(0.5, 0.5, "no size divides", transform=axes.transAxes, ha="center")
+            axes.text(0.5, 0.5, "no size works", transform=axes.transAxes, ha="center")
             continue
         devices = [point["devices"] for point in points]
         speeds = [point["tokens_per_second"] for point in points]

@@ -5,11 +5,11 @@ latency a step. Parts follow one another: what `parallel.overlap` hides is not t
 saving, stragglers, a network that is shared or congested, rates that differ with sizes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mf_train.config import Config
 from mf_train.model.counts import count_parameters
-from mf_train.parallel.degrees import count_micro_batches
+from mf_train.parallel.degrees import count_micro_batches, micro_batch_sizes
 from mf_train.planning.devices import Device, Link
 from mf_train.planning.work import (
     PartWork,
@@ -48,9 +48,11 @@ class StepTime:
 
 
 def estimate_step(config: Config, nodes: int, per_node: int, device: Device) -> StepTime:
-    """Time of a step on `nodes` x `per_node` ranks; the degrees must divide (`check_degrees`)."""
+    """Time of a step on `nodes` x `per_node` ranks; the degrees must have passed `check_degrees`."""
     tensor, stage = config.parallel.tensor, config.parallel.zero_stage
     data = nodes * per_node // tensor
+    largest = micro_batch_sizes(config, data)[0]
+    config = replace(config, training=replace(config.training, micro_batch_size=largest))
     times, precision = count_micro_batches(config, data), config.training.precision
     works = micro_batch_work(config, tensor, device.kind)
     parts = [_bound(work, device, precision, times) for work in works]

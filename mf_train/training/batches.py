@@ -1,6 +1,7 @@
 """The batch of a step on every rank: read by some ranks, agreed on by all, shared in each tensor-parallel group."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,13 +15,14 @@ from mf_train.data.stream.stream import TokenStream, merge_states
 from mf_train.data.workers.batches import BatchReader
 from mf_train.errors import TrainingError, UserError
 from mf_train.parallel.agreement import fail_together
+from mf_train.parallel.degrees import rows_of_rank
 from mf_train.parallel.groups import Groups
 
 
 class Batch(NamedTuple):
     """A rank's part of a global batch, and what the whole is known by."""
 
-    rows: Tensor  # int64 [G/R, S+1] on the device; the same on all ranks of a tensor-parallel group
+    rows: Tensor  # int64 [rows, S+1] on the device; the same on all ranks of a tensor-parallel group
     digest: str  # of the global batch
     epochs: list[float]  # passes over each source so far; empty on ranks that do not read
     wait_seconds: float  # that reading took
@@ -28,6 +30,10 @@ class Batch(NamedTuple):
 
 class SharedBatches:
     """A run's batches in their order. A rank with a `stream` reads for its tensor-parallel group.
+
+    A row is read by the rank that has its logical stream, and trained on by the rank that it is dealt to
+    (`rows_of_rank`). Where the degrees divide batch and streams these are the same; else rows change ranks, so that
+    any number of ranks has an even share.
 
     `stop` says whether this rank was asked to stop. `before_failing` is called on all ranks where one has no batch,
     before they raise. All calls but `close` are collective.
@@ -65,11 +71,11 @@ class SharedBatches:
             rows, failure = self.read()
         waited = time.perf_counter() - started
         self.entering(f"agreeing on the batch of step {step}")
-        agreed = self.agree(rows, failure)
-        return None if agreed is None else Batch(self.share(rows), *agreed, waited)
+        agreed = self.agree(rows, step, failure)
+        return None if agreed is None else Batch(self.share(rows, step), *agreed, waited)
 
     def read(self) -> tuple[Tensor | None, Exception | None]:
-        """int32 [G/R, S+1] where this rank reads, or what went wrong."""
+        """int32 [rows, S+1] where this rank reads, or what went wrong."""
         if self.reader is None:
             return None, None
         try:
@@ -77,11 +83,13 @@ class SharedBatches:
         except (UserError, OSError, TrainingError) as error:
             return None, error
 
-    def agree(self, rows: Tensor | None, failure: Exception | None) -> tuple[str, list[float]] | None:
+    def agree(
+        self, rows: Tensor | None, step: int, failure: Exception | None
+    ) -> tuple[str, list[float]] | None:
         """Digest of the global batch and epochs of each source; None where any rank was asked to stop."""
         digest, documents = 0, [0] * len(self.config.data.train)
         if rows is not None and self.reader is not None and self.stream is not None:
-            digest = rows_digest(self.stream.row_numbers, rows.numpy())
+            digest = rows_digest(self.stream.row_numbers(step - 1), rows.numpy())
             documents = self.reader.documents()
         values = [to_int64(digest), int(self.stop()), int(failure is not None), *documents]
         shared = torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -98,16 +106,46 @@ class SharedBatches:
             epochs = [count / source.num_documents for count, source in read]
         return format_digest(from_int64(total)), epochs
 
-    def share(self, rows: Tensor | None) -> Tensor:
-        """The group's rows [G/R, S+1], int64 on the device of every rank of it."""
+    def share(self, rows: Tensor | None, step: int) -> Tensor:
+        """The group's rows [rows, S+1], int64 on the device of every rank of it."""
         config, degrees = self.config, self.groups.degrees
         if rows is None:
-            shape = (config.training.global_batch_size // degrees.data, config.model.sequence_length + 1)
-            rows = torch.empty(shape, dtype=torch.int32, device=self.device)
-        rows = rows.to(self.device)
+            mine = rows_of_rank(config, degrees.data_rank, degrees.data)
+            rows = torch.empty(
+                (len(mine), config.model.sequence_length + 1), dtype=torch.int32, device=self.device
+            )
+        else:
+            if self.device.type == "cuda":
+                rows = rows.pin_memory().to(self.device, non_blocking=True)
+            if config.training.global_batch_size % degrees.data or config.data.logical_streams % degrees.data:
+                rows = self._deal(rows, step)
         if degrees.tensor > 1:
             dist.broadcast(rows, degrees.rank - degrees.tensor_rank, group=self.groups.tensor)
         return rows.long()
+
+    def _deal(self, rows: Tensor, step: int) -> Tensor:
+        """Rows as they were read [read, S+1] -> those of this rank, in the order of the batch. For ranks that read."""
+        batch, ranks = self.config.training.global_batch_size, self.groups.degrees.data
+        streams, first = self.config.data.logical_streams, (step - 1) * batch
+        reader = [(first + row) % streams % ranks for row in range(batch)]
+        me = self.groups.degrees.data_rank
+        read = [row for row in range(batch) if reader[row] == me]
+        mine = rows_of_rank(self.config, me, ranks)
+        # by the rank that a row goes to, or comes from; the batch's order among equals
+        sent = sorted(range(len(read)), key=lambda place: read[place] % ranks)
+        received = sorted(range(len(mine)), key=lambda place: reader[mine[place]])
+        to, by = Counter(row % ranks for row in read), Counter(reader[row] for row in mine)
+        dealt = rows.new_empty((len(mine), rows.shape[1]))
+        dist.all_to_all_single(
+            dealt,
+            rows[torch.tensor(sent, dtype=torch.long, device=rows.device)],
+            [by[rank] for rank in range(ranks)],
+            [to[rank] for rank in range(ranks)],
+            group=self.groups.data,
+        )
+        ordered = torch.empty_like(dealt)
+        ordered[torch.tensor(received, device=rows.device)] = dealt
+        return ordered
 
     def state(self, step: int, *, before_last: bool) -> dict[str, Any] | None:
         """The stream's state for a checkpoint of `step`, on rank 0; None elsewhere.

@@ -21,6 +21,7 @@ from mf_train.kernels import hash_codes, lookup_all
 from mf_train.kernels.backends import has_triton
 from mf_train.model.memory import Hash
 from mf_train.parallel.agreement import run_long_on_all
+from mf_train.parallel.degrees import micro_batch_sizes
 from mf_train.parallel.engine import Engine
 
 
@@ -45,18 +46,18 @@ def compile_kernels(
     node cannot compile, TrainingError where a kernel fails.
     """
     if engine.device.type == "cuda" and has_triton() and config.model.kind == "memoryformer":
-        passes = run_passes(config, resumes=resumes)
+        passes = run_passes(config, engine.groups.degrees.data, resumes=resumes)
         local_rank = engine.groups.degrees.local_rank
         first_of_node(lambda: _launch(engine, passes, still_alive), local_rank, engine.device, stop)
 
 
-def run_passes(config: Config, *, resumes: bool) -> list[Pass]:
-    """A micro-batch, the probe of a checkpoint, and the one that makes the optimiser's state before it is loaded."""
-    passes = [
-        Pass(config.training.micro_batch_size * config.model.sequence_length, True),
-        Pass(probe_length(config.model), False),
-    ]
-    return [*passes, Pass(2, True)] if resumes else passes
+def run_passes(config: Config, data: int, *, resumes: bool) -> list[Pass]:
+    """Micro-batches of `data` ranks, the probe of a checkpoint, and under ZeRO 3 the pass that makes the optimiser's
+    state before it is loaded.
+    """
+    passes = [Pass(size * config.model.sequence_length, True) for size in micro_batch_sizes(config, data)]
+    passes.append(Pass(probe_length(config.model), False))
+    return [*passes, Pass(2, True)] if resumes and config.parallel.zero_stage == 3 else passes
 
 
 def first_of_node(

@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 
 from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, ProfileConfig, TrainingConfig
+from mf_train.config.loading import load_config
 from mf_train.errors import UserError
-from mf_train.parallel.degrees import Degrees, check_degrees
+from mf_train.parallel.degrees import (
+    Degrees,
+    check_degrees,
+    count_micro_batches,
+    micro_batch_sizes,
+    rows_of_rank,
+)
+from tests.training.runs import REPOSITORY
 
 
 def make_config(tensor: int = 1, batch: int = 64, micro: int = 2, **model: Any) -> Config:
@@ -54,20 +62,18 @@ def test_what_divides_is_accepted(tensor: int, world_size: int) -> None:
             ["parallel.tensor is 2", "model.kind is dense", "parallel.tensor=1"],
         ),
         (
-            make_config(1, batch=10, micro=2),
-            4,
-            ["training.global_batch_size 10", "micro_batch_size 2", "degree 4"],
+            make_config(1, batch=10),
+            11,
+            ["training.global_batch_size 10", "11 data-parallel", "10 processes at most"],
         ),
         (
-            make_config(2, batch=12, micro=4),
-            4,
-            ["training.global_batch_size 12", "micro_batch_size 4", "degree 2"],
+            make_config(2, batch=3),
+            8,
+            ["training.global_batch_size 3", "4 data-parallel", "6 processes at most", "to 4"],
         ),
-        (make_config(1, batch=2, micro=4), 1, ["training.global_batch_size 2", "micro_batch_size 4"]),
-        (make_config(1, batch=6, micro=2), 3, ["data.logical_streams 64", "degree 3"]),
     ],
 )
-def test_what_does_not_divide_is_refused_with_its_numbers(
+def test_what_cannot_work_is_refused_with_its_numbers(
     config: Config, world_size: int, words: list[str]
 ) -> None:
     with pytest.raises(UserError) as refusal:
@@ -124,3 +130,26 @@ def test_a_profiled_rank_is_one_of_the_run_s() -> None:
     ):
         check_degrees(asked, 2)
     check_degrees(replace(config, training=replace(config.training, profile=replace(profile, steps=0))), 2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 7, 8, 31, 64, 125])
+@pytest.mark.parametrize(("batch", "micro"), [(125, 1), (128, 4), (1024, 32), (200, 1000)])
+def test_sequences_are_dealt_evenly_to_any_number_of_ranks(ranks: int, batch: int, micro: int) -> None:
+    config = make_config(batch=batch, micro=micro)
+    check_degrees(config, ranks)
+    rows = [rows_of_rank(config, rank, ranks) for rank in range(ranks)]
+    assert sorted(row for part in rows for row in part) == list(range(batch))
+    counts = {len(part) for part in rows}
+    assert max(counts) - min(counts) <= 1
+    steps, sizes = count_micro_batches(config, ranks), micro_batch_sizes(config, ranks)
+    assert steps == -(-max(counts) // micro) and micro >= sizes[0] and sizes[-1] >= 1
+    for count in counts:
+        parts = [count // steps + (index < count % steps) for index in range(steps)]  # as torch.tensor_split
+        assert {part or 1 for part in parts} <= {*sizes}
+
+
+def test_the_base_configuration_starts_on_1_to_1024_data_parallel_ranks() -> None:
+    config = load_config(REPOSITORY / "configs" / "base.yaml")
+    for ranks in range(1, 1025):
+        check_degrees(config, ranks * config.parallel.tensor)
+        assert micro_batch_sizes(config, ranks)[0] <= config.training.micro_batch_size

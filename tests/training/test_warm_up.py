@@ -105,7 +105,7 @@ def compare(tensor: int) -> list[str]:
         exchange = Exchange(groups.tensor) if tensor > 1 else None
         model = build_model(MODEL, exchange, 0, CPU)
         engine = Engine(model, config, groups, CPU)
-        step, probe, resume = run_passes(config, resumes=True)
+        step, probe, resume = run_passes(config, 1, resumes=True)
         batch = torch.randint(MODEL.vocab_size, (ROWS, MODEL.sequence_length + 1))
 
         def train(engine: Engine = engine, batch: torch.Tensor = batch) -> None:

@@ -1,8 +1,9 @@
 """The token stream: batches that are a function of (data config, tokenizer, sizes, step) alone.
 
 Row j of the global batch of step t is sample i = t * G + j. It belongs to logical stream i mod L. Rank r of R
-owns the rows with j mod R == r, and so, because R divides G and L, the streams s with s mod R == r: no rank
-touches another's. Each logical stream has, for each source, a cursor of its own.
+reads the streams s with s mod R == r: no rank touches another's, and with more ranks than streams some read none.
+(Which rank trains on a row is another question: `mf_train.training.batches`.) Each logical stream has, for each
+source, a cursor of its own.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Row(NamedTuple):
 
 
 class TokenStream:
-    """A rank's rows of every global batch, without end.
+    """The rows of every global batch that a rank reads, without end.
 
     A row has sequence_length + 1 tokens of one source: documents in pseudo-random order, each followed by
     end of text, concatenated and cut; the next row of the same stream and source begins with this row's last
@@ -58,8 +59,7 @@ class TokenStream:
 
     With `workers`, an object gives only the rows of every `workers`-th of the rank's streams. `sources` are those of
     `data.train` if they are open already.
-    Raises UserError when `data_size` does not divide the batch or `data.logical_streams`, when there is no
-    training source, or as `open_source` does.
+    Raises UserError when there is no training source, or as `open_source` does.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class TokenStream:
         sources: list[Source] | None = None,
     ) -> None:
         assert 0 <= data_rank < data_size and 0 <= worker < workers
-        _check_sizes(data.logical_streams, global_batch_size, data_size)
         if not data.train:
             raise UserError("data.train is empty: name at least one source of training text")
         self.sequence_length = sequence_length
         self.global_batch_size = global_batch_size
-        self.row_numbers = range(data_rank, global_batch_size, data_size)
+        self.data_rank = data_rank
+        self.data_size = data_size
         self.tokenizer = tokenizer
         self.sources = sources or [
             open_source(source, f"data.train[{i}]", data, tokenizer) for i, source in enumerate(data.train)
@@ -94,7 +94,19 @@ class TokenStream:
             if stream_worker(number, data_size, workers) == worker
         }
         self.step = 0
-        self._row = 0  # of row_numbers, in this step
+        self._row = 0  # of the rows of this step
+        self._rows = self.row_numbers()
+
+    @property
+    def num_streams(self) -> int:
+        """How many logical streams this object has."""
+        return len(self._streams)
+
+    def row_numbers(self, step: int | None = None) -> Sequence[int]:
+        """Numbers in the global batch, ascending, of the rows that this rank reads for a step; None: the next one."""
+        first = (self.step if step is None else step) * self.global_batch_size
+        streams, rank, ranks = self._data.logical_streams, self.data_rank, self.data_size
+        return [row for row in range(self.global_batch_size) if (first + row) % streams % ranks == rank]
 
     def next_row(self) -> Row:
         """This object's next row, in the order of samples."""
@@ -103,22 +115,26 @@ class TokenStream:
         return Row(number, source, self.position(number, source), tokens)
 
     def next_batch(self) -> Tokens:
-        """This rank's rows of the next global batch, int32 [G / R, S + 1], in the order of `row_numbers`.
+        """This rank's rows of the next global batch, int32 [rows, S + 1], in the order of `row_numbers`.
 
         Only of an object that has all of a rank's streams.
         """
-        rows = np.empty((len(self.row_numbers), self.sequence_length + 1), np.int32)
+        rows = np.empty((len(self._rows), self.sequence_length + 1), np.int32)
         for row in rows:
             self.fill(row)
-        self.step, self._row = self.step + 1, 0
+        self._turn_to(self.step + 1)
         return rows
 
     def fill(self, tokens: Tokens) -> tuple[int, int]:
-        """Write the next row [S + 1] to `tokens`; gives its stream and source, whose `position` it changed."""
+        """Write the next row [S + 1] to `tokens`; gives its stream and source, whose `position` it changed.
+
+        Only of an object with a stream.
+        """
         while True:
-            if self._row == len(self.row_numbers):
-                self.step, self._row = self.step + 1, 0
-            sample = self.step * self.global_batch_size + self.row_numbers[self._row]
+            if self._row == len(self._rows):
+                self._turn_to(self.step + 1)
+                continue
+            sample = self.step * self.global_batch_size + self._rows[self._row]
             self._row += 1
             number = sample % self._data.logical_streams
             stream = self._streams.get(number)
@@ -178,7 +194,11 @@ class TokenStream:
             )
         for number, stream in self._streams.items():
             stream.load([Position(*position) for position in state["streams"][str(number)]])
-        self.step, self._row = state["step"], 0
+        self._turn_to(state["step"])
+
+    def _turn_to(self, step: int) -> None:
+        self.step, self._row = step, 0
+        self._rows = self.row_numbers()
 
     def _order(self, source: int) -> WindowOrder:
         return WindowOrder(
@@ -325,18 +345,6 @@ class _Cursor:
         self._index += passed
         if self._index == len(self._window_documents):
             self._window, self._index, self._window_documents = self._window + 1, 0, None
-
-
-def _check_sizes(logical_streams: int, global_batch_size: int, data_size: int) -> None:
-    for key, value in (
-        ("training.global_batch_size", global_batch_size),
-        ("data.logical_streams", logical_streams),
-    ):
-        if value % data_size:
-            raise UserError(
-                f"{key} is {value}, which {data_size} data-parallel ranks do not divide: "
-                f"make it a multiple of {data_size}"
-            )
 
 
 def _check_identity(saved: State, here: State) -> None:

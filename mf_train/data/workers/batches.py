@@ -67,7 +67,7 @@ class BatchReader:
         self._maker = _Workers(stream, config, depth) if self._data.workers else _Thread(stream, depth)
 
     def next_batch(self) -> Tokens:
-        """This rank's rows, int32 [G / R, S + 1].
+        """The rows that this rank reads, int32 [rows, S + 1].
 
         Raises what reading them raised (UserError, OSError), here and at every later call; OSError when they are
         not there after `data.timeout_seconds`, or when a worker process died.
@@ -98,7 +98,7 @@ class BatchReader:
     def _next_batch(self) -> Tokens:
         stream = self._stream
         first, modulus = self._step * stream.global_batch_size, self._data.logical_streams
-        numbers = [(first + row) % modulus for row in stream.row_numbers]
+        numbers = [(first + row) % modulus for row in stream.row_numbers(self._step)]
         try:
             batch, changes = self._maker.next_batch(numbers, self._data.timeout_seconds)
         except _LateError as late:
@@ -168,14 +168,16 @@ class _Thread:
         self._thread.join(_MOMENT)
 
     def _produce(self) -> None:
+        step = self._stream.step
         try:
             while not self._stop.is_set():
-                batch = _empty_batch(self._stream)
+                batch = _empty_batch(self._stream, len(self._stream.row_numbers(step)))
                 self._making = changes = []
                 for tokens in batch:
                     number, source = self._stream.fill(tokens)
                     changes.append((number, source, self._stream.position(number, source)))
                 self._put((batch, changes))
+                step += 1
         except BaseException as error:  # handed to the consumer, whatever it is
             self._put(error)
 
@@ -193,9 +195,9 @@ class _Workers:
 
     def __init__(self, stream: TokenStream, config: Config, depth: int) -> None:
         self._stream = stream
-        self._ranks = stream.row_numbers.step
+        self._ranks = stream.data_size
         self._workers: list[_Worker] = []
-        count = min(config.data.workers, config.data.logical_streams // self._ranks)
+        count = min(config.data.workers, stream.num_streams)
         state = stream.state_dict()
         try:
             for number in range(count):
@@ -207,9 +209,9 @@ class _Workers:
     def next_batch(self, numbers: list[int], seconds: float) -> tuple[Tokens, list[Change]]:
         deadline = time.monotonic() + seconds
         changes: list[Change] = []
-        batch = _empty_batch(self._stream)
-        rows = batch.data.cast("B")
-        size = batch[0].nbytes
+        batch = _empty_batch(self._stream, len(numbers))
+        rows = batch.data.cast("B") if numbers else memoryview(b"")
+        size = batch.itemsize * batch.shape[1]
         try:
             for row, number in enumerate(numbers):
                 change = self._worker_of(number).read(rows[row * size : (row + 1) * size], deadline)
@@ -234,6 +236,7 @@ class _Workers:
 
     def _job(self, config: Config, number: int, count: int, state: State, depth: int) -> _Job:
         stream = self._stream
+        rows_a_step = -(-stream.global_batch_size * stream.num_streams // config.data.logical_streams)
         own = {
             key: of
             for key, of in state["streams"].items()
@@ -243,17 +246,17 @@ class _Workers:
             config=config,
             tokenizer=stream.tokenizer,
             sources=stream.sources,
-            data_rank=stream.row_numbers.start,
+            data_rank=stream.data_rank,
             data_size=self._ranks,
             worker=number,
             workers=count,
             state={**state, "streams": own},
-            rows_ahead=-(-depth * len(stream.row_numbers) // count),
+            rows_ahead=-(-depth * rows_a_step // count),
         )
 
 
-def _empty_batch(stream: TokenStream) -> Tokens:
-    return np.empty((len(stream.row_numbers), stream.sequence_length + 1), np.int32)
+def _empty_batch(stream: TokenStream, rows: int) -> Tokens:
+    return np.empty((rows, stream.sequence_length + 1), np.int32)
 
 
 # Worker processes ----------------------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ def make_ranks(data: DataConfig, tokenizer: Tokenizer, ranks: int, batch: int = 
 def next_global(ranks: list[TokenStream]) -> np.ndarray:
     batch = np.zeros((ranks[0].global_batch_size, SEQUENCE + 1), np.int32)
     for rank in ranks:
-        batch[list(rank.row_numbers)] = rank.next_batch()
+        numbers = rank.row_numbers()
+        batch[numbers] = rank.next_batch()
     return batch
 
 
@@ -59,12 +60,12 @@ def merged(ranks: list[TokenStream]) -> State:
     return state
 
 
-@pytest.mark.parametrize("batch", [8, 16, 24])
+@pytest.mark.parametrize("batch", [7, 8, 16, 24])
 def test_batches_are_the_reference_for_every_number_of_ranks(
     batch: int, data: DataConfig, texts: list[list[str]], tokenizer: Tokenizer
 ) -> None:
     expected = reference_batches(data, texts, tokenizer, SEQUENCE, batch)
-    streams = {ranks: make_ranks(data, tokenizer, ranks, batch) for ranks in (1, 2, 4, 8)}
+    streams = {ranks: make_ranks(data, tokenizer, ranks, batch) for ranks in (1, 2, 3, 5, 8, 17, 31)}
     for _ in range(30):
         wanted = next(expected)
         for ranks in streams.values():
@@ -82,25 +83,25 @@ def test_resume_at_any_step_with_any_number_of_ranks(data: DataConfig, tokenizer
         if random_state.random() < 0.4:  # a restart
             state = merged(ranks)
             assert state["step"] == step and len(json.dumps(state)) < 5000
-            ranks = make_ranks(data, tokenizer, int(random_state.choice([1, 2, 4, 8])))
+            ranks = make_ranks(data, tokenizer, int(random_state.choice([1, 2, 3, 5, 8, 20])))
             for rank in ranks:
                 rank.load_state_dict(state)
         assert batch_digest(next_global(ranks)) == digests[step]
 
 
 def test_state_does_not_depend_on_the_ranks_or_restarts(data: DataConfig, tokenizer: Tokenizer) -> None:
-    one, four = make_ranks(data, tokenizer, 1), make_ranks(data, tokenizer, 4)
+    one, five = make_ranks(data, tokenizer, 1), make_ranks(data, tokenizer, 5)
     for _ in range(9):
-        next_global(one), next_global(four)
+        next_global(one), next_global(five)
     state = merged(one)
-    assert merged(four) == state
-    again = make_ranks(data, tokenizer, 2)
+    assert merged(five) == state
+    again = make_ranks(data, tokenizer, 3)
     for rank in again:
         rank.load_state_dict(state)
     assert merged(again) == state
 
 
-@pytest.mark.parametrize("changes", [(1,), (2, 1), (4, 2, 8, 1)])
+@pytest.mark.parametrize("changes", [(1,), (3, 1), (4, 7, 20, 1)])
 def test_an_epoch_reassembles(changes: tuple[int, ...], tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Every document of the first epochs stands exactly once, whole, in what the streams gave out."""
     documents = random_documents(50, seed=9)
@@ -192,7 +193,7 @@ from mf_train.data.tokenizer import Tokenizer
 tokenizer, path, rank, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 data = DataConfig(train=(SourceConfig(path=path),), logical_streams=16)
 stream = TokenStream(data, Tokenizer(tokenizer), 23, 8, rank, size)
-print(json.dumps([rows_digest(stream.row_numbers, stream.next_batch()) for _ in range(20)]))
+print(json.dumps([rows_digest(stream.row_numbers(), stream.next_batch()) for _ in range(20)]))
 """
 
 
@@ -210,11 +211,18 @@ def test_processes_that_open_a_source_at_once(tmp_path: Path, tokenizer: Tokeniz
         assert format_digest(sum(digests) % 2**64) == batch_digest(stream.next_batch())
 
 
-def test_sizes_that_do_not_divide_are_refused(data: DataConfig, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"training\.global_batch_size is 8, which 3 data-parallel ranks"):
-        TokenStream(data, tokenizer, SEQUENCE, 8, 0, 3)
-    with pytest.raises(UserError, match=r"data\.logical_streams is 16, which 3 data-parallel ranks"):
-        TokenStream(data, tokenizer, SEQUENCE, 9, 0, 3)
+def test_each_row_is_read_by_one_rank(data: DataConfig, tokenizer: Tokenizer) -> None:
+    """With more ranks than streams some read nothing, and no two have a stream in common."""
+    for ranks in (1, 3, 16, 40):
+        streams = make_ranks(data, tokenizer, ranks, 24)
+        assert sum(stream.num_streams for stream in streams) == STREAMS
+        for step in (0, 1, 5):
+            rows = [row for stream in streams for row in stream.row_numbers(step)]
+            assert sorted(rows) == list(range(24))
+    assert streams[-1].num_streams == 0 and streams[-1].next_batch().shape == (0, SEQUENCE + 1)
+
+
+def test_a_stream_of_no_source_is_refused(data: DataConfig, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"data\.train is empty"):
         TokenStream(replace(data, train=()), tokenizer, SEQUENCE, 8)
 

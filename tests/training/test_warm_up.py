@@ -105,7 +105,8 @@ def compare(tensor: int) -> list[str]:
         exchange = Exchange(groups.tensor) if tensor > 1 else None
         model = build_model(MODEL, exchange, 0, CPU)
         engine = Engine(model, config, groups, CPU)
-        step, probe, resume = run_passes(config, 1, resumes=True)
+        step, probe, *resume = run_passes(config, world_size // tensor, resumes=True)
+        assert len(resume) == (stage == 3)  # the other stages make their state without a pass
         batch = torch.randint(MODEL.vocab_size, (ROWS, MODEL.sequence_length + 1))
 
         def train(engine: Engine = engine, batch: torch.Tensor = batch) -> None:
@@ -118,7 +119,7 @@ def compare(tensor: int) -> list[str]:
         real: list[tuple[Pass, Callable[[], Any]]] = [
             (step, train),
             (probe, look),
-            (resume, engine.create_moments),
+            *((one, engine.create_moments) for one in resume),
         ]
         for one, action in real:
             with launches() as expected:

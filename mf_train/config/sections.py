@@ -107,6 +107,9 @@ class TrainingConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0  # of the initial weights
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = (
+        False  # on GPUs too, a run repeats to the last bit; an operation that cannot ends it
+    )
     output_dir: str = "runs/default"
     validation_interval: int = not_negative(0)  # steps between validations, also after the last; 0: none
     validation_sequences: int = not_negative(0)  # sequences of the validation text that are used; 0: all

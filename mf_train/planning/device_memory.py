@@ -161,17 +161,18 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
             reduce=copies,
             update=4 * n / data,
         )
+    one = w * largest  # a parameter's gradient, before it is added to the sums
     # float32 masters are the weights themselves
     optimizer = (12 if bfloat16 else 8) * (n if stage == 0 else n / data)
     shard = 4 * n / data if data > 1 or stage == 2 else 0
     if stage == 0:
         # every bucket's reduced shard is on its way at once
-        return _States(w * n, optimizer, 4 * n, 0, 0, shard, 0)
+        return _States(w * n, optimizer, 4 * n, 0, 0, shard + one, 0)
     if stage == 1:
-        return _States(w * n, optimizer, 4 * n + shard, 0, 0, 0, 0)
+        return _States(w * n, optimizer, 4 * n + shard, 0, 0, one, 0)
     # own sums of the bucket that fills and of one that is reduced, and that one's reduced shard
     several = 4 * min(n, 2 * bucket) if config.parallel.overlap else 4 * bucket
-    return _States(w * n, optimizer, shard, 0, 0, several + (4 * bucket / data if data > 1 else 0), 0)
+    return _States(w * n, optimizer, shard, 0, 0, several + (4 * bucket / data if data > 1 else 0) + one, 0)
 
 
 def _largest_parameter(model: ModelConfig) -> int:

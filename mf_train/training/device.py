@@ -1,6 +1,7 @@
 """The device that a process trains on, and what it does with its memory."""
 
 import ctypes
+from collections.abc import MutableMapping
 
 import torch
 
@@ -34,6 +35,18 @@ def gpu_index(local_rank: int, visible: int) -> int:
             f"local rank {local_rank} has no GPU of its own ({visible} visible): start one process for each GPU"
         )
     return local_rank
+
+
+def make_deterministic(environment: MutableMapping[str, str]) -> None:
+    """Have torch use deterministic operations alone, and raise where it has none; before the device's first product.
+
+    On GPUs attention's backward pass and cuBLAS with several streams else add in an order that varies (torch
+    documentation, "Reproducibility"). Hash, lookup and the reduction of gradients add in a fixed order anyway.
+    """
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer is written before it is read
+    torch.backends.cudnn.benchmark = False
 
 
 def keep_freed_memory() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from mf_train.errors import UserError
 from mf_train.training.device import gpu_index
+from tests.processes import run_python
 
 
 def test_a_process_takes_the_gpu_of_its_local_rank_or_the_only_one_it_sees() -> None:
@@ -19,3 +20,20 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(local_rank: int, visible:
         UserError, match=rf"local rank {local_rank} has no GPU of its own \({visible} visible\)"
     ):
         gpu_index(local_rank, visible)
+
+
+def test_deterministic_runs_refuse_operations_that_are_not() -> None:
+    """torch raises for one that has no deterministic form on a CPU either; what the user set for cuBLAS stays."""
+    code = """
+import torch
+from mf_train.training.device import make_deterministic
+unset, mine = {}, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+make_deterministic(unset), make_deterministic(mine)
+assert unset == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} and mine == {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
+try:
+    torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
+except RuntimeError as error:
+    print("deterministic" in str(error))
+"""
+    assert run_python(code).strip() == "True"

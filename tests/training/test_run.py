@@ -250,3 +250,15 @@ def test_resume_in_bfloat16_is_exact_on_the_same_shape(reference: Path, tmp_path
     ours, theirs = read_metrics(tmp_path / "again"), read_metrics(tmp_path / "whole")[2:]
     assert [entry["loss"] for entry in ours] == [entry["loss"] for entry in theirs]
     assert_equal_checkpoints(tmp_path / "again", tmp_path / "whole")
+
+
+def test_a_deterministic_run_has_a_plain_run_s_losses_on_a_cpu(reference: Path, tmp_path: Path) -> None:
+    """There every operation of a run is deterministic, and torch knows it of each."""
+    folder = tmp_path / "run"
+    tree = small_config(folder, reference.parent / "text.jsonl")
+    tree["training"] |= {"deterministic": True, "steps": 3}
+    train(tree)
+    tree["training"] |= {"deterministic": False, "output_dir": str(tmp_path / "plain")}
+    train(tree)
+    first, second = read_metrics(folder), read_metrics(tmp_path / "plain")
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]

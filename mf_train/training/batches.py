@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mf_train.config import Config
-from mf_train.data.stream.digest import format_digest, from_int64, rows_digest, to_int64
+from mf_train.data.stream.digest import LIMBS, format_digest, from_limbs, rows_digest, to_limbs
 from mf_train.data.stream.stream import TokenStream, merge_states
 from mf_train.data.workers.batches import BatchReader
 from mf_train.errors import TrainingError, UserError
 from mf_train.parallel.agreement import fail_together
 from mf_train.parallel.degrees import rows_of_rank
 from mf_train.parallel.groups import Groups
+
+_FLAGS = LIMBS + 2  # numbers of a rank's statement before its documents
 
 
 class Batch(NamedTuple):
@@ -28,6 +31,17 @@ class Batch(NamedTuple):
     wait_seconds: float  # that reading took
 
 
+@dataclass
+class _Ahead:
+    """A batch that was read and is not trained on yet."""
+
+    step: int
+    rows: Tensor | None  # int32 [rows, S+1] where this rank reads
+    failure: Exception | None
+    wait_seconds: float
+    totals: list[float] = field(default_factory=list)  # `_statement`, added over all ranks
+
+
 class SharedBatches:
     """A run's batches in their order. A rank with a `stream` reads for its tensor-parallel group.
 
@@ -35,8 +49,11 @@ class SharedBatches:
     (`rows_of_rank`). Where the degrees divide batch and streams these are the same; else rows change ranks, so that
     any number of ranks has an even share.
 
+    A batch is read one step ahead: `look_ahead` while the device computes, then `agree`, together with what else ranks
+    tell each other at the end of a step, so that a step waits for the device once.
+
     `stop` says whether this rank was asked to stop. `before_failing` is called on all ranks where one has no batch,
-    before they raise. All calls but `close` are collective.
+    before they raise. All calls but `look_ahead` and `close` are collective.
     """
 
     def __init__(
@@ -58,21 +75,68 @@ class SharedBatches:
         self.stop = stop
         self.before_failing = before_failing
         self.entering = entering
+        self._ahead: _Ahead | None = None
 
-    def next(self, step: int, failure: Exception | None = None) -> Batch | None:
-        """The batch of a step; None where any rank was asked to stop.
+    def next(self, step: int) -> Batch | None:
+        """The batch of a step; None where any rank was asked to stop before it was agreed on.
 
-        Where any rank could not read its rows, or has met a `failure` since the last step, all raise as
-        `fail_together`.
+        Where any rank could not read its rows, or had met a failure, all raise as `fail_together`.
         """
+        if self._ahead is None:
+            self.look_ahead(step)
+            self.agree(torch.zeros(0, device=self.device), torch.zeros(0, device=self.device))
+        ahead = self._ahead
+        assert ahead is not None and ahead.step == step and ahead.totals
+        *limbs, stops, failures = ahead.totals[:_FLAGS]
+        if failures:
+            self.before_failing()
+            fail_together(ahead.failure, self.device)
+        if stops:
+            return None
+        self._ahead = None
+        epochs = []
+        if self.stream is not None:
+            read = zip(ahead.totals[_FLAGS:], self.stream.sources, strict=True)
+            epochs = [count / source.num_documents for count, source in read]
+        digest = format_digest(from_limbs(limbs))
+        return Batch(self.share(ahead.rows, step), digest, epochs, ahead.wait_seconds)
+
+    def look_ahead(self, step: int, failure: Exception | None = None) -> None:
+        """Read this rank's rows of a step, unless it has met a `failure`."""
         self.entering(f"reading the batch of step {step}")
         started, rows = time.perf_counter(), None
         if failure is None:
             rows, failure = self.read()
-        waited = time.perf_counter() - started
-        self.entering(f"agreeing on the batch of step {step}")
-        agreed = self.agree(rows, step, failure)
-        return None if agreed is None else Batch(self.share(rows, step), *agreed, waited)
+        self._ahead = _Ahead(step, rows, failure, time.perf_counter() - started)
+
+    def agree(self, added: Tensor, beside: Tensor) -> list[float]:
+        """Add over all ranks what they know of the batch ahead, if there is one, and the numbers `added`.
+
+        Returns these sums and the numbers `beside`; one transfer brings all of them from the device.
+        """
+        own = self._statement()
+        self.entering(
+            f"agreeing on the batch of step {self._ahead.step}" if self._ahead else "ending the run"
+        )
+        shared = torch.cat((added.double(), own.to(self.device, non_blocking=True)))
+        dist.all_reduce(shared)
+        numbers: list[float] = torch.cat((beside.double(), shared)).tolist()
+        if self._ahead is not None:
+            self._ahead.totals = numbers[len(numbers) - len(own) :]
+        return numbers[len(beside) : len(beside) + len(added)] + numbers[: len(beside)]
+
+    def _statement(self) -> Tensor:
+        """What this rank knows of the batch ahead, float64: its rows' digest in limbs, whether it is to stop, whether
+        it has failed, and the documents read of each source. Sums of these are exact.
+        """
+        ahead, digest, documents = self._ahead, 0, [0] * len(self.config.data.train)
+        if ahead is None:
+            return torch.zeros(0, dtype=torch.float64)
+        if ahead.rows is not None and self.reader is not None and self.stream is not None:
+            digest = rows_digest(self.stream.row_numbers(ahead.step - 1), ahead.rows.numpy())
+            documents = self.reader.documents()
+        flags = [int(self.stop()), int(ahead.failure is not None)]
+        return torch.tensor([*to_limbs(digest), *flags, *documents], dtype=torch.float64)
 
     def read(self) -> tuple[Tensor | None, Exception | None]:
         """int32 [rows, S+1] where this rank reads, or what went wrong."""
@@ -82,29 +146,6 @@ class SharedBatches:
             return torch.from_numpy(self.reader.next_batch()), None
         except (UserError, OSError, TrainingError) as error:
             return None, error
-
-    def agree(
-        self, rows: Tensor | None, step: int, failure: Exception | None
-    ) -> tuple[str, list[float]] | None:
-        """Digest of the global batch and epochs of each source; None where any rank was asked to stop."""
-        digest, documents = 0, [0] * len(self.config.data.train)
-        if rows is not None and self.reader is not None and self.stream is not None:
-            digest = rows_digest(self.stream.row_numbers(step - 1), rows.numpy())
-            documents = self.reader.documents()
-        values = [to_int64(digest), int(self.stop()), int(failure is not None), *documents]
-        shared = torch.tensor(values, dtype=torch.int64, device=self.device)
-        dist.all_reduce(shared)
-        total, stops, failures, *documents = shared.tolist()
-        if failures:
-            self.before_failing()
-            fail_together(failure, self.device)
-        if stops:
-            return None
-        epochs = []
-        if self.stream is not None:
-            read = zip(documents, self.stream.sources, strict=True)
-            epochs = [count / source.num_documents for count, source in read]
-        return format_digest(from_int64(total)), epochs
 
     def share(self, rows: Tensor | None, step: int) -> Tensor:
         """The group's rows [rows, S+1], int64 on the device of every rank of it."""
@@ -147,16 +188,18 @@ class SharedBatches:
         ordered[torch.tensor(received, device=rows.device)] = dealt
         return ordered
 
-    def state(self, step: int, *, before_last: bool) -> dict[str, Any] | None:
+    def state(self, step: int) -> dict[str, Any] | None:
         """The stream's state for a checkpoint of `step`, on rank 0; None elsewhere.
 
-        It does not depend on the number of ranks. `before_last`: the last batch that was read has not been trained on.
+        It does not depend on the number of ranks, nor on a batch that was read ahead.
         """
         if self.reader is None or self.stream is None:
             return None
         positions: list[Any] = [None] * self.groups.degrees.data
         dist.all_gather_object(
-            positions, self.reader.positions(before_last=before_last), group=self.groups.data
+            positions,
+            self.reader.positions(before_last=self._ahead is not None),
+            group=self.groups.data,
         )
         if self.groups.degrees.rank != 0:
             return None

@@ -45,7 +45,8 @@ def make_deterministic(environment: MutableMapping[str, str]) -> None:
     """
     environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer is written before it is read
+    # every buffer is written before it is read
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from mf_train import kernels
 from mf_train.checkpoint.fence import Fence
@@ -206,10 +205,10 @@ class _Run:
             if self.profile is not None:
                 self.profile.turn(self.step + 1)
             started = time.perf_counter()
-            batch = self.batches.next(self.step + 1, self.records.failure)
+            batch = self.batches.next(self.step + 1)
             if batch is None:
                 if self.step > self.saver.step:
-                    self._save(last=True, before_last=True)
+                    self._save(last=True)
                 self.saver.finish()
                 self.records.say(
                     f"stopped on request after step {self.step}; run the same command again to go on"
@@ -260,9 +259,13 @@ class _Run:
                 )
             self.watch.still_alive()
         rate = learning_rate(step, config.training.steps, config.optimizer.learning_rate, config.schedule)
-        norm = self.engine.update(rate)
+        gradient_norm = self.engine.update(rate)
+        if step < config.training.steps:
+            self.batches.look_ahead(step + 1, self.records.failure)
         # the only wait for the device in a step; a step that is not finite is never saved
-        mean, norm = torch.stack((self._mean_loss(loss), norm.double())).tolist()
+        loss_sum, norm = self.batches.agree(loss.view(1), gradient_norm.view(1))
+        mean = loss_sum / self.degrees.tensor  # every tensor-parallel rank has the loss
+        self.watch.entering(f"training step {step}")
         self._check_finite("loss", mean, step, digest)
         self._check_finite("gradient norm", norm, step, digest)
         self.step = step
@@ -281,10 +284,6 @@ class _Run:
         }
         waited = {"data_wait_seconds": batch.wait_seconds, "epochs": batch.epochs}
         return metrics | self.telemetry.report(step) | waited
-
-    def _mean_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(loss, group=self.groups.data)
-        return loss
 
     def _validate(self, blocks: ValidationBlocks) -> float:
         return validation_loss(
@@ -334,7 +333,6 @@ class _Run:
                 (self.batches, "read", "read batch"),
                 (self.batches, "agree", "agree on batch"),
                 (self.batches, "share", "share batch"),
-                (self, "_mean_loss", "share loss"),
                 (self.telemetry, "report", "telemetry"),
                 (self, "_validate", "validate"),
                 (self, "_report", "report"),
@@ -351,23 +349,20 @@ class _Run:
             record_config(self.config)
         self.records.open(self.step)
 
-    def _save(self, *, last: bool, before_last: bool = False) -> None:
-        """Save beside the steps, or wait for it if this is the `last` time.
-
-        `before_last`: the last batch that was read has not been trained on.
-        """
+    def _save(self, *, last: bool) -> None:
+        """Save beside the steps, or wait for it if this is the `last` time."""
         self.saver.finish()
         # a run that continues from here needs this step's metrics
         run_on_all(self.records.check, self.device)
         self.watch.entering(f"starting to save step {self.step}")
         began = time.perf_counter()
-        extras = self._extras(before_last)
+        extras = self._extras()
         wait = last or not self.config.checkpoint.asynchronous
         self.saver.start(self.step, extras, wait=wait, began=began)
 
-    def _extras(self, before_last: bool) -> Extras | None:
+    def _extras(self) -> Extras | None:
         """The checkpoint's contents beside the tensors, on rank 0; None elsewhere. Collective."""
-        stream = self.batches.state(self.step, before_last=before_last)
+        stream = self.batches.state(self.step)
         probe = run_probe(self.engine, self.exchange, self.validation)
         self.telemetry.note_checkpoint(self.step, probe)
         if self.degrees.rank != 0:

@@ -53,7 +53,8 @@ class Deadline:
     def note_step(self, seconds: float) -> None:
         """Record how long one iteration of the loop took: a step and, if due, a validation.
 
-        A stop may have to wait that long. The first iteration does not count, because it includes compilation.
+        A stop may have to wait for two of these: it is agreed on at a step's end, and a request that comes while a
+        validation or a save goes on waits for the next. The first iteration does not count, it includes compilation.
         """
         self._steps += 1
         if self._steps > 1:
@@ -61,7 +62,7 @@ class Deadline:
 
     def needed(self, save_seconds: float) -> float:
         """Seconds before the limit at which to stop, from what a save took."""
-        return _RESERVE_SECONDS + (1 + _RESERVE_SHARE) * (self.saves * save_seconds + self._longest)
+        return _RESERVE_SECONDS + (1 + _RESERVE_SHARE) * (self.saves * save_seconds + 2 * self._longest)
 
     def warning(self, save_seconds: float) -> str | None:
         """The line to show, once, where the notice is too short."""

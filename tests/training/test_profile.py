@@ -41,7 +41,6 @@ LOOP = (
     "read batch",
     "agree on batch",
     "share batch",
-    "share loss",
     "optimizer",
     "report",
     "save",

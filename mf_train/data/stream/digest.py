@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 _MODULUS = 1 << 64
+LIMBS = 4
 
 
 def row_digest(row_number: int, tokens: npt.NDArray[np.integer[Any]]) -> int:
@@ -25,14 +26,14 @@ def rows_digest(row_numbers: Iterable[int], rows: npt.NDArray[np.integer[Any]]) 
     return sum(row_digest(number, row) for number, row in zip(row_numbers, rows, strict=True)) % _MODULUS
 
 
-def to_int64(digest: int) -> int:
-    """The same 64 bits as a signed number, for an all-reduce: int64 sums wrap around as digests do."""
-    return (digest + (_MODULUS >> 1)) % _MODULUS - (_MODULUS >> 1)
+def to_limbs(digest: int) -> list[int]:
+    """Its 64 bits in LIMBS parts of 16, lowest first: of these, sums over ranks are exact in float64."""
+    return [digest >> 16 * place & 0xFFFF for place in range(LIMBS)]
 
 
-def from_int64(value: int) -> int:
-    """Inverse of `to_int64`."""
-    return value % _MODULUS
+def from_limbs(sums: Iterable[float]) -> int:
+    """The sum, modulo 2^64, of digests whose limbs have these sums."""
+    return sum(int(limb) << 16 * place for place, limb in enumerate(sums)) % _MODULUS
 
 
 def format_digest(digest: int) -> str:

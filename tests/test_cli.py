@@ -68,7 +68,11 @@ def say(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("model.bits=5", "model.bits 5 does not divide model.hidden_size 32"),
         ("model.num_heads=5", "model.num_heads 5 does not divide model.hidden_size 32"),
         ("parallel.tensor=2", "parallel.tensor 2 does not divide the number of processes 1"),
-        ("training.micro_batch_size=3", "training.global_batch_size 8 is not a multiple"),
+        ("training.micro_batch_size=0", "training.micro_batch_size is 0"),
+        ("parallel.reduce_dtype=float16", "parallel.reduce_dtype is 'float16'"),
+        ("parallel.zero_stage=4", "parallel.zero_stage is 4: choose 0, 1, 2 or 3"),
+        ("parallel.bucket_size=0", "parallel.bucket_size is 0"),
+        ("parallel.overlap=2", "parallel.overlap is 2"),
         ("training.steps", "write it as section.key=value"),
     ],
 )
@@ -100,12 +104,12 @@ def test_a_missing_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ),
         (
             2,
-            ["data.logical_streams=3"],
-            "data.logical_streams 3 is not a multiple of the data-parallel degree 2",
+            ["training.global_batch_size=1"],
+            "training.global_batch_size 1 leaves some of 2 data-parallel ranks without a sequence",
         ),
     ],
 )
-def test_degrees_that_do_not_divide_end_every_process_with_one_line(
+def test_degrees_that_cannot_work_end_every_process_with_one_line(
     tree: dict[str, Any], processes: int, overrides: list[str], expected: str
 ) -> None:
     (line,) = complaints(train(tree, *overrides, processes=processes, expect=2))

@@ -149,13 +149,13 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
     if stage == 3:
         if device == "cuda":  # on a CPU pages that nothing touches take no memory
             bucket = max(bucket, config.parallel.bucket_size)
-        # runtime/zero/stage3.py: a bucket and the gradient's partition that stay; reduce_scatter_coalesced's copy, and
-        # then gloo's own copy of it, or the float32 partitions
+        # runtime/zero/stage3.py: the gradient's partition and a bucket that stay, two with overlap;
+        # reduce_scatter_coalesced's copy, and then gloo's own copy of it, or the float32 partitions
         copies = w * bucket + max(w * bucket if device == "cpu" else 0, 4 * n / data if bfloat16 else 0)
         return _States(
             parameters=w * n / data,
             optimizer=12 * n / data,
-            gradients=4 * n / data + w * bucket,
+            gradients=4 * n / data + w * bucket * (2 if config.parallel.overlap else 1),
             gathered=w * min(n, LIVE),
             early=0,
             reduce=copies,
@@ -165,11 +165,13 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
     # float32 masters are the weights themselves
     optimizer = (12 if bfloat16 else 8) * (n if stage == 0 else n / data)
     shard = 4 * n / data if data > 1 or stage == 2 else 0
+    # gloo adds in copies of its own
+    copies = 4 * n if device == "cpu" and data > 1 and config.parallel.overlap else 0
     if stage == 0:
         # every bucket's reduced shard is on its way at once
-        return _States(w * n, optimizer, 4 * n, 0, 0, shard + one, 0)
+        return _States(w * n, optimizer, 4 * n, 0, 0, shard + one + copies, 0)
     if stage == 1:
-        return _States(w * n, optimizer, 4 * n + shard, 0, 0, one, 0)
+        return _States(w * n, optimizer, 4 * n + shard, 0, 0, one + copies, 0)
     # own sums of the bucket that fills and of one that is reduced, and that one's reduced shard
     several = 4 * min(n, 2 * bucket) if config.parallel.overlap else 4 * bucket
     return _States(w * n, optimizer, shard, 0, 0, several + (4 * bucket / data if data > 1 else 0) + one, 0)

@@ -110,8 +110,8 @@ class TestWithoutSlurm:
         [
             (["training.stpes=3"], "unknown key 'training.stpes'"),
             (
-                ["training.global_batch_size=6"],
-                "2 nodes x 2 tasks: training.global_batch_size 6 is not a multiple",
+                ["training.global_batch_size=3"],
+                "2 nodes x 2 tasks: training.global_batch_size 3 leaves some of 4 data-parallel ranks without",
             ),
             (["parallel.tensor=4"], "parallel.tensor 4 does not divide the 2 processes of a node"),
             (["tokenizer.path=nowhere"], "tokenizer.path: nowhere does not exist"),
@@ -158,9 +158,10 @@ class TestWithoutSlurm:
         assert launch.errors.startswith("memoryformer: warning: checkpoint.interval is 0")
 
     def test_an_elastic_job_tells_what_it_leaves_out(self, launch: Launcher) -> None:
-        launch(launch.config, "--tasks-per-node", "1", "--elastic", "1:4", "--time", "9", "--dry-run")
-        assert "the degrees allow 1, 2, 4 nodes: 3 are not used" in launch.errors
-        assert "node_counts='1 2 4'" in (launch.run / "launch" / "job.sbatch").read_text()
+        words = ["training.global_batch_size=2", "--tasks-per-node", "1", "--elastic", "1:4", "--time", "9"]
+        launch(launch.config, *words, "--dry-run")
+        assert "the degrees allow 1, 2 nodes: 3, 4 are not used" in launch.errors
+        assert "node_counts='1 2'" in (launch.run / "launch" / "job.sbatch").read_text()
 
     def test_an_array_has_a_folder_for_each_task_and_one_for_all(self, launch: Launcher) -> None:
         launch.tree["training"]["output_dir"] = "runs/seed-{task}"
@@ -183,9 +184,9 @@ class TestWithoutSlurm:
         assert (launch.folder / "a4" / "b4" / "launch" / "config.yaml").is_file()
         assert (launch.folder / "aarray" / "barray" / "launch" / "job.sbatch").is_file()
 
-    def test_a_task_whose_sizes_do_not_divide_refuses_all(self, launch: Launcher) -> None:
-        words = ["training.output_dir=a{task}", "training.micro_batch_size={task}", "--array", "1-3"]
-        assert "training.micro_batch_size 3" in launch.refused(*SIZE, *words, "--dry-run")
+    def test_a_task_whose_sizes_cannot_work_refuses_all(self, launch: Launcher) -> None:
+        words = ["training.output_dir=a{task}", "training.global_batch_size={task}", "--array", "3-6"]
+        assert "training.global_batch_size 3" in launch.refused(*SIZE, *words, "--dry-run")
 
 
 @pytest.mark.slurm

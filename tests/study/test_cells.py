@@ -62,7 +62,7 @@ def test_tokens_per_parameter(tmp_path: Path) -> None:
     ("axes", "processes", "reason"),
     [
         ({"bits": [4, 5]}, 1, "model.bits 5 does not divide model.hidden_size 32"),
-        ({"training.global_batch_size": [8, 12]}, 4, "training.global_batch_size 12"),
+        ({"training.global_batch_size": [8, 3]}, 4, "training.global_batch_size 3"),
         ({"training.steps": [3, 2]}, 1, "schedule.warmup_steps 2"),
     ],
     ids=["sizes", "processes", "a warm-up longer than the run"],

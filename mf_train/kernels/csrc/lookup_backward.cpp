@@ -67,6 +67,7 @@ inline void add_tokens(const T* dy, const int32_t* tokens, const float* weights,
     for (int i = 0; i < Count; ++i) {
         const T* slice = dy + tokens[i] * int64_t(Vecs * kLanes);
         const Vec weight = broadcast(weights[i]);
+#pragma GCC unroll 9
         for (int v = 0; v < Vecs; ++v) {
             const Vec d = load(slice + v * kLanes);
             gradient[v] = fma(weight, d, gradient[v]);
@@ -77,28 +78,6 @@ inline void add_tokens(const T* dy, const int32_t* tokens, const float* weights,
     float each[4];
     _mm_storeu_ps(each, sums(products[0], products[1], products[2], products[3]));
     for (int i = 0; i < Count; ++i) d_weights[i] += each[i];
-}
-
-// Columns of one table set that fill a vector: those of `beside` neighbouring chunks, kLanes / beside of each.
-struct Piece {
-    int set;
-    int64_t first;  // column of the set
-    int width;      // columns of each chunk that count: the lanes past them are zero
-};
-
-// What one pass takes of every set: up to kPassVecs vectors, each with columns of the same chunks.
-struct Pass {
-    int beside;   // chunks that share a vector: 1, 2 or 4
-    int present;  // those of them that this rank holds
-    int vecs;
-    Piece pieces[kPassVecs];
-    int lanes() const { return kLanes / beside; }
-};
-
-// f(lane, column) for the first column of each chunk of a piece.
-template <typename F>
-inline void for_each_chunk(const Pass& pass, const Piece& piece, int64_t chunk, F f) {
-    for (int c = 0; c < pass.present; ++c) f(c * pass.lanes(), piece.first + c * chunk);
 }
 
 template <typename T>
@@ -116,38 +95,93 @@ struct Sets {
     int64_t chunk(int set) const { return columns[set] / chunks; }
 };
 
-// A vector of row i, and where it came from.
+// Columns of one table set that fill a vector: those of `beside` neighbouring chunks, kLanes / beside of each.
 template <typename T>
-inline Vec load_piece(const T* row, const Pass& pass, const Piece& piece, int64_t chunk) {
-    if (pass.beside == 1) return load_lanes(row + piece.first, piece.width);
-    if (pass.present == pass.beside && piece.width == pass.lanes()) {
-        const T* fours[4];
-        for (int i = 0; i < 4; ++i) {
-            fours[i] = row + piece.first + 4 * i / pass.lanes() * chunk + 4 * i % pass.lanes();
-        }
-        return load_fours(fours);
+struct Piece {
+    const T *dy, *table;  // the set's
+    T* d_table;
+    int64_t columns;   // of the set
+    int64_t chunk;     // columns of a chunk
+    int64_t first;     // column of the first lane
+    int64_t fours[4];  // columns of lanes 0, 4, 8 and 12
+    int64_t whole;     // the set's columns of a pass, one after the other, as vectors: the first column of this one
+    int64_t places[4];  // of lanes 0, 4, 8 and 12 in all vectors of the pass, laid so
+    int width;         // columns of each chunk that count: the lanes past them are zero
+};
+
+// What one pass takes of every set: up to kPassVecs vectors, each with columns of the same chunks.
+template <typename T>
+struct Pass {
+    int beside;   // chunks that share a vector: 1, 2 or 4
+    int present;  // those of them that this rank holds
+    bool full;    // every lane counts
+    int vecs;
+    Piece<T> pieces[kPassVecs];
+
+    // f(lane, column) for the first column of each chunk of a piece.
+    template <typename F>
+    void for_each_chunk(const Piece<T>& piece, F f) const {
+        for (int c = 0; c < present; ++c) f(c * kLanes / beside, piece.first + c * piece.chunk);
     }
-    T all[kLanes] = {};
-    for_each_chunk(pass, piece, chunk, [&](int lane, int64_t column) {
-        std::memcpy(all + lane, row + column, size_t(piece.width) * sizeof(T));
-    });
-    return load(all);
+};
+
+// The pass's vectors of row i.
+template <int Vecs, typename T>
+inline void load_row(const Pass<T>& pass, int64_t i, Vec* row) {
+    const Piece<T>* pieces = pass.pieces;
+    if (pass.full && pass.beside == 1) {
+#pragma GCC unroll 9
+        for (int v = 0; v < Vecs; ++v) row[v] = load(pieces[v].table + i * pieces[v].columns + pieces[v].first);
+    } else if (pass.full) {
+#pragma GCC unroll 9
+        for (int v = 0; v < Vecs; ++v) {
+            const T* from = pieces[v].table + i * pieces[v].columns;
+            const int64_t* fours = pieces[v].fours;
+            row[v] = load_fours(from + fours[0], from + fours[1], from + fours[2], from + fours[3]);
+        }
+    } else {
+#pragma GCC unroll 9
+        for (int v = 0; v < Vecs; ++v) {
+            T all[kLanes] = {};
+            pass.for_each_chunk(pieces[v], [&](int lane, int64_t column) {
+                const T* from = pieces[v].table + i * pieces[v].columns + column;
+                std::memcpy(all + lane, from, size_t(pieces[v].width) * sizeof(T));
+            });
+            row[v] = load(all);
+        }
+    }
 }
 
-template <typename T>
-inline void store_piece(T* row, const Pass& pass, const Piece& piece, int64_t chunk, Vec value) {
-    if (pass.beside == 1) return store_lanes(row + piece.first, value, piece.width);
-    T all[kLanes];
-    store(all, value);
-    for_each_chunk(pass, piece, chunk, [&](int lane, int64_t column) {
-        if (piece.width == 8) {  // sizes that the compiler knows
-            std::memcpy(row + column, all + lane, 8 * sizeof(T));
-        } else if (piece.width == 4) {
-            std::memcpy(row + column, all + lane, 4 * sizeof(T));
+// `streamed`: whole lines of gradients go past the caches; they would evict dy for it and read its lines first.
+template <int Vecs, typename T>
+inline void store_row(const Pass<T>& pass, int64_t i, bool streamed, const Vec* gradient) {
+    const Piece<T>* pieces = pass.pieces;
+    if (streamed && pass.beside == 1) {
+#pragma GCC unroll 9
+        for (int v = 0; v < Vecs; ++v) stream(pieces[v].d_table + i * pieces[v].columns + pieces[v].whole, gradient[v]);
+        return;
+    }
+    alignas(kCacheLine) T ordered[kPassVecs * kLanes];
+#pragma GCC unroll 9
+    for (int v = 0; v < Vecs; ++v) {
+        T all[kLanes];
+        store(all, gradient[v]);
+        T* to = pieces[v].d_table + i * pieces[v].columns;
+        if (streamed) {
+            for (int j = 0; j < 4; ++j) std::memcpy(ordered + pieces[v].places[j], all + 4 * j, 4 * sizeof(T));
+        } else if (pass.full) {
+            for (int j = 0; j < 4; ++j) std::memcpy(to + pieces[v].fours[j], all + 4 * j, 4 * sizeof(T));
         } else {
-            std::memcpy(row + column, all + lane, size_t(piece.width) * sizeof(T));
+            pass.for_each_chunk(pieces[v], [&](int lane, int64_t column) {
+                std::memcpy(to + column, all + lane, size_t(pieces[v].width) * sizeof(T));
+            });
         }
-    });
+    }
+    if (!streamed) return;
+#pragma GCC unroll 9
+    for (int v = 0; v < Vecs; ++v) {
+        stream(pieces[v].d_table + i * pieces[v].columns + pieces[v].whole, load(ordered + v * kLanes));
+    }
 }
 
 template <int Vecs, typename T>
@@ -165,85 +199,99 @@ inline void row_backward(const T* dy, const int32_t* tokens, const float* weight
 // dy's columns of a pass as [tokens, vecs * kLanes], zeros in the lanes that do not count: contiguous, because columns of
 // rows that lie a power of two apart would share few of the cache's sets.
 template <typename T>
-void pack(const Sets<T>& sets, const Pass& pass, int64_t tokens, T* packed, int threads) {
+void pack(const Pass<T>& pass, int64_t tokens, T* packed, int threads) {
+    constexpr int64_t kTokens = 64;
     const int64_t width = pass.vecs * kLanes;
-    bool full = pass.present == pass.beside;
-    for (int v = 0; v < pass.vecs; ++v) full = full && pass.pieces[v].width == pass.lanes();
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < tokens; ++n) {
-        T* out = packed + n * width;
-        if (!full) std::memset(out, 0, size_t(width) * sizeof(T));
+    for (int64_t begin = 0; begin < tokens; begin += kTokens) {
+        const int64_t end = min(begin + kTokens, tokens);
         for (int v = 0; v < pass.vecs; ++v) {
-            const Piece& piece = pass.pieces[v];
-            const T* in = sets.dy(piece.set) + n * sets.columns[piece.set];
-            for_each_chunk(pass, piece, sets.chunk(piece.set), [&](int lane, int64_t column) {
-                std::memcpy(out + v * kLanes + lane, in + column, size_t(piece.width) * sizeof(T));
-            });
+            const Piece<T> piece = pass.pieces[v];
+            T* out = packed + begin * width + v * kLanes;
+            const T* in = piece.dy + begin * piece.columns;
+            for (int64_t n = begin; n < end; ++n, out += width, in += piece.columns) {
+                if (pass.full) {
+                    for (int i = 0; i < 4; ++i) std::memcpy(out + 4 * i, in + piece.fours[i], 4 * sizeof(T));
+                    continue;
+                }
+                std::memset(out, 0, kLanes * sizeof(T));
+                pass.for_each_chunk(piece, [&](int lane, int64_t column) {
+                    std::memcpy(out + lane, in + column, size_t(piece.width) * sizeof(T));
+                });
+            }
         }
     }
 }
 
 // One pass: gradients of its columns, and the sum over its columns added to d_weights (in the order of rows).
 template <int Vecs, typename T>
-void pass_backward(const T* dy, const Groups& groups, const Shape& shape, const Sets<T>& sets, const Pass& pass,
-                   float* d_weights, int threads) {
+void pass_backward(const T* dy, const Groups& groups, const Shape& shape, const Pass<T>& pass, float* d_weights,
+                   int threads) {
     const int64_t all_rows = shape.tables * shape.rows;
     const int64_t span = max(1, ceil_div(all_rows, threads * kSpansPerThread));
-    // Whole lines of gradients go past the caches: they would evict dy for it and read its lines first.
-    bool streamed = pass.beside == 1;
+    bool streamed = pass.full;
     for (int v = 0; v < Vecs; ++v) {
-        const Piece& piece = pass.pieces[v];
-        const uintptr_t start = uintptr_t(sets.d_table(piece.set) + piece.first);
-        const uintptr_t row_bytes = uintptr_t(sets.columns[piece.set]) * sizeof(T);
-        streamed = streamed && piece.width == kLanes && (start | row_bytes) % kCacheLine == 0;
+        const Piece<T>& piece = pass.pieces[v];
+        const uintptr_t row_bytes = uintptr_t(piece.columns) * sizeof(T);
+        streamed = streamed && (uintptr_t(piece.d_table + piece.whole) | row_bytes) % kCacheLine == 0;
     }
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t begin = 0; begin < all_rows; begin += span) {
         const int64_t end = min(begin + span, all_rows);
         for (int64_t i = begin; i < end; ++i) {
-            Vec row[Vecs], gradient[Vecs];
-            const int64_t ahead = i + kRowsAhead < end ? kRowsAhead : 0;
+            const int64_t ahead = min(i + kRowsAhead, end - 1);
             for (int v = 0; v < Vecs; ++v) {
-                const Piece& piece = pass.pieces[v];
-                const int64_t columns = sets.columns[piece.set], chunk = sets.chunk(piece.set);
-                const T* from = sets.table(piece.set) + i * columns;
-                row[v] = load_piece(from, pass, piece, chunk);
-                gradient[v] = zero();
-                for_each_chunk(pass, piece, chunk, [&](int, int64_t column) {
-                    _mm_prefetch(reinterpret_cast<const char*>(from + ahead * columns + column), _MM_HINT_T0);
-                });
+                const Piece<T>& piece = pass.pieces[v];
+                _mm_prefetch(reinterpret_cast<const char*>(piece.table + ahead * piece.columns + piece.whole),
+                             _MM_HINT_T0);
             }
+            Vec row[Vecs], gradient[Vecs];
+            load_row<Vecs>(pass, i, row);
+#pragma GCC unroll 9
+            for (int v = 0; v < Vecs; ++v) gradient[v] = zero();
             const int64_t k = i / shape.rows;
             const int32_t* edges = groups.edges.get() + i + k;  // a table has one edge more than rows
             const int64_t start = k * shape.tokens + edges[0];
             row_backward<Vecs>(dy, groups.tokens.get() + start, groups.weights.get() + start, edges[1] - edges[0], row,
                                gradient, d_weights + start);
-            for (int v = 0; v < Vecs; ++v) {
-                const Piece& piece = pass.pieces[v];
-                T* to = sets.d_table(piece.set) + i * sets.columns[piece.set];
-                if (streamed) {
-                    stream(to + piece.first, gradient[v]);
-                } else {
-                    store_piece(to, pass, piece, sets.chunk(piece.set), gradient[v]);
-                }
-            }
+            store_row<Vecs>(pass, i, streamed, gradient);
         }
         _mm_sfence();  // what was streamed is there before the threads meet
     }
 }
 
-// The vectors of a chunk of every set where `lanes` of its columns go into one; the first kMax are written.
+// Vectors that hold `lanes` columns of a chunk each, of all sets.
 template <typename T>
-int64_t cut_chunk(const Sets<T>& sets, int lanes, int64_t first_vector, Piece* pieces, int64_t most) {
+int64_t vectors(const Sets<T>& sets, int lanes) {
     int64_t count = 0;
+    for (int set = 0; set < sets.count; ++set) count += ceil_div(sets.chunk(set), lanes);
+    return count;
+}
+
+// Vectors [begin, begin + count) of chunks [chunk, chunk + beside).
+template <typename T>
+Pass<T> make_pass(const Sets<T>& sets, int64_t chunk, int beside, int64_t begin, int64_t count) {
+    Pass<T> pass{beside, int(min(beside, sets.chunks - chunk)), true, 0, {}};
+    const int lanes = kLanes / beside;
+    pass.full = pass.present == beside;
+    int64_t v = 0;
     for (int set = 0; set < sets.count; ++set) {
-        const int64_t chunk = sets.chunk(set);
-        for (int64_t first = 0; first < chunk; first += lanes, ++count) {
-            if (count < first_vector || count >= first_vector + most) continue;
-            pieces[count - first_vector] = {set, first, int(min(lanes, chunk - first))};
+        const int64_t size = sets.chunk(set), start = chunk * size;
+        for (int64_t i = 0; i * lanes < size; ++i, ++v) {
+            if (v < begin || v >= begin + count) continue;
+            const int64_t first = start + i * lanes;
+            const int width = int(min(lanes, size - i * lanes));
+            Piece<T> piece{sets.dy(set), sets.table(set), sets.d_table(set), sets.columns[set], size, first, {},
+                           start + i * kLanes, {}, width};
+            for (int four = 0; four < 4; ++four) {
+                piece.fours[four] = first + 4 * four / lanes * size + 4 * four % lanes;
+                piece.places[four] = (pass.vecs - i) * kLanes + piece.fours[four] - start;
+            }
+            pass.full = pass.full && width == lanes;
+            pass.pieces[pass.vecs++] = piece;
         }
     }
-    return count;
+    return pass;
 }
 
 template <typename T>
@@ -261,7 +309,7 @@ public:
     // Runs all passes; returns d weights in the order of rows.
     const float* run() {
         int beside = 4;  // as many chunks in a vector as let one pass hold them; it depends on the chunks' sizes alone
-        while (beside > 1 && cut_chunk(sets_, kLanes / beside, 0, nullptr, 0) > kPassVecs) beside /= 2;
+        while (beside > 1 && vectors(sets_, kLanes / beside) > kPassVecs) beside /= 2;
         const int64_t groups = ceil_div(sets_.chunks, beside);
         int level = 0;
         for (int64_t group = 0; group < groups; ++group, ++level) {
@@ -285,17 +333,14 @@ private:
 
     // Chunks [first, first + beside), in passes of about as many vectors each, in order.
     void group_backward(int64_t first, int beside, float* d_weights) const {
-        Pass pass{beside, int(min(beside, sets_.chunks - first)), 0, {}};
-        const int64_t vecs = cut_chunk(sets_, pass.lanes(), 0, nullptr, 0);
+        const int64_t vecs = vectors(sets_, kLanes / beside);
         const int64_t per_pass = ceil_div(vecs, ceil_div(vecs, kPassVecs));
         std::memset(d_weights, 0, size_t(shape_.reads()) * sizeof(float));
         for (int64_t begin = 0; begin < vecs; begin += per_pass) {
-            pass.vecs = int(min(per_pass, vecs - begin));
-            cut_chunk(sets_, pass.lanes(), begin, pass.pieces, pass.vecs);
-            for (int v = 0; v < pass.vecs; ++v) pass.pieces[v].first += first * sets_.chunk(pass.pieces[v].set);
-            pack(sets_, pass, shape_.tokens, packed_.get(), threads_);
+            const Pass<T> pass = make_pass(sets_, first, beside, begin, per_pass);
+            pack(pass, shape_.tokens, packed_.get(), threads_);
             with_vecs(pass.vecs, [&](auto count) {
-                pass_backward<count.value>(packed_.get(), groups_, shape_, sets_, pass, d_weights, threads_);
+                pass_backward<count.value>(packed_.get(), groups_, shape_, pass, d_weights, threads_);
             });
         }
     }

@@ -293,10 +293,10 @@ inline __m128 load_four(const bf16* p) {
     const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(narrow), 16));
 }
-// Lanes 4 i to 4 i + 3 from p[i].
+// Four lanes from each of four places.
 template <typename T>
-inline Vec load_fours(const T* const* p) {
-    return halves(_mm256_set_m128(load_four(p[1]), load_four(p[0])), _mm256_set_m128(load_four(p[3]), load_four(p[2])));
+inline Vec load_fours(const T* a, const T* b, const T* c, const T* d) {
+    return halves(_mm256_set_m128(load_four(b), load_four(a)), _mm256_set_m128(load_four(d), load_four(c)));
 }
 
 // e^x for x <= 0, to about one unit in the last place; 0 where the result is below the normal numbers; NaN for NaN.

@@ -29,6 +29,7 @@ __all__ = [
 
 SCORES = ("probability", "scaled_probability")
 MAX_BITS = 16
+CHUNKS = (1, 2, 4, 8)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The number of values from 0 up that each accepted type of code can hold.
 CODE_CAPACITY = {torch.uint8: 2**8, torch.int16: 2**15, torch.int32: 2**31, torch.int64: 2**63}
@@ -90,15 +91,24 @@ def hash_codes(
 
 
 def lookup(
-    codes: Tensor, weights: Tensor, tables: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+    codes: Tensor,
+    weights: Tensor,
+    tables: Tensor,
+    bias: Tensor | None = None,
+    *,
+    chunks: int = 1,
+    backend: str = "auto",
 ) -> Tensor:
     """Sum the rows that the codes name, weighted: y = sum_k weight_k * table_k[code_k] + bias (Eq. 11).
 
     Weights are rounded to the tables' dtype first. Outputs are summed over k, in order, rows' gradients over
     tokens, in order, and weights' gradients over columns: each in float32 (float64 for float64 tables) and
-    rounded once, to the tables' dtype (a weight's gradient then to the weights' dtype).
-    In float32, a slice of the tables' columns gives the same bits as those columns of the whole. The backward
-    pass gives the same bits in every run; for it codes, weights and the tables themselves are kept, no rows.
+    rounded once, to the tables' dtype, weights' gradients to the weights'.
+    In float32, a slice of the tables' columns gives the same bits as those columns of the whole, and so do the
+    gradients of tables and bias. The weights' gradient is the sum of `chunks` equal chunks of columns, added by
+    neighbouring pairs: tables that are a half, a quarter or one of the chunks give with float32 weights a node of
+    that tree. The backward pass gives the same bits in every run; for it codes, weights and the tables themselves
+    are kept, no rows.
 
     Args:
         codes: [..., K] uint8, int16, int32 or int64, each in [0, 2**tau). On a CPU others are an error; on a GPU,
@@ -106,6 +116,7 @@ def lookup(
         weights: [..., K] floating point; its dtype may differ from the tables'.
         tables: [K, 2**tau, O] float32, bfloat16, float16 or float64, tau from 1 to 16.
         bias: [O] of the tables' dtype, or None.
+        chunks: 1, 2, 4 or 8, a divisor of O.
         backend: one of BACKENDS.
 
     Returns:
@@ -114,7 +125,7 @@ def lookup(
     Raises:
         ValueError: arguments whose shapes, dtypes, devices or values do not fit together, named with their values.
     """
-    return lookup_all(codes, weights, [tables], [bias], backend=backend)[0]
+    return lookup_all(codes, weights, [tables], [bias], chunks=chunks, backend=backend)[0]
 
 
 def lookup_all(
@@ -123,12 +134,13 @@ def lookup_all(
     tables: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None = None,
     *,
+    chunks: int = 1,
     backend: str = "auto",
 ) -> list[Tensor]:
     """`lookup` in each of several sets of tables that read the same codes, such as those of Q, K and V.
 
-    All sets have the same K, tau, dtype and device; the weights' gradient is the sum over the sets, in order. Reads
-    are sorted once for all sets. Arguments, results and errors otherwise as `lookup`'s, a list of each.
+    All sets have the same K, tau, dtype and device; a chunk of the weights' gradient is the sum over that chunk of
+    every set. Reads are sorted once for all sets. Arguments, results and errors otherwise as `lookup`'s, a list of each.
     """
     biases = [None] * len(tables) if biases is None else biases
     _check_choice("backend", backend, BACKENDS)
@@ -141,6 +153,10 @@ def lookup_all(
         _check_float("tables", table)
         _check_tables(codes, table)
         _check_sizes(codes, weights, table, bias)
+        if chunks not in CHUNKS or table.shape[2] % chunks:
+            raise ValueError(
+                f"chunks must be one of {CHUNKS} and divide the {table.shape[2]} columns, got {chunks}"
+            )
         if table.shape[:2] != tables[0].shape[:2] or table.dtype != tables[0].dtype:
             raise ValueError(
                 "all sets of tables must have one K, 2**tau and dtype, "
@@ -149,8 +165,11 @@ def lookup_all(
     if backend == "reference":
         pairs = zip(tables, biases, strict=True)
         return [reference.lookup(codes, weights, table, bias) for table, bias in pairs]
-    results = ops.lookup(codes, weights, list(tables), backend)
-    return [y if bias is None else y + bias for y, bias in zip(results, biases, strict=True)]
+    if all(bias is None for bias in biases):
+        return ops.lookup(codes, weights, list(tables), [], chunks, backend)
+    # a set without a bias beside sets with one: zeros stand for it
+    full = [t.new_zeros(t.shape[2]) if b is None else b for t, b in zip(tables, biases, strict=True)]
+    return ops.lookup(codes, weights, list(tables), full, chunks, backend)
 
 
 def lookup_int8(

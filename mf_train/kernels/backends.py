@@ -1,7 +1,7 @@
 """Which implementation runs: C++ on CPUs, Triton on GPUs, torch operations everywhere else.
 
-A backend is a module with `hash_codes`, `hash_codes_backward`, `lookup`, `lookup_backward` and `lookup_int8`, called
-as `composition`'s are.
+A backend is a module with `hash_codes`, `hash_codes_backward`, `lookup`, `lookup_backward`, `lookup_int8` and
+`column_sums`, called as `composition`'s are.
 """
 
 import functools

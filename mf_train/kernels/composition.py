@@ -5,7 +5,7 @@ This file needs torch alone and nothing else of the package: a converted model c
 written out; `ops` uses them so that training keeps only x, codes, weights and the tables between the passes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -112,9 +112,11 @@ def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Ten
 
 
 def lookup_backward(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor]
+    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], chunks: int = 1
 ) -> tuple[Tensor, list[Tensor]]:
-    """d weights [..., K] (weights' dtype), summed over the sets, and each set's d tables; same bits in every run.
+    """d weights [..., K] (float32, or float64), summed over the sets, and each set's d tables; same bits in every run.
+
+    d weights is summed over `chunks` equal chunks of columns, of all sets together, and then over pairs of chunks.
 
     The reads (one per token and table) are sorted by row, stably. So d weights fetches a row once for all its
     readers, and d tables is itself a lookup, in which each row sums dy over its readers: one writer, no atomics.
@@ -126,22 +128,63 @@ def lookup_backward(
     offsets = torch.searchsorted(row, row_edges, out_int32=row.dtype == torch.int32)
     read_weights = weights.flatten()[read].to(tables[0].dtype)
 
-    d_read_weights = torch.zeros((), dtype=tables[0].dtype, device=codes.device)
+    dys_no = [dy.reshape(-1, dy.shape[-1]).contiguous() for dy in dys]
+    sum_dtype = torch.promote_types(tables[0].dtype, torch.float32)
+
+    def chunk_products(chunk: int) -> Tensor:
+        total = torch.zeros((), dtype=sum_dtype, device=codes.device)
+        for dy_no, table in zip(dys_no, tables, strict=True):
+            # Copies, which lie in memory alike for every number of chunks: a product's last bit may depend on that.
+            dy_nc, rows_c = (
+                _columns(whole, chunk, chunks, sum_dtype) for whole in (dy_no, table.flatten(0, 1))
+            )
+            # <dy[token], table[row]> of each read: the operator behind F.embedding_bag's gradient, called alone, because
+            # autograd would bring its own d tables. It takes the bag of a read from the fifth argument, not from offsets.
+            total = total + torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                dy_nc, rows_c, row, row_edges[:0], token, _SUM
+            )
+        return total
+
+    products = tree_sum(map(chunk_products, range(chunks)))
+    d_weights = torch.empty_like(products).scatter_(0, read, products)
+
     d_tables = []
-    for dy, table in zip(dys, tables, strict=True):
-        dy_no = dy.reshape(-1, table.shape[-1]).contiguous()
-        # <dy[token], table[row]> of each read: the operator behind F.embedding_bag's gradient, called alone, because
-        # autograd would bring its own d tables. It takes the bag of a read from the fifth argument, not from offsets.
-        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            dy_no, table.flatten(0, 1), row, row_edges[:0], token, _SUM
-        )
-        d_read_weights = products + d_read_weights
+    for dy_no, table in zip(dys_no, tables, strict=True):
         d_table = F.embedding_bag(
             token, dy_no, offsets, per_sample_weights=read_weights, mode="sum", include_last_offset=True
         )
         d_tables.append(d_table.view(table.shape))
-    d_weights = torch.empty_like(read_weights).scatter_(0, read, d_read_weights)
-    return d_weights.view(weights.shape).to(weights.dtype), d_tables
+    return d_weights.view(weights.shape), d_tables
+
+
+def _columns(whole: Tensor, chunk: int, chunks: int, dtype: torch.dtype) -> Tensor:
+    """A copy of one of `chunks` equal chunks of columns."""
+    width = whole.shape[1] // chunks
+    return whole.narrow(1, chunk * width, width).to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def tree_sum(parts: Iterable[Tensor]) -> Tensor:
+    """Sum of 1, 2, 4 or 8 tensors of one shape by neighbouring pairs, in the parts' own memory; few are held at once."""
+    sums: list[Tensor] = []
+    for number, part in enumerate(parts, 1):
+        sums.append(part)
+        while number % 2 == 0:
+            right = sums.pop()
+            sums[-1] += right
+            number //= 2
+    return sums[0]
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Sum over all dimensions but the last: [..., D] -> [D] float32 (float64 for float64).
+
+    By halves, so that a column's bits depend on that column alone: torch.sum adds the last few columns otherwise.
+    """
+    x_nd = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+    while len(x_nd) > 1:
+        half, last = len(x_nd) // 2, x_nd[-1:]
+        x_nd = torch.cat((x_nd[:half] + x_nd[half : 2 * half], last[: len(x_nd) % 2]))
+    return x_nd.sum(0)  # of one row, or none
 
 
 def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) -> Tensor:

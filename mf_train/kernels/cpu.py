@@ -50,7 +50,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_pointer, _pointer, _int32, _int64, _int32, _float, _int32, _pointer, _int32],
     ),
     "mf_lookup": (_int32, [*_READS, *_SETS, _pointers, _int32]),
-    "mf_lookup_backward": (_int32, [_pointers, *_READS, *_SETS, _pointer, _pointers, _int32]),
+    "mf_lookup_backward": (_int32, [_pointers, *_READS, *_SETS, _int64, _pointer, _pointers, _int32]),
+    "mf_column_sums": (_int32, [_pointer, _int32, _int64, _int64, _pointer, _int32]),
     "mf_lookup_int8": (_int32, [*_READS, _pointer, _int64, _pointer, _pointer, _int32]),
     "mf_count": (_int32, [_pointer, _int32, *[_int64] * 4, _pointer, _int32]),
     "mf_norm_moments": (None, [_pointer, _int32, *[_int64] * 3, _int32, _pointer, _int32]),
@@ -205,9 +206,11 @@ def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Ten
 
 
 def lookup_backward(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor]
+    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], chunks: int = 1
 ) -> tuple[Tensor, list[Tensor]]:
-    """d weights [..., K], summed over the sets, and d tables of each set, from dy [..., O_i] of each.
+    """d weights [..., K] float32, summed over the sets, and d tables of each set, from dy [..., O_i] of each.
+
+    d weights is summed over `chunks` equal chunks of columns, of all sets together, and then over pairs of chunks.
 
     Raises:
         ValueError: a code outside [0, 2**tau), or 2**31 tokens or more.
@@ -215,16 +218,24 @@ def lookup_backward(
     codes, weights = codes.contiguous(), weights.contiguous()
     tables = [t.contiguous() for t in tables]
     dys = [dy.to(t.dtype).contiguous() for dy, t in zip(dys, tables, strict=True)]
-    d_weights = torch.empty_like(weights)
+    d_weights = torch.empty(weights.shape, dtype=torch.float32)
     d_tables = [torch.empty_like(t) for t in tables]
     if codes.numel() // codes.shape[-1] >= 2**31:
         raise ValueError(f"the backward pass takes fewer than 2**31 tokens, got codes {tuple(codes.shape)}")
     status = _function("mf_lookup_backward")(
         *(_addresses(dys), *_reads(codes, weights, tables[0]), *_sets(tables)),
-        *(d_weights.data_ptr(), _addresses(d_tables), torch.get_num_threads()),
+        *(chunks, d_weights.data_ptr(), _addresses(d_tables), torch.get_num_threads()),
     )
     _check(status, codes, tables[0])
     return d_weights, d_tables
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Sum over all dimensions but the last: [..., D] -> [D] float32. A column's bits depend on that column alone."""
+    x = x.contiguous()
+    sums = torch.empty(x.shape[-1], dtype=torch.float32)
+    call("mf_column_sums", x, FLOATS[x.dtype], x.shape[:-1].numel(), x.shape[-1], sums)
+    return sums
 
 
 def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) -> Tensor:

@@ -226,11 +226,17 @@ def hash_codes_backward(
 
 
 def lookup_backward(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor]
+    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], chunks: int = 1
 ) -> tuple[Tensor, list[Tensor]]:
     """Triton's."""
-    result: tuple[Tensor, list[Tensor]] = _triton().lookup_backward(dys, codes, weights, tables)
+    result: tuple[Tensor, list[Tensor]] = _triton().lookup_backward(dys, codes, weights, tables, chunks)
     return result
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Triton's."""
+    sums: Tensor = _triton().column_sums(x)
+    return sums
 
 
 def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) -> Tensor:

@@ -63,47 +63,91 @@ hash_codes.register_autograd(_hash_codes_gradients, setup_context=_save_for_hash
 
 
 @torch.library.custom_op("mf_train::lookup", mutates_args=())
-def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor], backend: str) -> list[Tensor]:
-    return find_backend(backend, tables[0], weights).lookup(codes, weights, tables)
+def lookup(
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    chunks: int,
+    backend: str,
+) -> list[Tensor]:
+    """`biases`: one for each set, or none at all. `chunks` matters to the backward pass alone."""
+    ys: list[Tensor] = find_backend(backend, tables[0], weights).lookup(codes, weights, tables)
+    for y, bias in zip(ys, biases, strict=False):
+        y += bias
+    return ys
 
 
 @lookup.register_fake
-def _(codes: Tensor, weights: Tensor, tables: Sequence[Tensor], backend: str) -> list[Tensor]:
+def _(
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    chunks: int,
+    backend: str,
+) -> list[Tensor]:
     return [table.new_empty((*codes.shape[:-1], table.shape[-1])) for table in tables]
 
 
 @torch.library.custom_op("mf_train::lookup_backward", mutates_args=())
 def lookup_backward(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], backend: str
+    dys: Sequence[Tensor],
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    dtype: torch.dtype,
+    has_biases: bool,
+    chunks: int,
+    backend: str,
 ) -> list[Tensor]:
-    """The gradient of the weights, then those of the tables."""
+    """The gradient of the weights, of type `dtype`, those of the tables, and those of the biases if there are any."""
     chosen = find_backend(backend, tables[0], weights)
-    d_weights, d_tables = chosen.lookup_backward(dys, codes, weights, tables)
-    return [d_weights, *d_tables]
+    d_weights, d_tables = chosen.lookup_backward(dys, codes, weights, tables, chunks)
+    d_biases = [chosen.column_sums(dy).to(dy.dtype) for dy in dys] if has_biases else []
+    return [d_weights.to(dtype), *d_tables, *d_biases]
 
 
 @lookup_backward.register_fake
 def _(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], backend: str
+    dys: Sequence[Tensor],
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    dtype: torch.dtype,
+    has_biases: bool,
+    chunks: int,
+    backend: str,
 ) -> list[Tensor]:
-    return [weights.new_empty(weights.shape), *(table.new_empty(table.shape) for table in tables)]
+    d_biases = [dy.new_empty(dy.shape[-1:]) for dy in dys] if has_biases else []
+    d_tables = [table.new_empty(table.shape) for table in tables]
+    return [weights.new_empty(weights.shape, dtype=dtype), *d_tables, *d_biases]
 
 
 def _save_for_lookup(
-    ctx: Any, inputs: tuple[Tensor, Tensor, Sequence[Tensor], str], output: list[Tensor]
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor], int, str],
+    output: list[Tensor],
 ) -> None:
-    codes, weights, tables, ctx.backend = inputs
+    codes, weights, tables, biases, ctx.chunks, ctx.backend = inputs
+    ctx.dtype, ctx.has_biases = weights.dtype, len(biases) > 0
+    if weights.element_size() > tables[0].element_size():  # every backend rounds them first: no more of them is kept
+        weights = weights.to(tables[0].dtype)
     ctx.save_for_backward(codes, weights, *tables)
 
 
-def _lookup_gradients(ctx: Any, dys: list[Tensor | None]) -> tuple[None, Tensor, list[Tensor], None]:
+def _lookup_gradients(
+    ctx: Any, dys: list[Tensor | None]
+) -> tuple[None, Tensor, list[Tensor], list[Tensor], None, None]:
     codes, weights, *tables = ctx.saved_tensors
     full = [
         table.new_zeros((*codes.shape[:-1], table.shape[-1])) if dy is None else dy
         for dy, table in zip(dys, tables, strict=True)
     ]
-    d_weights, *d_tables = lookup_backward(full, codes, weights, tables, ctx.backend)
-    return None, d_weights, d_tables, None
+    d_weights, *rest = lookup_backward(
+        full, codes, weights, tables, ctx.dtype, ctx.has_biases, ctx.chunks, ctx.backend
+    )
+    return None, d_weights, rest[: len(tables)], rest[len(tables) :], None, None
 
 
 lookup.register_autograd(_lookup_gradients, setup_context=_save_for_lookup)

@@ -7,10 +7,11 @@ environment when triton is first imported they run on CPU tensors, slowly, for t
 
 import triton
 
+from .composition import column_sums
 from .triton_hash import hash_codes, hash_codes_backward
 from .triton_lookup import lookup, lookup_backward, lookup_int8
 
-__all__ = ["hash_codes", "hash_codes_backward", "lookup", "lookup_backward", "lookup_int8"]
+__all__ = ["column_sums", "hash_codes", "hash_codes_backward", "lookup", "lookup_backward", "lookup_int8"]
 
 OLDEST = (3, 3)  # the first with tuples in kernels and masked histograms
 

@@ -6,12 +6,13 @@ numbered tokens first, so that those that run at once share a column block: of a
 Backward: tokens are grouped by code. A program owns a few rows of a table in a block of columns. It reads each
 reader's dy once, adds weight * dy to the row's gradient in the order of tokens, and <dy, row> to d weights. Column
 blocks are launched one after another: a block of all of dy stays in the L2 cache, the scratch is one float32 a
-token and table, and every sum has one order.
+token, table and chunk of columns, and every sum has one order.
 """
 
 # Kernels are in Triton's language, whose types are not Python's.
 # mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -109,7 +110,7 @@ def _forward_kernel(
     tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "column_block"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _backward_kernel(
     dy_ptr,
     weights_ptr,
@@ -119,18 +120,23 @@ def _backward_kernel(
     d_tables_ptr,
     d_weights_ptr,
     num_tokens,
+    num_reads,
     out_features,
-    column_block,
+    first_column,
+    chunk,
+    width,
     ROWS: tl.constexpr,
     ROWS_PER_PROGRAM: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """One column block of d_tables, and its share of d_weights [K, N]; weights too are [K, N]."""
-    column = column_block * BLOCK + tl.arange(0, BLOCK)
-    inside = column < out_features
+    """Columns [0, width) from first_column on, and the same of the next CHUNKS - 1 chunks of columns: of d_tables, and
+    each chunk's share of d_weights [CHUNKS, K, N]; weights too are [K, N]. A chunk's code is the same for any CHUNKS.
+    """
+    offset = tl.arange(0, BLOCK)
     for i in tl.range(ROWS_PER_PROGRAM):
         row = tl.program_id(0).to(tl.int64) * ROWS_PER_PROGRAM + i  # of all tables laid end to end
         of_table = row // ROWS * num_tokens
@@ -139,8 +145,12 @@ def _backward_kernel(
         table_d_weights_ptr = d_weights_ptr + of_table
         begin = tl.load(ends_ptr + row - 1, mask=row % ROWS > 0, other=0)
         end = tl.load(ends_ptr + row)
-        values = tl.load(tables_ptr + row * out_features + column, mask=inside, other=0).to(SUM)
-        total = tl.zeros([BLOCK], SUM)
+        values = ()
+        totals = ()
+        for c in tl.static_range(CHUNKS):
+            place = row * out_features + first_column + c * chunk + offset
+            values += (tl.load(tables_ptr + place, mask=offset < width, other=0).to(SUM),)
+            totals += (tl.zeros([BLOCK], SUM),)
         for first in tl.range(begin, end, UNROLL):
             tokens = ()
             weights = ()
@@ -152,17 +162,23 @@ def _backward_kernel(
                 tokens += (token,)
                 weight = tl.load(table_weights_ptr + token, mask=live, other=0)
                 weights += (weight.to(tables_ptr.dtype.element_ty).to(SUM),)
-                dy = dy_ptr + token.to(tl.int64) * out_features + column
-                gradients += (tl.load(dy, mask=column < tl.where(live, out_features, 0), other=0),)
-                sums += (tl.load(table_d_weights_ptr + token, mask=live, other=0) if ADD else 0.0,)
+                for c in tl.static_range(CHUNKS):
+                    dy = dy_ptr + token.to(tl.int64) * out_features + first_column + c * chunk + offset
+                    gradients += (tl.load(dy, mask=offset < tl.where(live, width, 0), other=0),)
+                    sum_ptr = table_d_weights_ptr + c * num_reads + token
+                    sums += (tl.load(sum_ptr, mask=live, other=0) if ADD else 0.0,)
             for step in tl.static_range(UNROLL):
-                gradient = gradients[step].to(SUM)
-                total += weights[step] * gradient
-                sum = sums[step] + tl.sum(gradient * values, axis=0)
-                tl.store(table_d_weights_ptr + tokens[step], sum, mask=first + step < end)
-        tl.store(
-            d_tables_ptr + row * out_features + column, total.to(d_tables_ptr.dtype.element_ty), mask=inside
-        )
+                added = ()
+                for c in tl.static_range(CHUNKS):
+                    gradient = gradients[step * CHUNKS + c].to(SUM)
+                    added += (totals[c] + weights[step] * gradient,)
+                    sum = sums[step * CHUNKS + c] + tl.sum(gradient * values[c], axis=0)
+                    sum_ptr = table_d_weights_ptr + c * num_reads + tokens[step]
+                    tl.store(sum_ptr, sum, mask=first + step < end)
+                totals = added
+        for c in tl.static_range(CHUNKS):
+            place = row * out_features + first_column + c * chunk + offset
+            tl.store(d_tables_ptr + place, totals[c].to(d_tables_ptr.dtype.element_ty), mask=offset < width)
 
 
 def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
@@ -231,31 +247,33 @@ def forward_blocks(
 
 
 def lookup_backward(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor]
+    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], chunks: int = 1
 ) -> tuple[Tensor, list[Tensor]]:
-    """d weights [..., K], summed over the table sets, and d tables of each, from dy [..., O_i] of each.
+    """d weights [..., K] float32 (float64), summed over the table sets, and d tables of each, from dy [..., O_i] of each.
 
-    The same bits in every run. A token with a code outside [0, 2**tau) gets a NaN there and is in no row.
+    d weights is summed over `chunks` equal chunks of columns, of all sets together, and then over pairs of chunks. The
+    same bits in every run. A token with a code outside [0, 2**tau) gets a NaN there and is in no row.
     """
     num_tables, rows, _ = tables[0].shape
     num_tokens = codes.numel() // num_tables
+    sum_dtype = torch.promote_types(tables[0].dtype, torch.float32)
     if num_tokens == 0:
-        return weights.new_empty(weights.shape), [one.new_zeros(one.shape) for one in tables]
+        return weights.new_empty(weights.shape, dtype=sum_dtype), [one.new_zeros(one.shape) for one in tables]
     d_tables = [one.new_empty(one.shape) for one in tables]
     with torch.cuda.device_of(codes):
         tokens_kn, ends_kr = group_tokens(codes.reshape(num_tokens, num_tables), rows)
         weights_kn = weights.reshape(num_tokens, num_tables).t().contiguous()
-        sum_dtype = torch.float64 if tables[0].dtype == torch.float64 else torch.float32
-        d_weights_kn = weights_kn.new_full(weights_kn.shape, float("nan"), dtype=sum_dtype)
+        sums_ckn = weights_kn.new_full((chunks, *weights_kn.shape), float("nan"), dtype=sum_dtype)
         add = False
         for dy, one, d_one in zip(dys, tables, d_tables, strict=True):
             out_features = one.shape[-1]
-            block, unroll, rows_per_program = backward_blocks(
-                num_tokens, rows, out_features, one.element_size()
+            chunk = out_features // chunks
+            block, beside, unroll, rows_per_program = backward_blocks(
+                num_tokens, rows, out_features, chunks, one.element_size()
             )
             one = one.contiguous()
             dy = dy.contiguous()
-            for column_block in range(triton.cdiv(out_features, block)):
+            for first_chunk, first in itertools.product(range(0, chunks, beside), range(0, chunk, block)):
                 _backward_kernel[(num_tables * rows // rows_per_program,)](
                     dy,
                     weights_kn,
@@ -263,32 +281,50 @@ def lookup_backward(
                     ends_kr,
                     one,
                     d_one,
-                    d_weights_kn,
+                    sums_ckn[first_chunk:],
                     num_tokens,
+                    weights_kn.numel(),
                     out_features,
-                    column_block,
+                    first_chunk * chunk + first,
+                    chunk,
+                    min(block, chunk - first),
                     ROWS=rows,
                     ROWS_PER_PROGRAM=rows_per_program,
                     SUM=_sum_type(one),
                     BLOCK=block,
                     UNROLL=unroll,
-                    ADD=add,
+                    CHUNKS=beside,
+                    ADD=add or first > 0,
                     **OPTIONS,
                 )
-                add = True
-    d_weights = weights.new_empty(weights.shape)
-    d_weights.view(num_tokens, num_tables).copy_(d_weights_kn.t())
+            add = True
+        while len(sums_ckn) > 1:
+            sums_ckn = sums_ckn[0::2] + sums_ckn[1::2]
+    d_weights = weights.new_empty(weights.shape, dtype=sum_dtype)
+    d_weights.view(num_tokens, num_tables).copy_(sums_ckn[0].t())
     return d_weights, d_tables
 
 
-def backward_blocks(num_tokens: int, rows: int, out_features: int, item_bytes: int) -> tuple[int, int, int]:
-    """The backward kernel's columns a launch, tokens read at once, and rows a program."""
+def backward_blocks(
+    num_tokens: int, rows: int, out_features: int, chunks: int, item_bytes: int
+) -> tuple[int, int, int, int]:
+    """The backward kernel's columns of a chunk in a launch, chunks in a launch, tokens read at once, rows a program.
+
+    The first is in the bits of d weights, so it depends on a chunk's columns alone.
+    """
+    readers = num_tokens // rows  # of a row, if codes are spread evenly
+    columns = _backward_columns(num_tokens, out_features, item_bytes)
+    block = _backward_columns(num_tokens, out_features // chunks, item_bytes)
+    beside = min(max(columns // block, 1), chunks) if block >= out_features // chunks else 1
+    unroll = _power_of_2(min(4096 // (beside * block * item_bytes), readers), 2, 8)
+    return block, beside, unroll, _power_of_2(32 // max(readers, 1), 1, min(16, rows))
+
+
+def _backward_columns(num_tokens: int, out_features: int, item_bytes: int) -> int:
+    """Columns of dy that stay in the L2 cache."""
     widest = min(2 * WARP_BYTES // item_bytes, triton.next_power_of_2(out_features))
     narrowest = min(WARP_BYTES // item_bytes, widest)
-    block = _power_of_2(L2_BYTES // (num_tokens * item_bytes), narrowest, widest)
-    readers = num_tokens // rows  # of a row, if codes are spread evenly
-    unroll = _power_of_2(min(4096 // (block * item_bytes), readers), 2, 8)
-    return block, unroll, _power_of_2(32 // max(readers, 1), 1, min(16, rows))
+    return _power_of_2(L2_BYTES // (num_tokens * item_bytes), narrowest, widest)
 
 
 def _power_of_2(value: int, least: int, most: int) -> int:

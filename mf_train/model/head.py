@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mf_train.kernels import fast_loss
+from mf_train.kernels.composition import tree_sum
 from mf_train.model.loss_steps import STEPS
 from mf_train.model.sums import num_chunks, pairwise_sum
 
@@ -14,9 +15,9 @@ IGNORED = -100  # a target without a loss, as in torch.nn.functional.cross_entro
 
 
 class Head(nn.Module):
-    """Logits of x [..., D] and their cross-entropy. Tensor parallelism replaces the three gathers.
+    """Logits of x [..., D] and their cross-entropy. Tensor parallelism replaces the gathers and the scatter.
 
-    The product is taken over fixed chunks of the vocabulary, so that a rank that holds some of the chunks computes
+    Products are taken over fixed chunks of the vocabulary, so that a rank that holds some of the chunks computes
     them with the same bits.
     """
 
@@ -28,8 +29,12 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, features))
 
     def gather_features(self, x: Tensor) -> Tensor:
-        """This rank's features -> all features of every token."""
+        """This rank's features -> all features of every token; without gradient."""
         return x
+
+    def scatter_features(self, parts: Tensor) -> Tensor:
+        """This rank's part of the gradient of all features -> the sum over ranks, of this rank's features."""
+        return parts
 
     def gather_sums(self, sums: Tensor) -> Tensor:
         """This rank's values [...] -> every rank's, in rank order [..., P]."""
@@ -37,9 +42,12 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of this rank's part of the vocabulary: [..., D] -> [..., V / P]."""
-        x = self.gather_features(x)
-        logits: Tensor = _Logits.apply(x, self.weight, self.vocab_size // num_chunks(self.vocab_size))
+        logits: Tensor = _Logits.apply(x, self.weight, self)
         return logits
+
+    def chunk(self) -> int:
+        """Tokens of the vocabulary that are one chunk."""
+        return self.vocab_size // num_chunks(self.vocab_size)
 
     def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token in nats, float32 (float64 for float64 logits); 0 where the target is -100.
@@ -54,7 +62,9 @@ class _Logits(torch.autograd.Function):
     """x [..., D] times each chunk of the weight's rows, written side by side: [..., V / P]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, head: Head) -> Tensor:
+        ctx.head, chunk = head, head.chunk()
+        x = head.gather_features(x)
         ctx.save_for_backward(x, weight)
         if torch.compiler.is_compiling():  # which does not trace a result written into columns
             return torch.cat([F.linear(x, rows) for rows in weight.split(chunk)], dim=-1)
@@ -67,8 +77,21 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        d_logits_nv = gradients[0].flatten(0, -2)
-        return gradients[0] @ weight, d_logits_nv.t() @ x.flatten(0, -2), None
+        chunk, x_nd = ctx.head.chunk(), x.flatten(0, -2)
+        chunks = gradients[0].flatten(0, -2).split(chunk, dim=-1)
+        d_weight = torch.empty_like(weight)
+        for d_logits_nc, d_rows_cd in zip(chunks, d_weight.split(chunk), strict=True):
+            torch.mm(d_logits_nc.t(), x_nd, out=d_rows_cd)
+        d_x_nd = tree_sum(_wide_product(*pair) for pair in zip(chunks, weight.split(chunk), strict=True))
+        return ctx.head.scatter_features(d_x_nd.view_as(x)).to(x.dtype), d_weight, None
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 (float64 for float64)."""
+    if a.is_cuda and a.dtype != torch.float32 and a.dtype != torch.float64:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    # a CPU's product of 16-bit values comes in 16 bits and no wider, and in float32 it takes three times as long
+    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -78,8 +101,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, head: Head) -> Tensor:
         steps = fast_loss(logits) or STEPS
         largest = head.gather_sums(steps.largest(logits)).amax(-1)
-        chunk = head.vocab_size // num_chunks(head.vocab_size)
-        total = pairwise_sum(head.gather_sums(steps.exp_sums(logits, largest, chunk)))
+        total = pairwise_sum(head.gather_sums(steps.exp_sums(logits, largest, head.chunk())))
         local = targets - head.first_token
         local = torch.where((local >= 0) & (local < logits.shape[-1]), local, -1)
         picked = logits.gather(-1, local.clamp(min=0).unsqueeze(-1)).squeeze(-1)

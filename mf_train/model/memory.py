@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mf_train.config.model import Score
 from mf_train.kernels import hash_codes, lookup, lookup_all
+from mf_train.model.sums import num_chunks
 
 
 class Hash(nn.Module):
@@ -31,11 +32,16 @@ class Lookup(nn.Module):
 
     def __init__(self, num_tables: int, bits: int, features: int) -> None:
         super().__init__()
+        self.chunk = features // num_chunks(features)  # columns; a rank has fewer chunks, no smaller ones
         self.tables = nn.Parameter(torch.empty(num_tables, 2**bits, features))
         self.bias = nn.Parameter(torch.empty(features))
 
+    def chunks(self) -> int:
+        """Chunks of columns over which the weights' gradient is summed."""
+        return self.tables.shape[-1] // self.chunk
+
     def forward(self, codes: Tensor, weights: Tensor) -> Tensor:
-        return lookup(codes, weights, self.tables, self.bias)
+        return lookup(codes, weights, self.tables, self.bias, chunks=self.chunks())
 
 
 def lookup_each(codes: Tensor, weights: Tensor, lookups: Sequence[nn.Module]) -> list[Tensor]:
@@ -43,7 +49,8 @@ def lookup_each(codes: Tensor, weights: Tensor, lookups: Sequence[nn.Module]) ->
     plain = [module for module in lookups if isinstance(module, Lookup)]
     if len(plain) < len(lookups):
         return [module(codes, weights) for module in lookups]
-    return lookup_all(codes, weights, [module.tables for module in plain], [module.bias for module in plain])
+    tables, biases = [module.tables for module in plain], [module.bias for module in plain]
+    return lookup_all(codes, weights, tables, biases, chunks=min(module.chunks() for module in plain))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
+from mf_train.kernels.composition import column_sums
 from mf_train.model.sums import chunk_moments, chunk_sums
 
 STEPS = sys.modules[__name__]  # the module as a name to import: converted models import names only
@@ -41,9 +42,7 @@ def gradients(
     dx = wide * weight - normal * sums[..., 1:]
     if centred:
         dx = dx - sums[..., :1]
-    d_weight, d_bias = (
-        each.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) for each in (wide * normal, wide)
-    )
+    d_weight, d_bias = (column_sums(each).to(weight.dtype) for each in (wide * normal, wide))
     return (dx * rstd.unsqueeze(-1)).to(x.dtype), d_weight, d_bias
 
 

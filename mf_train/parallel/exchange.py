@@ -1,4 +1,8 @@
-"""Collectives of tensor-parallel ranks: of codes with weights, of sums, and of features before the head."""
+"""Collectives of tensor-parallel ranks: of codes with weights, of sums, and of features before the head.
+
+What ranks add up are nodes of a tree (`mf_train.model.sums`), so no collective adds: nodes travel whole, in float32,
+and every rank adds those that it gets by neighbouring pairs. So training has the same bits for every number of ranks.
+"""
 
 from typing import Any
 
@@ -6,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed these two and warns at every use of the old names
+from mf_train.model.sums import pairwise_sum
+
+# torch 2.13 renamed this one and warns at every use of the old name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> dist.Work:
@@ -31,7 +36,7 @@ def all_to_all(received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> dist
 class Exchange:
     """Collectives of one tensor-parallel group, and the bytes that this rank has sent in them.
 
-    Bytes are those of a ring: in an all-gather or a reduce-scatter every rank sends P - 1 shards.
+    Bytes of an all-gather are those of a ring, P - 1 shards; as many are sent where every rank sends one to each other.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -49,20 +54,12 @@ class Exchange:
         return gathered
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:
-        """Sum over ranks of parts[rank]: [P, ...] -> [...].
-
-        Parts in 16 bits are sent as they are, summed in float32 and rounded once: a collective that adds on the way
-        would round P - 1 times.
-        """
+        """Sum over ranks of parts[rank], by neighbouring pairs of ranks: [P, ...] -> [...], P a power of two."""
         parts = parts.contiguous()
         self.bytes_sent += (self.size - 1) * parts[0].nbytes
-        if parts.dtype == torch.float32:
-            shard = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
-            _reduce_scatter(shard.view(-1), parts.view(-1), group=self.group)
-            return shard
         received = torch.empty_like(parts)
-        dist.all_to_all_single(received.view(torch.uint8), parts.view(torch.uint8), group=self.group)
-        return received.sum(0, dtype=torch.float32).to(parts.dtype)
+        dist.all_to_all_single(received, parts, group=self.group)
+        return pairwise_sum(received.movedim(0, -1))
 
     def gather_values(self, values: Tensor) -> Tensor:
         """This rank's [...] -> every rank's in rank order, on a new last dimension [..., P]; without gradient."""
@@ -72,14 +69,20 @@ class Exchange:
 def gather_codes(codes: Tensor, weights: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Codes and weights of this rank's chunks [..., K/P] -> of all chunks [..., K]; one collective carries both.
 
-    The backward is a reduce-scatter of the weights' gradient, K values a token, in the weights' dtype.
+    Weights of 16 bits arrive as float32, with the same values, so that their gradient, which is this rank's node of a
+    sum over all columns, comes back in float32. The backward is a reduce-scatter of it, K values a token.
     """
     return _GatherCodes.apply(codes, weights, exchange)  # type: ignore[no-any-return]
 
 
 def gather_features(x: Tensor, exchange: Exchange) -> Tensor:
-    """Features of this rank [..., D/P] -> all features [..., D]; the backward is a reduce-scatter."""
-    return _GatherFeatures.apply(x, exchange)  # type: ignore[no-any-return]
+    """Features of this rank [..., D/P] -> all features [..., D]; without gradient."""
+    return _join(exchange.all_gather(x))
+
+
+def scatter_features(parts: Tensor, exchange: Exchange) -> Tensor:
+    """This rank's part of a value of all features [..., D] -> the sum over ranks of this rank's features [..., D/P]."""
+    return exchange.reduce_scatter(_cut(parts, exchange.size))
 
 
 def _join(parts: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ def _cut(whole: Tensor, size: int) -> Tensor:
 class _GatherCodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, codes: Tensor, weights: Tensor, exchange: Exchange) -> Any:
-        ctx.exchange = exchange
+        ctx.exchange, ctx.dtype = exchange, weights.dtype
         # 16-bit codes come as int32 (torch computes little with uint16); they travel in two bytes
         narrow = codes.to(torch.int16) if codes.dtype == torch.int32 else codes
         packed = torch.cat((weights.view(torch.uint8), narrow.view(torch.uint8)), dim=-1)
@@ -107,19 +110,8 @@ class _GatherCodes(torch.autograd.Function):
             all_codes = all_codes.to(codes.dtype) & 0xFFFF
         ctx.mark_non_differentiable(all_codes)
         ctx.set_materialize_grads(False)  # no zeros for the codes' gradient, which does not exist
-        return all_codes, all_weights
+        return all_codes, all_weights.to(torch.promote_types(weights.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return None, ctx.exchange.reduce_scatter(_cut(gradients[1], ctx.exchange.size)), None
-
-
-class _GatherFeatures(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return _join(exchange.all_gather(x))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return ctx.exchange.reduce_scatter(_cut(gradients[0], ctx.exchange.size)), None
+        return None, scatter_features(gradients[1], ctx.exchange).to(ctx.dtype), None

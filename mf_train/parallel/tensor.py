@@ -13,7 +13,7 @@ from mf_train.model.initialise import initialise
 from mf_train.model.memory import Hash
 from mf_train.model.norm import Norm
 from mf_train.model.sharding import slice_of_rank
-from mf_train.parallel.exchange import Exchange, gather_codes, gather_features
+from mf_train.parallel.exchange import Exchange, gather_codes, gather_features, scatter_features
 
 
 def build_model(
@@ -80,6 +80,9 @@ class TensorParallelHead(Head):
 
     def gather_features(self, x: Tensor) -> Tensor:
         return gather_features(x, self.exchange)
+
+    def scatter_features(self, parts: Tensor) -> Tensor:
+        return scatter_features(parts, self.exchange)
 
     def gather_sums(self, sums: Tensor) -> Tensor:
         return self.exchange.gather_values(sums)

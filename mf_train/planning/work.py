@@ -184,7 +184,8 @@ def data_parallel_bytes_per_token(config: Config, data: int) -> float:
 
 def tensor_parallel_bytes_per_token(config: Config) -> float:
     """Codes and weights of three hashes a block and the weights' gradients, sums of norms, features before the head and
-    their gradient, three sums of the loss. `parallel.exchange` counts the same while it sends.
+    their gradient, three sums of the loss. Gradients travel in float32. `parallel.exchange` counts the same while it
+    sends.
     """
     model, tensor = config.model, config.parallel.tensor
     if tensor == 1:
@@ -192,8 +193,8 @@ def tensor_parallel_bytes_per_token(config: Config) -> float:
     b = element_bytes(config)
     # a code travels in one byte, or in two (`parallel.exchange`)
     wires = sum(1 if bits <= 8 else 2 for bits in (model.bits, model.bits, model.inner_bits))
-    hashes = model.num_layers * model.num_tables * (wires + 3 * b + 3 * b)
-    shared = hashes + 2 * model.hidden_size * b
+    hashes = model.num_layers * model.num_tables * (wires + 3 * b + 3 * 4)
+    shared = hashes + model.hidden_size * (b + 4)
     sums = (3 * model.num_layers + 1) * (2 + 2) * 4 + 3 * 4  # whole on each rank
     return (tensor - 1) / tensor * shared + (tensor - 1) * sums
 

@@ -1,5 +1,6 @@
 """The C++ operation: against float64 over random shapes, bit-equality, bad codes, its build, sanitizers."""
 
+import copy
 import ctypes
 import math
 import os
@@ -14,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mf_train.kernels import build, cpu, reference
+from mf_train.kernels import build, composition, cpu, reference
+from mf_train.model.sums import pairwise_sum
 from tests.closeness import assert_close
 from tests.examples import examples
 from tests.threads import threads
@@ -48,11 +50,18 @@ class Case:
         self.tables = [torch.randn(num_tables, 2**tau, o, generator=generator).to(dtype) for o in columns]
         self.dys = [torch.randn(tokens, o, generator=generator).to(dtype) for o in columns]
 
-    def run(self) -> list[Tensor]:
-        """y of every set, d weights, d tables of every set."""
+    def run(self, chunks: int = 1) -> list[Tensor]:
+        """y of every set, d weights in their type, d tables of every set."""
         ys = cpu.lookup(self.codes, self.weights, self.tables)
-        d_weights, d_tables = cpu.lookup_backward(self.dys, self.codes, self.weights, self.tables)
-        return [*ys, d_weights, *d_tables]
+        d_weights, d_tables = cpu.lookup_backward(self.dys, self.codes, self.weights, self.tables, chunks)
+        return [*ys, d_weights.to(self.weights.dtype), *d_tables]
+
+    def slice(self, rank: int, ranks: int) -> "Case":
+        """The same with one of `ranks` equal slices of every set's columns."""
+        part = copy.copy(self)
+        part.tables = [t.chunk(ranks, dim=-1)[rank].contiguous() for t in self.tables]
+        part.dys = [t.chunk(ranks, dim=-1)[rank].contiguous() for t in self.dys]
+        return part
 
     def expected(self) -> list[Tensor]:
         """The same in float64, from the reference and autograd."""
@@ -70,14 +79,18 @@ class Case:
     tau=st.integers(1, 12),
     num_tables=st.integers(1, 19),
     columns=st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    chunks=st.sampled_from([1, 2, 4, 8]),
     tokens=st.sampled_from([0, 1, 2, 17, 130]),
     dtype=st.sampled_from(list(TOLERANCE)),
 )
-def test_lookup_and_its_gradients_equal_the_reference(seed, tau, num_tables, columns, tokens, dtype) -> None:
+def test_lookup_and_its_gradients_equal_the_reference(
+    seed, tau, num_tables, columns, chunks, tokens, dtype
+) -> None:
     if tau > 9:
         num_tables, columns = min(num_tables, 3), columns[:1]
+    columns = [-(-each // chunks) * chunks for each in columns]
     case = Case(seed, tau, num_tables, columns, tokens, dtype)
-    for actual, expected in zip(case.run(), case.expected(), strict=True):
+    for actual, expected in zip(case.run(chunks), case.expected(), strict=True):
         assert actual.dtype == dtype
         assert_close(actual, expected, TOLERANCE[dtype])
 
@@ -230,6 +243,46 @@ def test_a_slice_of_columns_is_the_slice_of_the_result(dtype: torch.dtype, token
             assert torch.equal(cpu.lookup(case.codes, case.weights, tables)[0], y[..., columns])
             _, (part,) = cpu.lookup_backward([case.dys[0][..., columns]], case.codes, case.weights, tables)
             assert torch.equal(part, d_tables[..., columns])
+
+
+@needs_library
+@pytest.mark.parametrize("backend", [cpu, composition], ids=["cpu", "composition"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(
+    "columns", [[24, 24, 24], [192, 192, 192], [256], [40], [8, 16], [600], [1280], [2048, 2048], [72, 80, 328]]
+)
+def test_slices_of_columns_give_nodes_of_the_gradient_of_weights(columns, dtype, backend) -> None:
+    """Chunks of 1 to 256 columns: several in a vector, several vectors, several passes; and no multiple of a vector."""
+    case = Case(8, 5, 9, columns, 130, dtype)
+    with threads(2):
+        whole, d_tables = backend.lookup_backward(case.dys, case.codes, case.weights, case.tables, 8)
+    assert whole.dtype == torch.float32
+    assert_close(whole, case.expected()[len(columns)], 3e-6)
+    for ranks in (2, 4, 8):
+        parts = []
+        for rank in range(ranks):
+            part = case.slice(rank, ranks)
+            node, tables = backend.lookup_backward(
+                part.dys, part.codes, part.weights, part.tables, 8 // ranks
+            )
+            parts.append(node)
+            assert_same_bits(tables, [t.chunk(ranks, dim=-1)[rank].contiguous() for t in d_tables])
+        assert_same_bits([pairwise_sum(torch.stack(parts, -1))], [whole])
+
+
+@needs_library
+@pytest.mark.parametrize("backend", [cpu, composition], ids=["cpu", "composition"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 3, 64, 130, 1000])
+def test_column_sums(rows: int, dtype: torch.dtype, backend) -> None:
+    x = torch.randn(rows, 208, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    sums = backend.column_sums(x)
+    assert sums.dtype == torch.float32
+    assert_close(sums, x.double().sum(0), 1e-6)
+    for width in (1, 13, 26, 52, 104):
+        for number, part in zip((1, 2, 3), x.split(width, dim=-1), strict=False):
+            with threads(number):
+                assert_same_bits([backend.column_sums(part)], [sums[(number - 1) * width :][:width]])
 
 
 @needs_library
@@ -386,7 +439,7 @@ def test_eight_processes_build_at_once(tmp_path: Path) -> None:
 def test_under_sanitizers(instruction_set: str, tmp_path: Path) -> None:
     if instruction_set.upper() > torch.backends.cpu.get_cpu_capability():
         pytest.skip(f"the machine has no {instruction_set}")
-    names = ("hash.cpp", "lookup.cpp", "lookup_backward.cpp", "norm.cpp", "cross_entropy.cpp")
+    names = ("hash.cpp", "lookup.cpp", "lookup_backward.cpp", "norm.cpp", "cross_entropy.cpp", "column_sums.cpp")
     sources = [build.SOURCES / name for name in names]
     driver = Path(__file__).with_name("sanitize_driver.cpp")
     flags = [

@@ -265,14 +265,21 @@ def test_opcheck(dtype: torch.dtype, backend: str) -> None:
         codes, weights, tables = random_arguments(21, tau, num_tables, out_features, lead, dtype)
         others = torch.randn(num_tables, 2**tau, out_features + 3).to(dtype)
         dys = [torch.randn(*lead, size).to(dtype) for size in (out_features, out_features + 3)]
-        torch.library.opcheck(ops.lookup_backward, (dys, codes, weights, [tables, others], backend))
-        leaves = (
-            codes,
-            weights.requires_grad_(),
-            [tables.requires_grad_(), others.requires_grad_()],
-            backend,
-        )
-        torch.library.opcheck(ops.lookup, leaves)
+        biases = [torch.randn(dy.shape[-1]).to(dtype) for dy in dys]
+        for has_biases in (False, True):
+            torch.library.opcheck(
+                ops.lookup_backward,
+                (dys, codes, weights, [tables, others], torch.float32, has_biases, 1, backend),
+            )
+            leaves = (
+                codes,
+                weights.requires_grad_(),
+                [tables.requires_grad_(), others.requires_grad_()],
+                [bias.requires_grad_() for bias in biases] if has_biases else [],
+                1,
+                backend,
+            )
+            torch.library.opcheck(ops.lookup, leaves)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from mf_train.kernels import reference, triton_grouping, triton_lookup
 from mf_train.kernels import triton_backend as backend
 from mf_train.kernels.composition import code_dtype
+from mf_train.model.sums import pairwise_sum
 from tests.closeness import TOLERANCE, assert_close
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,10 +46,12 @@ def random_lookup(
     return codes.to(code_dtype(tau)), weights, tables, dys
 
 
-def run(codes: Tensor, weights: Tensor, tables: list[Tensor], dys: list[Tensor]) -> list[Tensor]:
-    """Every y, d weights, every d tables."""
-    d_weights, d_tables = backend.lookup_backward(dys, codes, weights, tables)
-    return [*backend.lookup(codes, weights, tables), d_weights, *d_tables]
+def run(
+    codes: Tensor, weights: Tensor, tables: list[Tensor], dys: list[Tensor], chunks: int = 1
+) -> list[Tensor]:
+    """Every y, d weights in their type, every d tables."""
+    d_weights, d_tables = backend.lookup_backward(dys, codes, weights, tables, chunks)
+    return [*backend.lookup(codes, weights, tables), d_weights.to(weights.dtype), *d_tables]
 
 
 def run_reference(codes: Tensor, weights: Tensor, tables: list[Tensor], dys: list[Tensor]) -> list[Tensor]:
@@ -192,6 +195,27 @@ def test_columns_give_the_same_bits_as_the_whole(width: int, degree: int) -> Non
         part, _, d_part = run(codes, weights, [tables[0][..., columns]], [dys[0][..., columns]])
         assert torch.equal(part, y[..., columns])
         assert torch.equal(d_part, d_tables[..., columns])
+
+
+@pytest.mark.parametrize("blocks", ["as chosen", "narrow blocks"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("widths", [(40, 40, 40), (8, 24), (2400,)], ids=str)
+def test_slices_of_columns_give_nodes_of_the_gradient_of_weights(
+    widths: tuple[int, ...], dtype: torch.dtype, blocks: str
+) -> None:
+    codes, weights, tables, dys = random_lookup(4, 2, 3, widths, (9,), dtype)
+    whole, d_tables = backend.lookup_backward(dys, codes, weights, tables, 8)
+    assert whole.dtype == torch.float32
+    assert_close(whole, run_reference(codes, weights, tables, dys)[len(widths)], torch.float32)
+    for ranks in (2, 8):
+        nodes = []
+        for rank in range(ranks):
+            part_dys, part_tables = ([t.chunk(ranks, -1)[rank] for t in each] for each in (dys, tables))
+            node, parts = backend.lookup_backward(part_dys, codes, weights, part_tables, 8 // ranks)
+            nodes.append(node)
+            for part, d_table in zip(parts, d_tables, strict=True):
+                assert torch.equal(part, d_table.chunk(ranks, -1)[rank])
+        assert torch.equal(pairwise_sum(torch.stack(nodes, -1)), whole)
 
 
 @pytest.mark.parametrize("codes_dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)

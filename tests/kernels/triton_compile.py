@@ -3,6 +3,7 @@
 `test_triton` runs it. The launches are those of usual sizes: aligned tensors and multiples of 16.
 """
 
+import itertools
 import re
 import sys
 from typing import Any
@@ -27,7 +28,7 @@ def compile_kernel(
     signature = {name: "constexpr" for name in kernel.arg_names}
     signature |= {f"{name}_ptr": "*" + element for name, element in pointers.items()}
     signature |= {name: "i32" for name in integers}
-    aligned = [*(f"{name}_ptr" for name in pointers), "out_features"]
+    aligned = [*(f"{name}_ptr" for name in pointers), "out_features", "first_column", "chunk", "width"]
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned
     }
@@ -68,14 +69,18 @@ def compile_forward(element: str, codes: str, common: dict[str, Any]) -> None:
 
 
 def compile_backward(element: str, common: dict[str, Any]) -> None:
-    block, unroll, rows = triton_lookup.backward_blocks(16384, common["ROWS"], COLUMNS, ITEM_BYTES[element])
-    constants = {**common, "BLOCK": block, "UNROLL": unroll, "ROWS_PER_PROGRAM": rows}
     pointers = {"dy": element, "weights": element, "tokens": "i32", "ends": "i32"}
     pointers |= {"tables": element, "d_tables": element, "d_weights": "fp64" if element == "fp64" else "fp32"}
-    for add in (False, True):
-        sizes = ["num_tokens", "out_features", "column_block"]
-        ptx = compile_kernel(triton_lookup._backward_kernel, pointers, sizes, 1, {**constants, "ADD": add})
-        assert wide_loads(ptx) >= unroll, "rows are not read 16 bytes a lane"
+    sizes = ["num_tokens", "num_reads", "out_features", "first_column", "chunk", "width"]
+    for add, chunks in itertools.product((False, True), (1, 8)):
+        block, beside, unroll, rows = triton_lookup.backward_blocks(
+            16384, common["ROWS"], COLUMNS, chunks, ITEM_BYTES[element]
+        )
+        constants = {**common, "BLOCK": block, "UNROLL": unroll, "ROWS_PER_PROGRAM": rows}
+        constants |= {"CHUNKS": beside, "ADD": add}
+        ptx = compile_kernel(triton_lookup._backward_kernel, pointers, sizes, 1, constants)
+        if block * ITEM_BYTES[element] >= triton_lookup.WARP_BYTES:
+            assert wide_loads(ptx) >= unroll, "rows are not read 16 bytes a lane"
 
 
 def compile_grouping(codes: str, common: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ def compare(rank: int, group: dist.ProcessGroup, model: str, dtype: torch.dtype)
         compared += 1
         if not name.endswith(("codes", "weights")):  # every rank has all codes, and a slice of all else
             whole = whole.chunk(size, dim=-1)[rank]
-        if not torch.equal(outputs[name], whole):
+        if not torch.equal(outputs[name].to(whole.dtype), whole):  # ranks have weights as float32
             different.append(name)
     if not torch.equal(losses, expected_losses):
         different.append("losses")
@@ -170,10 +170,10 @@ def test_the_forward_pass_has_the_same_bits(model: str, dtype: str, size: int, r
 
 @every_case
 def test_every_gradient(model: str, dtype: str, size: int, results: Any) -> None:
-    """Float32: only the order of sums over ranks differs. bfloat16: each part of a sum is rounded."""
+    """Each rank has its slice of the plain model's; `test_bits` has more of it."""
     errors = results[0][model, dtype, size]["gradient errors"]
     worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] < (2e-6 if dtype == "float32" else 2e-2), (worst, errors[worst])
+    assert errors[worst] == 0, (worst, errors[worst])
 
 
 @every_case
@@ -193,9 +193,9 @@ def bytes_per_token(config: ModelConfig, width: int, size: int) -> dict[str, flo
     shards = {
         "codes": layers * k / size * code_bytes,
         "weights": layers * 3 * k / size * width,
-        "gradients of weights": layers * 3 * k / size * width,
+        "gradients of weights": layers * 3 * k / size * 4,  # of parts of a sum: float32
         "norms": (3 * layers + 1) * 2 * 8,  # two float32 sums, each way
-        "features": 2 * d / size * width,  # before the head, and back
+        "features": d / size * (width + 4),  # before the head, and a part of their gradient back
         "loss": 3 * 4,  # a maximum and two sums in float32
     }
     return {name: (size - 1) * shard for name, shard in shards.items()}

@@ -89,7 +89,7 @@ inline float rounded_weight(Weight weight) {
     return to_float(weight);
 }
 
-// Calls f with a number of vectors, from 1 to 8, that the compiler knows.
+// Calls f with a number of vectors, from 1 to 9, that the compiler knows.
 template <typename F>
 inline void with_vecs(int vecs, F f) {
     switch (vecs) {
@@ -100,7 +100,8 @@ inline void with_vecs(int vecs, F f) {
         case 5: return f(std::integral_constant<int, 5>());
         case 6: return f(std::integral_constant<int, 6>());
         case 7: return f(std::integral_constant<int, 7>());
-        default: return f(std::integral_constant<int, 8>());
+        case 8: return f(std::integral_constant<int, 8>());
+        default: return f(std::integral_constant<int, 9>());
     }
 }
 

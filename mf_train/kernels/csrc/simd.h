@@ -122,6 +122,11 @@ inline Vec pairs_low(Vec a, Vec b) { return {_mm512_shuffle_ps(a.v, b.v, 0x44)};
 inline Vec pairs_high(Vec a, Vec b) { return {_mm512_shuffle_ps(a.v, b.v, 0xee)}; }
 inline __m256 low_half(Vec a) { return _mm512_castps512_ps256(a.v); }
 inline __m256 high_half(Vec a) { return _mm512_extractf32x8_ps(a.v, 1); }
+inline Vec halves(__m256 low, __m256 high) {
+    return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
+}
+// Groups of four lanes: 0 with 1 and 2 with 3 change places.
+inline Vec swap_groups(Vec a) { return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)}; }
 
 #else
 
@@ -244,6 +249,11 @@ inline Vec pairs_high(Vec a, Vec b) {
 }
 inline __m256 low_half(Vec a) { return a.low; }
 inline __m256 high_half(Vec a) { return a.high; }
+inline Vec halves(__m256 low, __m256 high) { return {low, high}; }
+// Groups of four lanes: 0 with 1 and 2 with 3 change places.
+inline Vec swap_groups(Vec a) {
+    return {_mm256_permute2f128_ps(a.low, a.low, 1), _mm256_permute2f128_ps(a.high, a.high, 1)};
+}
 
 #endif
 
@@ -267,14 +277,26 @@ inline void stream(bf16* p, Vec a) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(all)));
 }
 
-// The sums of four vectors' lanes. Of each: lane i with i + 2, then with i + 1, within each group of four; the groups
-// 0 with 2 and 1 with 3, then both.
+// The sums of four vectors' lanes. Of each: lane i with i + 2, then with i + 1, within each group of four; then the
+// groups 0 with 1 and 2 with 3, then both. So where a vector holds 4 lanes of each of four chunks, or 8 of each of two,
+// its sum is the chunks' sums added in pairs.
 inline __m128 sums(Vec a, Vec b, Vec c, Vec d) {
     const Vec ab = add(unpack_low(a, b), unpack_high(a, b));
     const Vec cd = add(unpack_low(c, d), unpack_high(c, d));
     const Vec all = add(pairs_low(ab, cd), pairs_high(ab, cd));
-    const __m256 eight = _mm256_add_ps(low_half(all), high_half(all));
-    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const Vec pairs = add(all, swap_groups(all));
+    return _mm_add_ps(_mm256_castps256_ps128(low_half(pairs)), _mm256_castps256_ps128(high_half(pairs)));
+}
+
+inline __m128 load_four(const float* p) { return _mm_loadu_ps(p); }
+inline __m128 load_four(const bf16* p) {
+    const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(narrow), 16));
+}
+// Four lanes from each of four places.
+template <typename T>
+inline Vec load_fours(const T* a, const T* b, const T* c, const T* d) {
+    return halves(_mm256_set_m128(load_four(b), load_four(a)), _mm256_set_m128(load_four(d), load_four(c)));
 }
 
 // e^x for x <= 0, to about one unit in the last place; 0 where the result is below the normal numbers; NaN for NaN.

@@ -24,13 +24,13 @@ def hash_codes(
     return codes, weights
 
 
-def lookup(codes: Tensor, weights: Tensor, tables: Tensor, bias: Tensor) -> Tensor:
-    """y [..., O] of codes and weights [..., K] and tables [K, 2**tau, O]."""
+def lookup(codes: Tensor, weights: Tensor, tables: Tensor, bias: Tensor, *, chunks: int = 1) -> Tensor:
+    """y [..., O] of codes and weights [..., K] and tables [K, 2**tau, O]. `chunks` order the sums of training alone."""
     return lookup_all(codes, weights, [tables], [bias])[0]
 
 
 def lookup_all(
-    codes: Tensor, weights: Tensor, tables: Sequence[Tensor], biases: Sequence[Tensor]
+    codes: Tensor, weights: Tensor, tables: Sequence[Tensor], biases: Sequence[Tensor], *, chunks: int = 1
 ) -> list[Tensor]:
     """`lookup` in each of several sets of tables that read the same codes."""
     if kernels():

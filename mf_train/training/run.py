@@ -81,8 +81,9 @@ def train(config: Config, process: Process) -> int:
 
 
 def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopRequest, watch: Watch) -> int:
-    watch.entering("opening the data")
+    watch.entering("making process groups")
     groups = Groups(degrees, config.training.collective_timeout_seconds + _WATCH_SPEAKS_FIRST_SECONDS)
+    watch.entering("opening the data")
     if device.type == "cpu":
         keep_freed_memory()
     inputs = run_long_on_all(partial(open_inputs, config, degrees), device, stop.requested, watch.still_alive)

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -18,6 +18,7 @@ from mf_train.exit_status import FAILED
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _LOOK_SECONDS = 2.0
+_TRIES, _TRY_SECONDS = 50, 0.1
 
 
 class Launcher(NamedTuple):
@@ -80,7 +81,7 @@ def find_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | Non
     if own is None:
         return None
     if "TORCHELASTIC_RUN_ID" in environment:
-        return Launcher("torchrun", next(filter(_has_torch, _ancestors(own)), 0))
+        return Launcher("torchrun", _find_agent())
     with suppress(OSError):
         if "SLURM_PROCID" in environment and _read(own.parent, "comm").strip() == "slurmstepd":
             return Launcher("srun", own.parent)
@@ -95,20 +96,32 @@ def _end(launcher: Launcher) -> NoReturn:
     os._exit(FAILED)
 
 
-def _ancestors(stat: _Stat) -> Iterator[int]:
-    above: _Stat | None = stat
-    while above is not None and above.parent > 0:
-        yield above.parent
-        above = _stat(above.parent)
+def _find_agent() -> int:
+    """The nearest ancestor that has torch loaded, 0 if none has.
+
+    Looked for again while one of them is ending: a process that ends gives its memory back first, then its children.
+    """
+    for _ in range(_TRIES):
+        ancestors, stat = [], _stat(os.getpid())
+        while stat is not None and stat.parent > 0:
+            ancestors.append(stat.parent)
+            stat = _stat(stat.parent)
+        with_torch = [_has_torch(pid) for pid in ancestors]
+        if None not in with_torch:
+            return ancestors[with_torch.index(True)] if True in with_torch else 0
+        time.sleep(_TRY_SECONDS)
+    return os.getppid()  # whatever it is: its end is noticed
 
 
-def _has_torch(pid: int) -> bool:
+def _has_torch(pid: int) -> bool | None:
+    """None: the process is ending."""
     try:
-        return "libtorch" in _read(pid, "maps")
-    except OSError:  # another user's, or one that hides: it counts where it may be
-        with suppress(OSError):
-            return "python" in _read(pid, "cmdline")
-    return False
+        maps = _read(pid, "maps")
+    except PermissionError:  # another user's, or one that hides: it counts where it may be
+        return "python" in _read(pid, "cmdline")
+    except OSError:
+        return None
+    return "libtorch" in maps if maps else None
 
 
 def _stat(pid: int) -> _Stat | None:

@@ -109,7 +109,7 @@ def torchrun(tmp_path: Path) -> Iterator[Torchrun]:
         running.agent.join()
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.15, 0.4])
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.15, 0.25, 0.4])
 def test_ranks_end_with_an_agent_that_is_killed_while_python_starts(
     torchrun: Torchrun, tmp_path: Path, delay: float
 ) -> None:

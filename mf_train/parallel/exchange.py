@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mf_train.parallel.collectives import collective
+
 # torch 2.13 renamed these two and warns at every use of the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -27,7 +29,8 @@ class Exchange:
         """This rank's [...] -> every rank's [P, ...], in rank order."""
         shard = shard.contiguous()
         gathered = torch.empty((self.size, *shard.shape), dtype=shard.dtype, device=shard.device)
-        _all_gather(gathered.view(-1), shard.view(-1), group=self.group)
+        with collective("tensor-parallel all-gather", shard.device):
+            _all_gather(gathered.view(-1), shard.view(-1), group=self.group)
         self.bytes_sent += (self.size - 1) * shard.nbytes
         return gathered
 
@@ -41,10 +44,12 @@ class Exchange:
         self.bytes_sent += (self.size - 1) * parts[0].nbytes
         if parts.dtype == torch.float32:
             shard = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
-            _reduce_scatter(shard.view(-1), parts.view(-1), group=self.group)
+            with collective("tensor-parallel reduce-scatter", parts.device):
+                _reduce_scatter(shard.view(-1), parts.view(-1), group=self.group)
             return shard
         received = torch.empty_like(parts)
-        dist.all_to_all_single(received.view(torch.uint8), parts.view(torch.uint8), group=self.group)
+        with collective("tensor-parallel all-to-all", parts.device):
+            dist.all_to_all_single(received.view(torch.uint8), parts.view(torch.uint8), group=self.group)
         return received.sum(0, dtype=torch.float32).to(parts.dtype)
 
     def gather_values(self, values: Tensor) -> Tensor:

@@ -401,7 +401,7 @@ _ALL_COLLECTIVES: list[_Measure] = [
 def _find_lag(
     ranks: Sequence[tuple[int, Sign]], measures: Sequence[_Measure]
 ) -> tuple[list[tuple[int, Sign]], str] | None:
-    """Those that have come less far than others by the first measure that differs, and how far; None if none differs."""
+    """Those that have come less far than others by the first measure that differs, and how far; or None."""
     for measure, describe in measures:
         slow, fast = (find((sign for _, sign in ranks), key=measure) for find in (min, max))
         if measure(slow) < measure(fast):

@@ -34,6 +34,7 @@ from mf_train.training.batches import Batch, SharedBatches
 from mf_train.training.device import find_device, keep_freed_memory
 from mf_train.training.environment import set_kernel_cache
 from mf_train.training.folder import check_same_run, record_config, resolved_yaml
+from mf_train.training.garbage import GarbageCollection
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
 from mf_train.training.metrics import Records, process_peak
 from mf_train.training.probe import run_probe
@@ -194,12 +195,14 @@ class _Run:
         self.deadline = find_deadline(os.environ, saves=2 if beside else 1)
         self.records = Records(config, self.degrees.rank)
         self.profile: Profile | None = None
+        self.garbage = GarbageCollection(config.training.gc_interval)
 
     def run(self) -> int:
         config = self.config
         run_on_all(self._open_folder, self.device)
         self.records.say(summary(config, self.degrees, self.device, self.inputs, self.validation, self.saver))
         self._open_profile()
+        self.garbage.start()
         while self.step < config.training.steps:
             if self.profile is not None:
                 self.profile.turn(self.step + 1)
@@ -227,6 +230,7 @@ class _Run:
             self.deadline.note_step(time.perf_counter() - started)
             if self._due(config.checkpoint.interval, last) or last:
                 self._save(last=last)
+            self.garbage.after(self.step)
         if self.profile is not None:
             self.profile.turn(self.step + 1)
         self.records.say(
@@ -235,6 +239,7 @@ class _Run:
         return DONE
 
     def close(self) -> None:
+        self.garbage.close()
         if self.profile is not None:
             self.profile.close()
         self.batches.close()

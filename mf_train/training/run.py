@@ -31,6 +31,7 @@ from mf_train.parallel.watch import Watch
 from mf_train.planning.devices import find_peak
 from mf_train.planning.work import step_efficiency, step_tokens
 from mf_train.training.batches import Batch, SharedBatches
+from mf_train.training.binding import bind_cores
 from mf_train.training.device import find_device, keep_freed_memory
 from mf_train.training.environment import set_kernel_cache
 from mf_train.training.folder import check_same_run, record_config, resolved_yaml
@@ -63,6 +64,8 @@ def train(config: Config, process: Process) -> int:
         process.rank, process.world_size, config.parallel.tensor, process.local_rank, process.local_size
     )
     device = find_device(config, process)
+    if config.training.bind_cores:
+        bind_cores(process, device)  # before anything starts threads
     if device.type == "cuda":
         set_kernel_cache(os.environ)
     logging.getLogger(kernels.__name__).setLevel(logging.ERROR)  # the summary says which kernels run

@@ -16,6 +16,7 @@ from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.exit_status import FAILED, INTERRUPTED, MISTAKE
 from mf_train.inspection.arguments import add_inspect
 from mf_train.launch.arguments import add_launch
+from mf_train.parallel.launcher import end_with_launcher
 from mf_train.planning.arguments import add_plan
 from mf_train.standalone.arguments import add_convert, add_evaluate, add_generate
 from mf_train.study.arguments import add_study
@@ -40,6 +41,7 @@ _COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failure, 2 the user's mistake, 75 stopped on request after saving."""
+    end_with_launcher()
     options = _parse(_build_parser(), arguments)
     try:
         status = options.run(options)

@@ -18,8 +18,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.warm import die_with_parent, start_warm
+from mf_train.parallel.launcher import end_with_parent
 from tests.warm import free_port as _free_port
+from tests.warm import start_warm
 
 _SECONDS_TO_LEAVE = 10.0  # after its result is in, how long a process may take to end
 
@@ -111,7 +112,7 @@ def _run_rank(
 ) -> None:
     """The body of one process."""
     os.setsid()  # a process group of its own, so that what it starts ends with it
-    die_with_parent()
+    end_with_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable(open(stack_file, "w"))  # SIGABRT from the parent, or a crash, writes the stacks
     os.environ.clear()

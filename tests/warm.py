@@ -8,7 +8,6 @@ is as good as a new process; what differs is said in `Running`.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import gc
 import os
 import random
@@ -25,6 +24,8 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from mf_train.parallel.launcher import end_with_parent
 
 _SECONDS_TO_END = 30.0  # that torchrun gives the other ranks once one has failed
 
@@ -130,7 +131,7 @@ def _run(arguments: list[str], environment: dict[str, str], cwd: str, outputs: l
     """In the fork."""
     from mf_train.cli import main
 
-    die_with_parent()
+    end_with_parent()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
@@ -143,13 +144,6 @@ def _run(arguments: list[str], environment: dict[str, str], cwd: str, outputs: l
         main(arguments)
     finally:
         atexit._run_exitfuncs()
-
-
-def die_with_parent() -> None:
-    """Has the kernel kill this process when the one that started it dies (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def free_port() -> int:

@@ -7,6 +7,7 @@ bytes, so that srun passes them on whole. Each stage leaves a line: the last one
     met      all processes found each other at the first node, each with a GPU of its own
     clock    difference to rank 0's clock, by the round trip that was shortest
     memory   copies inside the device's memory, GB read and written a second
+    kernel   a hash and a lookup on every device agree with the float64 reference; what computed them
     storage  a file written, synced, and the next node's read back, bytes a second
     names    how old a file is seen that another node replaced; whether a folder that was moved away is gone for all
     network  all-reduces inside the node and across nodes, and exchanges with the next node, GB a second
@@ -80,6 +81,7 @@ def main(folder: Path, size: int, kind: str) -> None:
         "met": lambda: find_others(place),
         "clock": lambda: say_clock(place),
         "memory": lambda: say_memory(place),
+        "kernel": lambda: say_kernel(place),
         "storage": lambda: say_storage(place, size),
         "names": lambda: say_names(place),
         "network": lambda: say_network(place),
@@ -203,6 +205,24 @@ def bandwidth(device: Any, size: int, run: Callable[[Any], Any]) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - before)
     return size / best / 1e9
+
+
+def say_kernel(place: Place) -> None:
+    """The stage `kernel`: what a run compiles first, and whether it computes right. One process of a node compiles."""
+    from mf_train.training.environment import set_kernel_cache
+    from mf_train.training.kernel_check import check_kernels
+
+    first, turn = not place.local, f"kernel/{place.node}"
+    if place.device.type == "cuda":
+        set_kernel_cache(os.environ)
+    if not first:
+        place.store.get(turn)
+    try:
+        kind = check_kernels(place.device)
+    finally:
+        if first:
+            place.store.set(turn, "")
+    place.say("kernel", **({"versions": {"hash and lookup": kind}} if first else {}))
 
 
 def say_storage(place: Place, size: int) -> None:

@@ -7,7 +7,6 @@ and adds a line on how the child ended, also where a signal killed it. `mf_train
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import platform
@@ -34,12 +33,12 @@ from mf_train.launch.logs import (
     rank_log,
     stop_file,
 )
+from mf_train.parallel.launcher import end_with_launcher, end_with_parent
 from mf_train.parallel.processes import find_process
 
 _FORWARDED = (*STOP_SIGNALS, signal.SIGINT)
 # Between looks for LOGS/stop. Rank 0 is on the node of the job's script; ranks that train hear of it from rank 0.
 _LOOK_SECONDS_OF_FIRST, _LOOK_SECONDS = 0.2, 2.0
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -74,13 +73,12 @@ def run_rank(folder: Path, action: Callable[[], None]) -> int:
         log = open_log(path)
     except OSError as error:
         raise OSError(f"{path}: the log of rank {rank} cannot be written on {host}: {error}") from None
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _end_with(os.getppid())
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
     parent, child = os.getpid(), os.fork()
     if child == 0:
-        _end_with(parent)
+        end_with_parent(parent)
         _work(log, rank, host, action)
+    end_with_launcher()  # after the fork: it starts a thread
     look = _LOOK_SECONDS if rank else _LOOK_SECONDS_OF_FIRST
     code = _wait_for(
         child, stop_file(folder), look, lambda number: _write(log, format_request(rank, host, number))
@@ -134,16 +132,6 @@ def _run_command(command: list[str]) -> None:
     """`python -m mf_train COMMAND` in this process."""
     sys.argv = ["memoryformer", *command]
     runpy.run_module("mf_train", run_name="__main__")
-
-
-def _end_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent dies: a rank that nobody watches would hold its GPU."""
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):  # another system than Linux
-        return
-    if os.getppid() != parent:  # it died before
-        os._exit(FAILED)
 
 
 def _write(log: int, line: str) -> None:

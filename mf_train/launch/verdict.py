@@ -17,9 +17,9 @@ CLOCK_SECONDS = 1.0  # beyond the round trip: the first error of a start is foun
 SEEN_SECONDS = 2.0  # until a replaced file is seen
 SPARE_FILES = 256  # open files beside two connections for every process
 SHARED_MEMORY = 1 << 30  # bytes of /dev/shm: NCCL's buffers between the GPUs of a node
-NOTED = ("kernel", "glibc", "driver")  # versions that may differ; they are told
+NOTED = ("kernel", "glibc", "driver", "hash and lookup")  # versions that may differ; they are told
 ROWS, WIDTH = 16, 118  # of the table; of more nodes only those that stand out have a row
-STAGES = ("", "node", "met", "clock", "memory", "storage", "names", "network", "done")
+STAGES = ("", "node", "met", "clock", "memory", "kernel", "storage", "names", "network", "done")
 COLUMNS = (  # heading, unit, value's name, factor, sentence about a slow one
     ("copy", "GB/s", "copy", 1.0, "copies in the memory of its device {device} run at"),
     ("inside", "GB/s", "inside", 1.0, "all-reduces inside it run at"),

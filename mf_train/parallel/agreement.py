@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.exit_status import DONE, FAILED, MISTAKE
+from mf_train.parallel.collectives import collective
 
 T = TypeVar("T")
 SIGN_OF_LIFE_SECONDS = 2.0
@@ -34,7 +35,8 @@ def run_on_all(action: Callable[[], T], device: torch.device) -> T:
 def run_on_first(action: Callable[[], T], device: torch.device) -> T:
     """Run an action on rank 0 alone; every rank returns its result, and raises as `run_on_all`. Collective."""
     result = [run_on_all(action if dist.get_rank() == 0 else lambda: None, device)]
-    dist.broadcast_object_list(result, 0, device=device)
+    with collective("rank 0's answer", device):
+        dist.broadcast_object_list(result, 0, device=device)
     return result[0]  # type: ignore[return-value]
 
 
@@ -97,7 +99,8 @@ def run_long_on_all(
 def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """For each flag, whether it is set on any rank. Collective over all ranks."""
     state = torch.tensor([int(flag) for flag in flags], dtype=torch.int32, device=device)
-    dist.all_reduce(state, op=dist.ReduceOp.MAX)
+    with collective("question to all ranks", device):
+        dist.all_reduce(state, op=dist.ReduceOp.MAX)
     return [bool(value) for value in state.tolist()]
 
 
@@ -105,7 +108,8 @@ def exclusive_or(values: Sequence[int], device: torch.device) -> list[int]:
     """XOR over all ranks of each of some numbers below 2^32. Collective; no library of collectives has XOR for all."""
     bits = torch.tensor(values, dtype=torch.int64).unsqueeze(-1) >> torch.arange(32) & 1
     total = bits.to(device, torch.int32)
-    dist.all_reduce(total)
+    with collective("exclusive or over all ranks", device):
+        dist.all_reduce(total)
     return [int(value) for value in ((total.cpu().long() & 1) << torch.arange(32)).sum(-1)]
 
 
@@ -115,7 +119,8 @@ def fail_together(failure: Exception | None, device: torch.device) -> None:
     rank = dist.get_rank()
     status = DONE if failure is None else MISTAKE if isinstance(failure, UserError) else FAILED
     lowest = torch.tensor([rank * 4 + status if status else none], dtype=torch.int32, device=device)
-    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    with collective("agreement of all ranks", device):
+        dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     if int(lowest) == none:
         return
     first, status = divmod(int(lowest), 4)

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mf_train.model.sums import pairwise_sum
+from mf_train.parallel.collectives import collective
 
-# torch 2.13 renamed this one and warns at every use of the old name
+# torch 2.13 renamed these two and warns at every use of the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> dist.Work:
@@ -49,7 +51,8 @@ class Exchange:
         """This rank's [...] -> every rank's [P, ...], in rank order."""
         shard = shard.contiguous()
         gathered = torch.empty((self.size, *shard.shape), dtype=shard.dtype, device=shard.device)
-        _all_gather(gathered.view(-1), shard.view(-1), group=self.group)
+        with collective("tensor-parallel all-gather", shard.device):
+            _all_gather(gathered.view(-1), shard.view(-1), group=self.group)
         self.bytes_sent += (self.size - 1) * shard.nbytes
         return gathered
 
@@ -58,7 +61,8 @@ class Exchange:
         parts = parts.contiguous()
         self.bytes_sent += (self.size - 1) * parts[0].nbytes
         received = torch.empty_like(parts)
-        dist.all_to_all_single(received, parts, group=self.group)
+        with collective("tensor-parallel all-to-all", parts.device):
+            dist.all_to_all_single(received, parts, group=self.group)
         return pairwise_sum(received.movedim(0, -1))
 
     def gather_values(self, values: Tensor) -> Tensor:

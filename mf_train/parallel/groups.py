@@ -14,7 +14,14 @@ from mf_train.parallel.processes import Process
 
 
 class Groups:
-    """Tensor- and data-parallel groups of this rank; also DeepSpeed's `mpu` (DeepSpeed documentation, Megatron)."""
+    """Tensor- and data-parallel groups of this rank; also DeepSpeed's `mpu` (DeepSpeed documentation, Megatron).
+
+    Megatron-core says who is in them (order tp-dp) and makes at most these two, each with its members alone: a group of
+    all ranks is the default one. Its own start, `initialize_model_parallel`, makes 5 W + 6 R + 3 P + 3 groups on every
+    rank, of which two would be used, and so does each call that lists all groups of a kind. Where the default group is
+    bound to a GPU (`bound_device`), a new one is split off it by all ranks at once: every rank makes the same number
+    of groups, so that at most two such splits happen, of any number of ranks. Collective over all ranks.
+    """
 
     def __init__(self, degrees: Degrees, timeout_seconds: int) -> None:
         with warnings.catch_warnings():
@@ -22,14 +29,27 @@ class Groups:
             logging.getLogger("megatron").setLevel(logging.ERROR)
             from megatron.core import parallel_state
 
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=degrees.tensor,
-            distributed_timeout_minutes=-(-timeout_seconds // 60),  # it takes whole minutes
-            create_gloo_process_groups=False,
+        everyone = dist.group.WORLD
+        assert everyone is not None and dist.get_world_size() == degrees.world_size
+        layout = parallel_state.RankGenerator(
+            tp=degrees.tensor, dp=degrees.data, ep=1, pp=1, cp=1, order="tp-dp"
         )
+
+        def group_of(kind: str) -> dist.ProcessGroup:
+            (members,) = (ranks for ranks in layout.get_ranks(kind) if degrees.rank in ranks)
+            if len(members) == degrees.world_size:
+                return everyone
+            group: dist.ProcessGroup = parallel_state.create_group(
+                members,
+                timeout=datetime.timedelta(seconds=timeout_seconds),
+                use_local_synchronization=True,
+                group_desc=kind,
+            )
+            return group
+
         self.degrees = degrees
-        self.tensor: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
-        self.data: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+        self.tensor = group_of("tp")
+        self.data = group_of("dp")
         assert dist.get_rank(self.tensor) == degrees.tensor_rank
         assert dist.get_rank(self.data) == degrees.data_rank
 

@@ -5,7 +5,10 @@ c10d store through a connection of its own: every period it posts the rank's sig
 has been reached. The other never waits for anything; it measures how long the main thread has stood still, and ends the
 process when there is a verdict. Only in trouble does one rank read the signs of all. Where every rank has stood still
 for the limit, those whose signs have stopped coming are to blame (stopped, dead, their node gone), else those that
-stand at an earlier place than the others, else those that are in no collective while others are.
+stand at an earlier place than the others. Of these, or of all, it is those that have started, or finished, fewer
+collectives than others (`parallel.collectives`), else those whose main thread is in no collective while others are.
+Under NCCL none is: there the main thread waits for the device, and torch's own count tells of collectives that a
+library starts.
 
 At W ranks the store serves W / period small sets and as many checks a second; from a limit of 24 s on the period is
 2 s, so 1 000 ranks make 500 of each, where one core served 75 000 pairs. In trouble one reader takes all W signs twice.
@@ -25,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +36,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from mf_train.exit_status import FAILED
+from mf_train.parallel.collectives import ledger, recorded, recording
 from mf_train.parallel.processes import Process
 
 _LONGEST_PERIOD = 2.0
@@ -41,6 +45,7 @@ _PERIODS_OF_SILENCE = 3  # in which an answering rank has posted at least twice
 _PERIODS_OF_PATIENCE = 6  # until another rank that wanted to look around counts as lost
 _NAMED_RANKS = 4  # in a message
 _KEY = "mf_train/watch/"
+RECORDINGS = "collectives-"  # and the rank: torch's flight recorder's dumps in the folder of stacks
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,13 @@ class Sign:
     age: float  # seconds in which the main thread has not moved
     waits: bool  # the main thread is inside a collective
     left: bool = False  # the rank's last sign: it ended
+    # Collectives, as parallel.collectives has them; what torch records is looked at in trouble alone.
+    started: int = 0
+    started_name: str = ""
+    finished: int = 0
+    finished_name: str = ""
+    called: int = 0
+    complete: int = 0
 
 
 class Verdict(NamedTuple):
@@ -72,7 +84,7 @@ class Watch:
     being 2 s or a twelfth of the limit. A rank that moves, by `entering` or `still_alive`, is at work, and those that
     wait for it wait on: their collectives have a timeout of their own. Time in which a process was itself stopped
     (Ctrl-Z) or starved does not count. With `stacks`, each process leaves its threads' stacks in `rank-N.txt` in that
-    folder when the run ends for want of progress.
+    folder when the run ends for want of progress, and the flight recorder's dump in `collectives-N`, where it is on.
     """
 
     def __init__(self, process: Process, limit_seconds: float, stacks: Path | None = None) -> None:
@@ -216,6 +228,8 @@ class Watch:
             file.write(f"rank {self.process.rank} on {self._host}, {self._stand[1]} for {self._age:.0f} s\n")
             file.flush()
             faulthandler.dump_traceback(file)
+        if dump := recording():
+            (self.stacks / f"{RECORDINGS}{self.process.rank}").write_bytes(dump)
 
     # the thread that talks to the store; a call may wait for ever: get, past its timeout, where the server is stopped
 
@@ -248,6 +262,12 @@ class Watch:
         order, place = self._stand
         waits = self._age > 0 and _is_in_collective(self._main_thread)
         sign = Sign(self._signs, self._host, time.time(), order, place, self._age, waits, left)
+        started, finished = ledger.last()
+        sign = replace(sign, started=started.number, started_name=started.name)
+        sign = replace(sign, finished=finished.number, finished_name=finished.name)
+        if self._age >= self.limit / 2:
+            totals = recorded()
+            sign = replace(sign, called=totals.called, complete=totals.complete)
         store.set(f"{_KEY}{self.process.rank}", json.dumps(asdict(sign)))
 
     def _look_around(self, store: dist.Store) -> None:
@@ -335,12 +355,68 @@ def describe_standstill(
     last = max((sign for _, sign in answering), key=lambda sign: sign.order)
     behind = [(rank, sign) for rank, sign in answering if sign.order == first]
     others = f"; the others are {last.place}"
+    among_behind = others * (first < last.order)
+    idle = [(rank, sign) for rank, sign in behind if not sign.waits]
+    if lag := _find_lag(behind, _OUR_COLLECTIVES):
+        behind, others = lag[0], f", {lag[1]}{among_behind}"
+    elif first == last.order and 0 < len(idle) < len(behind):
+        behind, others = idle, ", in no collective; the others wait in one"
+    elif lag := _find_lag(behind, _ALL_COLLECTIVES):
+        behind, others = lag[0], f", {lag[1]}{among_behind}"
     if len(behind) == len(answering):
-        behind = [(rank, sign) for rank, sign in answering if not sign.waits]
-        others = ", in no collective; the others wait in one"
-    if not behind or len(behind) == len(answering):
-        return f"all {len(answering)} ranks have been {last.place}" + ", in collectives" * last.waits
+        return f"all {len(answering)} ranks have been {last.place}" + _describe_waiting(last)
     return _join([_describe_standing(rank, sign) for rank, sign in behind], "in such places") + others
+
+
+# How far a rank has come, and how that is said of one that has not come as far as another.
+_Measure = tuple[Callable[[Sign], int], Callable[[Sign, Sign], str]]
+_OUR_COLLECTIVES: list[_Measure] = [
+    (
+        lambda sign: sign.started,
+        lambda slow, fast: (
+            f"has started {_describe_mark(slow.started, slow.started_name)}, "
+            f"others {_describe_mark(fast.started, fast.started_name)}"
+        ),
+    ),
+    (
+        lambda sign: sign.finished,
+        lambda slow, fast: (
+            f"has finished {_describe_mark(slow.finished, slow.finished_name)}, "
+            f"others {_describe_mark(fast.finished, fast.finished_name)}"
+        ),
+    ),
+]
+_ALL_COLLECTIVES: list[_Measure] = [
+    (
+        lambda sign: sign.called,
+        lambda slow, fast: f"has called {slow.called} collectives in all, others {fast.called}",
+    ),
+    (
+        lambda sign: sign.complete,
+        lambda slow, fast: f"has {slow.complete} collectives complete in all, others {fast.complete}",
+    ),
+]
+
+
+def _find_lag(
+    ranks: Sequence[tuple[int, Sign]], measures: Sequence[_Measure]
+) -> tuple[list[tuple[int, Sign]], str] | None:
+    """Those that have come less far than others by the first measure that differs, and how far; or None."""
+    for measure, describe in measures:
+        slow, fast = (find((sign for _, sign in ranks), key=measure) for find in (min, max))
+        if measure(slow) < measure(fast):
+            return [item for item in ranks if measure(item[1]) == measure(slow)], describe(slow, fast)
+    return None
+
+
+def _describe_mark(number: int, name: str) -> str:
+    return f"collective {number} ({name})" if number else "no collective"
+
+
+def _describe_waiting(sign: Sign) -> str:
+    if sign.started > sign.finished:
+        return f", in {_describe_mark(sign.started, sign.started_name)}"
+    return ", in collectives" * sign.waits
 
 
 def _describe_silent(rank: int, sign: Sign | None) -> str:

@@ -29,6 +29,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.hooks import RemovableHandle
 
 from mf_train.config import OptimizerConfig, ParallelConfig
+from mf_train.parallel.collectives import collective
 from mf_train.parallel.exchange import all_gather, all_to_all, reduce_scatter
 from mf_train.parallel.fragment import Fragment
 from mf_train.parallel.groups import Groups
@@ -261,7 +262,7 @@ class Zero:
             work = reduce_scatter(shard, sums, self.group)
 
             def finish() -> None:
-                work.wait()
+                self._wait_for(work, "reduce-scatter of gradients")
                 keep(shard)
 
         else:
@@ -270,7 +271,7 @@ class Zero:
             work = all_to_all(received, sums.to(self.reduce_dtype), self.group)
 
             def finish() -> None:
-                work.wait()
+                self._wait_for(work, "all-to-all of gradients")
                 keep(received.view(self.ranks, -1).sum(0, dtype=torch.float32))
 
         return finish
@@ -278,7 +279,7 @@ class Zero:
     @torch.no_grad()
     def _keep(self, bucket: _Bucket, shard: Tensor, *, fresh: bool) -> None:
         if self.stage == 0 and self.ranks > 1:
-            all_gather(bucket.gradient, shard, self.group).wait()
+            self._wait_for(all_gather(bucket.gradient, shard, self.group), "all-gather of gradients")
         elif self.stage == 2 and not fresh:
             bucket.gradient.add_(shard)
         elif shard is not bucket.gradient:
@@ -295,7 +296,8 @@ class Zero:
                 wide = piece.double()
                 squares += wide.dot(wide)
         if self.world_size > 1:
-            dist.all_reduce(squares)
+            with collective("sum of the gradient's squares", squares.device):
+                dist.all_reduce(squares)
         return squares.sqrt().float()
 
     # weights
@@ -316,13 +318,17 @@ class Zero:
         if not self.overlap:
             self._wait_for_all()
 
+    def _wait_for(self, work: dist.Work, name: str) -> None:
+        with collective(name, self.buckets[0].weights.device):
+            work.wait()
+
     def _wait_for_all(self) -> None:
         self._wait(range(len(self.buckets)))
 
     def _wait(self, buckets: Iterable[int]) -> None:
         for index in buckets if self._gathering else ():
             if work := self._gathering.pop(index, None):
-                work.wait()
+                self._wait_for(work, "all-gather of weights")
 
 
 def _cut(parameters: Iterable[tuple[str, nn.Parameter]], size: int) -> list[list[tuple[str, nn.Parameter]]]:

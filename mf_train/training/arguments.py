@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 from mf_train.commands import add_command, add_config
@@ -16,12 +17,14 @@ def add_train(commands: Any) -> None:
 def _train(given: argparse.Namespace) -> int:
     from mf_train.config.loading import load_config
     from mf_train.parallel.processes import find_process
-    from mf_train.training.environment import set_allocator
+    from mf_train.training.environment import set_allocator, set_flight_recorder
 
     config = load_config(given.config, given.overrides)
     process = find_process()
+    # torch reads these when it is imported, which comes next
+    set_flight_recorder(os.environ, Path(config.training.output_dir) / "stacks" / "collectives-")
     if config.training.device != "cpu":
-        set_allocator(os.environ)  # torch reads it when it is imported, which comes next
+        set_allocator(os.environ)
 
     from mf_train.training.run import train
 

@@ -16,6 +16,7 @@ from mf_train.data.stream.stream import TokenStream, merge_states
 from mf_train.data.workers.batches import BatchReader
 from mf_train.errors import TrainingError, UserError
 from mf_train.parallel.agreement import fail_together
+from mf_train.parallel.collectives import collective
 from mf_train.parallel.degrees import rows_of_rank
 from mf_train.parallel.groups import Groups
 
@@ -119,7 +120,8 @@ class SharedBatches:
             f"agreeing on the batch of step {self._ahead.step}" if self._ahead else "ending the run"
         )
         shared = torch.cat((added.double(), own.to(self.device, non_blocking=True)))
-        dist.all_reduce(shared)
+        with collective("sum of losses and of what ranks say of the next batch", self.device):
+            dist.all_reduce(shared)
         numbers: list[float] = torch.cat((beside.double(), shared)).tolist()
         if self._ahead is not None:
             self._ahead.totals = numbers[len(numbers) - len(own) :]
@@ -161,7 +163,8 @@ class SharedBatches:
             if config.training.global_batch_size % degrees.data or config.data.logical_streams % degrees.data:
                 rows = self._deal(rows, step)
         if degrees.tensor > 1:
-            dist.broadcast(rows, degrees.rank - degrees.tensor_rank, group=self.groups.tensor)
+            with collective("broadcast of the batch", self.device):
+                dist.broadcast(rows, degrees.rank - degrees.tensor_rank, group=self.groups.tensor)
         return rows.long()
 
     def _deal(self, rows: Tensor, step: int) -> Tensor:
@@ -177,13 +180,14 @@ class SharedBatches:
         received = sorted(range(len(mine)), key=lambda place: reader[mine[place]])
         to, by = Counter(row % ranks for row in read), Counter(reader[row] for row in mine)
         dealt = rows.new_empty((len(mine), rows.shape[1]))
-        dist.all_to_all_single(
-            dealt,
-            rows[torch.tensor(sent, dtype=torch.long, device=rows.device)],
-            [by[rank] for rank in range(ranks)],
-            [to[rank] for rank in range(ranks)],
-            group=self.groups.data,
-        )
+        with collective("exchange of the batch's rows", self.device):
+            dist.all_to_all_single(
+                dealt,
+                rows[torch.tensor(sent, dtype=torch.long, device=rows.device)],
+                [by[rank] for rank in range(ranks)],
+                [to[rank] for rank in range(ranks)],
+                group=self.groups.data,
+            )
         ordered = torch.empty_like(dealt)
         ordered[torch.tensor(received, device=rows.device)] = dealt
         return ordered

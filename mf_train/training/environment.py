@@ -10,6 +10,11 @@ from mf_train.errors import UserError
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"  # read by torch 2.8 and, first of all names, by 2.13
 _ALLOCATOR_NAMES = (ALLOCATOR, "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 CACHE = "TRITON_CACHE_DIR"
+# torch's flight recorder of collectives, by its names from torch 2.8 on; those with NCCL in them are older spellings.
+RECORDER, RECORDER_FILE = "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"
+_RECORDER_NAMES = (RECORDER, "TORCH_NCCL_TRACE_BUFFER_SIZE")
+_RECORDER_FILE_NAMES = (RECORDER_FILE, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+_RECORDED = 2000  # collectives, the last ones
 _TRIES = 100
 
 
@@ -20,6 +25,18 @@ def set_allocator(environment: MutableMapping[str, str]) -> None:
     """
     if not any(name in environment for name in _ALLOCATOR_NAMES):
         environment[ALLOCATOR] = "expandable_segments:True"
+
+
+def set_flight_recorder(environment: MutableMapping[str, str], prefix: Path) -> None:
+    """Have torch record the last collectives of each process, and write them to PREFIX and the rank when one times out.
+
+    The watch ends a run before that and writes them itself (`parallel.watch`). What the user has set stays.
+    """
+    if not any(name in environment for name in _RECORDER_NAMES):
+        environment[RECORDER] = str(_RECORDED)
+    if not any(name in environment for name in _RECORDER_FILE_NAMES):
+        environment[RECORDER_FILE] = str(prefix.absolute())
+    environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
 def set_kernel_cache(environment: MutableMapping[str, str]) -> None:

@@ -31,9 +31,11 @@ from mf_train.parallel.watch import Watch
 from mf_train.planning.devices import find_peak
 from mf_train.planning.work import step_efficiency, step_tokens
 from mf_train.training.batches import Batch, SharedBatches
+from mf_train.training.binding import bind_cores
 from mf_train.training.device import find_device, keep_freed_memory, make_deterministic
 from mf_train.training.environment import set_kernel_cache
 from mf_train.training.folder import check_same_run, record_config, resolved_yaml
+from mf_train.training.garbage import GarbageCollection
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
 from mf_train.training.metrics import Records, process_peak
 from mf_train.training.probe import run_probe
@@ -62,6 +64,8 @@ def train(config: Config, process: Process) -> int:
         process.rank, process.world_size, config.parallel.tensor, process.local_rank, process.local_size
     )
     device = find_device(config, process)
+    if config.training.bind_cores:
+        bind_cores(process, device)  # before anything starts threads
     if config.training.deterministic:
         make_deterministic(os.environ)
     if device.type == "cuda":
@@ -83,8 +87,9 @@ def train(config: Config, process: Process) -> int:
 
 
 def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopRequest, watch: Watch) -> int:
-    watch.entering("opening the data")
+    watch.entering("making process groups")
     groups = Groups(degrees, config.training.collective_timeout_seconds + _WATCH_SPEAKS_FIRST_SECONDS)
+    watch.entering("opening the data")
     if device.type == "cpu":
         keep_freed_memory()
     inputs = run_long_on_all(partial(open_inputs, config, degrees), device, stop.requested, watch.still_alive)
@@ -195,12 +200,14 @@ class _Run:
         self.deadline = find_deadline(os.environ, saves=2 if beside else 1)
         self.records = Records(config, self.degrees.rank)
         self.profile: Profile | None = None
+        self.garbage = GarbageCollection(config.training.gc_interval)
 
     def run(self) -> int:
         config = self.config
         run_on_all(self._open_folder, self.device)
         self.records.say(summary(config, self.degrees, self.device, self.inputs, self.validation, self.saver))
         self._open_profile()
+        self.garbage.start()
         while self.step < config.training.steps:
             if self.profile is not None:
                 self.profile.turn(self.step + 1)
@@ -228,6 +235,7 @@ class _Run:
             self.deadline.note_step(time.perf_counter() - started)
             if self._due(config.checkpoint.interval, last) or last:
                 self._save(last=last)
+            self.garbage.after(self.step)
         if self.profile is not None:
             self.profile.turn(self.step + 1)
         self.records.say(
@@ -236,6 +244,7 @@ class _Run:
         return DONE
 
     def close(self) -> None:
+        self.garbage.close()
         if self.profile is not None:
             self.profile.close()
         self.batches.close()

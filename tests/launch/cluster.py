@@ -9,7 +9,6 @@ it. Up to SLOTS clusters at a time, each with a lock, and names, addresses and p
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import shutil
@@ -20,6 +19,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from mf_train.parallel.launcher import end_with_parent
 
 PROGRAMS = "munged slurmctld slurmd sbatch squeue scontrol scancel ip unshare nsenter".split()
 LOCKS = Path("/run/lock")
@@ -295,7 +296,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
-                preexec_fn=_die_with_parent,
+                preexec_fn=end_with_parent,
             )
 
     def down(self) -> None:
@@ -355,8 +356,3 @@ def _free_slot(timeout: float) -> Iterator[int]:
                 return
         assert time.monotonic() < deadline, f"{SLOTS} other SLURM clusters are running (locks in {LOCKS})"
         time.sleep(0.5)
-
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

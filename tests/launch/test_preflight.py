@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mf_train.kernels import describe
 from mf_train.launch.preflight import MARK, PIECE, links_of, read_file, write_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -91,6 +93,13 @@ def test_two_nodes_of_two_processes_measure_everything(tmp_path: Path) -> None:
     assert all(1e5 < rate < 1e11 for rate in values(lines, "write").values())
     assert abs(values(lines, "skew")[2]) < 0.1  # it is one clock
     assert {line["rank"] for line in lines if line["stage"] == "done"} == {0, 1, 2, 3}
+    assert {line["rank"] for line in lines if line["stage"] == "kernel"} == {0, 1, 2, 3}
+    kinds = [
+        line["versions"]["hash and lookup"]
+        for line in lines
+        if line["stage"] == "kernel" and "versions" in line
+    ]
+    assert kinds == [describe(torch.device("cpu"))] * 2
     told = [
         line["problem"] for line in lines if "problem" in line
     ]  # this machine may know itself as 127.0.0.1 only

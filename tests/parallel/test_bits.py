@@ -84,7 +84,9 @@ def plain_results(rank: int, model: MemoryFormer, case: str, seed: int) -> dict[
     return results
 
 
-def all_cases(rank: int, world_size: int, degrees: tuple[int, ...]) -> dict[tuple[str, str, str, int], list[str]]:
+def all_cases(
+    rank: int, world_size: int, degrees: tuple[int, ...]
+) -> dict[tuple[str, str, str, int], list[str]]:
     results = {}
     library = cpu.library
     groups = [dist.new_group(list(range(size))) for size in degrees]

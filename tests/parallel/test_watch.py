@@ -9,9 +9,11 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +22,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mf_train.parallel.agreement import run_on_all
+from mf_train.parallel.exchange import Exchange, gather_features
 from mf_train.parallel.groups import start_processes
 from mf_train.parallel.processes import Process
 from mf_train.parallel.watch import (
@@ -60,6 +64,10 @@ WORLDS = {
     "reads": World("reads"),
     "computes": World("computes"),
     "all hang": World("all hang", size=2),
+    "device, step": World("device, step"),
+    "device, backward": World("device, backward"),
+    "device, save": World("device, save"),
+    "device, library": World("device, library"),
     "raises": World("raises"),
     "another error": World("another error", size=2),
     "works": World("works"),
@@ -75,6 +83,7 @@ def play(world: World, process: Process, folder: Path) -> None:
     os.dup2(output, 2)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(world.agent)
+    os.environ["TORCH_FR_BUFFER_SIZE"] = "100" if world.trouble == "device, library" else "0"
     start_processes(process, torch.device("cpu"), timeout_seconds=60)
     watch = Watch(process, LIMIT, folder / "stacks")
     wait_until(lambda: process.world_size == 1 or watch.connected)
@@ -102,6 +111,11 @@ def train(world: World, rank: int, watch: Watch, folder: Path) -> None:
         watch.entering(f"training step {step}")
         if trouble == "all hang" or (trouble == "computes" and rank == 1):
             time.sleep(60)
+        if trouble.startswith("device, "):
+            # as under NCCL, the main thread waits for the device and not in a collective
+            work = threading.Thread(target=work_of_a_device, args=(trouble, rank))
+            work.start()
+            work.join()
         if trouble == "works":
             if rank == 1:  # the others wait in their collective for longer than the limit
                 for _ in range(20):
@@ -115,6 +129,30 @@ def train(world: World, rank: int, watch: Watch, folder: Path) -> None:
         if step == 40 and world.size == 1:
             return
         time.sleep(0.1)
+
+
+def work_of_a_device(trouble: str, rank: int) -> None:
+    """A part of a step with collectives, in the middle of which rank 1 stops."""
+
+    def stop(*_: object) -> None:
+        time.sleep(60 * (rank == 1))
+
+    assert dist.group.WORLD is not None
+    exchange, x = Exchange(dist.group.WORLD), torch.ones(2, 3, requires_grad=True)
+    with suppress(RuntimeError):  # the first that ends breaks the others' connections
+        exchange.all_gather(torch.ones(3))
+        if trouble == "device, step":
+            stop()
+            exchange.all_gather(torch.ones(3))
+        if trouble == "device, backward":
+            y = gather_features(x, exchange)
+            y.register_hook(stop)
+            y.sum().backward()
+        if trouble == "device, save":
+            run_on_all(stop, torch.device("cpu"))
+        if trouble == "device, library":
+            stop()
+            dist.all_reduce(x.detach())
 
 
 @dataclass
@@ -173,7 +211,7 @@ def run_world(world: World, folder: Path) -> Outcome:
             [own_words((folder / f"output-{rank}").read_text()) for rank in range(world.size)],
             seconds,
             [left[rank] - float(path.read_text()) for rank, path in enumerate(closed) if path.exists()],
-            {path.name: path.read_text() for path in (folder / "stacks").glob("*")},
+            {path.name: path.read_text(errors="replace") for path in (folder / "stacks").glob("*")},
         )
     finally:
         for child in processes:
@@ -197,6 +235,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fut
 
 
 PLACE, SECONDS = r"(reading the batch of|training) step \d+", r"no progress for \d+ s"
+LATE = f"{SECONDS}: rank 1 on {HOST} has been training step 6 for \\d+ s"
 NO_PROGRESS = {
     "stopped": f"{SECONDS}: rank 1 on {HOST} does not answer, last seen \\d+ s ago, {PLACE}",
     "first stopped": r"rank 0, or torchrun's agent, at 127\.0\.0\.1:\d+ does not answer and no progress for \d+ s; "
@@ -208,6 +247,13 @@ NO_PROGRESS = {
     "the others wait in one",
     "all hang": f"{SECONDS}: all 2 ranks have been training step 6",
     "alone": f"{SECONDS}: reading the batch of step 6",
+    "device, step": f"{LATE}, has started collective 1 \\(tensor-parallel all-gather\\), "
+    "others collective 2 \\(tensor-parallel all-gather\\)",
+    "device, backward": f"{LATE}, has started collective 2 \\(tensor-parallel all-gather\\), "
+    "others collective 3 \\(tensor-parallel reduce-scatter\\)",
+    "device, save": f"{LATE}, has started collective 1 \\(tensor-parallel all-gather\\), "
+    "others collective 2 \\(agreement of all ranks\\)",
+    "device, library": f"{LATE}, has called 6 collectives in all, others 7",
 }
 KILLED = {
     "killed": f"rank 2 on {HOST} does not answer, last seen \\d s ago, {PLACE}",
@@ -230,7 +276,9 @@ def test_no_progress_ends_all_with_one_line(outcomes: dict[str, Future[Outcome]]
     answering = [rank for rank in range(world.size) if rank != stopped]
     assert [outcome.statuses[rank] for rank in answering] == [1] * len(answering)
     assert LIMIT - 1 < outcome.seconds < MOST
-    assert sorted(outcome.stacks) == [f"rank-{rank}.txt" for rank in answering]
+    recordings = [f"collectives-{rank}" for rank in answering] if name == "device, library" else []
+    assert sorted(outcome.stacks) == recordings + [f"rank-{rank}.txt" for rank in answering]
+    assert all("all_reduce" in outcome.stacks[recording] for recording in recordings)
     for rank in answering:
         assert "in train" in outcome.stacks[f"rank-{rank}.txt"]
 

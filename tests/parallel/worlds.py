@@ -130,15 +130,9 @@ def run_worlds(
     return results
 
 
-def new_groups(process: Process, tensor: int) -> Groups:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+@functools.cache  # gloo's threads of each group wake up again and again until the process ends
+def make_groups(process: Process, tensor: int) -> Groups:
     return Groups(Degrees(process.rank, process.world_size, tensor), 120)
-
-
-# megatron-core makes many groups, with 50 threads of gloo in all, which wake up again and again until the process ends
-make_groups = functools.cache(new_groups)
 
 
 def run_case(case: Case, process: Process, device: torch.device = CPU) -> Record:
@@ -234,10 +228,18 @@ def halve_masters(engine: Engine) -> None:
 
 
 def compare_cross_entropy(process: Process, tensor: int) -> tuple[Tensor, Tensor]:
-    """Largest difference of losses and of their gradients from megatron-core's, in float32."""
+    """Largest difference of losses and of their gradients from megatron-core's, in float32, on groups of its own."""
+    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    groups = new_groups(process, tensor)  # megatron-core's functions take the newest
+    groups = make_groups(process, tensor)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor, create_gloo_process_groups=False)
+    for group, expected_group in (
+        (groups.tensor, parallel_state.get_tensor_model_parallel_group()),
+        (groups.data, parallel_state.get_data_parallel_group()),
+    ):
+        assert dist.get_process_group_ranks(group) == dist.get_process_group_ranks(expected_group)
     generator = torch.Generator().manual_seed(tensor)
     whole = torch.randn(5, 3, 64, generator=generator) * 4
     targets = torch.randint(64, (5, 3), generator=generator)

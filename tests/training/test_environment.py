@@ -15,6 +15,7 @@ from mf_train.training.environment import (
     CACHE,
     private_folder,
     set_allocator,
+    set_flight_recorder,
     set_kernel_cache,
     temporary_folder,
 )
@@ -31,6 +32,23 @@ def test_the_allocator_is_set_where_the_user_has_not() -> None:
         own = {name: "max_split_size_mb:64"}
         set_allocator(own)
         assert own == {name: "max_split_size_mb:64"}
+
+
+def test_the_flight_recorder_is_set_where_the_user_has_not(tmp_path: Path) -> None:
+    given: dict[str, str] = {}
+    set_flight_recorder(given, tmp_path / "collectives-")
+    assert given == {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/collectives-",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+    for size, file in [
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"),
+        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
+    ]:
+        own = {size: "0", file: "mine-", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+        set_flight_recorder(own, tmp_path)
+        assert own == {size: "0", file: "mine-", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
 
 
 @pytest.mark.parametrize("module", ["mf_train.cli", "mf_train.launch.rank"])

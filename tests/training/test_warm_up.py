@@ -33,7 +33,7 @@ from mf_train.training.warm_up import (
     run_passes,
 )
 from tests.distributed import run_distributed
-from tests.parallel.worlds import new_groups
+from tests.parallel.worlds import make_groups
 
 CPU = torch.device("cpu")
 # every hash and lookup differs: bits, inner bits, and the columns of query, up and down
@@ -92,7 +92,7 @@ def compare_all(rank: int, world_size: int) -> list[str]:
 def compare(tensor: int) -> list[str]:
     """What differs between a run's launches and those of `launch_kernels`, under every stage."""
     process = find_process()
-    groups, world_size = new_groups(process, tensor), process.world_size
+    groups, world_size = make_groups(process, tensor), process.world_size
     differences = []
     for stage, precision in KINDS:
         config = Config(

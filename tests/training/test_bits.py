@@ -1,0 +1,94 @@
+"""A run has the same bits for every number of tensor-parallel ranks, and a restart may change it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mf_train.checkpoint.layout import resolve_checkpoint
+from tests.checkpoint.elastic import whole_tensors
+from tests.training.runs import REPOSITORY, read_metrics, small_config, train, write_text
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 8
+Numbers = list[tuple[float, float, str]]
+
+
+def configuration(folder: Path, precision: str, norm: str) -> dict[str, Any]:
+    tree = small_config(folder, write_text(folder.parent / "text.jsonl"))
+    tree["model"] |= {"hidden_size": 64, "num_heads": 8, "norm": norm}
+    tree["training"] |= {"steps": STEPS, "precision": precision, "validation_sequences": 0}
+    tree["data"] |= {"validation": [], "workers": 0}
+    return tree
+
+
+def run(tree: dict[str, Any], tensor: int, steps: int = STEPS) -> None:
+    tree["parallel"] = {"tensor": tensor}
+    tree["training"]["steps"] = steps
+    train(tree, processes=tensor)
+
+
+def numbers_of(folder: Path) -> Numbers:
+    return [(line["loss"], line["grad_norm"], line["batch_digest"]) for line in read_metrics(folder)]
+
+
+def assert_same_run(folder: Path, tensor: int, one: Path) -> None:
+    """Losses, norms, masters and both moments."""
+    assert numbers_of(folder) == numbers_of(one)
+    ours = whole_tensors(resolve_checkpoint(folder), tensor)
+    expected = whole_tensors(resolve_checkpoint(one), 1)
+    for kind, tensors in expected.items():
+        for name, values in tensors.items():
+            assert torch.equal(ours[kind][name], values), (kind, name)
+
+
+KINDS = [("float32", "layernorm"), ("bfloat16", "layernorm"), ("float32", "rmsnorm"), ("bfloat16", "rmsnorm")]
+
+
+@pytest.fixture(scope="module")
+def ones(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """The runs of one process."""
+    runs = {}
+    for precision, norm in KINDS:
+        folder = tmp_path_factory.mktemp("one") / "run"
+        run(configuration(folder, precision, norm), 1)
+        runs[precision, norm] = folder
+    return runs
+
+
+@pytest.mark.parametrize("tensor", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("precision", "norm"), KINDS)
+def test_the_same_bits(
+    precision: str, norm: str, tensor: int, ones: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run(configuration(folder, precision, norm), tensor)
+    assert_same_run(folder, tensor, ones[precision, norm])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_restart_may_change_them(precision: str, ones: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    tree = configuration(folder, precision, "layernorm")
+    for tensor, steps in ((2, 2), (1, 4), (4, STEPS)):
+        run(tree, tensor, steps)
+    assert_same_run(folder, 4, ones[precision, "layernorm"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_fifty_steps_of_the_quickstart(precision: str, tmp_path: Path) -> None:
+    """At its own rate, where a code that flips shows in the next loss."""
+    tree = yaml.safe_load((REPOSITORY / "configs" / "quickstart.yaml").read_text())
+    tree["training"] |= {"steps": 50, "precision": precision, "validation_interval": 0}
+    tree["schedule"] = {"warmup_steps": 3}
+    tree["checkpoint"] = {"interval": 0}
+    for tensor in (1, 2, 4):
+        tree["training"]["output_dir"] = str(tmp_path / f"run-{tensor}")
+        run(tree, tensor, 50)
+        assert_same_run(tmp_path / f"run-{tensor}", tensor, tmp_path / "run-1")

@@ -46,7 +46,7 @@ class _Slot:
 
     name: str
     parameter: nn.Parameter
-    start: int  # elements
+    start: int  # elements; a multiple of _ALIGNMENT
     numel: int  # also while the parameter's data is elsewhere
 
 
@@ -182,11 +182,13 @@ class Zero:
             whole = owned == bucket.size
             bucket.gradient = bucket.sums if whole else torch.zeros_like(bucket.master)
         for slot in bucket.slots:
-            first = max(slot.start, bucket.first)
-            numel = min(slot.start + slot.numel, bucket.first + owned) - first
+            first, end = max(slot.start, bucket.first), bucket.first + owned
+            numel = min(slot.start + slot.numel, end) - first
             if numel > 0:
-                flat = bucket.master.narrow(0, first - bucket.first, numel).requires_grad_()
-                flat.grad = bucket.gradient.narrow(0, first - bucket.first, numel)
+                # with the gap behind it: AdamW on a CPU rounds the last elements differently where they fill no vector
+                filled = min(_round_up(slot.start + slot.numel, _ALIGNMENT), end) - first
+                flat = bucket.master.narrow(0, first - bucket.first, filled).requires_grad_()
+                flat.grad = bucket.gradient.narrow(0, first - bucket.first, filled)
                 self._of_rank[slot.name] = Fragment(flat, 0, first - slot.start, numel)
 
     def _build_optimizer(

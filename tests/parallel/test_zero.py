@@ -136,10 +136,10 @@ def whole(engine: Engine, kind: str) -> Tensor:
         fragment = fragments.get(name)
         if fragment is not None and not (engine.replicated and engine.groups.degrees.data_rank):
             if kind == "gradient":
-                held = fragment.flat.grad
+                assert fragment.flat.grad is not None
+                held = fragment.of(fragment.flat.grad)
             else:
                 held = fragment.of(fragment.flat) if kind == "master" else engine.moment(fragment, kind)
-            assert held is not None
             flat[fragment.start : fragment.start + fragment.numel] = held.detach()
         parts.append(flat)
     joined = torch.cat(parts)

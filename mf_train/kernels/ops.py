@@ -131,7 +131,9 @@ def _save_for_lookup(
 ) -> None:
     codes, weights, tables, biases, ctx.chunks, ctx.backend = inputs
     ctx.dtype, ctx.has_biases = weights.dtype, len(biases) > 0
-    if weights.element_size() > tables[0].element_size():  # every backend rounds them first: no more of them is kept
+    if (
+        weights.element_size() > tables[0].element_size()
+    ):  # every backend rounds them first: no more of them is kept
         weights = weights.to(tables[0].dtype)
     ctx.save_for_backward(codes, weights, *tables)
 

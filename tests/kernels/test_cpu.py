@@ -249,7 +249,8 @@ def test_a_slice_of_columns_is_the_slice_of_the_result(dtype: torch.dtype, token
 @pytest.mark.parametrize("backend", [cpu, composition], ids=["cpu", "composition"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(
-    "columns", [[24, 24, 24], [192, 192, 192], [256], [40], [8, 16], [600], [1280], [2048, 2048], [72, 80, 328]]
+    "columns",
+    [[24, 24, 24], [192, 192, 192], [256], [40], [8, 16], [600], [1280], [2048, 2048], [72, 80, 328]],
 )
 def test_slices_of_columns_give_nodes_of_the_gradient_of_weights(columns, dtype, backend) -> None:
     """Chunks of 1 to 256 columns: several in a vector, several vectors, several passes; and no multiple of a vector."""
@@ -439,7 +440,14 @@ def test_eight_processes_build_at_once(tmp_path: Path) -> None:
 def test_under_sanitizers(instruction_set: str, tmp_path: Path) -> None:
     if instruction_set.upper() > torch.backends.cpu.get_cpu_capability():
         pytest.skip(f"the machine has no {instruction_set}")
-    names = ("hash.cpp", "lookup.cpp", "lookup_backward.cpp", "norm.cpp", "cross_entropy.cpp", "column_sums.cpp")
+    names = (
+        "hash.cpp",
+        "lookup.cpp",
+        "lookup_backward.cpp",
+        "norm.cpp",
+        "cross_entropy.cpp",
+        "column_sums.cpp",
+    )
     sources = [build.SOURCES / name for name in names]
     driver = Path(__file__).with_name("sanitize_driver.cpp")
     flags = [

@@ -140,7 +140,7 @@ def lookup_all(
     """`lookup` in each of several sets of tables that read the same codes, such as those of Q, K and V.
 
     All sets have the same K, tau, dtype and device; a chunk of the weights' gradient is the sum over that chunk of
-    every set. Reads are sorted once for all sets. Arguments, results and errors otherwise as `lookup`'s, a list of each.
+    every set. Reads are sorted once for all sets. Arguments, results and errors otherwise as `lookup`'s, a list each.
     """
     biases = [None] * len(tables) if biases is None else biases
     _check_choice("backend", backend, BACKENDS)

@@ -138,8 +138,8 @@ def lookup_backward(
             dy_nc, rows_c = (
                 _columns(whole, chunk, chunks, sum_dtype) for whole in (dy_no, table.flatten(0, 1))
             )
-            # <dy[token], table[row]> of each read: the operator behind F.embedding_bag's gradient, called alone, because
-            # autograd would bring its own d tables. It takes the bag of a read from the fifth argument, not from offsets.
+            # <dy[token], table[row]> of each read: the operator behind F.embedding_bag's gradient, called alone,
+            # because autograd would bring its own d tables. It takes a read's bag from the fifth argument, not offsets.
             total = total + torch.ops.aten._embedding_bag_per_sample_weights_backward(
                 dy_nc, rows_c, row, row_edges[:0], token, _SUM
             )
@@ -164,7 +164,7 @@ def _columns(whole: Tensor, chunk: int, chunks: int, dtype: torch.dtype) -> Tens
 
 
 def tree_sum(parts: Iterable[Tensor]) -> Tensor:
-    """Sum of 1, 2, 4 or 8 tensors of one shape by neighbouring pairs, in the parts' own memory; few are held at once."""
+    """Sum of 1, 2, 4 or 8 tensors of one shape by neighbouring pairs, in their own memory; few are held at once."""
     sums: list[Tensor] = []
     for number, part in enumerate(parts, 1):
         sums.append(part)

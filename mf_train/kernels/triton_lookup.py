@@ -249,7 +249,7 @@ def forward_blocks(
 def lookup_backward(
     dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], chunks: int = 1
 ) -> tuple[Tensor, list[Tensor]]:
-    """d weights [..., K] float32 (float64), summed over the table sets, and d tables of each, from dy [..., O_i] of each.
+    """d weights [..., K] float32 (float64), summed over the table sets, and d tables of each, from every dy [..., O_i].
 
     d weights is summed over `chunks` equal chunks of columns, of all sets together, and then over pairs of chunks. The
     same bits in every run. A token with a code outside [0, 2**tau) gets a NaN there and is in no row.

@@ -1,4 +1,4 @@
-"""Training's bits for every number of ranks: each gradient of a rank is the slice of the plain model's, to the last bit.
+"""Training's bits for every number of ranks: a rank's gradients are slices of the plain model's, to the last bit.
 
 The plain model runs on two threads, each rank on one: where threads entered a sum, that would be seen too.
 """
@@ -29,7 +29,7 @@ from tests.threads import threads
 pytestmark = pytest.mark.distributed
 
 CASES: dict[str, dict[str, Any]] = {name: SIZES | changes for name, changes in MODELS.items()} | {
-    # chunks of 24 and 32 columns, and more tokens than any block of a sum has
+    # chunks of 24 and 32 columns
     "quickstart": SIZES | {"hidden_size": 192, "bits": 6, "vocab_size": 512, "num_layers": 1},
     # chunks of 72 and 108 columns: more than one pass of a lookup's backward
     "wide": SIZES | {"hidden_size": 576, "bits": 4, "vocab_size": 264, "num_layers": 1},
@@ -39,7 +39,7 @@ BATCH, LENGTH = 9, 24
 
 
 def losses_and_gradients(model: MemoryFormer, config: ModelConfig, documents: bool, seed: int) -> Tensor:
-    """Token losses; the gradients are left in the parameters. A batch of two micro-batches, some tokens without loss."""
+    """Token losses of two micro-batches, some tokens without loss; the gradients are left in the parameters."""
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(2):

@@ -17,7 +17,7 @@ import pytest
 from mf_train.parallel.launcher import find_launcher
 from tests.launch.test_torchrun import _torchrun
 from tests.processes import is_running, run_python, wait_until
-from tests.training.runs import has_steps, small_config, write_config, write_text
+from tests.training.runs import environment, has_steps, small_config, write_config, write_text
 from tests.warm import free_port, start_warm
 
 pytestmark = pytest.mark.distributed
@@ -191,6 +191,24 @@ def test_a_run_that_a_shell_started_outlives_it(tmp_path: Path) -> None:
         assert is_running(pid)
     finally:
         os.kill(pid, signal.SIGKILL)
+
+
+def test_a_task_ends_with_the_daemon_of_its_step(tmp_path: Path) -> None:
+    """A stand-in by the name of SLURM's, which tells the rank by the name of its parent."""
+    daemon, program = tmp_path / "slurmstepd", tmp_path / "stand.py"
+    daemon.symlink_to(Path(sys.executable).resolve())
+    program.write_text(_STANDS_STILL)
+    code = f"import subprocess; subprocess.run([{sys.executable!r}, {str(program)!r}, {str(tmp_path)!r}])"
+    variables = {"SLURM_PROCID": "0", "RANK": "0"}
+    with subprocess.Popen([daemon, "-c", code], env=environment() | variables) as step:
+        wait_until((tmp_path / "ready-0").exists, "not ready")
+        (rank,) = children(step.pid)
+        step.kill()
+    try:
+        wait_until(lambda: not is_running(rank), "the rank goes on", SECONDS)
+    finally:
+        if is_running(rank):
+            os.kill(rank, signal.SIGKILL)
 
 
 def test_who_started_a_rank() -> None:

@@ -225,3 +225,20 @@ print(os.getpid())
     child, own = run_python(wrapped).splitlines()
     name, pid, parent = child.split()
     assert (name, pid) == ("torchrun", own) and parent != own
+
+
+def test_a_rank_in_a_container_of_its_own_is_left_alone() -> None:
+    """It cannot see torchrun, which is outside; that is no sign that torchrun is gone."""
+    alone = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this user cannot make namespaces")
+    code = "from mf_train.parallel.launcher import find_launcher; print(find_launcher())"
+    for command in ([sys.executable, "-c", code], ["sh", "-c", '"$0" -c "$1"; true', sys.executable, code]):
+        done = subprocess.run(
+            [*alone, *command],
+            env=environment() | {"TORCHELASTIC_RUN_ID": "none"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout.split() == ["None"], done.stderr

@@ -122,12 +122,13 @@ def _find_agent(own: _Stat) -> int | None:
 def _has_torch(pid: int) -> bool | None:
     """None: the process is ending."""
     try:
-        maps = _read(pid, "maps")
+        if "libtorch" in _read(pid, "maps"):
+            return True
+        return False if _read(pid, "maps") else None  # what was read was whole if there is still something
     except PermissionError:  # another user's, or one that hides: it counts where it may be
         return "python" in _read(pid, "cmdline")
     except OSError:
         return None
-    return "libtorch" in maps if maps else None
 
 
 def _stat(pid: int) -> _Stat | None:

@@ -114,12 +114,8 @@ class TrainingConfig:
     validation_interval: int = not_negative(0)  # steps between validations, also after the last; 0: none
     validation_sequences: int = not_negative(0)  # sequences of the validation text that are used; 0: all
     collective_timeout_seconds: int = positive(600)  # a collective that waits longer ends the run
-    bind_cores: bool = (
-        True  # each rank to its GPU's NUMA node or a share of the cores, where nobody has bound it
-    )
-    gc_interval: int = not_negative(
-        100
-    )  # steps between Python's garbage collections, on all ranks; 0: Python's own
+    bind_cores: bool = True  # of a rank that nobody has bound: its GPU's NUMA node, or a share
+    gc_interval: int = not_negative(100)  # steps between Python's garbage collections; 0: its own
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 

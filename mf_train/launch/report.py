@@ -57,7 +57,8 @@ _NAMES_ANOTHER = re.compile(
     r"rank \d+ on \S+ (does not answer|has ended|has been )|no sign of life|no progress for "
 )
 _BROKEN_CONNECTION = re.compile(
-    r"torchrun's agent, at \S+ (has gone|does not answer;)|Connection (closed|reset|refused)|Broken pipe|gloo/transport"
+    r"torchrun's agent, at \S+ (has gone|does not answer;)|which started it, is gone"
+    r"|Connection (closed|reset|refused)|Broken pipe|gloo/transport"
     r"|ncclRemoteError|remote process exited|Watchdog caught collective|DistNetworkError|recvValue failed"
     r"|Socket Timeout"
 )

@@ -91,27 +91,32 @@ class Recorded(NamedTuple):
 
 
 def recorded() -> Recorded:
-    """By torch's flight recorder; zeros where that is off, or where torch has none for these groups."""
-    text = _recorder("_json", False, False)
-    if not text:
-        return Recorded()
-    groups: dict[str, dict[str, str]] = json.loads(text).get("pg_status", {})
-    totals = [
-        sum(max(0, int(group[f"last_{what}_collective"])) for group in groups.values())
-        for what in ("enqueued", "completed")
-    ]
-    return Recorded(*totals)
+    """By torch's flight recorders; zeros where they are off, or where torch has none for these groups."""
+    counts = [_recorded_by(kind) for kind in _RECORDERS]
+    return Recorded(sum(count.called for count in counts), sum(count.complete for count in counts))
 
 
 def recording() -> bytes:
     """The flight recorder's dump, as torch writes it for `torchfrtrace`; empty where it is off."""
-    return _recorder("", True, True, False) if recorded().called else b""
+    kind = next((kind for kind in _RECORDERS if _recorded_by(kind).called), None)
+    return b"" if kind is None else _dump(f"_dump_{kind}_trace", True, True, False)
 
 
-def _recorder(kind: str, *arguments: bool) -> bytes:
-    """torch 2.9 has it for every backend, 2.8 for NCCL."""
-    c10d: Any = torch._C._distributed_c10d
-    dump = getattr(c10d, f"_dump_fr_trace{kind}", None) or getattr(c10d, f"_dump_nccl_trace{kind}", None)
+_RECORDERS = ("nccl", "fr")  # torch's for NCCL, and from 2.9 on one for all other backends
+
+
+def _recorded_by(kind: str) -> Recorded:
+    text = _dump(f"_dump_{kind}_trace_json", False, False)
+    groups: dict[str, dict[str, str]] = json.loads(text).get("pg_status", {}) if text else {}
+    called, complete = (
+        sum(max(0, int(group[f"last_{what}_collective"])) for group in groups.values())
+        for what in ("enqueued", "completed")
+    )
+    return Recorded(called, complete)
+
+
+def _dump(name: str, *arguments: bool) -> bytes:
+    dump: Any = getattr(torch._C._distributed_c10d, name, None)
     return bytes(dump(*arguments)) if dump is not None else b""
 
 

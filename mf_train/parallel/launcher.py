@@ -81,7 +81,8 @@ def find_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | Non
     if own is None:
         return None
     if "TORCHELASTIC_RUN_ID" in environment:
-        return Launcher("torchrun", _find_agent())
+        agent = _find_agent(own)
+        return None if agent is None else Launcher("torchrun", agent)
     with suppress(OSError):
         if "SLURM_PROCID" in environment and _read(own.parent, "comm").strip() == "slurmstepd":
             return Launcher("srun", own.parent)
@@ -96,8 +97,8 @@ def _end(launcher: Launcher) -> NoReturn:
     os._exit(FAILED)
 
 
-def _find_agent() -> int:
-    """The nearest ancestor that has torch loaded, 0 if none has.
+def _find_agent(own: _Stat) -> int | None:
+    """The nearest ancestor that has torch loaded, 0 if none has; None where torchrun cannot be seen from here.
 
     Looked for again while one of them is ending: a process that ends gives its memory back first, then its children.
     """
@@ -107,8 +108,13 @@ def _find_agent() -> int:
             ancestors.append(stat.parent)
             stat = _stat(stat.parent)
         with_torch = [_has_torch(pid) for pid in ancestors]
+        if True in with_torch and None not in with_torch[: with_torch.index(True)]:
+            return ancestors[with_torch.index(True)]
         if None not in with_torch:
-            return ancestors[with_torch.index(True)] if True in with_torch else 0
+            # a container of the rank's own, where process 1 is as young as the rank: torchrun takes longer to start
+            first = _stat(ancestors[-1]) if ancestors else None
+            alone = first is None or own.start - first.start < os.sysconf("SC_CLK_TCK")
+            return None if alone else 0
         time.sleep(_TRY_SECONDS)
     return os.getppid()  # whatever it is: its end is noticed
 
@@ -116,12 +122,13 @@ def _find_agent() -> int:
 def _has_torch(pid: int) -> bool | None:
     """None: the process is ending."""
     try:
-        maps = _read(pid, "maps")
+        if "libtorch" in _read(pid, "maps"):
+            return True
+        return False if _read(pid, "maps") else None  # what was read was whole if there is still something
     except PermissionError:  # another user's, or one that hides: it counts where it may be
         return "python" in _read(pid, "cmdline")
     except OSError:
         return None
-    return "libtorch" in maps if maps else None
 
 
 def _stat(pid: int) -> _Stat | None:

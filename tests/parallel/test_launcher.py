@@ -17,7 +17,7 @@ import pytest
 from mf_train.parallel.launcher import find_launcher
 from tests.launch.test_torchrun import _torchrun
 from tests.processes import is_running, run_python, wait_until
-from tests.training.runs import has_steps, small_config, write_config, write_text
+from tests.training.runs import environment, has_steps, small_config, write_config, write_text
 from tests.warm import free_port, start_warm
 
 pytestmark = pytest.mark.distributed
@@ -193,6 +193,24 @@ def test_a_run_that_a_shell_started_outlives_it(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def test_a_task_ends_with_the_daemon_of_its_step(tmp_path: Path) -> None:
+    """A stand-in by the name of SLURM's, which tells the rank by the name of its parent."""
+    daemon, program = tmp_path / "slurmstepd", tmp_path / "stand.py"
+    daemon.symlink_to(Path(sys.executable).resolve())
+    program.write_text(_STANDS_STILL)
+    code = f"import subprocess; subprocess.run([{sys.executable!r}, {str(program)!r}, {str(tmp_path)!r}])"
+    variables = {"SLURM_PROCID": "0", "RANK": "0"}
+    with subprocess.Popen([daemon, "-c", code], env=environment() | variables) as step:
+        wait_until((tmp_path / "ready-0").exists, "not ready")
+        (rank,) = children(step.pid)
+        step.kill()
+    try:
+        wait_until(lambda: not is_running(rank), "the rank goes on", SECONDS)
+    finally:
+        if is_running(rank):
+            os.kill(rank, signal.SIGKILL)
+
+
 def test_who_started_a_rank() -> None:
     assert find_launcher({}) is None
     assert find_launcher({"RANK": "0", "WORLD_SIZE": "1"}) is None
@@ -207,3 +225,20 @@ print(os.getpid())
     child, own = run_python(wrapped).splitlines()
     name, pid, parent = child.split()
     assert (name, pid) == ("torchrun", own) and parent != own
+
+
+def test_a_rank_in_a_container_of_its_own_is_left_alone() -> None:
+    """It cannot see torchrun, which is outside; that is no sign that torchrun is gone."""
+    alone = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this user cannot make namespaces")
+    code = "from mf_train.parallel.launcher import find_launcher; print(find_launcher())"
+    for command in ([sys.executable, "-c", code], ["sh", "-c", '"$0" -c "$1"; true', sys.executable, code]):
+        done = subprocess.run(
+            [*alone, *command],
+            env=environment() | {"TORCHELASTIC_RUN_ID": "none"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout.split() == ["None"], done.stderr

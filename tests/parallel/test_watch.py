@@ -389,6 +389,57 @@ def test_many_ranks_make_a_short_line() -> None:
     assert line.endswith("; and 995 more in such places; the others are at place 7") and "rank 4 " not in line
 
 
+def progressed(signs: list[Sign | None], started: list[int], finished: list[int]) -> list[Sign | None]:
+    for rank, (first, second) in enumerate(zip(started, finished, strict=True)):
+        names = {"started_name": f"c{first}", "finished_name": f"c{second}"}
+        signs = changed(signs, rank, started=first, finished=second, **names)
+    return signs
+
+
+def describe(signs: list[Sign | None]) -> str:
+    return describe_standstill(set(), signs, 60.0, 1.0)
+
+
+def test_the_rank_that_has_come_less_far_in_the_collectives_is_named() -> None:
+    many = signs([60.0] * 4)
+    # rank 2 waits for rank 3, the others for both
+    assert describe(progressed(many, [9, 9, 8, 7], [8, 8, 7, 7])) == (
+        "rank 3 on n3 has been at place 7 for 60 s, has started collective 7 (c7), others collective 9 (c9)"
+    )
+    assert describe(progressed(many, [9] * 4, [9, 9, 8, 9])) == (
+        "rank 2 on n2 has been at place 7 for 60 s, has finished collective 8 (c8), others collective 9 (c9)"
+    )
+    assert (
+        describe(progressed(many, [9] * 4, [8] * 4))
+        == "all 4 ranks have been at place 7, in collective 9 (c9)"
+    )
+    assert describe(progressed(many, [0, 1, 1, 1], [0] * 4)).endswith(
+        "has started no collective, others collective 1 (c1)"
+    )
+
+
+def test_a_place_tells_more_than_collectives_which_tell_ranks_at_one_place_apart() -> None:
+    behind = progressed(signs([60.0] * 4, [7, 7, 6, 6]), [9, 9, 9, 8], [8, 8, 8, 8])
+    assert describe(behind) == (
+        "rank 3 on n3 has been at place 6 for 60 s, has started collective 8 (c8), others collective 9 (c9); "
+        "the others are at place 7"
+    )
+
+
+def test_what_torch_recorded_tells_where_nothing_else_does() -> None:
+    waiting = signs([60.0] * 3)
+    for rank in range(3):
+        waiting = changed(waiting, rank, waits=False, called=20, complete=19)
+    assert describe(waiting) == "all 3 ranks have been at place 7"
+    assert describe(changed(waiting, 1, called=18)).endswith("has called 18 collectives in all, others 20")
+    assert describe(changed(waiting, 1, complete=18)).endswith(
+        "has 18 collectives complete in all, others 19"
+    )
+    # the main thread of others is in a collective, as it is with gloo
+    of_gloo = changed(changed(waiting, 0, waits=True), 2, waits=True, called=21)
+    assert describe(of_gloo).endswith("in no collective; the others wait in one")
+
+
 def test_what_counts_as_a_broken_connection() -> None:
     assert is_broken_connection(
         RuntimeError("[/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")

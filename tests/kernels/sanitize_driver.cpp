@@ -13,7 +13,9 @@ void mf_hash_backward(const void*, const void*, int32_t, int64_t, int32_t, float
 int32_t mf_lookup(const void*, int32_t, const void*, int32_t, int64_t, int64_t, int64_t, int32_t, const void* const*,
                   const int64_t*, int32_t, void* const*, int32_t);
 int32_t mf_lookup_backward(const void* const*, const void*, int32_t, const void*, int32_t, int64_t, int64_t, int64_t,
-                           int32_t, const void* const*, const int64_t*, int32_t, void*, void* const*, int32_t);
+                           int32_t, const void* const*, const int64_t*, int32_t, int64_t, float*, void* const*,
+                           int32_t);
+int32_t mf_column_sums(const void*, int32_t, int64_t, int64_t, float*, int32_t);
 int32_t mf_lookup_int8(const void*, int32_t, const void*, int32_t, int64_t, int64_t, int64_t, const int8_t*, int64_t,
                        const float*, void*, int32_t);
 int32_t mf_count(const void*, int32_t, int64_t, int64_t, int64_t, int64_t, int64_t*, int32_t);
@@ -69,7 +71,8 @@ void lookup_once(int32_t code_type, int32_t weight_type, int32_t table_type) {
     const int64_t code_bytes = int64_t(1) << code_type;
     const int64_t rows = int64_t(1) << between(1, code_type == 0 ? 8 : 10);
     const int64_t tokens = between(0, 4) ? between(0, 40) : between(500, 1500), tables = between(1, 9);
-    const int64_t columns[2] = {between(1, 300), 64 * between(1, 3)};
+    const int64_t chunks = int64_t(1) << between(0, 3);
+    const int64_t columns[2] = {(between(1, 300) + chunks - 1) / chunks * chunks, 64 * between(1, 3)};
     const int32_t threads = int32_t(between(1, 3)), sets = int32_t(between(1, 2));
     Array codes(tokens * tables * code_bytes), weights(tokens * tables * float_bytes(weight_type));
     for (int64_t i = 0; i < tokens * tables; ++i) {
@@ -79,7 +82,7 @@ void lookup_once(int32_t code_type, int32_t weight_type, int32_t table_type) {
     Array tables0(tables * rows * columns[0] * size), tables1(tables * rows * columns[1] * size);
     Array y0(tokens * columns[0] * size), y1(tokens * columns[1] * size);
     Array d_tables0(tables * rows * columns[0] * size), d_tables1(tables * rows * columns[1] * size);
-    Array d_weights(tokens * tables * float_bytes(weight_type));
+    Array d_weights(tokens * tables * 4), d_bias(columns[0] * 4);
     const void* table_sets[2] = {tables0.data, tables1.data};
     const void* dys[2] = {y0.data, y1.data};
     void* ys[2] = {y0.data, y1.data};
@@ -90,8 +93,9 @@ void lookup_once(int32_t code_type, int32_t weight_type, int32_t table_type) {
     };
     auto backward = [&] {
         return mf_lookup_backward(dys, codes.data, code_type, weights.data, weight_type, tokens, tables, rows, sets,
-                                  table_sets, columns, table_type, d_weights.data, d_tables, threads);
+                                  table_sets, columns, table_type, chunks, d_weights.floats(), d_tables, threads);
     };
+    if (mf_column_sums(y0.data, table_type, tokens, columns[0], d_bias.floats(), threads)) std::abort();
     Array int8_tables(tables * rows * columns[0]), scales(tables * rows * 4);
     Array int8_y(tokens * columns[0] * float_bytes(weight_type));
     auto int8 = [&] {

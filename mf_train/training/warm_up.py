@@ -92,24 +92,27 @@ def launch_kernels(engine: Engine, passes: list[Pass], still_alive: Callable[[],
     size = engine.groups.degrees.tensor
     numbers = torch.Generator(engine.device).manual_seed(0)
     for tokens, backward in passes:
-        for layer, tables in _kinds_of_layers(engine):
-            chunks = tables[0].shape[0] // size  # that this rank hashes
-            shape, dtype = (tokens, chunks * layer.bits), tables[0].dtype
+        for layer, tables, chunks in _kinds_of_layers(engine):
+            hashed = tables[0].shape[0] // size  # by this rank
+            shape, dtype = (tokens, hashed * layer.bits), tables[0].dtype
             x = torch.randn(shape, generator=numbers, dtype=dtype, device=engine.device)
             for tensor in (x, *tables):
                 tensor.requires_grad_(backward)
-            codes, weights = hash_codes(x, chunks, layer.temperature, layer.score)
+            codes, weights = hash_codes(x, hashed, layer.temperature, layer.score)
             still_alive()
-            # repeated in the place of what the other ranks send
-            ys = lookup_all(codes.repeat(1, size), weights.repeat(1, size), tables)
+            if size > 1:  # repeated in the place of what the other ranks send, which arrives in float32
+                codes, weights = codes.repeat(1, size), weights.repeat(1, size).float()
+            ys = lookup_all(codes, weights, tables, chunks=chunks)
             still_alive()
             if backward:
                 torch.autograd.grad(ys, [x, *tables], [torch.ones_like(y) for y in ys])
                 still_alive()
 
 
-def _kinds_of_layers(engine: Engine) -> Iterator[tuple[Hash, list[Tensor]]]:
-    """Each hash of the model with the tables that read its codes, once of those for which the kernels are the same."""
+def _kinds_of_layers(engine: Engine) -> Iterator[tuple[Hash, list[Tensor], int]]:
+    """Each hash of the model with the tables that read its codes and their chunks of columns, once of those for which
+    the kernels are the same.
+    """
     seen = set()
     blocks: Iterable[Any] = engine.model.blocks
     for block in blocks:
@@ -127,7 +130,11 @@ def _kinds_of_layers(engine: Engine) -> Iterator[tuple[Hash, list[Tensor]]]:
             )
             if kind not in seen:
                 seen.add(kind)
-                yield layer, tables
+                yield (
+                    layer,
+                    tables,
+                    min(t.shape[-1] // module.chunk for t, module in zip(tables, lookups, strict=True)),
+                )
 
 
 def _whole(engine: Engine, tables: torch.nn.Parameter) -> Tensor:

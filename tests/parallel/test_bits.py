@@ -36,6 +36,9 @@ CASES: dict[str, dict[str, Any]] = {name: SIZES | changes for name, changes in M
 }
 OPERATIONS = ("C++", "torch")
 BATCH, LENGTH = 9, 24
+EVERY = [*itertools.product(OPERATIONS, CASES, DTYPES)]
+# of the torch operations two shapes; the drills have all
+QUICK = [each for each in EVERY if each[0] == "C++" or each[1] in ("quickstart", "documents")]
 
 
 def losses_and_gradients(model: MemoryFormer, config: ModelConfig, documents: bool, seed: int) -> Tensor:
@@ -85,12 +88,12 @@ def plain_results(rank: int, model: MemoryFormer, case: str, seed: int) -> dict[
 
 
 def all_cases(
-    rank: int, world_size: int, degrees: tuple[int, ...]
+    rank: int, world_size: int, degrees: tuple[int, ...], cases: list[tuple[str, str, str]]
 ) -> dict[tuple[str, str, str, int], list[str]]:
     results = {}
     library = cpu.library
     groups = [dist.new_group(list(range(size))) for size in degrees]
-    for operations, (seed, case), dtype in itertools.product(OPERATIONS, enumerate(CASES), DTYPES):
+    for seed, (operations, case, dtype) in enumerate(cases):
         cpu.library = library if operations == "C++" else lambda: None
         model = random_model(ModelConfig(**CASES[case]), seed, DTYPES[dtype], std=0.2)
         expected = plain_results(rank, model, case, seed)
@@ -104,20 +107,15 @@ def all_cases(
 @pytest.fixture(scope="module")
 def results() -> list[dict[tuple[str, str, str, int], list[str]]]:
     """Of each rank."""
-    return run_distributed(all_cases, 4, (2, 4), init=True, timeout=600)
+    return run_distributed(all_cases, 4, (2, 4), QUICK, init=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
 def results_of_eight() -> list[dict[tuple[str, str, str, int], list[str]]]:
-    return run_distributed(all_cases, 8, (8,), init=True, timeout=600)
+    return run_distributed(all_cases, 8, (2, 4, 8), EVERY, init=True, timeout=900)
 
 
-every_case = pytest.mark.parametrize(
-    ("operations", "case", "dtype"), [(o, c, d) for o in OPERATIONS for c in CASES for d in DTYPES]
-)
-
-
-@every_case
+@pytest.mark.parametrize(("operations", "case", "dtype"), QUICK)
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_gradient_has_the_same_bits(
     operations: str, case: str, dtype: str, size: int, results: Any
@@ -129,12 +127,13 @@ def test_every_gradient_has_the_same_bits(
 
 
 @pytest.mark.slow
-@every_case
-def test_and_on_eight_ranks(operations: str, case: str, dtype: str, results_of_eight: Any) -> None:
+@pytest.mark.parametrize(("operations", "case", "dtype"), EVERY)
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_and_on_eight_ranks(operations: str, case: str, dtype: str, size: int, results_of_eight: Any) -> None:
     if operations == "C++" and cpu.library() is None:
         pytest.skip(cpu.reason())
-    for rank in range(8):
-        assert results_of_eight[rank][operations, case, dtype, 8] == []
+    for rank in range(size):
+        assert results_of_eight[rank][operations, case, dtype, size] == []
 
 
 @pytest.mark.parametrize("operations", OPERATIONS)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from mf_train.parallel.agreement import run_on_all
-from mf_train.parallel.exchange import Exchange, gather_features
+from mf_train.parallel.exchange import Exchange, gather_codes
 from mf_train.parallel.groups import start_processes
 from mf_train.parallel.processes import Process
 from mf_train.parallel.watch import (
@@ -145,7 +145,7 @@ def work_of_a_device(trouble: str, rank: int) -> None:
             stop()
             exchange.all_gather(torch.ones(3))
         if trouble == "device, backward":
-            y = gather_features(x, exchange)
+            _, y = gather_codes(torch.zeros(2, 3, dtype=torch.uint8), x, exchange)
             y.register_hook(stop)
             y.sum().backward()
         if trouble == "device, save":
@@ -250,7 +250,7 @@ NO_PROGRESS = {
     "device, step": f"{LATE}, has started collective 1 \\(tensor-parallel all-gather\\), "
     "others collective 2 \\(tensor-parallel all-gather\\)",
     "device, backward": f"{LATE}, has started collective 2 \\(tensor-parallel all-gather\\), "
-    "others collective 3 \\(tensor-parallel reduce-scatter\\)",
+    "others collective 3 \\(tensor-parallel all-to-all\\)",
     "device, save": f"{LATE}, has started collective 1 \\(tensor-parallel all-gather\\), "
     "others collective 2 \\(agreement of all ranks\\)",
     "device, library": f"{LATE}, has called 6 collectives in all, others 7",

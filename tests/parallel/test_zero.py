@@ -69,6 +69,7 @@ class Outcome:
 
 
 CASES = [Case(stage, precision) for stage in STAGES for precision in PRECISIONS]
+PLAIN = [*CASES]
 CASES += [replace(case, overlap=False) for case in CASES]
 CASES += [Case(stage, "bfloat16", reduce_dtype="bfloat16") for stage in (0, 1, 2)]
 
@@ -83,7 +84,7 @@ def batch_of(step: int) -> Tensor:
 def train(rank: int, ranks: int) -> list[Outcome]:
     start_processes(find_process(), CPU, 120)
     groups = Groups(Degrees(rank, ranks, 1), 120)
-    return [train_case(case, groups) for case in CASES]
+    return [train_case(case, groups) for case in (CASES if ranks > 1 else PLAIN)]
 
 
 def train_case(case: Case, groups: Groups) -> Outcome:
@@ -151,13 +152,13 @@ def whole(engine: Engine, kind: str) -> Tensor:
 def outcomes(ranks: int) -> list[dict[Case, Outcome]]:
     """By rank."""
     found = run_distributed(train, ranks, timeout=300)
-    return [dict(zip(CASES, of_rank, strict=True)) for of_rank in found]
+    return [dict(zip(CASES, of_rank, strict=False)) for of_rank in found]
 
 
 EVERY = [
     pytest.param(ranks, case, id=f"R{ranks}-stage{case.stage}-{case.precision}")
     for ranks in (1, 2, 4)
-    for case in CASES[: len(STAGES) * len(PRECISIONS)]
+    for case in PLAIN
 ]
 
 
@@ -180,7 +181,8 @@ def assert_sum(actual: Tensor, addends: list[Tensor], sizes: list[Tensor]) -> No
     assert bool((error <= (BATCH + 6) * 2.0**-24 * size + 1e-30).all()), (error / size).nan_to_num().max()
 
 
-@pytest.mark.parametrize(("ranks", "case"), EVERY)
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_overlap_changes_no_bit(ranks: int, case: Case) -> None:
     for outcome in outcomes(ranks):
         assert_equal(outcome[case], outcome[replace(case, overlap=False)])

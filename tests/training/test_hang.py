@@ -21,7 +21,7 @@ LAGS = {
     "step": r"training step \d+ for \d+ s, has started collective \d+ \(.*\), others collective \d+ "
     r"\(tensor-parallel all-gather\)",
     "backward": r"training step \d+ for \d+ s, has started collective \d+ \(.*\), others collective \d+ "
-    r"\(tensor-parallel reduce-scatter\)",
+    r"\(tensor-parallel all-to-all\)",
     "save": r"(writing|saving|starting to save) .*",
 }
 

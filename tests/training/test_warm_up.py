@@ -63,7 +63,7 @@ def launches() -> Iterator[set[Launch]]:
 
         def record(call: str) -> Callable[..., Any]:
             def run(*arguments: Any) -> Any:
-                tables = arguments[-1] if call.startswith("lookup") else ()
+                tables = {"lookup": arguments[-1], "lookup_backward": arguments[-2]}.get(call, ())
                 sizes = tuple((table.shape, table.data_ptr() % 16) for table in tables)
                 found.add((call, sizes, *(describe(argument) for argument in arguments)))
                 return getattr(backend, call)(*arguments)
@@ -71,7 +71,7 @@ def launches() -> Iterator[set[Launch]]:
             return run
 
         calls = ("hash_codes", "hash_codes_backward", "lookup", "lookup_backward")
-        return SimpleNamespace(**{call: record(call) for call in calls})
+        return SimpleNamespace(**{call: record(call) for call in calls}, column_sums=backend.column_sums)
 
     ops.find_backend = recorder  # type: ignore[assignment]
     try:

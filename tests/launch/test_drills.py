@@ -266,7 +266,7 @@ def test_chain(make_run: MakeRun, reference: Reference, drill: Drill, slurm_clus
         (["--partition=no-such"], ["no-such", "main", "urgent"]),
         (["parallel.tensor=4"], ["parallel.tensor 4", "--tasks-per-node"]),
         (["--nodes=5"], ["--nodes 5", "4 nodes"]),
-        (["training.global_batch_size=7"], ["global_batch_size"]),
+        (["training.global_batch_size=1"], ["global_batch_size"]),
         (["model.hidden_size=65536", "model.num_layers=99"], ["does not fit"]),
     ],
 )

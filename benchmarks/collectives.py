@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.tables import table
 
-STEPS, MICRO_BATCHES = 8, 4
+STEPS, MICRO_BATCHES = 4, 4
 FEWEST = 8  # elements: smaller collectives are single numbers
 LAYOUTS = ((1, 1), (1, 2), (1, 4), (2, 2))  # tensor- and data-parallel degrees
 # c10d operators: the collective's name, which tensor is the whole, and how often it goes round the ring of R ranks
@@ -104,7 +104,7 @@ def main() -> None:
             ranks = f"--nproc-per-node={tensor * data}"
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks]
             command = [*launcher, "-m", "benchmarks.collectives", str(tensor), str(result)]
-            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            subprocess.run(command, check=True)
             rows += [[f"{tensor} x {data}", *cells] for cells in json.loads(result.read_text())]
     print(table(["P x R", "stage", "precision", "collectives", "MB sent", "early", "seconds"], rows))
 
@@ -132,13 +132,13 @@ def _measure(groups: Any) -> Iterator[list[str]]:
 
     degrees = groups.degrees
     model = ModelConfig(
-        hidden_size=128, num_layers=4, num_heads=4, bits=8, vocab_size=4096, sequence_length=128
+        hidden_size=192, num_layers=3, num_heads=4, bits=6, vocab_size=4096, sequence_length=128
     )
     for stage in (0, 1, 2, 3):
         for precision in ("float32", "bfloat16"):
             config = Config(
                 model=model,
-                parallel=ParallelConfig(tensor=degrees.tensor, zero_stage=stage, bucket_size=2_000_000),
+                parallel=ParallelConfig(tensor=degrees.tensor, zero_stage=stage, bucket_size=500_000),
                 training=TrainingConfig(
                     global_batch_size=MICRO_BATCHES * degrees.data,
                     micro_batch_size=1,

@@ -179,10 +179,12 @@ class Profile:
 def _state_bytes(engine: Engine) -> dict[str, int]:
     """Bytes that this rank holds between steps: of the parameters, and of the optimiser's masters and moments."""
     parameters = {p.data_ptr(): p.nbytes for p in engine.model.parameters()}
-    masters = {p.data_ptr(): p.nbytes for group in engine.optimizer.param_groups for p in group["params"]}
+    weights = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+    masters = [master for group in engine.optimizer.param_groups for master in group["params"]]
     moments = [value for state in engine.optimizer.state.values() for value in state.values()]
     return {
         "parameters": sum(parameters.values()),
-        "masters": sum(size for place, size in masters.items() if place not in parameters),
+        # in float32 they lie in the weights themselves
+        "masters": sum(m.nbytes for m in masters if m.untyped_storage().data_ptr() not in weights),
         "moments": sum(value.nbytes for value in moments if isinstance(value, torch.Tensor)),
     }

@@ -79,12 +79,8 @@ class ParallelConfig:
 
     tensor: int = positive(1)
     zero_stage: int = bounds.zero_stage(1)
-    reduce_dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # in which gradients are sent; they are added in float32
-    )
-    overlap: bool = (
-        True  # reduce gradients beside the backward pass, gather weights beside the next forward pass
-    )
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients when sent; added in float32
+    overlap: bool = True  # send gradients beside the backward pass, weights beside the next forward pass
     bucket_size: int = positive(40_000_000)  # gradients that are reduced at once, at least
 
 
@@ -107,9 +103,7 @@ class TrainingConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0  # of the initial weights
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    deterministic: bool = (
-        False  # on GPUs too, a run repeats to the last bit; an operation that cannot ends it
-    )
+    deterministic: bool = False  # repeat to the last bit on GPUs too; an operation that cannot ends the run
     output_dir: str = "runs/default"
     validation_interval: int = not_negative(0)  # steps between validations, also after the last; 0: none
     validation_sequences: int = not_negative(0)  # sequences of the validation text that are used; 0: all

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mf_train.config import Config
 from mf_train.data.stream.digest import LIMBS, format_digest, from_limbs, rows_digest, to_limbs
-from mf_train.data.stream.stream import TokenStream, merge_states
+from mf_train.data.stream.stream import TokenStream, merge_states, reading_ranks
 from mf_train.data.workers.batches import BatchReader
 from mf_train.errors import TrainingError, UserError
 from mf_train.parallel.agreement import fail_together
@@ -169,10 +169,9 @@ class SharedBatches:
 
     def _deal(self, rows: Tensor, step: int) -> Tensor:
         """Rows as they were read [read, S+1] -> those of this rank, in the order of the batch. For ranks that read."""
-        batch, ranks = self.config.training.global_batch_size, self.groups.degrees.data
-        streams, first = self.config.data.logical_streams, (step - 1) * batch
-        reader = [(first + row) % streams % ranks for row in range(batch)]
-        me = self.groups.degrees.data_rank
+        batch, streams = self.config.training.global_batch_size, self.config.data.logical_streams
+        me, ranks = self.groups.degrees.data_rank, self.groups.degrees.data
+        reader = reading_ranks(step - 1, batch, streams, ranks)
         read = [row for row in range(batch) if reader[row] == me]
         mine = rows_of_rank(self.config, me, ranks)
         # by the rank that a row goes to, or comes from; the batch's order among equals

@@ -1,9 +1,9 @@
 """The token stream: batches that are a function of (data config, tokenizer, sizes, step) alone.
 
 Row j of the global batch of step t is sample i = t * G + j. It belongs to logical stream i mod L. Rank r of R
-reads the streams s with s mod R == r: no rank touches another's, and with more ranks than streams some read none.
-(Which rank trains on a row is another question: `mf_train.training.batches`.) Each logical stream has, for each
-source, a cursor of its own.
+reads the streams s with s mod R == r (`reading_ranks`): no rank touches another's, and with more ranks than streams
+some read none. (Which rank trains on a row is another question: `mf_train.training.batches`.) Each logical stream
+has, for each source, a cursor of its own.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ class TokenStream:
 
     def row_numbers(self, step: int | None = None) -> Sequence[int]:
         """Numbers in the global batch, ascending, of the rows that this rank reads for a step; None: the next one."""
-        first = (self.step if step is None else step) * self.global_batch_size
-        streams, rank, ranks = self._data.logical_streams, self.data_rank, self.data_size
-        return [row for row in range(self.global_batch_size) if (first + row) % streams % ranks == rank]
+        step = self.step if step is None else step
+        ranks = reading_ranks(step, self.global_batch_size, self._data.logical_streams, self.data_size)
+        return [row for row, rank in enumerate(ranks) if rank == self.data_rank]
 
     def next_row(self) -> Row:
         """This object's next row, in the order of samples."""
@@ -212,6 +212,12 @@ class TokenStream:
 
     def _open_cursors(self, orders: list[WindowOrder], stream: int) -> list[_Cursor]:
         return [_Cursor(*pair, stream) for pair in zip(self.sources, orders, strict=True)]
+
+
+def reading_ranks(step: int, global_batch_size: int, logical_streams: int, data_size: int) -> list[int]:
+    """The data-parallel rank that reads each row of a step's global batch."""
+    first = step * global_batch_size
+    return [sample % logical_streams % data_size for sample in range(first, first + global_batch_size)]
 
 
 def stream_worker(stream: int, data_size: int, workers: int) -> int:

@@ -54,7 +54,7 @@ class Call:
 
 
 class Collectives(TorchDispatchMode):
-    """Within the block, records the collectives of this thread in `calls`."""
+    """Within the block, records the collectives of this thread in `calls`. One that is not in `_KINDS` is an error."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,8 @@ class Collectives(TorchDispatchMode):
     ) -> Any:
         namespace, _, rest = str(func).partition(".")
         name = rest.partition(".")[0]
-        if namespace == "c10d" and name in _KINDS:
+        if namespace == "c10d":
+            assert name in _KINDS, name
             self._note(name, args)
         return func(*args, **(kwargs or {}))
 
@@ -125,6 +126,7 @@ def run_rank(tensor: int, result: Path) -> None:
 
 
 def _measure(groups: Any) -> Iterator[list[str]]:
+    from benchmarks.micro_batches import backward_passes
     from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
     from mf_train.parallel.engine import Engine
     from mf_train.parallel.exchange import Exchange
@@ -149,14 +151,12 @@ def _measure(groups: Any) -> Iterator[list[str]]:
             engine = Engine(
                 build_model(model, exchange, 0, torch.device("cpu")), config, groups, torch.device("cpu")
             )
-            tokens = torch.randint(model.vocab_size, (1, model.sequence_length + 1))
-            share, seconds, calls = 1 / config.training.global_batch_size, [], []
+            micro_batches = [torch.randint(model.vocab_size, (1, model.sequence_length + 1))] * MICRO_BATCHES
+            seconds, calls = [], []
             for _ in range(STEPS):
                 began = time.perf_counter()
                 with Collectives() as collectives:
-                    for index in range(MICRO_BATCHES):
-                        last = index == MICRO_BATCHES - 1
-                        engine.backward(tokens[:, :-1], tokens[:, 1:], share=share, last=last)
+                    backward_passes(engine, micro_batches, config.training.global_batch_size)
                     engine.update(1e-4)
                 seconds.append(time.perf_counter() - began)
                 calls = collectives.calls

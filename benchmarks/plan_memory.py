@@ -19,6 +19,7 @@ STEPS = 3
 def main(path: str, folder: str, *flags: str) -> None:
     import torch
 
+    from benchmarks.micro_batches import backward_passes
     from mf_train.config.loading import load_config
     from mf_train.model import MemoryFormer
     from mf_train.parallel.degrees import Degrees
@@ -50,23 +51,14 @@ def main(path: str, folder: str, *flags: str) -> None:
     engine = Engine(model, config, groups, cpu)
     found["built"], found["build_peak"] = status("VmRSS") - start, status("VmHWM") - start
     micro, length = config.training.micro_batch_size, config.model.sequence_length
-    batch = torch.randint(config.model.vocab_size, (micro, length + 1))
-    trace = _Trace() if "--trace" in flags else None
+    micro_batches = [torch.randint(config.model.vocab_size, (micro, length + 1))] * engine.micro_batches
+    note = _trace if "--trace" in flags else lambda name: None
     for _ in range(STEPS):
         reset_peak()
         began = time.perf_counter()
-        for index in range(engine.micro_batches):
-            engine.backward(
-                batch[:, :-1],
-                batch[:, 1:],
-                share=1 / engine.micro_batches,
-                last=index == engine.micro_batches - 1,
-            )
-            if trace is not None:
-                trace.note("backward")
+        backward_passes(engine, micro_batches, config.training.global_batch_size, lambda: note("backward"))
         engine.update(1e-4)
-        if trace is not None:
-            trace.note("update")
+        note("update")
         found["seconds"].append(time.perf_counter() - began)
         found["peaks"].append(status("VmHWM") - start)
         found["ends"].append(status("VmRSS") - start)
@@ -82,9 +74,8 @@ def _warm_up() -> None:
     (x @ x).softmax(-1).sum().backward()
 
 
-class _Trace:
-    def note(self, name: str) -> None:
-        print(name, "rss", status("VmRSS") / 1e6, "peak", status("VmHWM") / 1e6, file=sys.stderr)
+def _trace(name: str) -> None:
+    print(name, "rss", status("VmRSS") / 1e6, "peak", status("VmHWM") / 1e6, file=sys.stderr)
 
 
 if __name__ == "__main__":

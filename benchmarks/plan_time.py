@@ -51,6 +51,7 @@ def measure_all(configs: dict[str, Config]) -> Iterator[tuple[str, float]]:
     """Names and CPU seconds of a step: the least of those after the first, of training on random tokens."""
     import torch
 
+    from benchmarks.micro_batches import backward_passes
     from mf_train.model import MemoryFormer
     from mf_train.model.initialise import initialise
     from mf_train.parallel.degrees import Degrees
@@ -68,18 +69,12 @@ def measure_all(configs: dict[str, Config]) -> Iterator[tuple[str, float]]:
         model = MemoryFormer(config.model)
         initialise(model, 0)
         engine = Engine(model, config, groups, cpu)
-        micro, length = config.training.micro_batch_size, config.model.sequence_length
+        rows, length = config.training.global_batch_size, config.model.sequence_length
         seconds = []
         for _ in range(STEPS):
             began = time.process_time()
-            for index in range(engine.micro_batches):
-                batch = torch.randint(config.model.vocab_size, (micro, length + 1))
-                engine.backward(
-                    batch[:, :-1],
-                    batch[:, 1:],
-                    share=1 / engine.micro_batches,
-                    last=index == engine.micro_batches - 1,
-                )
+            batch = torch.randint(config.model.vocab_size, (rows, length + 1))
+            backward_passes(engine, batch.tensor_split(engine.micro_batches), rows)
             engine.update(1e-4)
             seconds.append(time.process_time() - began)
         yield name, min(seconds[1:])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.micro_batches import backward_passes
 from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from mf_train.model import MemoryFormer
 from mf_train.model.initialise import initialise
@@ -153,11 +154,7 @@ def train_long(precision: str, attention: str, process: Process, device: torch.d
     with nullcontext() if attention == ATTENTIONS[0] else sdpa_kernel(SDPBackend.MATH):
         for _ in range(5):
             rows = (256 * torch.rand(4, LONG.sequence_length + 1, generator=generator).pow(3)).long()
-            losses = [
-                engine.backward(part[:, :-1], part[:, 1:], share=1 / 2, last=index == 1)
-                for index, part in enumerate(rows.to(device).split(2))
-            ]
-            repeat.losses.append(torch.stack(losses).double().sum().item())
+            repeat.losses.append(backward_passes(engine, rows.to(device).split(2), 4).item())
             repeat.norms.append(engine.update(OPTIMIZER.learning_rate).item())
     repeat.masters = collect(engine, "master", 0)
     engine.close()

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.micro_batches import backward_passes
 from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from mf_train.model import MemoryFormer
 from mf_train.parallel.degrees import Degrees
@@ -44,8 +45,7 @@ def count_waits(rank: int, world_size: int) -> dict[str, int]:
         get_accelerator().synchronize = note
         tokens = torch.randint(MODEL.vocab_size, (2, MODEL.sequence_length + 1))
         for _ in range(3):
-            for index in range(4):
-                engine.backward(tokens[:, :-1], tokens[:, 1:], share=1 / 4, last=index == 3)
+            backward_passes(engine, [tokens] * 4, 8)
             engine.update(1e-3)
         counts[f"stage {stage} {precision}"] = waits
     return counts

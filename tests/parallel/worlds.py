@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.micro_batches import backward_passes
 from mf_train.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from mf_train.data.stream.validation import IGNORED, ValidationBlocks
 from mf_train.data.tokenizer import TokenIds
@@ -150,10 +151,7 @@ def run_case(case: Case, process: Process, device: torch.device = CPU) -> Record
     record = Record(tensor_rank=degrees.tensor_rank, collected=degrees.data_rank == last)
     for step in range(1, 4 if case.warm else STEPS + 1):
         micro_batches = batch_of(step).to(device)[degrees.data_rank :: degrees.data].split(MICRO)
-        loss = torch.zeros((), dtype=torch.float64, device=device)
-        for index, rows in enumerate(micro_batches):
-            is_last = index == len(micro_batches) - 1
-            loss += engine.backward(rows[:, :-1], rows[:, 1:], share=len(rows) / BATCH, last=is_last)
+        loss = backward_passes(engine, micro_batches, BATCH)
         dist.all_reduce(loss, group=groups.data)
         record.losses.append(loss.item())
         record.norms.append(engine.update(OPTIMIZER.learning_rate).item())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.collectives import Collectives
+from benchmarks.micro_batches import backward_passes
 from mf_train.config import ModelConfig
 from mf_train.model import MemoryFormer
 from mf_train.parallel.degrees import Degrees
@@ -108,30 +108,6 @@ def test_shares_are_of_all_devices_peak() -> None:
 SENT = replace(SMALL, sequence_length=16)  # 10-bit codes in the inner hash: those travel in two bytes
 RANKS, BATCH, MICRO = 2, 8, 2
 FEWEST = 64  # elements: smaller collectives are single numbers, which the formula leaves out
-# How often a tensor goes round the ring: by c10d operator, of the whole (all-reduce) or the gathered tensor.
-ONCE = ("_allgather_base_", "_reduce_scatter_base_", "allgather_", "reduce_scatter_")
-PASSES = {"allreduce_": 2} | dict.fromkeys(ONCE, 1)
-
-
-class Count(TorchDispatchMode):
-    """Bytes of a ring in each collective of torch.distributed that runs inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: dict[str, float] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name = func._schema.name.removeprefix("c10d::")
-            tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(leaf)]
-            whole = max(tensors, key=torch.numel)
-            if whole.numel() >= FEWEST:
-                assert name in PASSES, name
-                bytes_sent = PASSES[name] * whole.nbytes * (RANKS - 1) / RANKS
-                self.sent[name] = self.sent.get(name, 0) + bytes_sent
-        return func(*args, **(kwargs or {}))
-
-
 CASES = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16")]
 
 
@@ -145,22 +121,17 @@ def count_steps(rank: int, size: int) -> dict[str, float]:
         torch.manual_seed(rank)
         engine = Engine(MemoryFormer(SENT), make(SENT, BATCH, MICRO, 1, stage, precision), groups, cpu)
         train_step(engine)  # stage 3 traces its first step, and compares the traces of all ranks
-        with Count() as count:
+        with Collectives() as collectives:
             train_step(engine)
-        found[f"{stage} {precision}"] = sum(count.sent.values())
+        large = [call for call in collectives.calls if call.elements >= FEWEST]
+        found[f"{stage} {precision}"] = sum(call.sent_bytes for call in large)
     stop_processes()
     return found
 
 
 def train_step(engine: Engine) -> None:
-    for index in range(engine.micro_batches):
-        tokens = torch.randint(SENT.vocab_size, (MICRO, SENT.sequence_length + 1))
-        engine.backward(
-            tokens[:, :-1],
-            tokens[:, 1:],
-            share=1 / engine.micro_batches,
-            last=index == engine.micro_batches - 1,
-        )
+    rows = torch.randint(SENT.vocab_size, (BATCH // RANKS, SENT.sequence_length + 1))
+    backward_passes(engine, rows.split(MICRO), BATCH)
     engine.update(1e-4)
 
 

@@ -97,6 +97,8 @@ def import_deepspeed(device: torch.device, local_rank: int) -> Any:
     """The package, told of the device, with nothing compiled at start and errors alone in its log."""
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # it asks for this one of torchrun's variables
+    if device.type == "cpu":
+        os.environ.setdefault("LOCAL_SIZE", "1")  # else each of its reductions starts numactl, to count nodes
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 

@@ -46,11 +46,11 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	@MF_PYTHON=$(VENV)/bin/python bash launch/quickstart.sh
 
-# Tests of one file stay on one worker. More workers than processors: some tests mostly wait. One thread each: those of
-# BLAS and OpenMP spin while they wait for a processor; tests of threads set their number.
+# Tests of one file stay on one worker. More workers than processors: some tests mostly wait. One thread each; tests of
+# threads set their number, and where threads wait for one another they sleep: spinning takes a processor from the others.
 WORKERS := $(if $(findstring no:xdist,$(PYTEST_ARGS)),,-n $(shell expr $$(nproc) + 1) --dist loadfile --no-loadscope-reorder)
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 drills: $(STAMP)
 	$(VENV)/bin/python -m pytest -m "(slow or hypothesis) and not faults and not slurm" --hypothesis-profile=full $(PYTEST_ARGS)

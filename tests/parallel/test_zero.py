@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.collectives import Call, Collectives
+from benchmarks.micro_batches import backward_passes
 from mf_train.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from mf_train.model import MemoryFormer
 from mf_train.parallel.degrees import Degrees
@@ -65,7 +67,7 @@ class Outcome:
     state: dict[str, Tensor]  # masters and moments after the last step
     losses: list[float]
     norms: list[float]
-    calls: list[Call]  # of the last step
+    calls: list[Call] = field(default_factory=list)  # of the last step
 
 
 CASES = [Case(stage, precision) for stage in STAGES for precision in PRECISIONS]
@@ -90,16 +92,13 @@ def train(rank: int, ranks: int) -> list[Outcome]:
 def train_case(case: Case, groups: Groups) -> Outcome:
     engine = Engine(MemoryFormer(MODEL), case.config(), groups, CPU)
     degrees = groups.degrees
-    own, size = own_gradients(case, batch_of(0)[degrees.data_rank :: degrees.data])
-    outcome = Outcome(own, size, torch.empty(0), {}, [], [], [])
+    own, size = own_gradients(case.precision, degrees.data_rank, degrees.data)
+    outcome = Outcome(own, size, torch.empty(0), {}, [], [])
+    collectives = Collectives()
     for step in range(STEPS):
         parts = batch_of(step)[degrees.data_rank :: degrees.data].tensor_split(engine.micro_batches)
-        loss = torch.zeros(())
-        with Collectives() as collectives:
-            for index, rows in enumerate(parts):
-                loss += engine.backward(
-                    rows[:, :-1], rows[:, 1:], share=len(rows) / BATCH, last=index == len(parts) - 1
-                )
+        with collectives if step == STEPS - 1 else nullcontext():
+            loss = backward_passes(engine, parts, BATCH)
             norm = engine.update(3e-3)
         dist.all_reduce(loss)
         outcome.losses.append(loss.item())
@@ -115,9 +114,11 @@ def train_case(case: Case, groups: Groups) -> Outcome:
     return outcome
 
 
-def own_gradients(case: Case, rows: Tensor) -> tuple[Tensor, Tensor]:
+@functools.cache
+def own_gradients(precision: str, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
     """By torch alone: each row's gradients in the precision, added in float32; and their absolute values."""
-    model = MemoryFormer(MODEL).to(getattr(torch, case.precision))
+    rows = batch_of(0)[rank::ranks]
+    model = MemoryFormer(MODEL).to(getattr(torch, precision))
     sums, sizes = ([torch.zeros(p.shape) for p in model.parameters()] for _ in range(2))
     for row in rows.split(MICRO):
         loss = model(row[:, :-1], row[:, 1:]).mean() * (len(row) / BATCH)

@@ -54,8 +54,8 @@ EVERY = (0, 1, 2, 3)
 WORLDS = [
     (
         [0, 1, 2, 3],
-        select(2, 2, "float32", EVERY)
-        + select(2, 2, "bfloat16", (1, 2))
+        select(2, 2, "float32", (1, 3))
+        + select(2, 2, "bfloat16", (0, 2))
         + select(2, 2, "float32", (1, 3), warm=True)
         + select(2, 2, "float32", (3,), documents=True)
         + select(2, 2, "bfloat16", (2,), documents=True)
@@ -65,16 +65,17 @@ WORLDS = [
     ([2, 3], select(1, 2, "float32", (1, 3)) + select(1, 2, "bfloat16", (0, 2))),
     (
         [0],
-        select(1, 1, "float32", (0, 2, 3))
-        + select(1, 1, "bfloat16", (0, 1, 3))
+        select(1, 1, "float32", (0, 2))
+        + select(1, 1, "bfloat16", (1, 3))
         + select(1, 1, "float32", (0,), documents=True),
     ),
 ]
 SLOW_WORLDS = [
     (
         [0, 1, 2, 3],
-        select(2, 2, "float32", (0, 2), warm=True)
-        + select(2, 2, "bfloat16", (0, 3))
+        select(2, 2, "float32", (0, 2))
+        + select(2, 2, "float32", (0, 2), warm=True)
+        + select(2, 2, "bfloat16", (1, 3))
         + select(2, 2, "bfloat16", EVERY, warm=True)
         + select(2, 2, "float32", (1,), documents=True)
         + select(4, 1, "float32", (1, 2, 3))
@@ -82,7 +83,7 @@ SLOW_WORLDS = [
     ),
     ([0, 1], select(2, 1, "float32", (1, 3)) + select(2, 1, "bfloat16", (0, 2))),
     ([2, 3], select(1, 2, "float32", (0, 2)) + select(1, 2, "bfloat16", (1, 3))),
-    ([0], select(1, 1, "float32", (1,)) + select(1, 1, "bfloat16", (2,))),
+    ([0], select(1, 1, "float32", (1, 3)) + select(1, 1, "bfloat16", (0, 2))),
 ]
 
 

@@ -138,8 +138,8 @@ def test_every_leading_shape(lead: tuple[int, ...]) -> None:
 # tau, K, the tables' widths, leading shape. The interpreter takes a millisecond for each read of each row.
 PLAIN, THREE_SETS, WIDE, ALL_BITS = (
     (1, 5, (7,), (2, 9)),
-    (3, 9, (40, 1, 3), (5,)),
-    (3, 2, (200,), (60,)),
+    (2, 9, (40, 1, 3), (5,)),
+    (2, 2, (200,), (30,)),
     (8, 1, (33,), (11,)),
 )
 
@@ -161,8 +161,9 @@ def test_lookup(case: tuple, dtype: torch.dtype, blocks: str) -> None:
     for a, e in zip(actual, run_reference(codes, weights, tables, dys), strict=True):
         assert a.dtype == dtype
         assert_close(a, e, dtype)
-    again = run(codes, weights, tables, dys)
-    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+    if not INTERPRETED:  # which runs one program after the other
+        again = run(codes, weights, tables, dys)
+        assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
 def test_lookup_in_many_rows() -> None:
@@ -187,7 +188,7 @@ def test_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("width", "degree"), [(8, 2), (72, 4)])
 def test_columns_give_the_same_bits_as_the_whole(width: int, degree: int) -> None:
-    codes, weights, tables, dys = random_lookup(3, 2, 9, (width,), (6,))
+    codes, weights, tables, dys = random_lookup(3, 1, 9, (width,), (4,))
     y, _, d_tables = run(codes, weights, tables, dys)
     for first in range(0, width, width // degree):
         columns = slice(first, first + width // degree)
@@ -210,7 +211,7 @@ def test_columns_give_the_same_bits_as_the_whole(width: int, degree: int) -> Non
 def test_slices_of_columns_give_nodes_of_the_gradient_of_weights(
     widths: tuple[int, ...], dtype: torch.dtype, blocks: str
 ) -> None:
-    codes, weights, tables, dys = random_lookup(4, 2, 3, widths, (9,), dtype)
+    codes, weights, tables, dys = random_lookup(4, 1, 3, widths, (3,), dtype)
     whole, d_tables = backend.lookup_backward(dys, codes, weights, tables, 8)
     assert whole.dtype == torch.float32
     assert_close(whole, run_reference(codes, weights, tables, dys)[len(widths)], torch.float32)
@@ -260,7 +261,7 @@ def test_nan_and_infinity_reach_their_readers_only() -> None:
 
 
 def test_all_tokens_in_one_row() -> None:
-    codes, weights, tables, dys = random_lookup(6, 2, 2, (5,), (300,))
+    codes, weights, tables, dys = random_lookup(6, 2, 1, (5,), (300,))
     codes[:, 0] = 3
     actual = run(codes, weights, tables, dys)
     for a, e in zip(actual, run_reference(codes, weights, tables, dys), strict=True):
@@ -282,7 +283,7 @@ def test_weights_are_rounded_to_the_tables_dtype(table_dtype: torch.dtype, weigh
 
 
 def test_strided_arguments() -> None:
-    codes, weights, tables, dys = random_lookup(8, 4, 6, (10,), (8,))
+    codes, weights, tables, dys = random_lookup(8, 2, 6, (10,), (8,))
     strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in (codes, weights, tables[0], dys[0])]
     assert not any(t.is_contiguous() for t in strided)
     actual = run(strided[0], strided[1], [strided[2]], [strided[3]])

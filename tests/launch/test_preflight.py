@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,58 +15,60 @@ import pytest
 import torch
 
 from mf_train.kernels import describe
-from mf_train.launch.preflight import MARK, PIECE, links_of, read_file, write_file
+from mf_train.launch.preflight import MARK, PIECE, links_of, main, read_file, write_file
+from mf_train.parallel.launcher import end_with_parent
+from tests.warm import free_port, start_warm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-Processes = list[subprocess.Popen[str]]
 
 
-def start(
-    folder: Path, per_node: int, size: int = PIECE, kind: str = "cpu", world: int | None = None
-) -> Processes:
-    """Processes of two nodes, a and b, as srun starts them; `world` is what they are told that there are."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+def measure(
+    folder: Path, per_node: int, kind: str = "cpu", world: int | None = None, cold: bool = False
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """Exit statuses of processes of two nodes, a and b, and the lines they printed; ends those that take longer.
+
+    `world` is what they are told that there are. `cold`: as srun starts them, rather than forks of tests/warm.py.
+    """
     shared = {
         "SLURM_JOB_ID": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
         "SLURM_STEP_NUM_NODES": "2",
     }
     shared |= {"SLURM_STEP_NUM_TASKS": str(world or 2 * per_node), "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(2 * per_node):
-        own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % per_node)}
-        own |= {"SLURMD_NODENAME": "ab"[rank // per_node]}
-        command = [sys.executable, "-m", "mf_train.launch.preflight", str(folder), str(size), kind]
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                env={**os.environ, **shared, **own},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return processes
-
-
-def finish(processes: Processes, timeout: float = 120) -> tuple[list[int], list[dict[str, Any]]]:
-    """Exit statuses, and what was printed; ends those that take longer."""
-    lines = []
-    try:
-        for process in processes:
-            text = process.communicate(timeout=timeout)[0]
+    processes, lines = [], []
+    with tempfile.TemporaryDirectory() as outputs:
+        try:
+            for rank in range(2 * per_node):
+                own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % per_node)}
+                own |= {"SLURMD_NODENAME": "ab"[rank // per_node]}
+                environment, output = {**os.environ, **shared, **own}, f"{outputs}/{rank}"
+                processes.append(start_warm(run_process, environment, output, cold, str(folder), kind))
+            for process in processes:
+                process.join(120)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        for rank in range(2 * per_node):
+            text = Path(outputs, str(rank)).read_text()
             assert all(len(line) < 1000 for line in text.splitlines())
             lines += [
                 json.loads(line.removeprefix(MARK)) for line in text.splitlines() if line.startswith(MARK)
             ]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [process.returncode for process in processes], lines
+    return [process.exitcode for process in processes], lines
+
+
+def run_process(environment: dict[str, str], output: str, cold: bool, folder: str, kind: str) -> None:
+    end_with_parent()
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+    if cold:
+        os.chdir(REPOSITORY)
+        command = [sys.executable, "-m", "mf_train.launch.preflight", folder, str(PIECE), kind]
+        os.execve(sys.executable, command, environment)
+    os.environ.clear()
+    os.environ.update(environment)
+    main(Path(folder), PIECE, kind)
 
 
 def values(lines: list[dict[str, Any]], key: str) -> dict[int, Any]:
@@ -76,7 +78,7 @@ def values(lines: list[dict[str, Any]], key: str) -> dict[int, Any]:
 
 @pytest.mark.distributed
 def test_two_nodes_of_two_processes_measure_everything(tmp_path: Path) -> None:
-    statuses, lines = finish(start(tmp_path, 2))
+    statuses, lines = measure(tmp_path, 2, cold=True)
     assert statuses == [0, 0, 0, 0]
     for key, ranks in {
         "copy": {0, 1, 2, 3},
@@ -120,7 +122,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.distributed
 def test_storage_that_is_too_small_is_told_by_each_node(small_disk: Path) -> None:
-    statuses, lines = finish(start(small_disk, 1))
+    statuses, lines = measure(small_disk, 1)
     assert statuses == [0, 0]  # all else can be measured
     problems = values([line for line in lines if line["stage"] == "storage"], "problem")
     assert set(problems) == {0, 1}
@@ -132,13 +134,13 @@ def test_storage_that_is_too_small_is_told_by_each_node(small_disk: Path) -> Non
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
-    statuses, lines = finish(start(tmp_path / "missing", 1))
+    statuses, lines = measure(tmp_path / "missing", 1)
     assert statuses == [1, 1]
     assert all(line["during"] == "node" and "all nodes share" in line["error"] for line in lines)
 
 
 def test_a_gpu_that_is_not_there_is_told(tmp_path: Path) -> None:
-    statuses, lines = finish(start(tmp_path, 1, kind="cuda"))
+    statuses, lines = measure(tmp_path, 1, kind="cuda")
     assert statuses == [1, 1]
     assert [line["error"] for line in lines if line["stage"] == "failed"] == [
         "UserError: local rank 0 has no GPU of its own (0 visible): start one process for each GPU"
@@ -147,7 +149,7 @@ def test_a_gpu_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_those_that_wait_for_a_lost_process_end(tmp_path: Path) -> None:
-    statuses, lines = finish(start(tmp_path, 1, world=4))
+    statuses, lines = measure(tmp_path, 1, world=4)
     assert statuses == [1, 1]
     errors = [(line["during"], line["error"].split(":")[0]) for line in lines if line["stage"] == "failed"]
     assert errors[0] == ("met", "TimeoutError")

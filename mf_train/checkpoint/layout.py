@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from mf_train.errors import UserError
+from mf_train.parallel.fragment import KINDS as KINDS
 from mf_train.run_folder import CHECKPOINTS
 
 FORMAT = 2
-KINDS = ("master", "exp_avg", "exp_avg_sq")
 MANIFEST, STATE, CONFIG, TOKENIZER, PROBE = (
     "manifest.json",
     "state.json",

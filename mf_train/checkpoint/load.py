@@ -9,6 +9,8 @@ from mf_train.model.sharding import whole_shape
 from mf_train.parallel.agreement import run_on_all
 from mf_train.parallel.engine import Engine
 
+_PIECE = 2**24  # numbers that are read at once
+
 
 def load_checkpoint(
     engine: Engine, reader: CheckpointReader, still_alive: Callable[[], None] = lambda: None
@@ -28,11 +30,11 @@ def _read_fragments(engine: Engine, reader: CheckpointReader, still_alive: Calla
     degrees = engine.groups.degrees
     for name, fragment in engine.fragments().items():
         for kind in KINDS:
-            values = reader.read_fragment(
-                name, kind, degrees.tensor_rank, degrees.tensor, fragment.start, fragment.numel
-            )
-            target = fragment.of(fragment.flat.data) if kind == "master" else engine.moment(fragment, kind)
-            target.copy_(values)
+            held = fragment.held(kind)
+            for first, numel in held.pieces(_PIECE):
+                start = fragment.start + first
+                values = reader.read_fragment(name, kind, degrees.tensor_rank, degrees.tensor, start, numel)
+                held.narrow(first, numel).write(values.to(engine.device))
             still_alive()
 
 

@@ -10,12 +10,13 @@ sent to another rank.
 """
 
 import json
+import math
 import os
 import time
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ from mf_train.files import beside, path_in_errors, remove_folder, sync, write_sy
 from mf_train.model.sharding import whole_shape
 from mf_train.parallel.agreement import SIGN_OF_LIFE_SECONDS, Task, any_rank, exclusive_or, run_on_all
 from mf_train.parallel.engine import Engine
+from mf_train.parallel.stored import Stored
+
+_PIECE = 2**24  # numbers that are in float32 at once, where they are held in fewer bytes
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Saver:
         }
         self.pieces = self._plan_pieces(layouts)
         self._check_pieces()
-        self.buffers: dict[tuple[str, str], Tensor] = {}
+        self.buffers: dict[tuple[str, str], Stored] = {}
         self._task: Task[Any] | None = None
         self._doing = ""
         self._began = 0.0
@@ -216,36 +220,35 @@ class Saver:
                 with (self.partial / file).open("xb") as empty:
                     empty.truncate(size)
 
-    def _values(self) -> dict[tuple[str, str], Tensor]:
+    def _values(self) -> dict[tuple[str, str], Stored]:
         """This rank's pieces by kind and name, where the engine has them."""
         fragments = self.engine.fragments()
-        values = {}
-        for piece in self.pieces:
-            fragment = fragments[piece.name]
-            if piece.kind == "master":
-                held = fragment.of(fragment.flat.detach())
-            else:
-                held = self.engine.moment(fragment, piece.kind)
-            values[piece.kind, piece.name] = held.narrow(0, piece.first, piece.numel)
-        return values
+        return {
+            (piece.kind, piece.name): fragments[piece.name]
+            .values[piece.kind]
+            .narrow(piece.first, piece.numel)
+            for piece in self.pieces
+        }
 
     def _prepare_buffers(self) -> None:
-        """Take the host memory for copies, 4 bytes a value."""
+        """Take the host memory for copies, as many bytes as the rank holds."""
         on_gpu = self.engine.device.type == "cuda"
-        for piece in self.pieces if not self.buffers else ():
-            self.buffers[piece.kind, piece.name] = torch.zeros(piece.numel, pin_memory=on_gpu)
+        for key, held in self._values().items() if not self.buffers else ():
+            empty = (torch.zeros(t.shape, dtype=t.dtype, pin_memory=on_gpu) for t in held.tensors)
+            self.buffers[key] = replace(held, tensors=tuple(empty))
 
-    def _copies(self) -> dict[tuple[str, str], Tensor]:
+    def _copies(self) -> dict[tuple[str, str], Stored]:
         """This rank's pieces by kind and name, copied to host memory."""
         self._prepare_buffers()
         for key, held in self._values().items():
-            self.buffers[key].copy_(held, non_blocking=True)
+            for copy, tensor in zip(self.buffers[key].tensors, held.tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)
         return self.buffers
 
     def _write(
-        self, values: Mapping[tuple[str, str], Tensor], extras: Extras | None
+        self, values: Mapping[tuple[str, str], Stored], extras: Extras | None
     ) -> tuple[list[int], dict[str, FileRecord]]:
         """Write this rank's pieces; returns their `crc_of_piece` in each file, and the extras' records."""
         crcs = dict.fromkeys(self.sizes, 0)
@@ -261,8 +264,12 @@ class Saver:
                     if file in self.headers:
                         crcs[file] ^= _write_at(descriptor, memoryview(self.headers[file]), 0, size)
                     for piece in by_file.get(file, ()):
-                        data = values[piece.kind, piece.name].to("cpu", torch.float32).contiguous()
-                        crcs[file] ^= _write_at(descriptor, bytes_of(data), piece.offset, size)
+                        held = values[piece.kind, piece.name]
+                        for first, numel in held.pieces(_PIECE):
+                            data = held.narrow(first, numel).read().cpu()
+                            crcs[file] ^= _write_at(
+                                descriptor, bytes_of(data), piece.offset + 4 * first, size
+                            )
                         self._pieces_written += 1
                     os.fsync(descriptor)
             finally:
@@ -331,7 +338,9 @@ class Saver:
         for name, fragment in self.engine.fragments().items():
             first, last = 0, fragment.numel
             if self.engine.replicated:
-                first, last = (fragment.numel * (degrees.data_rank + i) // degrees.data for i in (0, 1))
+                unit = math.lcm(*(held.unit for held in fragment.values.values()))
+                units = fragment.numel // unit
+                first, last = (unit * (units * (degrees.data_rank + i) // degrees.data) for i in (0, 1))
             part = self.parts[name]
             offset = layouts[part].offsets[name] + 4 * (fragment.start + first)
             for kind in KINDS if last > first else ():

@@ -101,6 +101,11 @@ def _check_together(config: Config, origin: str) -> None:
 
     if problem := _profile_problem(config.training):
         raise UserError(f"{origin}: {problem}")
+    if config.parallel.master == "split" and config.training.precision == "float32":
+        raise UserError(
+            f"{origin}: parallel.master is 'split' and training.precision is float32, in which a weight lacks no bit "
+            "of its master: leave parallel.master out, or set training.precision to bfloat16"
+        )
     for name, sources in (("train", config.data.train), ("validation", config.data.validation)):
         for index, source in enumerate(sources):
             if (source.path is None) == (source.hub is None):

@@ -60,6 +60,9 @@ class OptimizerConfig:
     table_learning_rate_multiplier: float = positive(1.0)
     betas: tuple[float, float] = bounds.betas((0.9, 0.95))
     eps: float = positive(1e-8)
+    # how the moments of tables and of the embedding are held (docs/memory.md); everything else's are in float32
+    table_exp_avg: Literal["float32", "bfloat16", "int8"] = "float32"
+    table_exp_avg_sq: Literal["float32", "bfloat16", "int8", "row"] = "float32"
     weight_decay: float = not_negative(0.1)  # of tables, embedding and head; norms and biases have none
     gradient_clip: float = not_negative(1.0)  # largest global L2 norm of the gradient; 0: no clipping
 
@@ -79,6 +82,7 @@ class ParallelConfig:
 
     tensor: int = positive(1)
     zero_stage: int = bounds.zero_stage(1)
+    master: Literal["float32", "split"] = "float32"  # split: the bfloat16 weight and its missing 16 bits
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients when sent; added in float32
     overlap: bool = True  # send gradients beside the backward pass, weights beside the next forward pass
     bucket_size: int = positive(40_000_000)  # gradients that are reduced at once, at least

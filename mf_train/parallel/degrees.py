@@ -73,6 +73,16 @@ def check_degrees(config: Config, world_size: int) -> None:
             f"({world_size} processes / parallel.tensor {tensor}): start {batch * tensor} processes at most, or for a "
             f"new run raise training.global_batch_size to {data} or more"
         )
+    if config.parallel.zero_stage == 3 and config.parallel.master == "split":
+        raise UserError(
+            "parallel.master is 'split' and parallel.zero_stage is 3, which keeps masters of its own: choose "
+            "parallel.zero_stage 0, 1 or 2"
+        )
+    optimizer = config.optimizer
+    if config.parallel.zero_stage == 3 and {optimizer.table_exp_avg, optimizer.table_exp_avg_sq} != {
+        "float32"
+    }:
+        _check_shards(config, data)
     profile = config.training.profile
     if profile.steps and max(profile.ranks) >= world_size:
         raise UserError(
@@ -81,6 +91,24 @@ def check_degrees(config: Config, world_size: int) -> None:
         )
     if model.vocab_size < 2:
         raise UserError(f"model.vocab_size is {model.vocab_size}: it must be at least 2")
+
+
+def _check_shards(config: Config, data: int) -> None:
+    """Under stage 3 a rank's part of a table is so many of its numbers, which must not cut what is held together."""
+    model = config.model
+    of_tables = (model.num_tables * 2**bits for bits in (model.bits, model.inner_bits))
+    for rows in (model.vocab_size, *(of_tables if model.kind == "memoryformer" else ())):
+        if (
+            rows
+            * min(num_chunks(model.hidden_size), num_chunks(model.inner_size))
+            // config.parallel.tensor
+            % data
+        ):
+            raise UserError(
+                f"optimizer.table_exp_avg or table_exp_avg_sq is not float32, parallel.zero_stage is 3, and {data} "
+                f"data-parallel ranks do not divide {rows} rows into equal parts: choose parallel.zero_stage 1 or "
+                "2, or a power of two of ranks"
+            )
 
 
 def _check_tensor(config: Config) -> None:

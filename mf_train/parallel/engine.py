@@ -49,9 +49,8 @@ class Engine:
             self._zero: Any = Zero3(model, config, groups, device, self.micro_batches, settings)
             self._call: nn.Module = self._zero.engine
         else:
-            self._zero = Zero(model, self.stage, config.optimizer, config.parallel, groups, settings)
+            self._zero = Zero(model, config, groups, settings)
             self._call = model
-        self.optimizer: torch.optim.Optimizer = self._zero.optimizer
         self.reset_step()
 
     def forward(self, token_ids: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -77,9 +76,7 @@ class Engine:
 
     def update(self, learning_rate: float) -> Tensor:
         """Clip, update the weights, clear the gradients; the gradient's global L2 norm before clipping, float32 []."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["learning_rate_multiplier"]
-        norm: Tensor = self._zero.update()
+        norm: Tensor = self._zero.update(learning_rate)
         return norm
 
     def fragments(self) -> dict[str, Fragment]:
@@ -87,14 +84,15 @@ class Engine:
         fragments: dict[str, Fragment] = self._zero.fragments()
         return fragments
 
-    def moment(self, fragment: Fragment, kind: str) -> Tensor:
-        """View of a fragment's first or second moment (`MOMENTS`)."""
-        return fragment.of(self.optimizer.state[fragment.flat][kind])
+    @property
+    def steps(self) -> int:
+        """Updates that AdamW's bias correction counts."""
+        steps: int = self._zero.steps
+        return steps
 
     def reset_step(self, step: int = 0) -> None:
         """Set the number of updates that AdamW's bias correction counts."""
-        for state in self.optimizer.state.values():
-            state["step"].fill_(step)
+        self._zero.steps = step
 
     def local_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Shape of this tensor-parallel rank's part of a parameter, also while ZeRO 3 has it partitioned."""

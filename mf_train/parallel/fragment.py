@@ -1,25 +1,29 @@
-"""What a rank keeps of a parameter's float32 state, whatever the ZeRO stage."""
+"""What a rank keeps of the numbers behind a parameter, whatever the ZeRO stage."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from mf_train.parallel.stored import Stored
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside its count of steps
+KINDS = ("master", *MOMENTS)
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """The part of one parameter whose float32 master and moments this rank keeps.
+    """The part of one parameter whose master weights and moments this rank keeps.
 
-    `flat` is the tensor that the optimiser updates; it holds the fragment at [flat_start, flat_start + numel).
-    `start` is the fragment's place in the parameter's own elements, in row-major order.
+    `start` is its place in the parameter's own elements, in row-major order. `values` has each of KINDS; what lies
+    behind the first `numel` of them is padding.
     """
 
-    flat: Tensor
-    flat_start: int
     start: int
     numel: int
+    values: Mapping[str, Stored]
+    gradient: Tensor | None = None  # float32, padding included; None under stage 3, which drops it
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """This fragment's view of `flat` or of a tensor laid out like it."""
-        return tensor.view(-1).narrow(0, self.flat_start, self.numel)
+    def held(self, kind: str) -> Stored:
+        """One of KINDS, without padding."""
+        return self.values[kind].narrow(0, self.numel)

@@ -16,6 +16,7 @@ all-reduce whole buckets or to send one reduction for each owner (docs/parallel.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,14 +26,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.hooks import RemovableHandle
 
-from mf_train.config import OptimizerConfig, ParallelConfig
+from mf_train.config import Config
+from mf_train.parallel.adamw import AdamW, Updated
 from mf_train.parallel.collectives import collective
 from mf_train.parallel.exchange import all_gather, all_to_all, reduce_scatter
 from mf_train.parallel.fragment import Fragment
 from mf_train.parallel.groups import Groups
+from mf_train.parallel.moments import Moments
+from mf_train.parallel.stored import Float32, Split, Stored
 
 _ALIGNMENT = 64  # elements: whole cache lines, and addresses that kernels may read in large words
 
@@ -46,20 +49,20 @@ class _Slot:
 
     name: str
     parameter: nn.Parameter
-    start: int  # elements; a multiple of _ALIGNMENT
+    start: int  # elements; a multiple of the alignment
     numel: int  # also while the parameter's data is elsewhere
 
 
 class _Bucket:
     """Parameters whose gradients are reduced together. `weights` is their memory, in the order of `slots`."""
 
-    def __init__(self, parameters: list[tuple[str, nn.Parameter]], ranks: int) -> None:
+    def __init__(self, parameters: list[tuple[str, nn.Parameter]], ranks: int, alignment: int) -> None:
         self.slots: list[_Slot] = []
         end = 0
         for name, parameter in parameters:
             self.slots.append(_Slot(name, parameter, end, parameter.numel()))
-            end += _round_up(parameter.numel(), _ALIGNMENT)
-        self.shard = _round_up(end, ranks * _ALIGNMENT) // ranks  # elements of each rank
+            end += _round_up(parameter.numel(), alignment)
+        self.shard = _round_up(end, ranks * alignment) // ranks  # elements of each rank
         self.size = ranks * self.shard
         first = parameters[0][1]
         self.weights = torch.zeros(self.size, dtype=first.dtype, device=first.device)
@@ -69,8 +72,10 @@ class _Bucket:
             slot.parameter.data = place
         self.missing = 0  # gradients that the current backward pass has not given yet
         self.sums: Tensor | None = None  # float32 [size], of this rank's gradients
-        self.master = self.gradient = self.weights  # set by `Zero`: float32, of what this rank owns
-        self.first = 0  # of the elements that it owns
+        # set by `Zero`: of what this rank owns, its first element, its masters, and their gradients, float32
+        self.first = 0
+        self.master: Stored = Float32((self.weights,), self.size)
+        self.gradient = self.weights
 
     def sum_of(self, slot: _Slot) -> Tensor:
         """The float32 sums of a parameter's gradient, in its shape."""
@@ -87,30 +92,32 @@ class Zero:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        stage: int,
-        optimizer: OptimizerConfig,
-        parallel: ParallelConfig,
-        groups: Groups,
-        settings: list[dict[str, Any]],
+        self, model: nn.Module, config: Config, groups: Groups, settings: list[dict[str, Any]]
     ) -> None:
-        self.stage = stage
+        parallel = config.parallel
+        self.stage = parallel.zero_stage
         self.group = groups.data
+        self.degrees = groups.degrees
         self.ranks = groups.degrees.data
         self.rank = groups.degrees.data_rank
-        self.world_size = groups.degrees.world_size
-        self.gradient_clip = optimizer.gradient_clip
+        self.gradient_clip = config.optimizer.gradient_clip
         self.overlap = parallel.overlap
+        self.split = parallel.master == "split"
         self.reduce_dtype = getattr(torch, parallel.reduce_dtype)
+        named = list(model.named_parameters())
+        self.moments = Moments(named, config.optimizer, self.degrees)
+        # no shard cuts a unit of a table's numbers, where they are held by units
+        self.alignment = math.lcm(_ALIGNMENT, *self.moments.units.values())
         self.buckets = [
-            _Bucket(part, self.ranks)
-            for part in _cut(reversed(list(model.named_parameters())), parallel.bucket_size)
+            _Bucket(part, self.ranks, self.alignment) for part in _cut(reversed(named), parallel.bucket_size)
         ]
-        self._of_rank: dict[str, Fragment] = {}
+        owned: dict[str, Fragment] = {}
         for bucket in self.buckets:
-            self._own(bucket)
-        self.optimizer = self._build_optimizer(model, settings, optimizer)
+            owned |= self._own(bucket)
+        self._of_rank = {name: owned[name] for name, _ in named if name in owned}
+        self.steps = 0  # updates so far, which the bias correction counts
+        self._updated = [*self._find_updated(model, settings)]
+        self._adamw = AdamW(config.optimizer, config.training.seed, self.alignment)
         self._fresh = True  # no gradient of this step has been taken
         self._last = True  # the backward pass is the step's last
         self._started = 0  # buckets whose reduction has, in their order
@@ -132,7 +139,7 @@ class Zero:
             self._start_reductions(len(self.buckets))
         self._fresh = False
 
-    def update(self) -> Tensor:
+    def update(self, learning_rate: float) -> Tensor:
         """Clip, update, and start to send the weights; the gradient's L2 norm before clipping, float32 [].
 
         The squares are added in float64, so that how parameters lie on ranks does not show in the norm: float64 sums in
@@ -142,8 +149,11 @@ class Zero:
             self._reducing.popleft()()
         norm = self._norm()
         if self.gradient_clip:
-            clip_grads_with_norm_(self._masters(), self.gradient_clip, norm)
-        self.optimizer.step()
+            factor = (self.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+            for bucket in self.buckets:
+                bucket.gradient.mul_(factor)
+        self.steps += 1
+        self._adamw.update(self._updated, learning_rate, self.steps)
         self._send_weights()
         self._fresh = True
         return norm
@@ -168,43 +178,43 @@ class Zero:
 
     # set-up
 
-    def _own(self, bucket: _Bucket) -> None:
-        """Master, gradient and fragments of what this rank owns of a bucket."""
+    def _own(self, bucket: _Bucket) -> dict[str, Fragment]:
+        """Masters, gradient and fragments of what this rank owns of a bucket."""
         bucket.first, owned = (
             (0, bucket.size) if self.stage == 0 else (self.rank * bucket.shard, bucket.shard)
         )
         mine = bucket.weights.narrow(0, bucket.first, owned)
-        bucket.master = mine if mine.dtype == torch.float32 else mine.float()
-        if self.stage == 2:
-            bucket.gradient = torch.zeros_like(bucket.master)
+        if self.split:
+            bucket.master = Split((mine, torch.zeros(owned, dtype=torch.int16, device=mine.device)), owned)
         else:
-            bucket.sums = torch.zeros(bucket.size, dtype=torch.float32, device=mine.device)
+            bucket.master = Float32((mine if mine.dtype == torch.float32 else mine.float(),), owned)
+        if self.stage == 2:
+            bucket.gradient = torch.zeros(owned, device=mine.device)
+        else:
+            bucket.sums = torch.zeros(bucket.size, device=mine.device)
             whole = owned == bucket.size
-            bucket.gradient = bucket.sums if whole else torch.zeros_like(bucket.master)
+            bucket.gradient = bucket.sums if whole else torch.zeros(owned, device=mine.device)
+        fragments = {}
         for slot in bucket.slots:
             first, end = max(slot.start, bucket.first), bucket.first + owned
             numel = min(slot.start + slot.numel, end) - first
             if numel > 0:
                 # with the gap behind it: AdamW on a CPU rounds the last elements differently where they fill no vector
-                filled = min(_round_up(slot.start + slot.numel, _ALIGNMENT), end) - first
-                flat = bucket.master.narrow(0, first - bucket.first, filled).requires_grad_()
-                flat.grad = bucket.gradient.narrow(0, first - bucket.first, filled)
-                self._of_rank[slot.name] = Fragment(flat, 0, first - slot.start, numel)
+                filled = min(_round_up(slot.start + slot.numel, self.alignment), end) - first
+                place = first - bucket.first
+                values = {"master": bucket.master.narrow(place, filled)}
+                values |= self.moments.zeros(slot.name, filled, mine.device)
+                gradient = bucket.gradient.narrow(0, place, filled)
+                fragments[slot.name] = Fragment(first - slot.start, numel, values, gradient)
+        return fragments
 
-    def _build_optimizer(
-        self, model: nn.Module, settings: list[dict[str, Any]], optimizer: OptimizerConfig
-    ) -> torch.optim.AdamW:
-        """AdamW over the fragments, with its state made: an update by zero gradients at a learning rate of 0."""
+    def _find_updated(self, model: nn.Module, settings: list[dict[str, Any]]) -> Iterator[Updated]:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        owned = self._of_rank
-        self._of_rank = {name: owned[name] for name in names.values() if name in owned}
-        groups = []
         for group in settings:
-            mine = [names[id(parameter)] for parameter in group["params"]]
-            groups.append(group | {"params": [owned[name].flat for name in mine if name in owned]})
-        adamw = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, fused=True)
-        adamw.step()
-        return adamw
+            for name in (names[id(parameter)] for parameter in group["params"]):
+                if (fragment := self._of_rank.get(name)) is not None:
+                    places = self.moments.places(name, fragment.start)
+                    yield Updated(fragment, group["weight_decay"], group["learning_rate_multiplier"], places)
 
     def _take_gradients(self) -> Iterator[RemovableHandle]:
         for bucket in self.buckets:
@@ -291,30 +301,28 @@ class Zero:
         squares = torch.zeros((), dtype=torch.float64, device=self.buckets[0].weights.device)
         for bucket in self.buckets:
             first = self.rank * bucket.shard - bucket.first
-            mine = bucket.gradient.narrow(
-                0, first, bucket.shard
-            )  # without what other ranks own as well (stage 0)
+            # stage 0: without what other ranks own as well
+            mine = bucket.gradient.narrow(0, first, bucket.shard)
             for piece in mine.split(_NORM_PIECE[mine.device.type]):
                 wide = piece.double()
                 squares += wide.dot(wide)
-        if self.world_size > 1:
+        if self.degrees.world_size > 1:
             with collective("sum of the gradient's squares", squares.device):
                 dist.all_reduce(squares)
         return squares.sqrt().float()
 
     # weights
 
-    def _masters(self) -> list[Tensor]:
-        return [fragment.flat for fragment in self._of_rank.values()]
-
     @torch.no_grad()
     def _send_weights(self) -> None:
         """From the masters that each rank owns to every rank's parameters, those first that are used first."""
         self._wait_for_all()
         for index, bucket in reversed([*enumerate(self.buckets)]):
-            mine = bucket.weights.narrow(0, bucket.first, bucket.master.numel())
-            if bucket.master.dtype != mine.dtype:
-                mine.copy_(bucket.master)
+            mine = bucket.weights.narrow(0, bucket.first, bucket.master.numel)
+            if mine.dtype not in (
+                tensor.dtype for tensor in bucket.master.tensors
+            ):  # else they are the masters'
+                mine.copy_(bucket.master.read())
             if self.stage and self.ranks > 1:
                 self._gathering[index] = all_gather(bucket.weights, mine, self.group)
         if not self.overlap:

@@ -1,22 +1,28 @@
 """ZeRO stage 3 by DeepSpeed: parameters, gradients and optimiser state are partitioned over data-parallel ranks.
 
-The only file with deepspeed. What it reads of DeepSpeed beyond its public calls is in `_find_fragment` and
+The only file with deepspeed. What it reads of DeepSpeed beyond its public calls is in `_places` and
 `refresh_parameters`: where a rank keeps its float32 master weights.
 """
 
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mf_train.config import Config
-from mf_train.parallel.fragment import Fragment
+from mf_train.parallel.adamw import AdamW, Updated
+from mf_train.parallel.fragment import KINDS, Fragment
 from mf_train.parallel.groups import Groups
+from mf_train.parallel.moments import Moments
+from mf_train.parallel.stored import Float32, Stored
 
 
 class Zero3:
@@ -37,10 +43,14 @@ class Zero3:
         for parameter in model.parameters():
             # DeepSpeed sums the gradient's norm over the tensor-parallel group for parameters marked so
             setattr(parameter, "tensor_model_parallel", True)  # noqa: B010 - not an attribute of Parameter
+        moments = Moments(model.named_parameters(), config.optimizer, groups.degrees)
         # DeepSpeed may run an update while it is built: a learning rate of 0 makes that harmless
-        optimizer = torch.optim.AdamW(
-            settings, lr=0.0, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
-        )
+        if moments.compact:
+            optimizer: torch.optim.Optimizer = _CompactAdamW(settings, config, moments)
+        else:
+            optimizer = torch.optim.AdamW(
+                settings, lr=0.0, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
+            )
         with contextlib.redirect_stdout(io.StringIO()):  # it prints reports on memory
             self.engine, *_ = deepspeed.initialize(
                 model=model,
@@ -50,6 +60,8 @@ class Zero3:
                 config=_deepspeed_config(config, groups.degrees.data, micro_batches),
             )
         self.optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
+        if isinstance(self.optimizer, _CompactAdamW):
+            self.optimizer.own(self._places())
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """The backward pass of a micro-batch's share of the batch's loss; `update` follows the step's last."""
@@ -58,39 +70,126 @@ class Zero3:
         if not last:
             self.engine.step()
 
-    def update(self) -> Tensor:
+    def update(self, learning_rate: float) -> Tensor:
         """Clip, update the weights, clear the gradients; the gradient's L2 norm before clipping, float32 []."""
+        if isinstance(self.optimizer, _CompactAdamW):
+            self.optimizer.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["learning_rate_multiplier"]
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
 
     def fragments(self) -> dict[str, Fragment]:
         """This rank's fragment of every parameter that it keeps a part of, by name."""
-        found = {name: self._find_fragment(parameter) for name, parameter in self.model.named_parameters()}
-        return {name: fragment for name, fragment in found.items() if fragment is not None}
+        if isinstance(self.optimizer, _CompactAdamW):
+            return {part.name: part.fragment for part in self.optimizer.parts}
+        return {
+            name: Fragment(start, numel, _Values(flat, self.optimizer.state.get(flat, {}), offset, numel))
+            for name, flat, offset, start, numel in self._places()
+        }
+
+    @property
+    def steps(self) -> int:
+        """Updates that the bias correction counts."""
+        if isinstance(self.optimizer, _CompactAdamW):
+            return self.optimizer.steps
+        counts = [state["step"] for state in self.optimizer.state.values()]
+        return int(counts[0]) if counts else 0
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        if isinstance(self.optimizer, _CompactAdamW):
+            self.optimizer.steps = steps
+        for state in self.optimizer.state.values():
+            state["step"].fill_(steps)
 
     def refresh_parameters(self) -> None:
         """Copy the float32 masters into the parameters that the forward pass reads. Collective."""
         # parameters that a forward pass left gathered would keep their old values
         self.engine.empty_partition_cache()
-        parameters: list[Any] = list(self.model.parameters())  # DeepSpeed adds attributes
-        for parameter in parameters:
-            fragment = self._find_fragment(parameter)
-            if fragment is not None:
-                parameter.ds_tensor.view(-1).narrow(0, 0, fragment.numel).copy_(
-                    fragment.of(fragment.flat.detach())
-                )
+        parameters: dict[str, Any] = dict(self.model.named_parameters())  # DeepSpeed adds attributes
+        for name, fragment in self.fragments().items():
+            weights = parameters[name].ds_tensor.view(-1).narrow(0, 0, fragment.numel)
+            weights.copy_(fragment.held("master").read())
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model."""
         self.engine.destroy()
 
-    def _find_fragment(self, parameter: Any) -> Fragment | None:
+    def _places(self) -> Iterator[tuple[str, Tensor, int, int, int]]:
+        """Of each parameter that this rank has a part of: its name, the flat tensor of masters that holds the part, the
+        part's place in it, its place in the parameter, and its length.
+        """
         zero: Any = self.engine.optimizer
-        group, offset, width = zero.grad_position[zero.get_param_id(parameter)]
-        start = self.groups.degrees.data_rank * width
-        numel = min(width, parameter.ds_numel - start)
-        flat = zero.fp32_partitioned_groups_flat[group]
-        return Fragment(flat, offset, start, numel) if numel > 0 else None
+        parameters: Any = self.model.named_parameters()
+        for name, parameter in parameters:
+            group, offset, width = zero.grad_position[zero.get_param_id(parameter)]
+            start = self.groups.degrees.data_rank * width
+            numel = min(width, parameter.ds_numel - start)
+            if numel > 0:
+                yield name, zero.fp32_partitioned_groups_flat[group], offset, start, numel
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    flat: Tensor
+    offset: int
+    fragment: Fragment
+
+
+class _CompactAdamW(torch.optim.Optimizer):
+    """What DeepSpeed calls in the place of torch's AdamW where moments are held in fewer bytes."""
+
+    def __init__(self, settings: list[dict[str, Any]], config: Config, moments: Moments) -> None:
+        super().__init__(settings, {"lr": 0.0})
+        self.moments = moments
+        self.adamw = AdamW(config.optimizer, config.training.seed, math.lcm(*moments.units.values()))
+        self.steps = 0
+        self.parts: list[_Part] = []
+
+    def own(self, places: Iterable[tuple[str, Tensor, int, int, int]]) -> None:
+        """Make the moments of what a rank holds, in DeepSpeed's flat tensors."""
+        for name, flat, offset, start, numel in places:
+            master = Float32((flat.detach().narrow(0, offset, numel),), numel)
+            values = {"master": master, **self.moments.zeros(name, numel, flat.device)}
+            self.parts.append(_Part(name, flat, offset, Fragment(start, numel, values)))
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the flat tensors that are in the groups at the time: DeepSpeed gives one at a time."""
+        for group in self.param_groups:
+            flats = {id(flat) for flat in group["params"]}
+            self.adamw.update(
+                (self._updated(part, group) for part in self.parts if id(part.flat) in flats),
+                group["lr"],
+                self.steps,
+            )
+
+    def _updated(self, part: _Part, group: dict[str, Any]) -> Updated:
+        assert part.flat.grad is not None
+        fragment = replace(
+            part.fragment, gradient=part.flat.grad.narrow(0, part.offset, part.fragment.numel).float()
+        )
+        return Updated(fragment, group["weight_decay"], 1.0, self.moments.places(part.name, fragment.start))
+
+
+class _Values(Mapping[str, Stored]):
+    """Master weights and moments of a fragment in DeepSpeed's flat tensors. Moments that do not exist yet are zeros."""
+
+    def __init__(self, flat: Tensor, state: Mapping[str, Tensor], offset: int, numel: int) -> None:
+        self.flat, self.state, self.offset, self.numel = flat.detach(), state, offset, numel
+
+    def __getitem__(self, kind: str) -> Stored:
+        held = self.flat if kind == "master" else self.state.get(kind)
+        if held is None:
+            return Float32((torch.zeros(self.numel, device=self.flat.device),), self.numel)
+        return Float32((held.view(-1).narrow(0, self.offset, self.numel),), self.numel)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(KINDS)
+
+    def __len__(self) -> int:
+        return len(KINDS)
 
 
 def import_deepspeed(device: torch.device, local_rank: int) -> Any:
@@ -122,6 +221,7 @@ def _deepspeed_config(config: Config, ranks: int, micro_batches: int) -> dict[st
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,  # ours, for compact moments
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
         "gradient_clipping": config.optimizer.gradient_clip,
         "bf16": {"enabled": bfloat16},

@@ -13,7 +13,8 @@ What exists at each is that of `parallel.zero` and, under stage 3, of DeepSpeed 
 from dataclasses import dataclass
 
 from mf_train.config import Config, ModelConfig
-from mf_train.model.counts import CHECKPOINT_BYTES, count_parameters
+from mf_train.model.counts import count_parameters
+from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import micro_batch_sizes
 
 LIVE = 1_000_000_000  # elements that stage 3 keeps gathered: stage3_max_live_parameters
@@ -21,6 +22,8 @@ LIVE = 1_000_000_000  # elements that stage 3 keeps gathered: stage3_max_live_pa
 # scratch; on a GPU: context, cuBLAS, NCCL.
 LIBRARIES = 0.53e9
 PROCESS = {"cpu": LIBRARIES + 15e6, "cuda": 1.0e9}
+# pieces of numbers held in fewer bytes that an update has in float32, with what comes beside (`parallel.stored`)
+_SCRATCH = {"cpu": 10 * 4 * 2**18, "cuda": 10 * 4 * 2**22}
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Ran
         process=process,
         peaks=peaks,
         # each rank writes its own share: checkpoint/save.py
-        host=CHECKPOINT_BYTES * n / data if saves_beside else 0,
+        host=(_weight_bytes(config) + _state_bytes(config)) * n / data if saves_beside else 0,
     )
 
 
@@ -145,7 +148,8 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
     stage, bfloat16 = config.parallel.zero_stage, config.training.precision == "bfloat16"
     largest = _largest_parameter(config.model) / config.parallel.tensor
     bucket = min(n, max(config.parallel.bucket_size, largest))
-    w = 2 if bfloat16 else 4
+    scratch = 0 if state_kinds(config) == {"float32"} else _SCRATCH[device]
+    w, moments = _weight_bytes(config), _moment_bytes(config)
     if stage == 3:
         if device == "cuda":  # on a CPU pages that nothing touches take no memory
             bucket = max(bucket, config.parallel.bucket_size)
@@ -154,27 +158,54 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
         copies = w * bucket + max(w * bucket if device == "cpu" else 0, 4 * n / data if bfloat16 else 0)
         return _States(
             parameters=w * n / data,
-            optimizer=12 * n / data,
+            optimizer=(4 + moments) * n / data,
             gradients=4 * n / data + w * bucket * (2 if config.parallel.overlap else 1),
             gathered=w * min(n, LIVE),
             early=0,
             reduce=copies,
-            update=4 * n / data,
+            update=4 * n / data + scratch,
         )
     one = w * largest  # a parameter's gradient, before it is added to the sums
-    # float32 masters are the weights themselves
-    optimizer = (12 if bfloat16 else 8) * (n if stage == 0 else n / data)
+    optimizer = _state_bytes(config) * (n if stage == 0 else n / data)
     shard = 4 * n / data if data > 1 or stage == 2 else 0
     # gloo adds in copies of its own
     copies = 4 * n if device == "cpu" and data > 1 and config.parallel.overlap else 0
     if stage == 0:
         # every bucket's reduced shard is on its way at once
-        return _States(w * n, optimizer, 4 * n, 0, 0, shard + one + copies, 0)
+        return _States(w * n, optimizer, 4 * n, 0, 0, shard + one + copies, scratch)
     if stage == 1:
-        return _States(w * n, optimizer, 4 * n + shard, 0, 0, one + copies, 0)
+        return _States(w * n, optimizer, 4 * n + shard, 0, 0, one + copies, scratch)
     # own sums of the bucket that fills and of one that is reduced, and that one's reduced shard
     several = 4 * min(n, 2 * bucket) if config.parallel.overlap else 4 * bucket
-    return _States(w * n, optimizer, shard, 0, 0, several + (4 * bucket / data if data > 1 else 0) + one, 0)
+    reduce = several + (4 * bucket / data if data > 1 else 0) + one
+    return _States(w * n, optimizer, shard, 0, 0, reduce, scratch)
+
+
+def state_kinds(config: Config) -> set[str]:
+    """How masters and moments are held."""
+    return {config.parallel.master, config.optimizer.table_exp_avg, config.optimizer.table_exp_avg_sq}
+
+
+def _weight_bytes(config: Config) -> int:
+    return 2 if config.training.precision == "bfloat16" else 4
+
+
+def _state_bytes(config: Config) -> float:
+    """Masters, where they are not the weights themselves, and moments, bytes a parameter (stages 0 to 2)."""
+    masters = 0 if config.training.precision == "float32" else 2 if config.parallel.master == "split" else 4
+    return masters + _moment_bytes(config)
+
+
+def _moment_bytes(config: Config) -> float:
+    """Both moments, bytes a parameter, as `parallel.moments` holds them."""
+    model, counts = config.model, count_parameters(config.model)
+    inner = model.inner_size if model.kind == "memoryformer" else model.hidden_size
+    # of the units that a row is cut into the smallest, which is all but a fifth of the tables'
+    unit = min(size // num_chunks(size) for size in (model.hidden_size, inner))
+    share = (counts.tables + counts.embedding) / counts.total
+    bytes_of = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / unit, "row": 4 / unit}
+    kinds = (config.optimizer.table_exp_avg, config.optimizer.table_exp_avg_sq)
+    return sum(share * bytes_of[kind] + (1 - share) * 4 for kind in kinds)
 
 
 def _largest_parameter(model: ModelConfig) -> int:

@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,13 +104,13 @@ def choose(layouts: Sequence[PlannedLayout]) -> PlannedLayout | None:
 
 
 def stages(config: Config, nodes: int, per_node: int, device: Device) -> list[PlannedLayout]:
-    """The configuration under each ZeRO stage. Raises UserError where its degrees cannot work."""
-    return [
-        make_layout(
-            replace(config, parallel=replace(config.parallel, zero_stage=stage)), nodes, per_node, device
-        )
-        for stage in (0, 1, 2, 3)
-    ]
+    """The configuration under each ZeRO stage that it can run under."""
+    found = []
+    for stage in (0, 1, 2, 3):
+        with suppress(UserError):
+            staged = replace(config, parallel=replace(config.parallel, zero_stage=stage))
+            found.append(make_layout(staged, nodes, per_node, device))
+    return found
 
 
 def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Iterator[PlannedLayout]:

@@ -20,6 +20,7 @@ from mf_train.checkpoint.layout import step_name
 from mf_train.config import Config
 from mf_train.files import beside, write_whole
 from mf_train.parallel.engine import Engine
+from mf_train.parallel.fragment import KINDS
 from mf_train.run_folder import PROFILE
 from mf_train.training.metrics import process_peak
 from mf_train.training.profile_ranges import MODEL_PARTS, named_method, named_parts
@@ -180,11 +181,11 @@ def _state_bytes(engine: Engine) -> dict[str, int]:
     """Bytes that this rank holds between steps: of the parameters, and of the optimiser's masters and moments."""
     parameters = {p.data_ptr(): p.nbytes for p in engine.model.parameters()}
     weights = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
-    masters = [master for group in engine.optimizer.param_groups for master in group["params"]]
-    moments = [value for state in engine.optimizer.state.values() for value in state.values()]
+    held = [(kind, fragment.values[kind]) for fragment in engine.fragments().values() for kind in KINDS]
+    masters = [tensor for kind, stored in held if kind == "master" for tensor in stored.tensors]
     return {
         "parameters": sum(parameters.values()),
-        # in float32 they lie in the weights themselves
+        # in float32 they lie in the weights themselves, split ones in part
         "masters": sum(m.nbytes for m in masters if m.untyped_storage().data_ptr() not in weights),
-        "moments": sum(value.nbytes for value in moments if isinstance(value, torch.Tensor)),
+        "moments": sum(stored.nbytes for kind, stored in held if kind != "master"),
     }

@@ -116,7 +116,7 @@ def read(
             time.sleep(0.1)
         load_checkpoint(engine, CheckpointReader(path))
         wrong = differing(engine, whole_tensors(path, source.tensor))
-        counts = {float(state["step"]) for state in engine.optimizer.state.values()}
+        counts = {float(engine.steps)}
         curve = [train_step(engine, SAVED_STEP + 1 + i) for i in range(steps)]
         found[case, source] = Resumed(wrong, counts, [loss for loss, _ in curve], [norm for _, norm in curve])
     engine.close()
@@ -160,16 +160,15 @@ def whole_tensors(checkpoint: Path, tensor: int) -> dict[str, Weights]:
 
 
 def differing(engine: Engine, whole: dict[str, Weights]) -> list[str]:
-    """Kinds and names of what this rank holds in other bits than the tensors given."""
+    """Kinds and names of what this rank holds in other bits than the tensors given, which it may hold in fewer."""
     degrees = engine.groups.degrees
     wrong = []
     for name, fragment in engine.fragments().items():
         for kind in KINDS:
-            held = fragment.of(fragment.flat.detach()) if kind == "master" else engine.moment(fragment, kind)
+            held = fragment.held(kind)
             local = slice_of_rank(whole[kind][name], name, degrees.tensor_rank, degrees.tensor).reshape(-1)
-            expected = local[fragment.start : fragment.start + fragment.numel]
-            if held.dtype != torch.float32 or not torch.equal(
-                held.cpu().view(torch.int32), expected.view(torch.int32)
-            ):
+            expected = replace(held, tensors=tuple(torch.empty_like(tensor) for tensor in held.tensors))
+            expected.write(local[fragment.start : fragment.start + fragment.numel].to(engine.device))
+            if not torch.equal(held.read().view(torch.int32), expected.read().view(torch.int32)):
                 wrong.append(f"{kind} of {name}")
     return wrong

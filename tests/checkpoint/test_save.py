@@ -96,12 +96,7 @@ def strike(saver: Saver, act: Callable[[], object]) -> None:
 def held(engine: Engine) -> dict[tuple[str, str], tuple[int, torch.Tensor]]:
     """This rank's fragments, copied: where each begins in its parameter, and its values."""
     return {
-        (name, kind): (
-            fragment.start,
-            (
-                fragment.of(fragment.flat.detach()) if kind == "master" else engine.moment(fragment, kind)
-            ).clone(),
-        )
+        (name, kind): (fragment.start, fragment.held(kind).read().clone())
         for name, fragment in engine.fragments().items()
         for kind in KINDS
     }

@@ -138,11 +138,11 @@ def whole(engine: Engine, kind: str) -> Tensor:
         fragment = fragments.get(name)
         if fragment is not None and not (engine.replicated and engine.groups.degrees.data_rank):
             if kind == "gradient":
-                assert fragment.flat.grad is not None
-                held = fragment.of(fragment.flat.grad)
+                assert fragment.gradient is not None
+                held = fragment.gradient[: fragment.numel]
             else:
-                held = fragment.of(fragment.flat) if kind == "master" else engine.moment(fragment, kind)
-            flat[fragment.start : fragment.start + fragment.numel] = held.detach()
+                held = fragment.held(kind).read()
+            flat[fragment.start : fragment.start + fragment.numel] = held
         parts.append(flat)
     joined = torch.cat(parts)
     dist.all_reduce(joined)

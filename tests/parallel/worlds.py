@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True, order=True)
 class Case:
     """One training. `warm`: its optimiser state is made before the first step and set back, as a resume does.
-    `documents`: attention inside the documents of a row.
+    `documents`: attention inside the documents of a row. `held`: how tables' moments, and masters, are held.
     """
 
     tensor: int
@@ -53,9 +53,12 @@ class Case:
     precision: str
     warm: bool = False
     documents: bool = False
+    held: tuple[str, str, str] = ("float32", "float32", "float32")
 
     def __str__(self) -> str:
         kind = "-warm" * self.warm + "-documents" * self.documents
+        if set(self.held) != {"float32"}:
+            kind += "-" + "-".join(self.held)
         return f"P{self.tensor}-R{self.data}-stage{self.stage}-{self.precision}{kind}"
 
 
@@ -76,10 +79,11 @@ class Record:
 
 
 def case_config(case: Case) -> Config:
+    first, second, master = case.held
     return Config(
         model=MODEL,
-        optimizer=OPTIMIZER,
-        parallel=ParallelConfig(tensor=case.tensor, zero_stage=case.stage),
+        optimizer=replace(OPTIMIZER, table_exp_avg=first, table_exp_avg_sq=second),
+        parallel=ParallelConfig(tensor=case.tensor, zero_stage=case.stage, master=master),
         training=TrainingConfig(global_batch_size=BATCH, micro_batch_size=MICRO, precision=case.precision),
     )
 
@@ -184,7 +188,8 @@ def warm_up(engine: Engine) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     for fragment in engine.fragments().values():
         for kind in MOMENTS:
-            engine.moment(fragment, kind).zero_()
+            held = fragment.held(kind)
+            held.write(torch.zeros(held.numel, device=engine.device))
     engine.reset_step(0)
 
 
@@ -198,9 +203,9 @@ def collect(engine: Engine, kind: str, data_rank: int) -> Weights:
         shape = engine.local_shape(parameter)
         whole = torch.zeros(shape.numel(), device=engine.device)
         if (fragment := fragments.get(name)) is not None and (mine or not engine.replicated):
-            held = fragment.of(fragment.flat) if kind == "master" else engine.moment(fragment, kind)
+            held = fragment.held(kind).read()
             assert held.dtype == torch.float32
-            whole[fragment.start : fragment.start + fragment.numel] = held.detach()
+            whole[fragment.start : fragment.start + fragment.numel] = held
         dist.reduce(whole, dist.get_global_rank(groups.data, data_rank), group=groups.data)
         if mine:
             found[name] = whole.view(shape).cpu()
@@ -221,7 +226,8 @@ def probe_codes(engine: Engine) -> dict[str, Tensor]:
 
 def halve_masters(engine: Engine) -> None:
     for fragment in engine.fragments().values():
-        fragment.of(fragment.flat.detach()).mul_(0.5)
+        held = fragment.held("master")
+        held.write(held.read() * 0.5)
     engine.refresh_parameters()
 
 

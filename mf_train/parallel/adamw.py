@@ -1,0 +1,141 @@
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over fragments whose numbers may be held in fewer bytes.
+
+What is held in float32 is updated where it is, by torch's fused AdamW. What is not is turned into float32 piece by
+piece, updated by the same and held again, so that little is ever in float32 at once.
+
+With a second moment of one number a row (`Row`), the mean of a unit's squared gradients takes the place of each square,
+as recommender systems train their tables (row-wise Adam of FBGEMM, after the row-wise AdaGrad of Mudigere et al. 2022,
+arXiv 2104.05158).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from mf_train.config import OptimizerConfig
+from mf_train.parallel.fragment import KINDS, Fragment
+from mf_train.parallel.stored import PIECE, Float32, Places, Row
+
+
+@dataclass(frozen=True)
+class Updated:
+    """A fragment that has a gradient, and its group's settings."""
+
+    fragment: Fragment
+    weight_decay: float
+    multiplier: float  # of the learning rate
+    places: Places | None  # where moments are rounded at random
+
+    @property
+    def gradient(self) -> Tensor:
+        assert self.fragment.gradient is not None
+        return self.fragment.gradient
+
+    @property
+    def plain(self) -> bool:
+        """Whether everything is in float32."""
+        return all(type(self.fragment.values[kind]) is Float32 for kind in KINDS)
+
+
+class AdamW:
+    """The update of fragments. Those with compact numbers are cut at multiples of `alignment`, which units divide.
+
+    On CPUs torch rounds the last elements of a tensor otherwise where they fill no vector, so where bits matter lengths
+    and `alignment` are multiples of 64. `seed`: of random bits.
+    """
+
+    def __init__(self, config: OptimizerConfig, seed: int, alignment: int) -> None:
+        self.config = config
+        self.seed = seed
+        self.alignment = alignment
+
+    @torch.no_grad()
+    def update(self, updated: Iterable[Updated], learning_rate: float, step: int) -> None:
+        """Update each in place; `step` counts from 1."""
+        plain: dict[tuple[float, float], list[Updated]] = {}
+        for each in updated:
+            if each.plain:
+                plain.setdefault((each.weight_decay, each.multiplier), []).append(each)
+            else:
+                self._update_pieces(each, learning_rate * each.multiplier, step)
+        for (weight_decay, multiplier), together in plain.items():
+            values = [[each.fragment.values[kind].read() for each in together] for kind in KINDS]
+            gradients = [each.gradient for each in together]
+            self._fused(gradients, values, learning_rate * multiplier, weight_decay, step)
+
+    def _fused(
+        self,
+        gradients: list[Tensor],
+        values: list[list[Tensor]],
+        learning_rate: float,
+        weight_decay: float,
+        step: int,
+    ) -> None:
+        """`values`: masters, first and second moments, all float32."""
+        masters, averages, squares = values
+        before = torch.full((len(masters),), step - 1.0, device=masters[0].device)
+        adamw(
+            masters,
+            gradients,
+            averages,
+            squares,
+            [],
+            list(before.unbind()),  # it counts each of them up
+            fused=True,
+            amsgrad=False,
+            beta1=self.config.betas[0],
+            beta2=self.config.betas[1],
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            eps=self.config.eps,
+            maximize=False,
+        )
+
+    def _update_pieces(self, each: Updated, learning_rate: float, step: int) -> None:
+        device = each.gradient.device
+        size = max(self.alignment, PIECE[device.type] // self.alignment * self.alignment)
+        for first in range(0, each.gradient.numel(), size):
+            numel = min(size, each.gradient.numel() - first)
+            gradient = each.gradient.narrow(0, first, numel)
+            master, average, square = (each.fragment.values[kind].narrow(first, numel) for kind in KINDS)
+            values = [master.read(), average.read()]
+            if isinstance(square, Row):
+                self._update_by_row(
+                    gradient, values[0], values[1], square, learning_rate, each.weight_decay, step
+                )
+            else:
+                values.append(square.read())
+                self._fused([gradient], [[value] for value in values], learning_rate, each.weight_decay, step)
+            bits = None
+            if each.places is not None:
+                bits = each.places.bits(self.seed, step, first, numel, device)
+            master.write(values[0])
+            average.write(values[1], bits)
+            if len(values) == 3:
+                square.write(values[2], None if bits is None else bits >> 16)  # the other half
+
+    def _update_by_row(
+        self,
+        gradient: Tensor,
+        master: Tensor,
+        average: Tensor,
+        rows: Row,
+        learning_rate: float,
+        weight_decay: float,
+        step: int,
+    ) -> None:
+        beta1, beta2 = self.config.betas
+        (square,) = rows.tensors
+        by_unit = (-1, rows.unit)
+        square.mul_(beta2).add_(gradient.view(by_unit).square().mean(1), alpha=1 - beta2)
+        average.lerp_(gradient, 1 - beta1)
+        root = (square.sqrt() / math.sqrt(1 - beta2**step)).add_(self.config.eps)
+        master.mul_(1 - learning_rate * weight_decay)
+        rate = learning_rate / (1 - beta1**step)
+        master.view(by_unit).addcdiv_(average.view(by_unit), root[:, None], value=-rate)

@@ -155,7 +155,9 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
             bucket = max(bucket, config.parallel.bucket_size)
         # runtime/zero/stage3.py: the gradient's partition and a bucket that stay, two with overlap;
         # reduce_scatter_coalesced's copy, and then gloo's own copy of it, or the float32 partitions
-        copies = w * bucket + max(w * bucket if device == "cpu" else 0, 4 * n / data if bfloat16 else 0)
+        # one rank sends nothing, several in float32 unless told otherwise
+        sent = 4 if data > 1 and config.parallel.reduce_dtype == "float32" else w
+        copies = sent * bucket + max(w * bucket if device == "cpu" else 0, 4 * n / data if bfloat16 else 0)
         return _States(
             parameters=w * n / data,
             optimizer=(4 + moments) * n / data,

@@ -1,6 +1,7 @@
 """The run's folder: whether it may be used, what to resume from, and the configuration recorded in it."""
 
 from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 
 import yaml
@@ -66,6 +67,17 @@ def check_same_run(config: Config, tokenizer: Tokenizer, reader: CheckpointReade
                 f"{reader.checkpoint}: of another tokenizer; set tokenizer.path={reader.checkpoint / TOKENIZER}, or "
                 "choose another checkpoint.resume"
             )
+
+
+def describe_conversion(config: Config, checkpoint: Path) -> str:
+    """What a run holds otherwise than the checkpoint that it resumes from; empty where it holds everything alike."""
+    before = load_config(checkpoint / CONFIG)
+    changed = []
+    for key in ("optimizer.table_exp_avg", "optimizer.table_exp_avg_sq", "parallel.master"):
+        there, here = (attrgetter(key)(each) for each in (before, config))
+        if there != here:
+            changed.append(f"{key} {there} to {here}")
+    return ", ".join(changed)
 
 
 def _check_same_model(config: Config, recorded: Path) -> None:

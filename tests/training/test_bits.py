@@ -19,18 +19,22 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 5
 Numbers = list[tuple[float, float, str]]
+Held = tuple[str, str, str]  # first and second moments of tables, masters
+PLAIN = ("float32", "float32", "float32")
 
 
-def configuration(folder: Path, precision: str, norm: str) -> dict[str, Any]:
+def configuration(folder: Path, precision: str, norm: str, held: Held) -> dict[str, Any]:
     tree = small_config(folder, write_text(folder.parent / "text.jsonl"))
     tree["model"] |= {"hidden_size": 64, "num_heads": 8, "norm": norm}
     tree["training"] |= {"steps": STEPS, "precision": precision, "validation_sequences": 0}
     tree["data"] |= {"validation": [], "workers": 0}
+    tree["optimizer"] |= {"table_exp_avg": held[0], "table_exp_avg_sq": held[1]}
+    tree["parallel"] = {"master": held[2]}
     return tree
 
 
 def run(tree: dict[str, Any], tensor: int, steps: int = STEPS) -> None:
-    tree["parallel"] = {"tensor": tensor}
+    tree.setdefault("parallel", {})["tensor"] = tensor
     tree["training"]["steps"] = steps
     train(tree, processes=tensor)
 
@@ -49,47 +53,56 @@ def assert_same_run(folder: Path, tensor: int, one: Path) -> None:
             assert torch.equal(ours[kind][name], values), (kind, name)
 
 
-KINDS = [("float32", "layernorm"), ("bfloat16", "layernorm"), ("float32", "rmsnorm"), ("bfloat16", "rmsnorm")]
+KINDS: list[tuple[str, str, Held]] = [
+    ("float32", "layernorm", PLAIN),
+    ("bfloat16", "layernorm", ("int8", "int8", "split")),
+    ("float32", "rmsnorm", ("bfloat16", "row", "float32")),
+    ("bfloat16", "rmsnorm", PLAIN),
+]
 
 
 @pytest.fixture(scope="module")
-def ones(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def ones(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, Held], Path]:
     """The folder of the run of one process."""
 
     @functools.cache
-    def of(precision: str, norm: str) -> Path:
+    def of(precision: str, norm: str, held: Held) -> Path:
         folder = tmp_path_factory.mktemp("one") / "run"
-        run(configuration(folder, precision, norm), 1)
+        run(configuration(folder, precision, norm, held), 1)
         return folder
 
     return of
 
 
-FAST = {("float32", "layernorm", 4), ("bfloat16", "layernorm", 2), ("float32", "rmsnorm", 2)}
+FAST = {(*KINDS[0], 4), (*KINDS[1], 2), (*KINDS[2], 2)}
 
 
 @pytest.mark.parametrize(
-    ("precision", "norm", "tensor"),
+    ("precision", "norm", "held", "tensor"),
     [
         pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow])
         for case in ((*kind, tensor) for kind in KINDS for tensor in (2, 4, 8))
     ],
 )
 def test_the_same_bits(
-    precision: str, norm: str, tensor: int, ones: Callable[[str, str], Path], tmp_path: Path
+    precision: str, norm: str, held: Held, tensor: int, ones: Callable[[str, str, Held], Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    run(configuration(folder, precision, norm), tensor)
-    assert_same_run(folder, tensor, ones(precision, norm))
+    run(configuration(folder, precision, norm, held), tensor)
+    assert_same_run(folder, tensor, ones(precision, norm, held))
 
 
-@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_a_restart_may_change_them(precision: str, ones: Callable[[str, str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", [KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)], ids=["plain", "int8"]
+)
+def test_a_restart_may_change_them(
+    kind: tuple[str, str, Held], ones: Callable[[str, str, Held], Path], tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    tree = configuration(folder, precision, "layernorm")
+    tree = configuration(folder, *kind)
     for tensor, steps in ((2, 1), (1, 3), (4, STEPS)):
         run(tree, tensor, steps)
-    assert_same_run(folder, 4, ones(precision, "layernorm"))
+    assert_same_run(folder, 4, ones(*kind))
 
 
 @pytest.mark.slow

@@ -84,6 +84,11 @@ class Engine:
         fragments: dict[str, Fragment] = self._zero.fragments()
         return fragments
 
+    def gradient_sums(self) -> list[Tensor]:
+        """The sums of gradients that this rank keeps between steps, float32."""
+        sums: list[Tensor] = self._zero.gradient_sums()
+        return sums
+
     @property
     def steps(self) -> int:
         """Updates that AdamW's bias correction counts."""

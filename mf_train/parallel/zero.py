@@ -165,6 +165,11 @@ class Zero:
         self._wait_for_all()  # in float32 the masters are weights, into which they are gathered
         return self._of_rank
 
+    def gradient_sums(self) -> list[Tensor]:
+        """The float32 sums of gradients that this rank keeps between steps: its own, and its part of all ranks'."""
+        kept = (sums for bucket in self.buckets for sums in (bucket.sums, bucket.gradient))
+        return list({id(sums): sums for sums in kept if sums is not None}.values())  # both may be one tensor
+
     def refresh_parameters(self) -> None:
         """Copy the masters into the parameters that the forward pass reads. Collective."""
         self._send_weights()

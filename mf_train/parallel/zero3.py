@@ -88,6 +88,10 @@ class Zero3:
             for name, flat, offset, start, numel in self._places()
         }
 
+    def gradient_sums(self) -> list[Tensor]:
+        """The sums of gradients that this rank keeps between steps, float32."""
+        return [self.engine.optimizer.grad_partitions_flat_buffer]
+
     @property
     def steps(self) -> int:
         """Updates that the bias correction counts."""

@@ -178,13 +178,14 @@ class Profile:
 
 
 def _state_bytes(engine: Engine) -> dict[str, int]:
-    """Bytes that this rank holds between steps: of the parameters, and of the optimiser's masters and moments."""
+    """Bytes that this rank holds between steps: parameters, sums of gradients, masters and moments."""
     parameters = {p.data_ptr(): p.nbytes for p in engine.model.parameters()}
     weights = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
     held = [(kind, fragment.values[kind]) for fragment in engine.fragments().values() for kind in KINDS]
     masters = [tensor for kind, stored in held if kind == "master" for tensor in stored.tensors]
     return {
         "parameters": sum(parameters.values()),
+        "gradients": sum(sums.nbytes for sums in engine.gradient_sums()),
         # in float32 they lie in the weights themselves, split ones in part
         "masters": sum(m.nbytes for m in masters if m.untyped_storage().data_ptr() not in weights),
         "moments": sum(stored.nbytes for kind, stored in held if kind != "master"),

@@ -14,13 +14,18 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.micro_batches import backward_passes
 from mf_train.checkpoint.layout import step_name
-from mf_train.config import Config, ProfileConfig, TrainingConfig
+from mf_train.config import Config, ParallelConfig, ProfileConfig, TrainingConfig
 from mf_train.model import MemoryFormer, ModelConfig
 from mf_train.parallel.degrees import Degrees
-from mf_train.training.profile import Profile, profile_path
+from mf_train.parallel.engine import Engine
+from mf_train.parallel.groups import Groups, start_processes
+from mf_train.parallel.processes import find_process
+from mf_train.training.profile import Profile, _state_bytes, profile_path
 from mf_train.training.profile_ranges import named_method, named_parts
 from mf_train.training.profile_summary import GRADIENTS, OTHER
+from tests.distributed import run_distributed
 from tests.training.runs import (
     REPOSITORY,
     complaints,
@@ -195,7 +200,33 @@ def test_memory_at_the_peak_by_part(profiled: tuple[Path, str, int]) -> None:
         model = MemoryFormer(ModelConfig(**tree_of(run.parent, kind)["model"]))
         assert state["parameters"] == 4 * sum(p.numel() for p in model.parameters())
     assert 2 * state["parameters"] <= state["moments"] < 2.1 * state["parameters"]
+    assert state["parameters"] <= state["gradients"] < 1.05 * state["parameters"]
     assert memory["process_peak_bytes"] > 10**8
+
+
+def gradient_bytes(rank: int, ranks: int) -> list[float]:
+    """Bytes an element that each stage keeps of gradients after a step."""
+    cpu, model = torch.device("cpu"), ModelConfig(hidden_size=32, num_layers=1, num_heads=2, vocab_size=64)
+    start_processes(find_process(), cpu, 60)
+    groups, found = Groups(Degrees(rank, ranks, 1), 60), []
+    tokens = torch.zeros(2, 9, dtype=torch.long)
+    for stage in range(4):
+        parallel = ParallelConfig(zero_stage=stage)
+        config = Config(model=model, parallel=parallel, training=TrainingConfig(precision="bfloat16"))
+        engine = Engine(MemoryFormer(model), config, groups, cpu)
+        backward_passes(engine, [tokens] * engine.micro_batches, 4)
+        engine.update(1e-3)
+        size = sum(engine.local_shape(parameter).numel() for parameter in engine.model.parameters())
+        found.append(_state_bytes(engine)["gradients"] / size)
+        engine.close()
+    return found
+
+
+@pytest.mark.distributed
+def test_sums_of_gradients_are_float32_of_what_a_stage_keeps() -> None:
+    """Stage 1 keeps its own and a shard of all ranks'; stages 2 and 3 the shard alone."""
+    for found in run_distributed(gradient_bytes, 2):
+        assert found == pytest.approx([4, 6, 2, 2], rel=0.05)
 
 
 @pytest.mark.parametrize("profiled", [("memoryformer", 1)], indirect=True, ids=["memoryformer-1"])

@@ -148,8 +148,8 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
     stage, bfloat16 = config.parallel.zero_stage, config.training.precision == "bfloat16"
     largest = _largest_parameter(config.model) / config.parallel.tensor
     bucket = min(n, max(config.parallel.bucket_size, largest))
-    scratch = 0 if state_kinds(config) == {"float32"} else _SCRATCH[device]
-    w, moments = _weight_bytes(config), _moment_bytes(config)
+    scratch = 0 if _state_kinds(config) == {"float32"} else _SCRATCH[device]
+    w, moments = _weight_bytes(config), moment_bytes(config)
     if stage == 3:
         if device == "cuda":  # on a CPU pages that nothing touches take no memory
             bucket = max(bucket, config.parallel.bucket_size)
@@ -183,7 +183,7 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
     return _States(w * n, optimizer, shard, 0, 0, reduce, scratch)
 
 
-def state_kinds(config: Config) -> set[str]:
+def _state_kinds(config: Config) -> set[str]:
     """How masters and moments are held."""
     return {config.parallel.master, config.optimizer.table_exp_avg, config.optimizer.table_exp_avg_sq}
 
@@ -195,10 +195,10 @@ def _weight_bytes(config: Config) -> int:
 def _state_bytes(config: Config) -> float:
     """Masters, where they are not the weights themselves, and moments, bytes a parameter (stages 0 to 2)."""
     masters = 0 if config.training.precision == "float32" else 2 if config.parallel.master == "split" else 4
-    return masters + _moment_bytes(config)
+    return masters + moment_bytes(config)
 
 
-def _moment_bytes(config: Config) -> float:
+def moment_bytes(config: Config) -> float:
     """Both moments, bytes a parameter, as `parallel.moments` holds them."""
     model, counts = config.model, count_parameters(config.model)
     inner = model.inner_size if model.kind == "memoryformer" else model.hidden_size

@@ -22,15 +22,13 @@ from dataclasses import dataclass
 from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_block_flops, count_parameters
 from mf_train.parallel.degrees import count_micro_batches
-from mf_train.planning.device_memory import LIVE, code_bytes, loss_bytes
+from mf_train.planning.device_memory import LIVE, code_bytes, loss_bytes, moment_bytes
 from mf_train.planning.devices import Peak
 
 TRAINING_FLOPS = 6  # for each multiply-add of the forward pass: 2 for multiply and add, 3 for the passes
 _CAUSAL = 1 / 2  # of attention's square is below the diagonal
 _ATTENTION_PASSES = 7 / 2  # 2 products forward, 5 backward (Dao 2023, arXiv 2307.08691)
 _LOOKUP_PASSES = 2  # backward: rows for the weights' gradient, and the output's gradient for each table
-# AdamW in float32: reads weight, gradient and both moments, writes all but the gradient
-_ADAM_BYTES = 7 * 4
 # the norm reads gradients, clipping reads and writes them; masters are read and written as parameters
 _AROUND_ADAM_BYTES = 4 + 2 * 4 + 4
 
@@ -132,7 +130,10 @@ def _dense_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartW
 
 def update_work(config: Config, parameters: float) -> PartWork:
     """Norm, clipping, AdamW and the new parameters, of as many parameters as a rank updates."""
-    moved = _ADAM_BYTES + _AROUND_ADAM_BYTES + element_bytes(config)
+    # AdamW reads master, gradient and both moments, and writes all but the gradient
+    adam = 4 + 2 * (4 + moment_bytes(config))
+    weights = 0 if config.parallel.master == "split" else element_bytes(config)  # else part of the master
+    moved = adam + _AROUND_ADAM_BYTES + weights
     return PartWork("update", copy=parameters * moved, launches=100)
 
 

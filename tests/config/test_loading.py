@@ -104,6 +104,7 @@ def random_config(dice: random.Random) -> Config:
         "alarm_largest_share": dice.random(),
         "betas": (dice.random(), dice.random()),
         "zero_stage": dice.randrange(4),
+        "master": "float32",  # split needs bfloat16
         "hub": None,
         "profile": ProfileConfig(start=1, steps=dice.randrange(2), ranks=(0, dice.randint(1, 99))),
     }
@@ -187,7 +188,7 @@ def test_profiles_that_no_run_can_make(profile: str, words: str, tmp_path: Path)
 
 def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> None:
     assert mistake(tmp_path, "parallel: {xyz: 1}").endswith(
-        "unknown key 'parallel.xyz': known keys: tensor, zero_stage, reduce_dtype, overlap, bucket_size"
+        "unknown key 'parallel.xyz': known keys: tensor, zero_stage, master, reduce_dtype, overlap, bucket_size"
     )
 
 
@@ -244,6 +245,10 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
         ("schedule.minimum_fraction=2", "schedule.minimum_fraction is 2.0: it must be in [0, 1]"),
         ("schedule.warmup_steps=-1", "schedule.warmup_steps is -1: it must be a number, 0 or more"),
         ("parallel.zero_stage=4", "parallel.zero_stage is 4: choose 0, 1, 2 or 3"),
+        ("parallel.master=split", "parallel.master is 'split' and training.precision is float32"),
+        ("parallel.master=half", "parallel.master is 'half': choose one of float32, split"),
+        ("optimizer.table_exp_avg=row", "table_exp_avg is 'row': choose one of float32, bfloat16, int8"),
+        ("optimizer.table_exp_avg_sq=fp8", "choose one of float32, bfloat16, int8, row"),
         ("parallel.tensor=0", "parallel.tensor is 0: it must be a number above 0"),
         ("data.train=[{path: a, hub: b}]", "data.train[0]: give either 'path'"),
         ("data.validation=[{}]", "data.validation[0]: give either 'path'"),

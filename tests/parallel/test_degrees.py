@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, ProfileConfig, TrainingConfig
+from mf_train.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ProfileConfig,
+    TrainingConfig,
+)
 from mf_train.config.loading import load_config
 from mf_train.errors import UserError
 from mf_train.parallel.degrees import (
@@ -82,6 +90,31 @@ def test_what_cannot_work_is_refused_with_its_numbers(
     assert "\n" not in message
     for word in words:
         assert word in message, message
+
+
+@pytest.mark.parametrize("moments", [{"table_exp_avg": "int8"}, {"table_exp_avg_sq": "row"}])
+@pytest.mark.parametrize(
+    ("stage", "ranks", "refused"), [(3, 4, False), (3, 3, True), (3, 7, True), (2, 7, False)]
+)
+def test_stage_3_cuts_no_row_that_is_held_together(
+    moments: dict[str, Any], stage: int, ranks: int, refused: bool
+) -> None:
+    config = make_config()
+    config = replace(
+        config, optimizer=OptimizerConfig(**moments), parallel=replace(config.parallel, zero_stage=stage)
+    )
+    if not refused:
+        check_degrees(config, ranks)
+        return
+    with pytest.raises(UserError, match=f"table_exp_avg.*{ranks} data-parallel ranks do not divide 64 rows"):
+        check_degrees(config, ranks)
+
+
+def test_stage_3_has_masters_of_its_own() -> None:
+    config = make_config()
+    config = replace(config, parallel=replace(config.parallel, zero_stage=3, master="split"))
+    with pytest.raises(UserError, match=r"parallel\.master is 'split' and parallel\.zero_stage is 3"):
+        check_degrees(config, 1)
 
 
 @pytest.mark.parametrize("tensor", [2, 4, 8])

@@ -33,10 +33,11 @@ def configuration(folder: Path, precision: str, norm: str, held: Held) -> dict[s
     return tree
 
 
-def run(tree: dict[str, Any], tensor: int, steps: int = STEPS) -> None:
+def run(tree: dict[str, Any], tensor: int, steps: int = STEPS) -> str:
+    """What it printed."""
     tree.setdefault("parallel", {})["tensor"] = tensor
     tree["training"]["steps"] = steps
-    train(tree, processes=tensor)
+    return train(tree, processes=tensor).stdout
 
 
 def numbers_of(folder: Path) -> Numbers:
@@ -103,6 +104,24 @@ def test_a_restart_may_change_them(
     for tensor, steps in ((2, 1), (1, 3), (4, STEPS)):
         run(tree, tensor, steps)
     assert_same_run(folder, 4, ones(*kind))
+
+
+def test_a_restart_may_hold_moments_otherwise(tmp_path: Path) -> None:
+    """What is kept and how it is held is said once, when it is converted."""
+    folder = tmp_path / "run"
+    tree = configuration(folder, "bfloat16", "layernorm", PLAIN)
+    run(tree, 1, 2)
+    tree["optimizer"] |= {"table_exp_avg": "bfloat16", "table_exp_avg_sq": "row"}
+    tree["parallel"]["master"] = "split"
+    converted = run(tree, 2, 4)
+    assert (
+        "converted what the checkpoint holds: optimizer.table_exp_avg float32 to bfloat16, "
+        "optimizer.table_exp_avg_sq float32 to row, parallel.master float32 to split\n"
+    ) in converted
+    again = run(tree, 1, 5)
+    assert "resumed after step 4" in again and "converted" not in again
+    losses = [loss for loss, _, _ in numbers_of(folder)]
+    assert len(losses) == 5 and losses[-1] < losses[0]
 
 
 @pytest.mark.slow

@@ -79,9 +79,8 @@ def check_degrees(config: Config, world_size: int) -> None:
             "parallel.zero_stage 0, 1 or 2"
         )
     optimizer = config.optimizer
-    if config.parallel.zero_stage == 3 and {optimizer.table_exp_avg, optimizer.table_exp_avg_sq} != {
-        "float32"
-    }:
+    compact = {optimizer.table_exp_avg, optimizer.table_exp_avg_sq} != {"float32"}
+    if config.parallel.zero_stage == 3 and compact:
         _check_shards(config, data)
     profile = config.training.profile
     if profile.steps and max(profile.ranks) >= world_size:
@@ -96,14 +95,10 @@ def check_degrees(config: Config, world_size: int) -> None:
 def _check_shards(config: Config, data: int) -> None:
     """Under stage 3 a rank's part of a table is so many of its numbers, which must not cut what is held together."""
     model = config.model
+    chunks = min(num_chunks(model.hidden_size), num_chunks(model.inner_size)) // config.parallel.tensor
     of_tables = (model.num_tables * 2**bits for bits in (model.bits, model.inner_bits))
     for rows in (model.vocab_size, *(of_tables if model.kind == "memoryformer" else ())):
-        if (
-            rows
-            * min(num_chunks(model.hidden_size), num_chunks(model.inner_size))
-            // config.parallel.tensor
-            % data
-        ):
+        if rows * chunks % data:
             raise UserError(
                 f"optimizer.table_exp_avg or table_exp_avg_sq is not float32, parallel.zero_stage is 3, and {data} "
                 f"data-parallel ranks do not divide {rows} rows into equal parts: choose parallel.zero_stage 1 or "

@@ -74,8 +74,6 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Ran
     )
     # the final norm's two, gathered features, and int64 tokens and targets
     ends = tokens * (2 * model.hidden_size // tensor * width + (tensor > 1) * model.hidden_size * width + 24)
-    if config.data.document_attention:
-        ends += micro * model.sequence_length**2 * width
     kept = layers + ends
     logits = tokens * model.vocab_size / tensor * loss_bytes(width, device)
     work = tokens * working_bytes(model, tensor, width)

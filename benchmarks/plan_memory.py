@@ -27,6 +27,7 @@ def main(path: str, folder: str, *flags: str) -> None:
     from mf_train.parallel.exchange import Exchange
     from mf_train.parallel.groups import Groups, start_processes, stop_processes
     from mf_train.parallel.processes import find_process
+    from mf_train.parallel.recompute import recompute_blocks
     from mf_train.parallel.tensor import shard_model
     from mf_train.parallel.zero3 import import_deepspeed
 
@@ -42,6 +43,8 @@ def main(path: str, folder: str, *flags: str) -> None:
         model = MemoryFormer(config.model)
     if exchange is not None:
         shard_model(model, exchange)
+    if config.training.recompute == "block":
+        recompute_blocks(model, exchange)
     model.to_empty(device=cpu)
     torch.manual_seed(0)
     for parameter in model.parameters():

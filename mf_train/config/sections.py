@@ -105,6 +105,8 @@ class TrainingConfig:
     global_batch_size: int = positive(8)  # sequences a step
     micro_batch_size: int = positive(8)  # sequences a forward pass of one data-parallel rank, at most
     precision: Literal["float32", "bfloat16"] = "float32"
+    # block: activations of a block are computed again in the backward pass, and its input alone is kept until then
+    recompute: Literal["none", "block"] = "none"
     seed: int = 0  # of the initial weights
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False  # repeat to the last bit on GPUs too; an operation that cannot ends the run

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mf_train.config.model import ModelConfig
-from mf_train.model.attention import Attention, KeyValueCache, Rotary
+from mf_train.model.attention import Attention, KeyValueCache, Lengths, Rotary
 from mf_train.model.memory import Hash, Lookup, lookup_each
 from mf_train.model.norm import Norm
 
@@ -31,7 +31,11 @@ class MemoryFormerBlock(nn.Module):
         self.down = Lookup(tables, config.inner_bits, size)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        mask: Tensor | Lengths | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         codes, weights = self.hash_attention(self.norm_attention(x))
         q, k, v = lookup_each(codes, weights, (self.query, self.key, self.value))
@@ -58,7 +62,11 @@ class DenseBlock(nn.Module):
         self.down = nn.Linear(4 * size, size)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        mask: Tensor | Lengths | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         h = self.norm_attention(x)
         q, k, v = self.query(h), self.key(h), self.value(h)

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from mf_train.config.model import ModelConfig
 from mf_train.model.attention import (
     KeyValueCache,
+    Lengths,
     causal_mask,
+    document_lengths,
     document_mask,
     document_positions,
     rotary_table,
@@ -69,12 +71,14 @@ class MemoryFormer(nn.Module):
         past = cache.get_seq_length() if cache is not None else 0
         length = token_ids.shape[1]
         positions = torch.arange(past, past + length, device=token_ids.device)
-        mask = causal_mask(length, past, attention_mask, token_ids.device)
+        mask: Tensor | Lengths | None = causal_mask(length, past, attention_mask, token_ids.device)
         if mask is not None and attention_mask is not None:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, past:]
         x = self.embedding(token_ids)
         if documents_bs is not None:
-            positions, mask = document_positions(documents_bs), document_mask(documents_bs, x.dtype)
+            positions = document_positions(documents_bs)
+            compiling = torch.compiler.is_compiling()
+            mask = document_mask(documents_bs, x.dtype) if compiling else document_lengths(documents_bs)
         rotary = rotary_table(positions, self.config.rotary_size, self.config.rotary_base)
         for block in self.blocks:
             x = block(x, rotary, mask, cache)

@@ -4,6 +4,9 @@ What ranks add up are nodes of a tree (`mf_train.model.sums`), so no collective 
 and every rank adds those that it gets by neighbouring pairs. So training has the same bits for every number of ranks.
 """
 
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -46,14 +49,36 @@ class Exchange:
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.bytes_sent = 0
+        self._kept: deque[Tensor] | None = None  # where all-gathers leave a reference to what they received
+        self._repeated: deque[Tensor] | None = None  # what they take instead of sending
+
+    def keep_and_repeat(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Within the first, what all-gathers receive is kept; within the second the same calls get it and send nothing.
+
+        For a forward pass that is run again to recompute activations (`context_fn` of torch.utils.checkpoint).
+        """
+        received: deque[Tensor] = deque()
+        return self._with("_kept", received), self._with("_repeated", received)
+
+    @contextmanager
+    def _with(self, name: str, received: deque[Tensor]) -> Iterator[None]:
+        setattr(self, name, received)
+        try:
+            yield
+        finally:
+            setattr(self, name, None)
 
     def all_gather(self, shard: Tensor) -> Tensor:
         """This rank's [...] -> every rank's [P, ...], in rank order."""
+        if self._repeated is not None:
+            return self._repeated.popleft()
         shard = shard.contiguous()
         gathered = torch.empty((self.size, *shard.shape), dtype=shard.dtype, device=shard.device)
         with collective("tensor-parallel all-gather", shard.device):
             _all_gather(gathered.view(-1), shard.view(-1), group=self.group)
         self.bytes_sent += (self.size - 1) * shard.nbytes
+        if self._kept is not None:
+            self._kept.append(gathered)
         return gathered
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:

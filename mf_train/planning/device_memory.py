@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_parameters
 from mf_train.model.sums import num_chunks
-from mf_train.parallel.degrees import micro_batch_sizes
+from mf_train.parallel.degrees import count_micro_batches, micro_batch_sizes
 
 LIVE = 1_000_000_000  # elements that stage 3 keeps gathered: stage3_max_live_parameters
 # Beside tensors. On a CPU: Python with torch and DeepSpeed (LIBRARIES, as resident before a model is built), and
@@ -64,24 +64,33 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Ran
     model, tensor = config.model, config.parallel.tensor
     data = processes // tensor
     micro = micro_batch_sizes(config, data)[0]
+    recompute = config.training.recompute == "block"
     n = count_parameters(model).total / tensor  # every parameter is split
     states = _states(config, n, data, device)
     tokens = micro * model.sequence_length
     width = 2 if config.training.precision == "bfloat16" else 4
-    codes = tokens * model.num_layers * code_bytes(model, width)
-    layers = tokens * model.num_layers * block_bytes(model, tensor, width)
+    coded = code_bytes(model, width) if not recompute or tensor > 1 else 0
+    codes = tokens * model.num_layers * coded
+    block = tokens * block_bytes(model, tensor, width)
+    layers = model.num_layers * (
+        tokens * recomputed_block_bytes(model, tensor, width) if recompute else block
+    )
     # the final norm's two, gathered features, and int64 tokens and targets
     ends = tokens * (2 * model.hidden_size // tensor * width + (tensor > 1) * model.hidden_size * width + 24)
-    if config.data.document_attention:
-        ends += micro * model.sequence_length**2 * width
     kept = layers + ends
     logits = tokens * model.vocab_size / tensor * loss_bytes(width, device)
     work = tokens * working_bytes(model, tensor, width)
+    last = tokens * model.hidden_size / tensor * width  # the embedding's gradient
+    if recompute:
+        # all activations of the block whose gradients are computed, but for its input, which is kept, and that of the
+        # dense peer's last layer, which is freed before the others' gradients exist
+        work += block - tokens * model.hidden_size / tensor * width * (5 if model.kind == "dense" else 1)
+        last = work
     process = PROCESS[device]
     fixed = states.parameters + states.optimizer + states.gradients + process
     peaks = {
         "loss": fixed + states.gathered + states.early + kept + max(logits, work),
-        "reduce": fixed + states.reduce + tokens * model.hidden_size // tensor * width,
+        "reduce": fixed + states.reduce + last,
         "update": fixed + states.update,
     }
     saves_beside = config.checkpoint.interval and config.checkpoint.asynchronous
@@ -125,6 +134,15 @@ def block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
     inner = model.inner_size / tensor
     activation = inner * width if model.ffn_activation == "gelu" else 0
     return (8 * size + 2 * inner) * width + activation + code_bytes(model, width) + 3 * 8 + 4 * heads
+
+
+def recomputed_block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
+    """What a block keeps whose activations are computed again, bytes a token of a rank: its input and what it received.
+
+    Received: codes with weights, and for each norm two float32 sums of every rank.
+    """
+    received = code_bytes(model, width) + 3 * 2 * 4 * tensor if tensor > 1 else 0
+    return model.hidden_size / tensor * width + received
 
 
 def working_bytes(model: ModelConfig, tensor: int, width: int) -> float:
@@ -177,10 +195,14 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
         return _States(w * n, optimizer, 4 * n, 0, 0, shard + one + copies, scratch)
     if stage == 1:
         return _States(w * n, optimizer, 4 * n + shard, 0, 0, one + copies, scratch)
-    # own sums of the bucket that fills and of one that is reduced, and that one's reduced shard
-    several = 4 * min(n, 2 * bucket) if config.parallel.overlap else 4 * bucket
-    reduce = several + (4 * bucket / data if data > 1 else 0) + one
-    return _States(w * n, optimizer, shard, 0, 0, reduce, scratch)
+    # own sums: of the bucket that fills and of one that is reduced, which may be that of the micro-batch before
+    several, pending = 4 * bucket, 0.0
+    if config.parallel.overlap:
+        several = 4 * min(n * count_micro_batches(config, data), 2 * bucket)
+        pending = several - 4 * min(n, bucket)
+    early = pending if count_micro_batches(config, data) > 1 else 0
+    reduced = 4 * bucket / data if data > 1 else 0
+    return _States(w * n, optimizer, shard, 0, early, several + reduced + one, scratch)
 
 
 def _state_kinds(config: Config) -> set[str]:

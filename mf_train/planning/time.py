@@ -16,6 +16,7 @@ from mf_train.planning.work import (
     data_parallel_bytes,
     gradient_copies,
     micro_batch_work,
+    recomputed_work,
     step_tokens,
     tensor_parallel_bytes_per_token,
     update_work,
@@ -54,7 +55,7 @@ def estimate_step(config: Config, nodes: int, per_node: int, device: Device) -> 
     largest = micro_batch_sizes(config, data)[0]
     config = replace(config, training=replace(config.training, micro_batch_size=largest))
     times, precision = count_micro_batches(config, data), config.training.precision
-    works = micro_batch_work(config, tensor, device.kind)
+    works = micro_batch_work(config, tensor, device.kind) + recomputed_work(config, tensor)
     parts = [_bound(work, device, precision, times) for work in works]
     share = count_parameters(config.model).total / tensor / (data if stage else 1)
     parts.append(_bound(update_work(config, share), device, precision, 1))

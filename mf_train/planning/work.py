@@ -128,6 +128,45 @@ def _dense_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartW
     return [_attention(model, n, b, tensor), dense]
 
 
+def recomputed_work(config: Config, tensor: int) -> list[PartWork]:
+    """The blocks' forward pass of a micro-batch once more, where `training.recompute` asks for it.
+
+    No part of `step_bytes`: recomputation is a matter of layout, as in model FLOPs utilisation.
+    """
+    model = config.model
+    if config.training.recompute == "none":
+        return []
+    b = element_bytes(config)
+    n = config.training.micro_batch_size * model.sequence_length
+    layers, size = model.num_layers, model.hidden_size / tensor
+    inner = 4 * size if model.kind == "dense" else model.inner_size / tensor
+    attended = layers * count_block_flops(model).attention / model.sequence_length * n / tensor
+    parts = [
+        PartWork(
+            "attention again",
+            copy=layers * n * size * b * 4,
+            flops=2 * _CAUSAL * attended,
+            launches=layers * 6,
+        ),
+        # norms read and written, and residual sums
+        PartWork(
+            "norms again", copy=layers * n * (2 * (2 * size + inner) + 3 * size) * b, launches=layers * 8
+        ),
+    ]
+    if model.kind == "dense":
+        products = layers * count_block_flops(model).layers / model.sequence_length * n / tensor
+        copied = count_parameters(model).dense / tensor * b + 18 * layers * n * size * b
+        return [*parts, PartWork("dense layers again", copy=copied, flops=2 * products, launches=layers * 7)]
+    rows = layers * n * model.num_tables * (4 * size + inner) * b
+    hashed = layers * n * ((2 * size + inner) * b + code_bytes(model, b) / tensor)
+    tables = count_parameters(model).tables / tensor * b
+    return [
+        *parts,
+        PartWork("hash again", copy=hashed, launches=layers * 3),
+        PartWork("lookup again", copy=tables, gather=rows, launches=layers * 6),
+    ]
+
+
 def update_work(config: Config, parameters: float) -> PartWork:
     """Norm, clipping, AdamW and the new parameters, of as many parameters as a rank updates."""
     # AdamW reads master, gradient and both moments, and writes all but the gradient

@@ -115,7 +115,8 @@ def _on_call(
         yield module.register_forward_pre_hook(lambda *_: before(), prepend=True)
     if leave is not None:
         after = leave
-        yield module.register_forward_hook(lambda *_: after())
+        # also after a pass that ends early: a recomputation (torch.utils.checkpoint) stops when it has all it needs
+        yield module.register_forward_hook(lambda *_: after(), always_call=True)
 
 
 @contextmanager

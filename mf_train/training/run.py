@@ -26,6 +26,7 @@ from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import Process
+from mf_train.parallel.recompute import recompute_blocks
 from mf_train.parallel.tensor import build_model
 from mf_train.parallel.watch import Watch
 from mf_train.planning.devices import find_peak
@@ -176,6 +177,8 @@ class _Run:
         self.exchange = Exchange(groups.tensor) if self.degrees.tensor > 1 else None
         end_of_text = inputs.tokenizer.end_of_text_id if config.data.document_attention else None
         model = build_model(config.model, self.exchange, config.training.seed, device)
+        if config.training.recompute == "block":
+            recompute_blocks(model, self.exchange)
         self.engine = Engine(model, config, groups, device, end_of_text)
         watch.entering("compiling kernels")
         resumes = checkpoint is not None

@@ -236,6 +236,7 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
         ("model.norm_epsilon=-1e-5", "model.norm_epsilon is -1e-05: it must be a number above 0"),
         ("model.rotary_fraction=1.5", "model.rotary_fraction is 1.5: it must be between 0 and 1"),
         ("training.precision=float16", "training.precision is 'float16': choose one of float32, bfloat16"),
+        ("training.recompute=all", "training.recompute is 'all': choose one of none, block"),
         ("training.steps=0", "training.steps is 0: it must be a number above 0"),
         ("training.micro_batch_size=-1", "training.micro_batch_size is -1: it must be a number above 0"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate is inf: it must be a number above 0"),

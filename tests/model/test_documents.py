@@ -8,7 +8,14 @@ from torch import Tensor
 
 from mf_train.config import ModelConfig
 from mf_train.model import MemoryFormer
-from mf_train.model.attention import document_mask, document_numbers, document_positions
+from mf_train.model.attention import (
+    Attention,
+    document_lengths,
+    document_mask,
+    document_numbers,
+    document_positions,
+    rotary_table,
+)
 from tests.model.reference import logits_of, losses_of
 from tests.model.test_attention import ListCache
 from tests.model.test_model import TOLERANCE, assert_relative, random_tokens
@@ -159,6 +166,8 @@ def test_numbers_positions_and_masks() -> None:
     documents = document_numbers(tokens, END)
     assert documents.tolist() == [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
     assert document_positions(documents).tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 4, 5]]
+    assert document_lengths(documents) == (2, 3, 1, 1, 1, 6)
+    assert document_lengths(documents[:, 1:]) == (1, 3, 1, 1, 6)
     assert document_positions(documents[:, 1:]).tolist() == [[0, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5]]
     mask = document_mask(documents, torch.bfloat16)
     assert mask.shape == (2, 1, 7, 7) and mask.dtype == torch.bfloat16
@@ -174,25 +183,40 @@ def test_numbers_positions_and_masks() -> None:
     ]
 
 
-def test_every_layer_keeps_the_same_mask() -> None:
-    """For the backward pass: a deeper model saves no further tensor of S x S numbers."""
+@pytest.mark.parametrize("case", range(8))
+def test_attention_in_documents_is_the_masked_one(case: int) -> None:
+    """Results and gradients in float64: documents of random lengths, of one token each, and one alone in its row."""
+    generator = torch.Generator().manual_seed(case)
+    rows, length = 1 + case % 3, 1 if case == 0 else 57
+    ends = torch.rand(rows, length, generator=generator) < torch.rand(rows, 1, generator=generator)
+    ends[0] = case % 2
+    documents = ends.long().cumsum(-1) - ends.long()
+    lengths = document_lengths(documents)
+    assert sum(lengths) == rows * length and (lengths[:length] == (1,) * length or lengths[0] == length)
+    inputs = torch.randn(3, rows, length, 24, generator=generator, dtype=torch.float64).requires_grad_()
+    gradient = torch.randn(rows, length, 24, generator=generator, dtype=torch.float64)
+    rotary, found = rotary_table(document_positions(documents), 4, 100.0), []
+    for mask in (lengths, document_mask(documents, torch.float64)):
+        y = Attention(8)(*inputs, rotary, 0, mask)
+        found.append((y, *torch.autograd.grad(y, inputs, gradient)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
-    def kept(layers: int) -> int:
-        config = ModelConfig(kind="dense", hidden_size=8, num_layers=layers, num_heads=1, vocab_size=16)
-        model, tokens = MemoryFormer(config), torch.randint(16, (1, 96))
-        storages = set()
 
-        def pack(saved: Tensor) -> Tensor:
-            if saved.shape[-2:] == (96, 96):
-                storages.add(saved.untyped_storage().data_ptr())
-            return saved
+def test_nothing_of_a_row_s_square_is_kept() -> None:
+    """For the backward pass, in any layer."""
+    config = ModelConfig(kind="dense", hidden_size=8, num_layers=3, num_heads=1, vocab_size=16)
+    model, tokens = MemoryFormer(config), torch.randint(16, (1, 96))
+    largest = 0
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            losses = model(tokens, tokens, documents_bs=document_numbers(tokens, END))
-        losses.sum().backward()
-        return len(storages)
+    def pack(saved: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, saved.numel())
+        return saved
 
-    assert kept(1) == kept(5) == 1
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        model(tokens, tokens, documents_bs=document_numbers(tokens, END)).sum().backward()
+    assert 0 < largest < 96 * 96
 
 
 def test_misuse() -> None:

@@ -16,7 +16,13 @@ from tests.planning.configs import run_python
 TABLES = ModelConfig(hidden_size=256, num_layers=4, num_heads=4, bits=8, vocab_size=8192, sequence_length=128)
 ROWS = ModelConfig(hidden_size=128, num_layers=6, num_heads=4, bits=4, vocab_size=4096, sequence_length=512)
 LONG = replace(ROWS, num_layers=4, bits=8)  # its activations are larger than its tables
+DEEP = replace(ROWS, num_layers=16, vocab_size=1024)  # its activations are larger than its logits
 DENSE = replace(ROWS, kind="dense", hidden_size=512, vocab_size=16384)
+
+
+def recomputed(config: Config) -> Config:
+    return replace(config, training=replace(config.training, recompute="block"))
+
 
 # processes and configurations: every stage, both precisions, tables or activations as the larger part
 CASES = {
@@ -38,6 +44,12 @@ CASES = {
     "least, stage 2, 2 x data": (2, make(TABLES, 2, 1, 1, 2, "bfloat16", ("int8", "row", "split"))),
     "int8 and row, stage 3, 2 x data": (2, make(TABLES, 2, 1, 1, 3, "bfloat16", ("int8", "row", "float32"))),
     "dense": (1, make(DENSE, 4, 2, 1, 1, "float32")),
+    "deep": (1, make(DEEP, 16, 8, 1, 1, "float32")),
+    "recomputed": (1, recomputed(make(DEEP, 16, 8, 1, 1, "float32"))),
+    "recomputed, 2 x tensor": (2, recomputed(make(DEEP, 16, 8, 2, 0, "float32"))),
+    "recomputed, bfloat16": (1, recomputed(make(DEEP, 16, 8, 1, 2, "bfloat16"))),
+    "recomputed, stage 3, 2 x data": (2, recomputed(make(DEEP, 16, 8, 1, 3, "float32"))),
+    "recomputed, dense": (1, recomputed(make(replace(DENSE, vocab_size=1024), 16, 8, 1, 1, "float32"))),
 }
 
 
@@ -66,6 +78,15 @@ def test_stages_share_what_they_say() -> None:
         )
         for name in ("parameters", "optimizer"):
             assert getattr(one, name) == getattr(four, name) * (4 if name in shared else 1)
+
+
+def test_recomputation_keeps_inputs_and_what_was_received() -> None:
+    for tensor in (1, 2):
+        plain = make(DEEP, 8, 8, tensor, 1, "bfloat16")
+        before, after = (estimate_memory(each, tensor, "cpu") for each in (plain, recomputed(plain)))
+        assert after.codes == (before.codes if tensor > 1 else 0)
+        assert after.activations < before.activations / (8 if tensor == 1 else 3)
+        assert before.peak - after.peak < before.activations - after.activations  # one block has them all
 
 
 def test_a_gpu_holds_whole_buckets() -> None:

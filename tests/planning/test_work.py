@@ -20,12 +20,14 @@ from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import find_process
 from mf_train.parallel.tensor import shard_model
-from mf_train.planning.devices import Peak
+from mf_train.planning.devices import Peak, find_device
+from mf_train.planning.time import estimate_step
 from mf_train.planning.work import (
     data_parallel_bytes,
     micro_batch_work,
     model_flops,
     paper_flops,
+    recomputed_work,
     step_bytes,
     step_efficiency,
     tensor_parallel_bytes_per_token,
@@ -84,6 +86,24 @@ def test_a_layout_does_not_change_what_a_step_moves() -> None:
     more, fewer = step_bytes(make(SMALL, 16, 1)), step_bytes(make(SMALL, 16, 4))
     assert more > base > fewer
     assert more - base == pytest.approx(2 * 2 * (base - fewer) / 2)
+
+
+@pytest.mark.parametrize("kind", ["memoryformer", "dense"])
+def test_recomputation_is_the_blocks_forward_pass(kind: Any) -> None:
+    plain = make(replace(SMALL, kind=kind))
+    config = replace(plain, training=replace(plain.training, recompute="block"))
+    assert recomputed_work(plain, 1) == [] and step_bytes(config) == step_bytes(plain)
+    whole = {work.name: work for work in micro_batch_work(config, 1, "cpu")}
+    again = {work.name: work for work in recomputed_work(config, 1)}
+    assert again["attention again"].flops == pytest.approx(whole["attention"].flops / 3.5)
+    if kind == "dense":
+        assert again["dense layers again"].flops == pytest.approx(whole["dense layers"].flops / 3)
+    else:
+        for count in ("copy", "gather", "launches"):
+            assert getattr(again["lookup again"], count) == getattr(whole["lookup"], count)
+    cpu = find_device("cpu")
+    before, after = (estimate_step(each, 1, 1, cpu).seconds for each in (plain, config))
+    assert 1 < after / before < 4 / 3
 
 
 def test_work_of_a_rank_is_a_part_of_the_whole() -> None:

@@ -191,6 +191,23 @@ def test_the_trace_names_both_passes_of_every_layer(profiled: tuple[Path, str, i
         assert [names.count(f"step {step}") for step in range(2, 6)] == [0, 1, 1, 0]
 
 
+@pytest.mark.distributed
+def test_recomputed_passes_are_named_too(tmp_path: Path) -> None:
+    """What runs again in the backward pass has the name of its part; losses are those of a plain run."""
+    tree = tree_of(tmp_path, "memoryformer")
+    tree["training"]["recompute"] = "block"
+    run = profile_run(tree, 2)
+    for rank in range(2):
+        summary, names = summary_of(run, rank=rank), names_in_trace(run, rank=rank)
+        for layer, parts in enumerate(summary["layers"]):
+            assert [parts[name]["calls"] for name in ("layer", *MEMORY_LAYERS)] == [8, *[16] * 10]
+            assert names.count(f"layer {layer} / down (backward)") >= 8
+        assert summary["parts"][OTHER]["cpu_seconds"] < 0.1 * summary["cpu_seconds"]
+    plain = tmp_path / "plain"
+    train(tree, "training.recompute=none", f"training.output_dir={plain}", "parallel.tensor=2", processes=2)
+    assert same(run) == same(plain)
+
+
 def test_memory_at_the_peak_by_part(profiled: tuple[Path, str, int]) -> None:
     run, kind, _ = profiled
     memory = summary_of(run)["memory"]

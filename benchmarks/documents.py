@@ -19,6 +19,7 @@ from mf_train.model.attention import (
     document_positions,
     rotary_table,
 )
+from mf_train.training.device import keep_freed_memory
 
 ROWS, LENGTH, HEADS, HEAD = 4, 2048, 8, 64
 # Log-normal lengths of tokens, median and sigma: web text, short texts, and one document a row
@@ -68,6 +69,7 @@ def main() -> None:
         "--save", action="store_true", help="also write benchmarks/results/DATE-documents.txt"
     )
     given = parser.parse_args()
+    keep_freed_memory()  # as the trainer does
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for name, mixture in MIXTURES.items():

@@ -34,7 +34,7 @@ def _read_fragments(engine: Engine, reader: CheckpointReader, still_alive: Calla
             for first, numel in held.pieces(_PIECE):
                 start = fragment.start + first
                 values = reader.read_fragment(name, kind, degrees.tensor_rank, degrees.tensor, start, numel)
-                held.narrow(first, numel).write(values.to(engine.device))
+                held.narrow(first, numel).write(values.to(held.tensors[0].device))
             still_alive()
 
 

@@ -82,6 +82,7 @@ class ParallelConfig:
 
     tensor: int = positive(1)
     zero_stage: int = bounds.zero_stage(1)
+    offload: Literal["none", "optimizer"] = "none"  # optimizer: masters and moments live in host memory
     master: Literal["float32", "split"] = "float32"  # split: the bfloat16 weight and its missing 16 bits
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients when sent; added in float32
     overlap: bool = True  # send gradients beside the backward pass, weights beside the next forward pass

@@ -72,10 +72,11 @@ class _Bucket:
             slot.parameter.data = place
         self.missing = 0  # gradients that the current backward pass has not given yet
         self.sums: Tensor | None = None  # float32 [size], of this rank's gradients
-        # set by `Zero`: of what this rank owns, its first element, its masters, and their gradients, float32
+        # set by `Zero`: of what this rank owns, its first element, its masters, and their gradients, float32; and these
+        # where the masters are, which is in the host's memory with `parallel.offload`
         self.first = 0
         self.master: Stored = Float32((self.weights,), self.size)
-        self.gradient = self.weights
+        self.gradient = self.beside_masters = self.weights
 
     def sum_of(self, slot: _Slot) -> Tensor:
         """The float32 sums of a parameter's gradient, in its shape."""
@@ -89,6 +90,9 @@ class Zero:
 
     The model's parameters move into the buckets. A gradient is taken as soon as the backward pass has it, so that
     `.grad` is None between passes; every parameter must get one. `settings`: AdamW's groups, as torch takes them.
+
+    With `parallel.offload` masters and moments are in host memory. Gradients go there as soon as they are reduced, on a
+    stream of their own, and each bucket's weights come back while the next one is updated.
     """
 
     def __init__(
@@ -104,6 +108,9 @@ class Zero:
         self.overlap = parallel.overlap
         self.split = parallel.master == "split"
         self.reduce_dtype = getattr(torch, parallel.reduce_dtype)
+        self.offload = parallel.offload == "optimizer"
+        device = next(model.parameters()).device
+        self._down = torch.cuda.Stream(device) if self.offload and device.type == "cuda" else None
         named = list(model.named_parameters())
         self.moments = Moments(named, config.optimizer, self.degrees)
         # no shard cuts a unit of a table's numbers, where they are held by units
@@ -116,7 +123,7 @@ class Zero:
             owned |= self._own(bucket)
         self._of_rank = {name: owned[name] for name, _ in named if name in owned}
         self.steps = 0  # updates so far, which the bias correction counts
-        self._updated = [*self._find_updated(model, settings)]
+        self._updated = self._find_updated(model, settings)
         self._adamw = AdamW(config.optimizer, config.training.seed, self.alignment)
         self._fresh = True  # no gradient of this step has been taken
         self._last = True  # the backward pass is the step's last
@@ -146,15 +153,22 @@ class Zero:
         another order differ in some 1e-16, of which nothing is left in float32 but once in about 10^8 steps.
         """
         while self._reducing:
-            self._reducing.popleft()()
+            self._finish_reduction()
+        if self._down is not None:
+            torch.cuda.current_stream().wait_stream(self._down)
         norm = self._norm()
-        if self.gradient_clip:
-            factor = (self.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
-            for bucket in self.buckets:
-                bucket.gradient.mul_(factor)
+        if self._down is not None:
+            self._down.synchronize()
+        factor = (self.gradient_clip / (norm + 1e-6)).clamp(max=1.0) if self.gradient_clip else None
         self.steps += 1
-        self._adamw.update(self._updated, learning_rate, self.steps)
-        self._send_weights()
+        for index in self._in_order_of_use():
+            if factor is not None:
+                gradient = self.buckets[index].beside_masters
+                gradient.mul_(factor.to(gradient.device))
+            self._adamw.update(self._updated[index], learning_rate, self.steps)
+            self._send_weights(index)
+        if not self.overlap:
+            self._wait_for_all()
         self._fresh = True
         return norm
 
@@ -172,7 +186,9 @@ class Zero:
 
     def refresh_parameters(self) -> None:
         """Copy the masters into the parameters that the forward pass reads. Collective."""
-        self._send_weights()
+        self._wait_for_all()
+        for index in self._in_order_of_use():
+            self._send_weights(index)
         self._wait_for_all()
 
     def close(self) -> None:
@@ -189,16 +205,18 @@ class Zero:
             (0, bucket.size) if self.stage == 0 else (self.rank * bucket.shard, bucket.shard)
         )
         mine = bucket.weights.narrow(0, bucket.first, owned)
+        held = self._to_host(mine) if self.offload else mine
         if self.split:
-            bucket.master = Split((mine, torch.zeros(owned, dtype=torch.int16, device=mine.device)), owned)
+            bucket.master = Split((held, torch.zeros(owned, dtype=torch.int16, device=held.device)), owned)
         else:
-            bucket.master = Float32((mine if mine.dtype == torch.float32 else mine.float(),), owned)
+            bucket.master = Float32((held.float(),), owned)  # in float32 the same memory
         if self.stage == 2:
             bucket.gradient = torch.zeros(owned, device=mine.device)
         else:
             bucket.sums = torch.zeros(bucket.size, device=mine.device)
             whole = owned == bucket.size
             bucket.gradient = bucket.sums if whole else torch.zeros(owned, device=mine.device)
+        bucket.beside_masters = self._to_host(bucket.gradient) if self.offload else bucket.gradient
         fragments = {}
         for slot in bucket.slots:
             first, end = max(slot.start, bucket.first), bucket.first + owned
@@ -208,18 +226,29 @@ class Zero:
                 filled = min(_round_up(slot.start + slot.numel, self.alignment), end) - first
                 place = first - bucket.first
                 values = {"master": bucket.master.narrow(place, filled)}
-                values |= self.moments.zeros(slot.name, filled, mine.device)
-                gradient = bucket.gradient.narrow(0, place, filled)
+                values |= self.moments.zeros(slot.name, filled, held.device)
+                gradient = bucket.beside_masters.narrow(0, place, filled)
                 fragments[slot.name] = Fragment(first - slot.start, numel, values, gradient)
         return fragments
 
-    def _find_updated(self, model: nn.Module, settings: list[dict[str, Any]]) -> Iterator[Updated]:
+    @staticmethod
+    def _to_host(tensor: Tensor) -> Tensor:
+        """A copy in the host's memory, pinned where it goes to and from a GPU."""
+        pinned = tensor.device.type == "cuda"
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor)
+
+    def _find_updated(self, model: nn.Module, settings: list[dict[str, Any]]) -> list[list[Updated]]:
+        """What is updated of each bucket."""
+        buckets = {slot.name: index for index, bucket in enumerate(self.buckets) for slot in bucket.slots}
+        found: list[list[Updated]] = [[] for _ in self.buckets]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for group in settings:
             for name in (names[id(parameter)] for parameter in group["params"]):
                 if (fragment := self._of_rank.get(name)) is not None:
                     places = self.moments.places(name, fragment.start)
-                    yield Updated(fragment, group["weight_decay"], group["learning_rate_multiplier"], places)
+                    decay, multiplier = group["weight_decay"], group["learning_rate_multiplier"]
+                    found[buckets[name]].append(Updated(fragment, decay, multiplier, places))
+        return found
 
     def _take_gradients(self) -> Iterator[RemovableHandle]:
         for bucket in self.buckets:
@@ -260,11 +289,23 @@ class Zero:
         """Of the buckets before `end` that have not started yet."""
         # stage 2 has own sums of two buckets at most: one that fills, and one that is on its way
         most = int(self.overlap) if self.stage == 2 else len(self.buckets)
+        if self._down is not None:
+            most = 0  # waited for on a stream of its own
         for bucket in self.buckets[self._started : end]:
             self._reducing.append(self._start_reduction(bucket))
             while len(self._reducing) > most:
-                self._reducing.popleft()()
+                self._finish_reduction()
         self._started = max(self._started, end)
+
+    def _finish_reduction(self) -> None:
+        """Of those that were started the first. With offload its gradients go on to the host."""
+        finish = self._reducing.popleft()
+        if self._down is None:
+            finish()
+        else:
+            self._down.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._down):
+                finish()
 
     def _start_reduction(self, bucket: _Bucket) -> Callable[[], None]:
         """Returns what waits for the sums over ranks of this rank's shard and puts them where they belong."""
@@ -289,18 +330,27 @@ class Zero:
 
             def finish() -> None:
                 self._wait_for(work, "all-to-all of gradients")
+                self._used_by_copies(received)
                 keep(received.view(self.ranks, -1).sum(0, dtype=torch.float32))
 
         return finish
 
+    def _used_by_copies(self, tensor: Tensor) -> None:
+        """Have the allocator wait for the copies' stream before it gives the memory to others."""
+        if self._down is not None:
+            tensor.record_stream(self._down)
+
     @torch.no_grad()
     def _keep(self, bucket: _Bucket, shard: Tensor, *, fresh: bool) -> None:
+        self._used_by_copies(shard)
         if self.stage == 0 and self.ranks > 1:
             self._wait_for(all_gather(bucket.gradient, shard, self.group), "all-gather of gradients")
         elif self.stage == 2 and not fresh:
             bucket.gradient.add_(shard)
         elif shard is not bucket.gradient:
             bucket.gradient.copy_(shard)
+        if self.offload and self._last:
+            bucket.beside_masters.copy_(bucket.gradient, non_blocking=True)
 
     def _norm(self) -> Tensor:
         squares = torch.zeros((), dtype=torch.float64, device=self.buckets[0].weights.device)
@@ -318,20 +368,20 @@ class Zero:
 
     # weights
 
+    def _in_order_of_use(self) -> Iterable[int]:
+        """Buckets, those first that the forward pass uses first."""
+        return reversed(range(len(self.buckets)))
+
     @torch.no_grad()
-    def _send_weights(self) -> None:
-        """From the masters that each rank owns to every rank's parameters, those first that are used first."""
-        self._wait_for_all()
-        for index, bucket in reversed([*enumerate(self.buckets)]):
-            mine = bucket.weights.narrow(0, bucket.first, bucket.master.numel)
-            if mine.dtype not in (
-                tensor.dtype for tensor in bucket.master.tensors
-            ):  # else they are the masters'
-                mine.copy_(bucket.master.read())
-            if self.stage and self.ranks > 1:
-                self._gathering[index] = all_gather(bucket.weights, mine, self.group)
-        if not self.overlap:
-            self._wait_for_all()
+    def _send_weights(self, index: int) -> None:
+        """Start to send a bucket from the masters that each rank owns to every rank's parameters."""
+        bucket = self.buckets[index]
+        mine = bucket.weights.narrow(0, bucket.first, bucket.master.numel)
+        weights = bucket.master.tensors[0]  # split ones: in the weights' dtype
+        if mine.data_ptr() != weights.data_ptr():
+            mine.copy_(weights, non_blocking=True)
+        if self.stage and self.ranks > 1:
+            self._gathering[index] = all_gather(bucket.weights, mine, self.group)
 
     def _wait_for(self, work: dist.Work, name: str) -> None:
         with collective(name, self.buckets[0].weights.device):

@@ -237,5 +237,10 @@ def _deepspeed_config(config: Config, ranks: int, micro_batches: int) -> dict[st
             # small parameters are not kept whole: they come in the same all-gather as their large neighbours
             "stage3_param_persistence_threshold": 0,
             "stage3_prefetch_bucket_size": parallel.bucket_size,
+            "offload_optimizer": {
+                "device": "cpu" if parallel.offload == "optimizer" else "none",
+                "pin_memory": True,
+            },
         },
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW does as well on the host
     }

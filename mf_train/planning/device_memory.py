@@ -10,7 +10,7 @@ What exists at each is that of `parallel.zero` and, under stage 3, of DeepSpeed 
 `benchmarks.plan_memory` checks it. n is the number of a tensor-parallel rank's parameters, R the data-parallel degree.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_parameters
@@ -31,7 +31,7 @@ class RankMemory:
     """Bytes of one rank: what stays between steps, what a step adds, and its peak."""
 
     parameters: float  # as the forward pass reads them
-    optimizer: float  # float32 masters, where they are apart, and both moments
+    optimizer: float  # masters, where they are apart, and both moments; 0 on a GPU where they are in the host's memory
     gradients: float  # those that all micro-batches are summed in
     activations: float  # kept for the backward pass of one micro-batch, codes and weights included
     codes: float  # of these: codes and weights of the hashes
@@ -39,7 +39,7 @@ class RankMemory:
     buffers: float  # communication: buckets and flat copies, at the moment `reduce`
     process: float
     peaks: dict[str, float]  # at each moment
-    host: float  # a copy of the state that is saved beside the steps
+    host: float  # of a GPU's host: a copy of the state that is saved beside the steps, and what is offloaded
 
     @property
     def peak(self) -> float:
@@ -87,6 +87,11 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Ran
         work += block - tokens * model.hidden_size / tensor * width * (5 if model.kind == "dense" else 1)
         last = work
     process = PROCESS[device]
+    offloaded = offloaded_bytes(config, processes)
+    if offloaded:
+        scratch = states.update if device == "cuda" and config.parallel.zero_stage < 3 else 0
+        optimizer = 0 if device == "cuda" else offloaded
+        states = replace(states, optimizer=optimizer, update=states.update - scratch)
     fixed = states.parameters + states.optimizer + states.gradients + process
     peaks = {
         "loss": fixed + states.gathered + states.early + kept + max(logits, work),
@@ -105,8 +110,18 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Ran
         process=process,
         peaks=peaks,
         # each rank writes its own share: checkpoint/save.py
-        host=(_weight_bytes(config) + _state_bytes(config)) * n / data if saves_beside else 0,
+        host=(offloaded if device == "cuda" else 0)
+        + ((_weight_bytes(config) + _state_bytes(config)) * n / data if saves_beside else 0),
     )
+
+
+def offloaded_bytes(config: Config, processes: int) -> float:
+    """What `parallel.offload` has in host memory for a rank: masters, moments, and the gradients that update them."""
+    if config.parallel.offload == "none":
+        return 0
+    tensor, stage = config.parallel.tensor, config.parallel.zero_stage
+    own = count_parameters(config.model).total / tensor / (1 if stage == 0 else processes // tensor)
+    return (4 + moment_bytes(config) + 4) * own  # a split master has its weight beside it, and so 4 bytes too
 
 
 def peak_bytes(config: Config, processes: int, device: str | None = None) -> float:

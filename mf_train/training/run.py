@@ -33,7 +33,7 @@ from mf_train.planning.devices import find_peak
 from mf_train.planning.work import step_efficiency, step_tokens
 from mf_train.training.batches import Batch, SharedBatches
 from mf_train.training.binding import bind_cores
-from mf_train.training.device import find_device, keep_freed_memory, make_deterministic
+from mf_train.training.device import check_host_memory, find_device, keep_freed_memory, make_deterministic
 from mf_train.training.environment import set_kernel_cache
 from mf_train.training.folder import check_same_run, record_config, resolved_yaml
 from mf_train.training.garbage import GarbageCollection
@@ -90,6 +90,7 @@ def train(config: Config, process: Process) -> int:
 def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopRequest, watch: Watch) -> int:
     watch.entering("making process groups")
     groups = Groups(degrees, config.training.collective_timeout_seconds + _WATCH_SPEAKS_FIRST_SECONDS)
+    run_on_all(lambda: check_host_memory(config, degrees), device)
     watch.entering("opening the data")
     if device.type == "cpu":
         keep_freed_memory()

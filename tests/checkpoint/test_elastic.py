@@ -51,7 +51,8 @@ def compact(index: int, shift: int = 0) -> Case:
     split = held[2] == "split"
     stage = (index + shift) % (3 if split else 4)
     precision = "bfloat16" if split or index % 4 == 0 else "float32"
-    return Case(*SHAPES[(index // 2 + shift) % len(SHAPES)], stage, precision, held=held)
+    shape = SHAPES[(index // 2 + shift) % len(SHAPES)]
+    return Case(*shape, stage, precision, held=held, offload=(index + shift) % 3 == 0)
 
 
 Pairs = dict[Case, list[Case]]  # by reader, whose checkpoints it reads

@@ -188,7 +188,8 @@ def test_profiles_that_no_run_can_make(profile: str, words: str, tmp_path: Path)
 
 def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> None:
     assert mistake(tmp_path, "parallel: {xyz: 1}").endswith(
-        "unknown key 'parallel.xyz': known keys: tensor, zero_stage, master, reduce_dtype, overlap, bucket_size"
+        "unknown key 'parallel.xyz': known keys: tensor, zero_stage, offload, master, reduce_dtype, overlap, "
+        "bucket_size"
     )
 
 

@@ -169,12 +169,10 @@ def train_case(case: Case, groups: Groups, recompute: bool) -> dict[str, Any]:
                     )
                 found["losses"].append(loss.item())
             found["norms"].append(engine.update(1e-2).item())
-    found["masters"] = {
-        name: fragment.of(fragment.flat).detach().clone() for name, fragment in engine.fragments().items()
-    }
-    found["moments"] = {
-        name: engine.moment(fragment, "exp_avg").clone() for name, fragment in engine.fragments().items()
-    }
+    for kind in ("master", "exp_avg"):
+        found[kind] = {
+            name: fragment.held(kind).read().clone() for name, fragment in engine.fragments().items()
+        }
     found["reads"] = counts.values.tolist()
     found["sent"] = exchange.bytes_sent if exchange else 0
     found["collectives"] = sorted(
@@ -220,7 +218,7 @@ def test_one_training(case: Case, results: list[dict[str, Any]]) -> None:
         for key in ("losses", "norms", "reads", "sent", "collectives"):
             assert recomputed[key] == plain[key], key
         assert sum(plain["reads"]) > 0 and (plain["sent"] > 0) == (case.tensor > 1)
-        for key in ("masters", "moments"):
+        for key in ("master", "exp_avg"):
             assert recomputed[key].keys() == plain[key].keys() != set()
             for name, value in plain[key].items():
                 assert torch.equal(recomputed[key][name], value), (key, name)

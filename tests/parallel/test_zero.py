@@ -38,6 +38,7 @@ class Case:
     overlap: bool = True
     reduce_dtype: str = "float32"
     bucket_size: int = 3000  # many buckets in this model
+    offload: str = "none"
 
     def config(self) -> Config:
         return Config(
@@ -48,6 +49,7 @@ class Case:
                 overlap=self.overlap,
                 reduce_dtype=self.reduce_dtype,  # type: ignore[arg-type]
                 bucket_size=self.bucket_size,
+                offload=self.offload,  # type: ignore[arg-type]
             ),
             training=TrainingConfig(
                 global_batch_size=BATCH,
@@ -74,6 +76,8 @@ CASES = [Case(stage, precision) for stage in STAGES for precision in PRECISIONS]
 PLAIN = [*CASES]
 CASES += [replace(case, overlap=False) for case in CASES]
 CASES += [Case(stage, "bfloat16", reduce_dtype="bfloat16") for stage in (0, 1, 2)]
+OFFLOADED = [replace(case, offload="optimizer") for case in PLAIN]
+CASES += OFFLOADED
 
 
 def batch_of(step: int) -> Tensor:
@@ -187,6 +191,18 @@ def assert_sum(actual: Tensor, addends: list[Tensor], sizes: list[Tensor]) -> No
 def test_overlap_changes_no_bit(ranks: int, case: Case) -> None:
     for outcome in outcomes(ranks):
         assert_equal(outcome[case], outcome[replace(case, overlap=False)])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("case", OFFLOADED, ids=str)
+def test_host_memory_changes_no_bit(ranks: int, case: Case) -> None:
+    """But DeepSpeed's norm, which it adds up in another order there."""
+    for outcome in outcomes(ranks):
+        here, there = outcome[replace(case, offload="none")], outcome[case]
+        if case.stage == 3:
+            assert there.norms == pytest.approx(here.norms, rel=1e-6)
+            there = replace(there, norms=here.norms)
+        assert_equal(there, here)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

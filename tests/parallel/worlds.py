@@ -45,6 +45,7 @@ CPU = torch.device("cpu")
 class Case:
     """One training. `warm`: its optimiser state is made before the first step and set back, as a resume does.
     `documents`: attention inside the documents of a row. `held`: how tables' moments, and masters, are held.
+    `offload`: they are in host memory.
     """
 
     tensor: int
@@ -54,11 +55,13 @@ class Case:
     warm: bool = False
     documents: bool = False
     held: tuple[str, str, str] = ("float32", "float32", "float32")
+    offload: bool = False
 
     def __str__(self) -> str:
         kind = "-warm" * self.warm + "-documents" * self.documents
         if set(self.held) != {"float32"}:
             kind += "-" + "-".join(self.held)
+        kind += "-offload" * self.offload
         return f"P{self.tensor}-R{self.data}-stage{self.stage}-{self.precision}{kind}"
 
 
@@ -83,7 +86,12 @@ def case_config(case: Case) -> Config:
     return Config(
         model=MODEL,
         optimizer=replace(OPTIMIZER, table_exp_avg=first, table_exp_avg_sq=second),
-        parallel=ParallelConfig(tensor=case.tensor, zero_stage=case.stage, master=master),
+        parallel=ParallelConfig(
+            tensor=case.tensor,
+            zero_stage=case.stage,
+            master=master,
+            offload="optimizer" if case.offload else "none",
+        ),
         training=TrainingConfig(global_batch_size=BATCH, micro_batch_size=MICRO, precision=case.precision),
     )
 

@@ -9,6 +9,7 @@ import yaml
 
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree
+from mf_train.model.counts import count_parameters
 from mf_train.planning.device_memory import LIBRARIES, estimate_memory
 from tests.planning.configs import make_config as make
 from tests.planning.configs import run_python
@@ -22,6 +23,10 @@ DENSE = replace(ROWS, kind="dense", hidden_size=512, vocab_size=16384)
 
 def recomputed(config: Config) -> Config:
     return replace(config, training=replace(config.training, recompute="block"))
+
+
+def offload(config: Config) -> Config:
+    return replace(config, parallel=replace(config.parallel, offload="optimizer"))
 
 
 # processes and configurations: every stage, both precisions, tables or activations as the larger part
@@ -43,6 +48,11 @@ CASES = {
     "least, stage 1": (1, make(TABLES, 2, 2, 1, 1, "bfloat16", ("int8", "row", "split"))),
     "least, stage 2, 2 x data": (2, make(TABLES, 2, 1, 1, 2, "bfloat16", ("int8", "row", "split"))),
     "int8 and row, stage 3, 2 x data": (2, make(TABLES, 2, 1, 1, 3, "bfloat16", ("int8", "row", "float32"))),
+    "offloaded": (1, offload(make(TABLES, 2, 2, 1, 1, "float32"))),
+    "offloaded, bfloat16, split, 2 x data": (
+        2,
+        offload(make(TABLES, 2, 1, 1, 1, "bfloat16", ("float32", "float32", "split"))),
+    ),
     "dense": (1, make(DENSE, 4, 2, 1, 1, "float32")),
     "deep": (1, make(DEEP, 16, 8, 1, 1, "float32")),
     "recomputed": (1, recomputed(make(DEEP, 16, 8, 1, 1, "float32"))),
@@ -101,6 +111,18 @@ def test_tensor_parallelism_shares_all_but_codes() -> None:
     assert two.codes == one.codes
     assert two.logits == one.logits / 2
     assert two.parameters == one.parameters / 2
+
+
+@pytest.mark.parametrize("held", [("float32", "float32", "float32"), ("int8", "row", "split")])
+def test_what_is_offloaded_is_in_the_hosts_memory(held: tuple[str, str, str]) -> None:
+    config = make(TABLES, 2, 1, 1, 1, "bfloat16", held)
+    there, gone = (estimate_memory(each, 2, "cuda") for each in (config, offload(config)))
+    assert gone.optimizer == 0 and there.host == 0
+    moved = there.peaks["reduce"] - gone.peaks["reduce"]
+    assert moved == pytest.approx(there.optimizer)
+    # gradients are copied there, and a split master has its weight beside it
+    extra = (4 + 2 * (held[2] == "split")) * count_parameters(TABLES).total / 2
+    assert gone.host == pytest.approx(moved + extra)
 
 
 def test_saving_beside_the_steps_takes_host_memory() -> None:

@@ -1,11 +1,16 @@
-"""Which GPU is a process's own."""
+"""Which GPU is a process's own, and whether the host has room for what is put there."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from mf_train.config import Config, ParallelConfig
 from mf_train.errors import UserError
-from mf_train.training.device import gpu_index
+from mf_train.parallel.degrees import Degrees
+from mf_train.training import device
+from mf_train.training.device import check_host_memory, gpu_index
 from tests.processes import run_python
 
 
@@ -20,6 +25,28 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(local_rank: int, visible:
         UserError, match=rf"local rank {local_rank} has no GPU of its own \({visible} visible\)"
     ):
         gpu_index(local_rank, visible)
+
+
+@pytest.mark.parametrize(
+    ("offload", "kilobytes", "refused"),
+    [("optimizer", 6_000_000, True), ("optimizer", 8_000_000, False), ("none", 1, False)],
+)
+def test_a_host_without_room_is_refused_with_the_numbers(
+    offload: str, kilobytes: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.467 B parameters of 16 bytes, shared by 2 ranks on one node."""
+    memory = tmp_path / "meminfo"
+    memory.write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {kilobytes} kB\n")
+    monkeypatch.setattr(device, "_MEMORY", memory)
+    config = Config(parallel=ParallelConfig(offload=offload))  # type: ignore[arg-type]
+    degrees = Degrees(0, 2, 1, 0, 2)
+    if not refused:
+        check_host_memory(config, degrees)
+        return
+    with pytest.raises(
+        UserError, match=r"the 2 processes of this node need 7\.5 GB .* of which 6\.1 GB are available"
+    ):
+        check_host_memory(config, degrees)
 
 
 def test_deterministic_runs_refuse_operations_that_are_not() -> None:

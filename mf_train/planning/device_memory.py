@@ -217,6 +217,8 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
         pending = several - 4 * min(n, bucket)
     early = pending if count_micro_batches(config, data) > 1 else 0
     reduced = 4 * bucket / data if data > 1 else 0
+    if device == "cpu" and data > 1:
+        reduced += 4 * bucket  # gloo's copy
     return _States(w * n, optimizer, shard, 0, early, several + reduced + one, scratch)
 
 

@@ -41,6 +41,7 @@ CASES = {
     "long rows, bfloat16": (1, make(ROWS, 8, 8, 1, 2, "bfloat16")),
     "stage 0, 2 micro-batches": (1, make(LONG, 16, 8, 1, 0, "float32")),
     "bfloat16, stage 0, 2 micro-batches": (1, make(LONG, 16, 8, 1, 0, "bfloat16")),
+    "bfloat16, stage 2, 2 x data": (2, make(TABLES, 2, 1, 1, 2, "bfloat16")),
     "bfloat16, stage 3, 2 x data": (2, make(TABLES, 2, 1, 1, 3, "bfloat16")),
     "bfloat16 moments": (1, make(TABLES, 2, 2, 1, 1, "float32", ("bfloat16", "bfloat16", "float32"))),
     "split masters": (1, make(TABLES, 2, 2, 1, 1, "bfloat16", ("float32", "float32", "split"))),

@@ -49,10 +49,10 @@ HELD = [
 def compact(index: int, shift: int = 0) -> Case:
     held = HELD[index % len(HELD)]
     split = held[2] == "split"
-    stage = (index + shift) % (3 if split else 4)
+    stage = (index // 6 + shift) % (3 if split else 4)
     precision = "bfloat16" if split or index % 4 == 0 else "float32"
-    shape = SHAPES[(index // 2 + shift) % len(SHAPES)]
-    return Case(*shape, stage, precision, held=held, offload=(index + shift) % 3 == 0)
+    shape = SHAPES[(index // 3 + shift) % len(SHAPES)]
+    return Case(*shape, stage, precision, held=held, offload=(index // 3 + shift) % 2 == 0)
 
 
 Pairs = dict[Case, list[Case]]  # by reader, whose checkpoints it reads
@@ -81,7 +81,7 @@ FAST |= {
 }
 FAST[Case(1, 1, 0, "float32")].append(Case(2, 2, 3, "bfloat16"))
 # each reads its own kinds, of another shape, and others: every pair of kinds of a moment, or of masters, once
-FAST |= {compact(i, 1): [compact(i), compact(i + 1), compact(i + 13)] for i in range(len(HELD))}
+FAST |= {compact(i, 1): [compact(i), compact(i + 3), compact(i + 15)] for i in range(0, len(HELD), 3)}
 SLOW: Pairs = {reader: FLOAT32 for reader in FLOAT32}
 SLOW |= {reader: of_each_shape(reader, "bfloat16") for reader in BFLOAT16}
 SLOW |= {compact(i, 1): [compact(j) for j in range(len(HELD))] for i in range(len(HELD))}

@@ -124,6 +124,14 @@ WORLDS = [
     ([0], select(1, 1, "float32", 1, 3) + select(1, 1, "bfloat16", 0, 3)),
 ]
 CASES = sorted(case for _, cases in WORLDS for case in cases)
+# the default run has each degree, stage and precision; the drills all
+QUICK = {
+    *select(4, 1, "float32", 0),
+    *select(2, 2, "float32", 1, 3),
+    *select(2, 1, "bfloat16", 2),
+    Case(1, 2, 3, "float32", gathered=False),
+    *select(1, 1, "bfloat16", 0),
+}
 
 
 def batch_of(step: int) -> Tensor:
@@ -203,16 +211,22 @@ def run_worlds(rank: int, world_size: int, worlds: list[tuple[list[int], int, li
     return found
 
 
-@pytest.fixture(scope="module")
-def results() -> list[dict[str, Any]]:
-    worlds = [(members, free_port(), cases) for members, cases in WORLDS]
-    return run_distributed(run_worlds, 4, worlds, timeout=400)
+@functools.cache
+def results(quick: bool) -> list[dict[str, Any]]:
+    """By rank."""
+    chosen = [(ranks, [case for case in cases if (case in QUICK) == quick]) for ranks, cases in WORLDS]
+    return run_distributed(
+        run_worlds, 4, [(ranks, free_port(), cases) for ranks, cases in chosen if cases], timeout=400
+    )
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_one_training(case: Case, results: list[dict[str, Any]]) -> None:
-    seen = [found[str(case)] for found in results if str(case) in found]
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=str(case), marks=[] if case in QUICK else [pytest.mark.slow]) for case in CASES],
+)
+def test_one_training(case: Case) -> None:
+    seen = [found[str(case)] for found in results(case in QUICK) if str(case) in found]
     assert len(seen) == case.tensor * case.data
     for plain, recomputed in seen:
         for key in ("losses", "norms", "reads", "sent", "collectives"):

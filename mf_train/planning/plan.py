@@ -19,6 +19,17 @@ USABLE = 0.92  # of a device's memory: what fragmentation of the allocator and o
 HELD = ("parameters", "optimizer", "gradients", "activations", "codes", "logits", "buffers", "process")
 
 
+# What takes less memory, in the order in which docs/memory.md says to switch it on
+LIGHTER: tuple[tuple[str, str, str], ...] = (
+    ("training", "recompute", "block"),
+    ("parallel", "master", "split"),
+    ("optimizer", "table_exp_avg_sq", "row"),
+    ("optimizer", "table_exp_avg", "bfloat16"),
+    ("optimizer", "table_exp_avg", "int8"),
+    ("parallel", "offload", "optimizer"),
+)
+
+
 @dataclass(frozen=True)
 class PlannedLayout:
     """One way to run the configuration, with what it needs."""
@@ -103,6 +114,26 @@ def choose(layouts: Sequence[PlannedLayout]) -> PlannedLayout | None:
     return min(near, key=lambda layout: layout.memory.peak)
 
 
+def lighten(
+    config: Config, nodes: int, per_node: int, device: Device
+) -> tuple[dict[str, str], PlannedLayout] | None:
+    """The fewest of LIGHTER, in their order, with which a layout fits, and the best of these; None where all do not do.
+
+    What the configuration has already, or cannot have (split masters in float32), is left out.
+    """
+    changed: dict[str, str] = {}
+    for section, key, value in LIGHTER:
+        held = getattr(getattr(config, section), key)
+        plain = value == "split" and config.training.precision == "float32"
+        if plain or (held == "int8" and value == "bfloat16") or held in (value, "row"):
+            continue
+        config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
+        changed[f"{section}.{key}"] = value
+        if best := choose(search(config, nodes, per_node, device)):
+            return changed, best
+    return None
+
+
 def stages(config: Config, nodes: int, per_node: int, device: Device) -> list[PlannedLayout]:
     """The configuration under each ZeRO stage that it can run under."""
     found = []
@@ -151,6 +182,7 @@ class Plan:
     refusal: str  # why there is none
     layouts: list[PlannedLayout]  # as `search` sorts them; one at least
     best: PlannedLayout | None
+    lighter: dict[str, str]  # keys and values with which `best` fits; empty where it does without
 
     @property
     def base(self) -> Config:
@@ -170,15 +202,19 @@ def make_plan(
     if not layouts:
         raise UserError(f"no layout of {nodes} x {per_node} processes works; as configured: {refusal}")
     best = choose(layouts)
-    return Plan(path, overrides, config, nodes, per_node, device, configured, refusal, layouts, best)
+    lighter: dict[str, str] = {}
+    if best is None and (lightened := lighten(config, nodes, per_node, device)):
+        lighter, best = lightened
+    return Plan(path, overrides, config, nodes, per_node, device, configured, refusal, layouts, best, lighter)
 
 
 def launch_line(plan: Plan) -> str | None:
-    """The command that submits the best layout; None where nothing fits."""
+    """The command that submits the best layout; None where nothing fits, whatever is switched on."""
     if plan.best is None:
         return None
     old, new = _degrees(plan.config), _degrees(plan.best.config)
-    changed = {key: value for key, value in new.items() if value != old[key]}
+    changed: dict[str, object] = {key: value for key, value in new.items() if value != old[key]}
+    changed |= plan.lighter
     kept = [override for override in plan.overrides if override.partition("=")[0] not in changed]
     per_node = "--tasks-per-node" if plan.device.kind == "cpu" else "--gpus-per-node"
     command = ["memoryformer", "launch", plan.path, *kept]

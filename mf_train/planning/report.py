@@ -29,6 +29,7 @@ def plan_tree(
         "configured": plan.configured.to_tree(price) if plan.configured else {"refused": plan.refusal},
         "measured": asdict(measured) if measured else None,
         "best": plan.best.to_tree(price) if plan.best else None,
+        "lighter": plan.lighter,
         "launch": launch_line(plan),
         "layouts": [layout.to_tree() for layout in plan.layouts],
         "scaling": curves,
@@ -51,6 +52,9 @@ def plan_lines(
     if best:
         yield ""
         yield f"best: {best.name} (of the layouts within 5 % of the quickest that fits, the least memory)"
+        if plan.lighter:
+            keys = " ".join(f"{key}={value}" for key, value in plan.lighter.items())
+            yield f"  nothing fits as it is; this does with {keys} (docs/memory.md)"
         if not configured or best.config != configured.config:
             yield from layout_lines(best, device, price, None)
         yield f"  {launch_line(plan)}"

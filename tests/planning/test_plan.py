@@ -17,7 +17,7 @@ from mf_train.launch.arguments import add_launch
 from mf_train.launch.limits import check_job
 from mf_train.launch.options import JobOptions
 from mf_train.planning.devices import find_device
-from mf_train.planning.plan import choose, make_layout, search
+from mf_train.planning.plan import choose, lighten, make_layout, search
 from mf_train.planning.scaling import scaling
 from mf_train.planning.time import estimate_step
 
@@ -46,6 +46,33 @@ def test_the_best_layout_fits_is_quick_and_leaves_room() -> None:
     smaller = [layout for layout in fitting if layout.memory.peak < best.memory.peak]
     assert all(layout.time.seconds > 1.05 * layouts[0].time.seconds for layout in smaller)
     assert choose(search(BASE, 1, 8, replace(H100, memory=1e9))) is None
+
+
+def test_what_is_switched_on_is_the_least_that_fits() -> None:
+    """Each key takes less than the ones before it, and without the last nothing fits."""
+    one = replace(BASE, parallel=replace(BASE.parallel, tensor=1))
+    found: dict[float, dict[str, str]] = {}
+    for memory in (110e9, 80e9, 75e9, 60e9):
+        device = replace(H100, memory=memory)
+        assert choose(search(one, 1, 1, device)) is None
+        lightened = lighten(one, 1, 1, device)
+        assert lightened is not None
+        changed, layout = lightened
+        assert layout.fits
+        for key, value in changed.items():
+            section, name = key.split(".")
+            assert getattr(getattr(layout.config, section), name) == value
+        *before, last = changed.items()
+        path = CONFIGS / "base.yaml"
+        less = load_config(path, ["parallel.tensor=1", *(f"{key}={value}" for key, value in before)])
+        if last[0] not in dict(before):
+            assert choose(search(less, 1, 1, device)) is None
+        found[memory] = changed
+    assert [len(changed) for changed in found.values()] == sorted(len(changed) for changed in found.values())
+    assert found[60e9]["parallel.offload"] == "optimizer"
+    assert lighten(one, 1, 1, replace(H100, memory=1e9)) is None
+    plain = replace(one, training=replace(one.training, precision="float32"))
+    assert "parallel.master" not in lighten(plain, 1, 1, replace(H100, memory=100e9))[0]  # type: ignore[index]
 
 
 def test_a_batch_of_no_small_divisors_ends() -> None:
@@ -117,6 +144,18 @@ def test_the_launch_line_is_one_that_launch_takes(capsys: pytest.CaptureFixture[
         layout["micro_batch_size"],
     )
     assert check_job(config, JobOptions(nodes=parsed.nodes, gpus_per_node=parsed.gpus_per_node)) == [4]
+
+
+def test_where_nothing_fits_the_plan_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (str(CONFIGS / "base.yaml"), "parallel.tensor=1", "--nodes", "1", "--gpus-per-node", "1")
+    _, out, _ = run_plan(capsys, *arguments, "--device", "h100", "--json")
+    found = json.loads(out)
+    assert found["lighter"] and found["best"]["fits"]
+    for key, value in found["lighter"].items():
+        assert f"{key}={value}" in found["launch"].split()
+    _, out, _ = run_plan(capsys, *arguments, "--device", "h100")
+    keys = " ".join(f"{key}={value}" for key, value in found["lighter"].items())
+    assert f"nothing fits as it is; this does with {keys} (docs/memory.md)" in out
 
 
 def test_the_command_tells_size_cost_and_launch_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,7 +131,7 @@ def test_the_papers_group_has_its_six_tasks() -> None:
 @pytest.mark.slow
 def test_an_unknown_task_gets_the_nearest_name(model: Path) -> None:
     """Slow because lm-eval's own thousands of task files are read for the name."""
-    with pytest.raises(UserError, match="did you mean mf_last_word"):
+    with pytest.raises(UserError, match="did you mean 'mf_last_word'"):
         list(evaluate_tasks(model, ["mf_last_wrd"], FOLDER))
 
 

@@ -42,7 +42,8 @@ def test_storms(processes: int, launcher: bool, make_run: MakeRun, drill: Drill)
         sent = storm(start, drill, launcher=launcher)
         status = start.end(left_over=60)  # ranks that have outlived torchrun still save
         print(f"{start.errors.name}: {moment}: {sent} signals, status {status}")
-        assert status != 0 and "mf_train/" not in start.errors.read_text(), start.text()
+        done = "done: 60 steps" in start.text()  # a quick machine may be, before the signals come
+        assert (status == 0) == done and "mf_train/" not in start.errors.read_text(), start.text()
         loss = run.check_folder()
         drill.struck(loss)
         if "stopped on request" in start.text():

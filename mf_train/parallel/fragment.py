@@ -1,11 +1,15 @@
 """What a rank keeps of the numbers behind a parameter, whatever the ZeRO stage."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # the names below are used where there may be no torch
+    from torch import Tensor
 
-from mf_train.parallel.stored import Stored
+    from mf_train.parallel.stored import Stored
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside its count of steps
 KINDS = ("master", *MOMENTS)

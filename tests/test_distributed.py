@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import DistributedError, run_distributed
+from tests.warm import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -48,9 +49,10 @@ def _sleep_for_ever() -> None:
     time.sleep(600)
 
 
-def _two_groups_in_turn(rank: int, world_size: int) -> list[float]:
+def _two_groups_in_turn(rank: int, world_size: int, ports: list[int]) -> list[float]:
     sums = []
-    for _ in range(2):
+    for port in ports:  # each its own: a rank that is ahead would meet the other's old store
+        os.environ["MASTER_PORT"] = str(port)
         dist.init_process_group("gloo")
         x = torch.ones(1)
         dist.all_reduce(x)
@@ -76,7 +78,7 @@ def test_results_come_back_in_rank_order() -> None:
 
 
 def test_process_groups_can_be_made_in_turn() -> None:
-    assert run_distributed(_two_groups_in_turn, 2) == [[2.0, 2.0]] * 2
+    assert run_distributed(_two_groups_in_turn, 2, [free_port(), free_port()]) == [[2.0, 2.0]] * 2
 
 
 def test_an_exception_names_the_rank_and_ends_the_others() -> None:

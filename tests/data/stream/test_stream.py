@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from mf_train.config import DataConfig, SourceConfig
 from mf_train.data.documents import SEGMENT_BYTES
+from mf_train.data.shards.shard import TokenShardWriter
 from mf_train.data.stream.digest import batch_digest, format_digest
 from mf_train.data.stream.order import EpochOrder
 from mf_train.data.stream.stream import State, TokenStream, merge_states
@@ -99,6 +101,27 @@ def test_state_does_not_depend_on_the_ranks_or_restarts(data: DataConfig, tokeni
     for rank in again:
         rank.load_state_dict(state)
     assert merged(again) == state
+
+
+def test_positions_count_the_documents_that_have_ended(
+    data: DataConfig, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """After every row of texts and of a token shard, whose documents are read many at once."""
+    ends = tokenizer.end_of_text_id
+    generator = np.random.default_rng(8)
+    with TokenShardWriter(tmp_path / "shard", "uint16") as writer:
+        for length in generator.integers(0, 3 * SEQUENCE, 600):
+            writer.add([*generator.integers(ends + 1, 4000, length), ends])
+        writer.finish()
+    sources = (*data.train, SourceConfig(path=str(tmp_path / "shard.bin"), weight=1.0))
+    stream = make_ranks(replace(data, train=sources), tokenizer, 1)[0]
+    ended: Counter[tuple[int, int]] = Counter()
+    for _ in range(60):
+        for _ in range(BATCH):
+            row = stream.next_row()
+            ended[row.stream, row.source] += int((row.tokens[:-1] == ends).sum())
+            assert row.position.documents == ended[row.stream, row.source]
+    assert {source for _, source in ended} == {0, 1, 2, 3} and min(ended[s, 3] for s in range(STREAMS)) > 5
 
 
 @pytest.mark.parametrize("changes", [(1,), (3, 1), (4, 7, 20, 1)])

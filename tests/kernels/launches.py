@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +27,7 @@ _OPERATORS = {
 class Launches(TorchDispatchMode):
     """Within it: how often each operation or kernel is launched, and the bytes of tensors that launches read and write.
 
-    A tensor that a launch is given counts once for it, expanded dimensions not at all. Views and empty tensors are none.
+    A tensor that a launch is given counts once for it, without expanded dimensions. Views and empty tensors are none.
     """
 
     def __init__(self) -> None:

@@ -357,33 +357,36 @@ def test_column_sums(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert torch.equal(triton_sums.column_sums(x[..., part]), sums[part])
 
 
-# features, leading shape, type, with a bias. Of one chunk, of more than the tile's columns, of 2, 4 and 8 chunks.
+# Features, leading shape, type, with a bias, numbers of ranks: one chunk to eight, a tile of one token, of several
+# programs, and of no token. The interpreter takes a millisecond for each operation on a tile.
 NORMS = [
-    (1, (3,), torch.float32, True),
-    (5, (2, 3), torch.float32, False),
-    (2500 + 1, (2,), torch.float32, True),
-    (18, (1,), torch.bfloat16, True),
-    (36, (), torch.float16, False),
-    (192, (3, 70), torch.float32, True),
-    (192, (3, 30), torch.bfloat16, False),
-    (1024, (17,), torch.bfloat16, True),
-    (1280, (9,), torch.float32, False),
-    (24, (0,), torch.float32, True),
-    (24, (2, 0), torch.bfloat16, False),
+    (1, (3,), torch.float32, True, (1,)),
+    (5, (2, 3), torch.float32, False, (1,)),
+    (2501, (2,), torch.float32, True, (1,)),
+    (18, (1,), torch.bfloat16, True, (2,)),
+    (36, (), torch.float16, False, (1, 2, 4)),
+    (192, (70,), torch.float32, True, (2,)),
+    (40, (2, 3), torch.bfloat16, False, (1, 2, 4, 8)),
+    (1280, (9,), torch.bfloat16, True, (8,)),
+    (24, (0,), torch.float32, True, (1, 8)),
+    (24, (2, 0), torch.bfloat16, False, (2,)),
 ]
 
 
 @pytest.mark.parametrize("case", NORMS, ids=str)
-def test_norm(case: tuple[int, tuple[int, ...], torch.dtype, bool]) -> None:
-    given = norm_checks.random_arguments(case[0], *case, DEVICE)
-    norm_checks.check_against_float64(norm_checks.run(triton_norm, given), given)
-    norm_checks.check_ranks(triton_norm, given)
+def test_norm(case: tuple[int, tuple[int, ...], torch.dtype, bool, tuple[int, ...]]) -> None:
+    *sizes, ranks = case
+    given = norm_checks.random_arguments(case[0], *sizes, DEVICE)
+    whole = norm_checks.run(triton_norm, given)
+    norm_checks.check_against_float64(whole, given)
+    for number in ranks:
+        norm_checks.check_ranks(triton_norm, given, number, whole)
 
 
 @pytest.mark.parametrize("centred", [True, False], ids=["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_norm_is_that_of_torch_operations(dtype: torch.dtype, centred: bool) -> None:
-    """From the same statistics, to the bit in the interpreter; statistics to a rounding or two of float32."""
+    """In float32 to the bit in the interpreter, which rounds otherwise to bfloat16."""
     x, dy, weight, bias = norm_checks.random_arguments(2, 40, (3, 20), dtype, centred, DEVICE)
     moments = torch.stack([norm_steps.moments(part, 5, centred=centred) for part in x.chunk(2, -1)])
     x, dy, weight = (t[..., :20] for t in (x, dy, weight))
@@ -400,7 +403,7 @@ def test_norm_is_that_of_torch_operations(dtype: torch.dtype, centred: bool) -> 
         if expected is not None:
             assert actual.dtype == expected.dtype
             assert_close(actual, expected, TOLERANCE[dtype])
-    if INTERPRETED:
+    if INTERPRETED and dtype == torch.float32:
         for place in (0, 1, 2, 3):  # y, mean, rstd, dx
             assert torch.equal(results[0][place], results[1][place])
 

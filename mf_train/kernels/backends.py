@@ -109,6 +109,7 @@ def _triton() -> ModuleType:
 
 @functools.cache
 def _triton_norm() -> ModuleType:
+    _triton()  # which refuses a triton that is too old
     from . import triton_norm
 
     return triton_norm

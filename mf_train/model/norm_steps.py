@@ -29,7 +29,8 @@ def normalise(
     """
     if sums is None:
         sums = moments(x, chunk, centred=bias is not None).unsqueeze(0)
-    mean, squares = pairwise_moments(*sums.movedim(0, -1).unbind(-2), x.shape[-1])
+    means, deviations = sums.movedim(0, -1).unbind(-2)
+    mean, squares = pairwise_moments(means, deviations, x.shape[-1])
     rstd = torch.rsqrt(squares / (x.shape[-1] * len(sums)) + epsilon)
     y = _normal(x, mean, rstd) * weight
     return (y if bias is None else y + bias).to(x.dtype), mean, rstd

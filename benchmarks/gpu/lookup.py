@@ -1,4 +1,4 @@
-"""Hash and lookup of one memory layer: bfloat16, tau 8, D = O, K = D / 8 tables; beside what torch offers.
+"""Hash, lookup and norm of one memory layer: bfloat16, tau 8, D = O, K = D / 8 tables; beside what torch offers.
 
 Calls go round copies of their arguments larger than the L2 cache, so that tables come from memory, as in training.
 `--sweep` times other sizes of the Triton kernels' column blocks instead.
@@ -20,7 +20,8 @@ from benchmarks.gpu.steps import (
     leave_if_device_lost,
     part_arguments,
 )
-from mf_train.kernels import composition, cuda, triton_backend, triton_lookup
+from mf_train.kernels import composition, cuda, triton_backend, triton_lookup, triton_norm
+from mf_train.model.sums import num_chunks
 from mf_train.run_folder import read_records
 
 TAU = 8
@@ -44,11 +45,27 @@ class Layer:
         self.codes, self.weights = composition.hash_codes(self.x, self.num_tables)
         self.d_weights = normal(tokens, self.num_tables)
         self.dense = normal(hidden, hidden)
+        self.scale, self.shift = normal(2, hidden)
+        self.chunk = hidden // num_chunks(hidden)
         first_row = torch.arange(self.num_tables, device=device.type, dtype=torch.int32) * 2**TAU
         self.rows = self.codes.to(torch.int32) + first_row
 
     def embedding_bag(self, tables: Tensor, weights: Tensor) -> Tensor:
         return F.embedding_bag(self.rows, tables.flatten(0, 1), per_sample_weights=weights, mode="sum")
+
+    def norm_backward(self) -> Call:
+        _, mean, rstd = triton_norm.normalise(self.x, None, self.scale, self.shift, self.chunk, 1e-5)
+        given = self.dy, self.x, mean, rstd, self.scale
+        return lambda: triton_norm.gradients(*given, None, self.chunk, centred=True)
+
+    def layer_norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return F.layer_norm(x, scale.shape, scale, shift)
+
+    def layer_norm_backward(self) -> Call:
+        """Torch's own, as `embedding_bag_backward`."""
+        leaves = [t.detach().requires_grad_() for t in (self.x, self.scale, self.shift)]
+        y = self.layer_norm(*leaves)
+        return lambda: torch.autograd.grad(y, leaves, self.dy, retain_graph=True)
 
     def embedding_bag_backward(self) -> Call:
         """Its backward pass alone, which keeps the graph."""
@@ -72,6 +89,10 @@ WAYS: dict[str, Callable[[Layer], Call]] = {
     "hash backward": lambda a: (
         lambda: triton_backend.hash_codes_backward(a.d_weights, a.x, a.num_tables, 1.0, "probability")
     ),
+    "norm": lambda a: lambda: triton_norm.normalise(a.x, None, a.scale, a.shift, a.chunk, 1e-5),
+    "norm backward": lambda a: a.norm_backward(),
+    "layer_norm": lambda a: lambda: a.layer_norm(a.x, a.scale, a.shift),
+    "layer_norm backward": lambda a: a.layer_norm_backward(),
 }
 
 

@@ -91,7 +91,7 @@ PARTS = (
     ),
     Part(
         "lookup",
-        "hash and lookup, forward and backward, beside embedding_bag and a dense product, in ns a token",
+        "hash, lookup and norm, forward and backward, beside what torch has for it, in ns a token",
         "benchmarks.gpu.lookup",
         seconds=60,
         limit=120,

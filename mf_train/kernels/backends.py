@@ -40,7 +40,9 @@ def find_backend(name: str, *tensors: Tensor) -> ModuleType:
 
 
 def fast_norm(x: Tensor) -> ModuleType | None:
-    """The steps of a norm in C++, where they run for x; the others are mf_train/model/norm_steps.py."""
+    """The steps of a norm in C++ or Triton, where they run for x; the others are mf_train/model/norm_steps.py."""
+    if _runs_in_triton(x):
+        return _triton_norm()
     return cpu_norm if _runs_in_c(x) else None
 
 
@@ -53,6 +55,10 @@ def _runs_in_c(x: Tensor) -> bool:
     return (
         x.is_cpu and x.dtype in CPU_DTYPES and not torch.compiler.is_compiling() and cpu.library() is not None
     )
+
+
+def _runs_in_triton(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in GPU_DTYPES and not torch.compiler.is_compiling() and has_triton()
 
 
 def describe(device: torch.device) -> str:
@@ -99,6 +105,14 @@ def _triton() -> ModuleType:
     from . import triton_backend
 
     return triton_backend
+
+
+@functools.cache
+def _triton_norm() -> ModuleType:
+    _triton()  # which refuses a triton that is too old
+    from . import triton_norm
+
+    return triton_norm
 
 
 @functools.cache

@@ -57,7 +57,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "mf_norm_moments": (None, [_pointer, _int32, *[_int64] * 3, _int32, _pointer, _int32]),
     "mf_norm_normalise": (
         None,
-        [_pointer, _int32, *[_pointer] * 4, _int32, _int64, _int64, _pointer, _int32],
+        [
+            *(_pointer, _int32, _pointer, _int64, _pointer, _pointer, _int32, *[_int64] * 3),
+            *(_int32, _float, *[_pointer] * 3, _int32),
+        ],
     ),
     "mf_norm_gradient_sums": (
         None,
@@ -67,7 +70,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         _int32,
         [
             *(_pointer, _pointer, _int32, *[_pointer] * 3, _int32),
-            *(_pointer, _int32, _int64, _int64, *[_pointer] * 3, _int32),
+            *(_pointer, *[_int64] * 4, _int32, *[_pointer] * 3, _int32),
         ],
     ),
     "mf_loss_largest": (None, [_pointer, _int32, _int64, _int64, _pointer, _int32]),

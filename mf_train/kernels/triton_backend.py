@@ -7,9 +7,9 @@ environment when triton is first imported they run on CPU tensors, slowly, for t
 
 import triton
 
-from .composition import column_sums
 from .triton_hash import hash_codes, hash_codes_backward
 from .triton_lookup import lookup, lookup_backward, lookup_int8
+from .triton_sums import column_sums
 
 __all__ = ["column_sums", "hash_codes", "hash_codes_backward", "lookup", "lookup_backward", "lookup_int8"]
 

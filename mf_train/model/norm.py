@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mf_train.config.model import NormKind
 from mf_train.kernels import fast_norm
 from mf_train.model.norm_steps import STEPS
-from mf_train.model.sums import num_chunks, pairwise_moments, pairwise_sum
+from mf_train.model.sums import num_chunks
 
 Gather = Callable[[Tensor], Tensor]
 
@@ -18,7 +18,8 @@ class Norm(nn.Module):
     """Normalisation of the last dimension with an affine map; statistics in float32 (float64 for float64 input).
 
     `layernorm` subtracts the mean and has a bias (the paper's "zero-mean" norm); `rmsnorm` does neither.
-    Input and output [..., D], of one dtype. `gather` is the only thing that tensor parallelism replaces.
+    Input and output [..., D], of one dtype. `gather` is the only thing that tensor parallelism replaces: it turns this
+    rank's two sums a token [..., 2] into every rank's, in rank order [P, ..., 2]. None: all features are here.
     """
 
     def __init__(self, features: int, kind: NormKind, epsilon: float) -> None:
@@ -26,12 +27,9 @@ class Norm(nn.Module):
         self.kind = kind
         self.epsilon = epsilon
         self.features = features  # of the whole token, not of this rank's slice
+        self.gather: Gather | None = None
         self.weight = nn.Parameter(torch.empty(features))
         self.bias = nn.Parameter(torch.empty(features)) if kind == "layernorm" else None
-
-    def gather(self, sums: Tensor) -> Tensor:
-        """This rank's sums [..., 2] -> every rank's sums, in rank order [..., 2, P]. Here P = 1."""
-        return sums.unsqueeze(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Normalise.apply(x, self.weight, self.bias, self.features, self.epsilon, self.gather)
@@ -49,26 +47,21 @@ class _Normalise(torch.autograd.Function):
         bias: Tensor | None,
         features: int,
         epsilon: float,
-        gather: Gather,
+        gather: Gather | None,
     ) -> Tensor:
         steps = fast_norm(x) or STEPS
         chunk = features // num_chunks(features)
-        sums = gather(steps.moments(x, chunk, centred=bias is not None))
-        mean, squares = pairwise_moments(sums[..., 0, :], sums[..., 1, :], x.shape[-1])
-        rstd = torch.rsqrt(squares / features + epsilon)
+        sums = None if gather is None else gather(steps.moments(x, chunk, centred=bias is not None))
+        y: Tensor
+        y, mean, rstd = steps.normalise(x, sums, weight, bias, chunk, epsilon)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.features, ctx.gather, ctx.has_bias = features, gather, bias is not None
-        y: Tensor = steps.normalise(x, mean, rstd, weight, bias)
+        ctx.chunk, ctx.gather, ctx.centred = chunk, gather, bias is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, mean, rstd = ctx.saved_tensors
+        given = gradients[0], x, mean, rstd, weight
         steps = fast_norm(x) or STEPS
-        chunk = ctx.features // num_chunks(ctx.features)
-        partial = steps.gradient_sums(gradients[0], x, mean, rstd, weight, chunk)
-        sums = pairwise_sum(ctx.gather(partial)) / ctx.features
-        dx, d_weight, d_bias = steps.gradients(
-            gradients[0], x, mean, rstd, weight, sums, centred=ctx.has_bias
-        )
-        return dx, d_weight, d_bias if ctx.has_bias else None, None, None, None
+        sums = None if ctx.gather is None else ctx.gather(steps.gradient_sums(*given, ctx.chunk))
+        return *steps.gradients(*given, sums, ctx.chunk, centred=ctx.centred), None, None, None

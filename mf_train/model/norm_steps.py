@@ -1,6 +1,7 @@
 """The four steps of a norm in torch operations; between them ranks exchange two sums a token each way.
 
-`mf_train.kernels.cpu_norm` has the same functions in C++.
+`mf_train.kernels` has the same functions in C++ (`cpu_norm`) and in Triton (`triton_norm`). Sums that they take from
+ranks are [P, ..., 2], every rank's in rank order, or None where x has all features: then they are these features' own.
 """
 
 import sys
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mf_train.kernels.composition import column_sums
-from mf_train.model.sums import chunk_moments, chunk_sums
+from mf_train.model.sums import chunk_moments, chunk_sums, pairwise_moments, pairwise_sum
 
 STEPS = sys.modules[__name__]  # the module as a name to import: converted models import names only
 
@@ -19,10 +20,20 @@ def moments(x: Tensor, chunk: int, *, centred: bool) -> Tensor:
     return torch.stack(chunk_moments(x.to(statistics_dtype(x.dtype)), chunk, centred=centred), dim=-1)
 
 
-def normalise(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(x - mean) * rstd * weight + bias, rounded once to x's dtype; mean and rstd [...]."""
-    y = (x.to(mean.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) * weight
-    return (y if bias is None else y + bias).to(x.dtype)
+def normalise(
+    x: Tensor, sums: Tensor | None, weight: Tensor, bias: Tensor | None, chunk: int, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [..., D] = (x - mean) * rstd * weight + bias, rounded once to x's dtype; mean and rstd [...].
+
+    rstd = 1 / sqrt(variance + epsilon). sums: `moments` of all features, centred if there is a bias.
+    """
+    if sums is None:
+        sums = moments(x, chunk, centred=bias is not None).unsqueeze(0)
+    means, deviations = sums.movedim(0, -1).unbind(-2)
+    mean, squares = pairwise_moments(means, deviations, x.shape[-1])
+    rstd = torch.rsqrt(squares / (x.shape[-1] * len(sums)) + epsilon)
+    y = _normal(x, mean, rstd) * weight
+    return (y if bias is None else y + bias).to(x.dtype), mean, rstd
 
 
 def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, chunk: int) -> Tensor:
@@ -34,15 +45,27 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Ten
 
 
 def gradients(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, sums: Tensor, *, centred: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [..., D], d weight [D], d bias [D]; sums [..., 2]: `gradient_sums` of all features, over their number."""
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    sums: Tensor | None,
+    chunk: int,
+    *,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx [..., D], d weight [D], d bias [D] (None if not `centred`); sums: `gradient_sums` of all features."""
+    if sums is None:
+        sums = gradient_sums(dy, x, mean, rstd, weight, chunk).unsqueeze(0)
+    means = pairwise_sum(sums.movedim(0, -1)) / (x.shape[-1] * len(sums))
     normal = _normal(x, mean, rstd)
     wide = dy.to(rstd.dtype)
-    dx = wide * weight - normal * sums[..., 1:]
+    dx = wide * weight - normal * means[..., 1:]
     if centred:
-        dx = dx - sums[..., :1]
-    d_weight, d_bias = (column_sums(each).to(weight.dtype) for each in (wide * normal, wide))
+        dx = dx - means[..., :1]
+    d_weight = column_sums(wide * normal).to(weight.dtype)
+    d_bias = column_sums(wide).to(weight.dtype) if centred else None
     return (dx * rstd.unsqueeze(-1)).to(x.dtype), d_weight, d_bias
 
 

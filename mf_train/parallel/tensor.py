@@ -51,10 +51,7 @@ class TensorParallelNorm(Norm):
         with torch.device("meta"):
             super().__init__(plain.features, plain.kind, plain.epsilon)
         self.weight, self.bias = plain.weight, plain.bias
-        self.exchange = exchange
-
-    def gather(self, sums: Tensor) -> Tensor:
-        return self.exchange.gather_values(sums)
+        self.gather = exchange.all_gather
 
 
 class TensorParallelHash(Hash):

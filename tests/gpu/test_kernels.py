@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mf_train.kernels import count_codes, hash_codes, lookup_all, reference
+from mf_train.kernels import count_codes, fast_norm, hash_codes, lookup_all, reference
 from mf_train.kernels.backends import find_backend
+from mf_train.model.norm_steps import STEPS
 from tests.gpu.device import device_or_skip, skip_without
+from tests.kernels import norm_checks
 
 DEVICE = device_or_skip()
 skip_without("triton")
@@ -79,8 +81,11 @@ def true_layer(x: Tensor, tables: list[Tensor], dys: list[Tensor]) -> Results:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_the_device_chooses(dtype: torch.dtype) -> None:
     """The tests below mean little where torch operations stand in for the kernels."""
-    chosen = find_backend("auto", torch.zeros(1, dtype=dtype, device=DEVICE)).__name__.rpartition(".")[2]
+    x = torch.zeros(1, dtype=dtype, device=DEVICE)
+    chosen = find_backend("auto", x).__name__.rpartition(".")[2]
     assert chosen in (("triton_backend",) if DEVICE == "cuda" else ("cpu", "composition"))
+    steps = (fast_norm(x) or STEPS).__name__.rpartition(".")[2]
+    assert steps in (("triton_norm",) if DEVICE == "cuda" else ("cpu_norm", "norm_steps"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -129,6 +134,20 @@ def test_slices_have_the_bits_of_the_whole(size: int, dtype: torch.dtype) -> Non
         for y, part in zip(ys, lookup_all(codes, weights, mine, [None] * len(mine)), strict=True):
             different = int((part != y.chunk(size, dim=-1)[rank]).sum())
             assert different == 0, f"rank {rank}: {different} of {part.numel()} differ"
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [512, 1280])
+def test_a_norm_of_real_size(features: int, dtype: torch.dtype, centred: bool) -> None:
+    """Against float64, again, and from slices of the features: every bit of the whole's results."""
+    given = norm_checks.random_arguments(features, features, (5000,), dtype, centred, DEVICE)
+    steps = fast_norm(given.x) or STEPS
+    whole = norm_checks.run(steps, given)
+    norm_checks.check_against_float64(whole, given)
+    assert all(torch.equal(a, b) for a, b in zip(norm_checks.run(steps, given), whole, strict=True))
+    for ranks in (2, 4, 8):
+        norm_checks.check_ranks(steps, given, ranks, whole)
 
 
 @pytest.mark.parametrize(("tau", "tables", "tokens"), [(4, 8, 33), (8, 24, 700), (10, 7, 3000), (16, 2, 90)])

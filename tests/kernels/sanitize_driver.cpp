@@ -20,12 +20,12 @@ int32_t mf_lookup_int8(const void*, int32_t, const void*, int32_t, int64_t, int6
                        const float*, void*, int32_t);
 int32_t mf_count(const void*, int32_t, int64_t, int64_t, int64_t, int64_t, int64_t*, int32_t);
 void mf_norm_moments(const void*, int32_t, int64_t, int64_t, int64_t, int32_t, float*, int32_t);
-void mf_norm_normalise(const void*, int32_t, const float*, const float*, const void*, const void*, int32_t, int64_t,
-                       int64_t, void*, int32_t);
+void mf_norm_normalise(const void*, int32_t, const float*, int64_t, const void*, const void*, int32_t, int64_t, int64_t,
+                       int64_t, int32_t, float, void*, float*, float*, int32_t);
 void mf_norm_gradient_sums(const void*, const void*, int32_t, const float*, const float*, const void*, int32_t,
                            int64_t, int64_t, int64_t, float*, int32_t);
 int32_t mf_norm_gradients(const void*, const void*, int32_t, const float*, const float*, const void*, int32_t,
-                          const float*, int32_t, int64_t, int64_t, void*, float*, float*, int32_t);
+                          const float*, int64_t, int64_t, int64_t, int64_t, int32_t, void*, float*, float*, int32_t);
 void mf_loss_largest(const void*, int32_t, int64_t, int64_t, float*, int32_t);
 void mf_loss_exp_sums(const void*, int32_t, const float*, int64_t, int64_t, int64_t, float*, int32_t);
 void mf_loss_gradient(const void*, int32_t, const float*, const float*, const int64_t*, int64_t, int64_t, void*,
@@ -133,16 +133,19 @@ void norm_once() {
     const int64_t tokens = between(0, 200), chunk = between(1, 70), features = chunk << between(0, 3);
     Array x(tokens * features * float_bytes(type)), dy(tokens * features * float_bytes(type));
     Array out(tokens * features * float_bytes(type)), weight(features * float_bytes(weight_type));
-    Array mean(tokens * 4), rstd(tokens * 4), sums(tokens * 8), d_weight(features * 4), d_bias(features * 4);
+    const int64_t ranks = int64_t(1) << between(0, 3);
+    Array mean(tokens * 4), rstd(tokens * 4), sums(ranks * tokens * 8), d_weight(features * 4), d_bias(features * 4);
     for (int32_t centred = 0; centred < 2; ++centred) {
+        float* gathered = between(0, 2) ? sums.floats() : nullptr;
         mf_norm_moments(x.data, type, tokens, features, chunk, centred, sums.floats(), threads);
-        mf_norm_normalise(x.data, type, mean.floats(), rstd.floats(), weight.data, centred ? weight.data : nullptr,
-                          weight_type, tokens, features, out.data, threads);
+        mf_norm_normalise(x.data, type, gathered, gathered ? ranks : 1, weight.data, centred ? weight.data : nullptr,
+                          weight_type, tokens, features, chunk, centred, 1e-5f, out.data, mean.floats(), rstd.floats(),
+                          threads);
         mf_norm_gradient_sums(dy.data, x.data, type, mean.floats(), rstd.floats(), weight.data, weight_type, tokens,
                               features, chunk, sums.floats(), threads);
         if (mf_norm_gradients(dy.data, x.data, type, mean.floats(), rstd.floats(), weight.data, weight_type,
-                              sums.floats(), centred, tokens, features, out.data, d_weight.floats(), d_bias.floats(),
-                              threads)) {
+                              gathered, gathered ? ranks : 1, tokens, features, chunk, centred, out.data,
+                              d_weight.floats(), d_bias.floats(), threads)) {
             std::abort();
         }
     }

@@ -1,6 +1,7 @@
 """The C++ steps of norms and of the cross-entropy against the torch ones in float64; splits, threads and runs."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from mf_train.kernels import cpu, cpu_loss, cpu_norm, fast_loss, fast_norm
 from mf_train.model import loss_steps, norm_steps
-from mf_train.model.sums import num_chunks, pairwise_moments, pairwise_sum
+from mf_train.model.sums import num_chunks, pairwise_sum
 from tests.closeness import TOLERANCE, assert_close
+from tests.kernels import norm_checks
 from tests.threads import threads
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=cpu.reason())
@@ -30,71 +32,37 @@ def on_one_and_two_threads(function: Callable[[], Tensor | tuple[Tensor, ...]]) 
     return runs[0]
 
 
+CENTRED = pytest.mark.parametrize("centred", [True, False], ids=["layernorm", "rmsnorm"])
+
+
 @LEADS
 @SIZES
 @DTYPES
-@pytest.mark.parametrize("centred", [True, False], ids=["layernorm", "rmsnorm"])
+@CENTRED
 def test_norm_steps(centred: bool, dtype: torch.dtype, size: int, lead: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(size)
-    x = (torch.randn(*lead, size, generator=generator) * 3 + 5 * centred).to(dtype)
-    dy = torch.randn(*lead, size, generator=generator).to(dtype)
-    weight, bias = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
-    bias = bias if centred else None
+    given = norm_checks.random_arguments(size, size, lead, dtype, centred)
+    actual = on_one_and_two_threads(lambda: tuple(norm_checks.run(cpu_norm, given)))
+    norm_checks.check_against_float64(list(actual), given)
+    # from these statistics the same operations on each element as torch's, so the same bits
     chunk = size // num_chunks(size)
-    wide = [t if t is None else t.double() for t in (x, dy, weight, bias)]
-
-    (sums,) = on_one_and_two_threads(lambda: cpu_norm.moments(x, chunk, centred=centred))
-    exact_sums = norm_steps.moments(wide[0], chunk, centred=centred)
-    assert sums.dtype == torch.float32
-    assert_close(sums[..., 0], exact_sums[..., 0], 2e-6)
-    assert_close(sums[..., 1], exact_sums[..., 1], 2e-6)
-
-    mean, rstd = exact_sums[..., 0].float(), torch.rsqrt(exact_sums[..., 1] / size + 1e-3).float()
-    statistics = mean.double(), rstd.double()
-    (y,) = on_one_and_two_threads(lambda: cpu_norm.normalise(x, mean, rstd, weight, bias))
-    assert y.dtype == dtype
-    # the same operations on each element as torch's, so the same bits
-    assert torch.equal(y, norm_steps.normalise(x, mean, rstd, weight, bias))
-    assert_close(y, norm_steps.normalise(wide[0], *statistics, wide[2], wide[3]), TOLERANCE[dtype])
-
-    (partial,) = on_one_and_two_threads(lambda: cpu_norm.gradient_sums(dy, x, mean, rstd, weight, chunk))
-    exact = norm_steps.gradient_sums(wide[1], wide[0], *statistics, wide[2], chunk)
-    assert_close(partial, exact, 2e-6)
-
-    sums = exact.float() / size
-    gradients = on_one_and_two_threads(
-        lambda: cpu_norm.gradients(dy, x, mean, rstd, weight, sums, centred=centred)
-    )
-    exact_gradients = norm_steps.gradients(
-        wide[1], wide[0], *statistics, wide[2], sums.double(), centred=centred
-    )
-    for gradient, expected in zip(gradients, exact_gradients, strict=True):
-        assert gradient.dtype == dtype
-        assert_close(gradient, expected, TOLERANCE[dtype])
+    sums = cpu_norm.moments(given.x, chunk, centred=centred).unsqueeze(0)
+    y, mean, rstd = norm_steps.normalise(given.x, sums, given.weight, given.bias, chunk, norm_checks.EPSILON)
+    for value, expected in zip(actual, (y, mean, rstd), strict=False):
+        assert torch.equal(value, expected)
 
 
 @DTYPES
-@pytest.mark.parametrize("size", [64, 192, 1024])
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_norm_sums_do_not_depend_on_the_number_of_ranks(ranks: int, size: int, dtype: torch.dtype) -> None:
-    x = torch.randn(33, size, generator=torch.Generator().manual_seed(ranks)).to(dtype)
-    dy = torch.randn(33, size, generator=torch.Generator().manual_seed(ranks + 1)).to(dtype)
-    weight = torch.randn(size, generator=torch.Generator().manual_seed(ranks + 2)).to(dtype)
-    mean, rstd = torch.rand(33), torch.rand(33)
-    chunk, width = size // num_chunks(size), size // ranks
-    for centred in (True, False):
-        whole = cpu_norm.moments(x, chunk, centred=centred)
-        parts = torch.stack(
-            [cpu_norm.moments(part, chunk, centred=centred) for part in x.split(width, -1)], -1
-        )
-        joined = pairwise_moments(parts[:, 0], parts[:, 1], width)
-        assert torch.equal(torch.stack(joined, -1), whole)
-    parts = [
-        cpu_norm.gradient_sums(*arguments[:2], mean, rstd, arguments[2], chunk)
-        for arguments in zip(dy.split(width, -1), x.split(width, -1), weight.split(width), strict=True)
-    ]
-    whole = cpu_norm.gradient_sums(dy, x, mean, rstd, weight, chunk)
-    assert torch.equal(pairwise_sum(torch.stack(parts, -1)), whole)
+@CENTRED
+@pytest.mark.parametrize("size", [5, 12, 64, 192, 1024])
+@pytest.mark.parametrize("steps", [cpu_norm, norm_steps], ids=["C++", "torch"])
+def test_norms_have_the_same_bits_on_any_number_of_ranks(
+    steps: ModuleType, size: int, centred: bool, dtype: torch.dtype
+) -> None:
+    given = norm_checks.random_arguments(size, size, (133,), dtype, centred)
+    whole = norm_checks.run(steps, given)
+    for ranks in (1, 2, 4, 8):
+        if num_chunks(size) % ranks == 0:
+            norm_checks.check_ranks(steps, given, ranks, whole)
 
 
 @LEADS
@@ -134,9 +102,13 @@ def test_what_is_not_finite_stays_visible(value: float, dtype: torch.dtype) -> N
     for position in (0, 20, 39):
         x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
         x[1, position] = value
-        sums = cpu_norm.moments(x, 5, centred=True)
-        expected = norm_steps.moments(x, 5, centred=True)
-        assert torch.equal(sums.isfinite(), expected.isfinite())
+        given = norm_checks.Arguments(
+            x, torch.ones_like(x), torch.ones(40).to(dtype), torch.zeros(40).to(dtype)
+        )
+        for found, expected in zip(
+            norm_checks.run(cpu_norm, given), norm_checks.run(norm_steps, given), strict=True
+        ):
+            assert torch.equal(found.isfinite(), expected.isfinite())
         most = cpu_loss.largest(x)
         loss = most + cpu_loss.exp_sums(x, most, 5).log()
         expected = torch.logsumexp(x.double(), -1)

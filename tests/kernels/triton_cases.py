@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mf_train.kernels import reference, triton_grouping, triton_lookup
+from mf_train.kernels import reference, triton_grouping, triton_lookup, triton_norm, triton_sums
 from mf_train.kernels import triton_backend as backend
 from mf_train.kernels.composition import code_dtype
+from mf_train.model import norm_steps
 from mf_train.model.sums import pairwise_sum
 from tests.closeness import TOLERANCE, assert_close
+from tests.kernels import norm_checks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -344,6 +346,98 @@ def test_grouping_is_a_stable_sort(tau: int, num_tokens: int, monkeypatch: pytes
             assert ends[k].tolist() == [sum(code <= row for code, _ in expected) for row in range(2**tau)]
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (1, 65), (2, 1), (64, 70), (3, 27, 9), (4100, 5)], ids=str)
+def test_column_sums(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = normal(generator(len(shape)), *shape).to(dtype)
+    sums = triton_sums.column_sums(x)
+    assert sums.dtype == torch.promote_types(dtype, torch.float32)
+    assert_close(sums, x.double().flatten(0, -2).sum(0), sums.dtype)
+    part = slice(shape[-1] // 3, shape[-1] // 2 + 1)
+    assert torch.equal(triton_sums.column_sums(x[..., part]), sums[part])
+
+
+# Features, leading shape, type, with a bias, numbers of ranks: one chunk to eight, a tile of one token, of several
+# programs, and of no token. The interpreter takes a millisecond for each operation on a tile.
+NORMS = [
+    (1, (3,), torch.float32, True, (1,)),
+    (5, (2, 3), torch.float32, False, (1,)),
+    (2501, (2,), torch.float32, True, (1,)),
+    (18, (1,), torch.bfloat16, True, (2,)),
+    (36, (), torch.float16, False, (1, 2, 4)),
+    (192, (70,), torch.float32, True, (2,)),
+    (40, (2, 3), torch.bfloat16, False, (1, 2, 4, 8)),
+    (1280, (9,), torch.bfloat16, True, (8,)),
+    (24, (0,), torch.float32, True, (1, 8)),
+    (24, (2, 0), torch.bfloat16, False, (2,)),
+]
+
+
+@pytest.mark.parametrize("case", NORMS, ids=str)
+def test_norm(case: tuple[int, tuple[int, ...], torch.dtype, bool, tuple[int, ...]]) -> None:
+    *sizes, ranks = case
+    given = norm_checks.random_arguments(case[0], *sizes, DEVICE)
+    whole = norm_checks.run(triton_norm, given)
+    norm_checks.check_against_float64(whole, given)
+    for number in ranks:
+        norm_checks.check_ranks(triton_norm, given, number, whole)
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_is_that_of_torch_operations(dtype: torch.dtype, centred: bool) -> None:
+    """In float32 to the bit in the interpreter, which rounds otherwise to bfloat16."""
+    x, dy, weight, bias = norm_checks.random_arguments(2, 40, (3, 20), dtype, centred, DEVICE)
+    moments = torch.stack([norm_steps.moments(part, 5, centred=centred) for part in x.chunk(2, -1)])
+    x, dy, weight = (t[..., :20] for t in (x, dy, weight))
+    bias = None if bias is None else bias[:20]
+    results = []
+    for steps in (triton_norm, norm_steps):
+        y, mean, rstd = steps.normalise(x, moments, weight, bias, 5, 1e-5)
+        sums = norm_steps.gradient_sums(dy, x, mean, rstd, weight, 5)
+        gathered = torch.stack((sums, sums.flip(0)))
+        results.append(
+            [y, mean, rstd, *steps.gradients(dy, x, mean, rstd, weight, gathered, 5, centred=centred)]
+        )
+    for actual, expected in zip(*results, strict=True):
+        if expected is not None:
+            assert actual.dtype == expected.dtype
+            assert_close(actual, expected, TOLERANCE[dtype])
+    if INTERPRETED and dtype == torch.float32:
+        for place in (0, 1, 2, 3):  # y, mean, rstd, dx
+            assert torch.equal(results[0][place], results[1][place])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_norm_of_what_is_not_finite(value: float) -> None:
+    """As torch operations: the token's numbers are NaN, and the gradients of the affine map, and no other token's."""
+    given = norm_checks.random_arguments(3, 40, (21,), torch.float32, True, DEVICE)
+    given.x[2, 39] = value
+    for actual, expected in zip(
+        norm_checks.run(triton_norm, given), norm_checks.run(norm_steps, given), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert torch.equal(
+        norm_checks.run(triton_norm, given)[0].isnan().any(-1), given.x.isfinite().logical_not().any(-1)
+    )
+
+
+def test_norm_of_strided_arguments() -> None:
+    given = norm_checks.random_arguments(4, 24, (10,), torch.float32, True, DEVICE)
+    strided = norm_checks.Arguments(
+        given.x.t().contiguous().t(),
+        torch.ones((), device=DEVICE).expand(given.dy.shape),
+        given.weight.repeat_interleave(2)[::2],
+        given.bias,
+    )
+    assert not any(t.is_contiguous() for t in strided[:3])
+    plain = given._replace(dy=torch.ones_like(given.dy))
+    for actual, expected in zip(
+        norm_checks.run(triton_norm, strided), norm_checks.run(triton_norm, plain), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
 @compiled_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_types_round_once(dtype: torch.dtype) -> None:
@@ -367,6 +461,24 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 
 @compiled_only
+def test_norm_of_more_than_two_to_the_31_elements() -> None:
+    features, tokens = 1024, 2**21 + 3
+    given = norm_checks.random_arguments(5, features, (7,), torch.bfloat16, True, DEVICE)
+    expected = norm_checks.run(triton_norm, given)
+    x = torch.zeros(tokens, features, device=DEVICE, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    x[-7:] = given.x
+    y, mean, rstd = triton_norm.normalise(x, None, given.weight, given.bias, 128, norm_checks.EPSILON)
+    for actual, one in zip((y, mean, rstd), expected, strict=False):
+        assert torch.equal(actual[-7:], one)
+    del y
+    dy = torch.zeros_like(x)
+    dy[-7:] = given.dy
+    dx, *_ = triton_norm.gradients(dy, x, mean, rstd, given.weight, None, 128, centred=True)
+    assert torch.equal(dx[-7:], expected[3]) and not dx[:-7].any()
+
+
+@compiled_only
 def test_cuda_graph() -> None:
     codes, weights, tables, dys = random_lookup(15, 8, 16, (96, 40), (1000,), torch.bfloat16)
     run(codes, weights, tables, dys)  # compiles
@@ -379,3 +491,19 @@ def test_cuda_graph() -> None:
         old.copy_(fresh)
     graph.replay()
     assert all(torch.equal(a, e) for a, e in zip(captured, run(*new), strict=True))
+
+
+@compiled_only
+def test_norm_in_a_cuda_graph() -> None:
+    given, new = (
+        norm_checks.random_arguments(seed, 512, (100,), torch.bfloat16, True, DEVICE) for seed in (6, 7)
+    )
+    norm_checks.run(triton_norm, given)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = norm_checks.run(triton_norm, given)
+    for old, fresh in zip(given, new, strict=True):
+        old.copy_(fresh)
+    graph.replay()
+    assert all(torch.equal(a, e) for a, e in zip(captured, norm_checks.run(triton_norm, new), strict=True))

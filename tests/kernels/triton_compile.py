@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mf_train.kernels import triton_grouping, triton_hash, triton_lookup
+from mf_train.kernels import triton_grouping, triton_hash, triton_lookup, triton_norm, triton_sums
 
 H100 = GPUTarget("cuda", 90, 32)
 ITEM_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
@@ -23,8 +23,10 @@ NUM_TABLES, COLUMNS = 128, 1024
 
 def compile_kernel(
     kernel: Any, pointers: dict[str, str], integers: list[str], num_warps: int, constants: dict[str, Any]
-) -> str:
-    """The kernel's PTX, which ptxas took. `constants` may name more than the kernel has."""
+) -> dict[str, str]:
+    """What came of the kernel, among it its PTX, which ptxas took. `constants` may name more than the kernel has: also
+    options. Pointers that are not named are None.
+    """
     signature = {name: "constexpr" for name in kernel.arg_names}
     signature |= {f"{name}_ptr": "*" + element for name, element in pointers.items()}
     signature |= {name: "i32" for name in integers}
@@ -33,12 +35,15 @@ def compile_kernel(
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned
     }
     values = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    if "scales_ptr" in kernel.arg_names and "scales" not in pointers:
-        values["scales_ptr"] = None
+    missing = [name for name in kernel.arg_names if name.endswith("_ptr") and name[:-4] not in pointers]
+    values |= dict.fromkeys(missing)
     source = ASTSource(kernel, signature, values, attributes)
-    compiled = triton.compile(source, target=H100, options={"num_warps": num_warps, "enable_fp_fusion": True})
+    fusion = constants.get("enable_fp_fusion", True)
+    compiled = triton.compile(
+        source, target=H100, options={"num_warps": num_warps, "enable_fp_fusion": fusion}
+    )
     assert compiled.asm["cubin"]
-    return str(compiled.asm["ptx"])
+    return compiled.asm
 
 
 def wide_loads(ptx: str) -> int:
@@ -62,7 +67,7 @@ def compile_forward(element: str, codes: str, common: dict[str, Any]) -> None:
         )
         constants = {**common, "TOKENS": tokens, "BLOCK": block, "UNROLL": unroll}
         sizes = ["num_tokens", "out_features"]
-        ptx = compile_kernel(triton_lookup._forward_kernel, pointers, sizes, 1, constants)
+        ptx = compile_kernel(triton_lookup._forward_kernel, pointers, sizes, 1, constants)["ptx"]
         assert num_tokens == 1 or wide_loads(ptx) >= unroll, "rows are not read 16 bytes a lane"
     int8 = {**pointers, "tables": "i8", "scales": "fp32"}
     compile_kernel(triton_lookup._forward_kernel, int8, sizes, 1, constants)
@@ -78,7 +83,7 @@ def compile_backward(element: str, common: dict[str, Any]) -> None:
         )
         constants = {**common, "BLOCK": block, "UNROLL": unroll, "ROWS_PER_PROGRAM": rows}
         constants |= {"CHUNKS": beside, "ADD": add}
-        ptx = compile_kernel(triton_lookup._backward_kernel, pointers, sizes, 1, constants)
+        ptx = compile_kernel(triton_lookup._backward_kernel, pointers, sizes, 1, constants)["ptx"]
         if block * ITEM_BYTES[element] >= triton_lookup.WARP_BYTES:
             assert wide_loads(ptx) >= unroll, "rows are not read 16 bytes a lane"
 
@@ -91,6 +96,48 @@ def compile_grouping(codes: str, common: dict[str, Any]) -> None:
     compile_kernel(triton_grouping._place_kernel, pointers, sizes, 4, constants)
 
 
+def sum_layouts(compiled: dict[str, str]) -> set[str]:
+    """How the threads hold each tensor that is summed, which is the order of its sum."""
+    text = compiled["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
+    summed = re.findall(r'"tt\.reduce".*?\}\) : \(tensor<(\S+), (#\w+)>\)', text, re.DOTALL)
+    assert summed
+    return {f"{shape} {layouts[name]}" for shape, name in summed}
+
+
+def compile_norm(element: str) -> None:
+    """The kernels of a LayerNorm of COLUMNS features, whole and on 8 ranks: a chunk is summed in one order by all."""
+    chunk = COLUMNS // 8
+    given = {name: element for name in ("x", "dy", "weight", "bias", "y", "dx")}
+    given |= {name: "fp32" for name in ("sums", "mean", "rstd", "parts")}
+    kernels = [
+        triton_norm._moments_kernel,
+        triton_norm._normalise_kernel,
+        triton_norm._gradient_sums_kernel,
+        triton_norm._gradients_kernel,
+    ]
+    orders = set()
+    for kernel, ranks in itertools.product(kernels, (1, 8)):
+        constants = triton_norm.constants(COLUMNS // ranks, chunk)
+        constants |= {"CENTRED": True, "EPSILON": 1e-5, "RANKS": ranks}
+        pointers = {name: kind for name, kind in given.items() if f"{name}_ptr" in kernel.arg_names}
+        sums_itself = kernel in kernels[::2] or ranks == 1
+        if ranks == 1 and kernel in kernels[1::2]:
+            del pointers["sums"]
+        compiled = compile_kernel(kernel, pointers, ["num_tokens"], constants["num_warps"], constants)
+        assert wide_loads(compiled["ptx"]) >= 8 // ranks, "x is not read 16 bytes a lane"
+        assert not re.search(r"\bfma\.", compiled["ptx"]), "a product is fused into a sum"
+        if sums_itself:
+            orders |= sum_layouts(compiled)
+    assert len(orders) == 1, f"a chunk's sum has an order of its own in some kernel: {orders}"
+
+
+def compile_sums(element: str, common: dict[str, Any]) -> None:
+    constants = {**common, "ROWS": triton_sums.ROWS, "COLUMNS": triton_sums.COLUMNS}
+    pointers = {"x": element, "sums": "fp64" if element == "fp64" else "fp32"}
+    compile_kernel(triton_sums._fold_kernel, pointers, ["num_rows", "num_columns"], 4, constants)
+
+
 def main(element: str, codes: str) -> None:
     tau = BITS[codes]
     common = {"SUM": tl.float64 if element == "fp64" else tl.float32, "ROWS": 2**tau, "K": NUM_TABLES}
@@ -98,6 +145,9 @@ def main(element: str, codes: str) -> None:
     compile_hash(element, codes, common)
     compile_forward(element, codes, common)
     compile_backward(element, common)
+    compile_sums(element, common)
+    if element != "fp64":
+        compile_norm(element)
     if 2**tau <= triton_grouping.MAX_COUNTED_ROWS:
         compile_grouping(codes, common)
 

@@ -9,7 +9,7 @@ import importlib
 from functools import cache
 from typing import Any
 
-INTERFACE = 1
+INTERFACE = 2
 
 
 @cache

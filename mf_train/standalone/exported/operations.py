@@ -47,7 +47,7 @@ def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) 
 
 
 def fast_norm(x: Tensor) -> Any:
-    """A norm's steps in C++ for x, or None."""
+    """A norm's steps in C++ or Triton for x, or None."""
     return kernels().fast_norm(x) if kernels() else None
 
 

@@ -182,8 +182,7 @@ class _Run:
             recompute_blocks(model, self.exchange)
         self.engine = Engine(model, config, groups, device, end_of_text)
         watch.entering("compiling kernels")
-        resumes = checkpoint is not None
-        compile_kernels(self.engine, config, stop.requested, watch.still_alive, resumes=resumes)
+        compile_kernels(self.engine, config, stop.requested, watch.still_alive)
         self.peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.telemetry = TableTelemetry(self.engine, self.exchange, validation, config.logging)
         self.saver = Saver(

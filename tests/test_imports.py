@@ -20,12 +20,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "mf_train"
 
 # Each part of the package, and the parts that it may import. It goes down only. BASE is for all but the lowest.
-BASE = {"errors", "exit_status", "files", "progress", "run_folder", "text", "versions", "commands", "config"}
+BASE = {"errors", "exit_status", "files", "host_memory", "progress", "run_folder", "text", "versions"}
+BASE |= {"commands", "config"}
 LAYERS = {
-    **{
-        name: set()
-        for name in ("exit_status", "files", "progress", "run_folder", "text", "versions", "drawing")
-    },
+    **{name: set() for name in (*sorted(BASE - {"errors", "commands", "config"}), "drawing")},
     "errors": set(),
     "commands": {"errors"},
     "config": {"errors", "text"},

@@ -9,8 +9,6 @@ from mf_train.model.sharding import whole_shape
 from mf_train.parallel.agreement import run_on_all
 from mf_train.parallel.engine import Engine
 
-_PIECE = 2**24  # numbers that are read at once
-
 
 def load_checkpoint(
     engine: Engine, reader: CheckpointReader, still_alive: Callable[[], None] = lambda: None
@@ -20,7 +18,6 @@ def load_checkpoint(
     Raises UserError where the checkpoint is of another model.
     """
     run_on_all(lambda: _check_shapes(engine, reader), engine.device)
-    engine.create_moments()
     run_on_all(lambda: _read_fragments(engine, reader, still_alive), engine.device)
     engine.reset_step(reader.manifest.step)
     engine.refresh_parameters()
@@ -31,7 +28,7 @@ def _read_fragments(engine: Engine, reader: CheckpointReader, still_alive: Calla
     for name, fragment in engine.fragments().items():
         for kind in KINDS:
             held = fragment.held(kind)
-            for first, numel in held.pieces(_PIECE):
+            for first, numel in held.pieces():
                 start = fragment.start + first
                 values = reader.read_fragment(name, kind, degrees.tensor_rank, degrees.tensor, start, numel)
                 held.narrow(first, numel).write(values.to(held.tensors[0].device))

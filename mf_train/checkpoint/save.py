@@ -52,8 +52,6 @@ from mf_train.parallel.agreement import SIGN_OF_LIFE_SECONDS, Task, any_rank, ex
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.stored import Stored
 
-_PIECE = 2**24  # numbers that are in float32 at once, where they are held in fewer bytes
-
 
 @dataclass(frozen=True)
 class Extras:
@@ -265,7 +263,7 @@ class Saver:
                         crcs[file] ^= _write_at(descriptor, memoryview(self.headers[file]), 0, size)
                     for piece in by_file.get(file, ()):
                         held = values[piece.kind, piece.name]
-                        for first, numel in held.pieces(_PIECE):
+                        for first, numel in held.pieces():
                             data = held.narrow(first, numel).read().cpu()
                             crcs[file] ^= _write_at(
                                 descriptor, bytes_of(data), piece.offset + 4 * first, size

@@ -66,6 +66,11 @@ class OptimizerConfig:
     weight_decay: float = not_negative(0.1)  # of tables, embedding and head; norms and biases have none
     gradient_clip: float = not_negative(1.0)  # largest global L2 norm of the gradient; 0: no clipping
 
+    @property
+    def compact_moments(self) -> bool:
+        """Whether some moments are held in fewer bytes than float32 has."""
+        return {self.table_exp_avg, self.table_exp_avg_sq} != {"float32"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import mf_train
+from mf_train.host_memory import available_memory
 from mf_train.versions import package_versions
 
 
@@ -47,13 +48,12 @@ def source_digest(folder: Path = Path(mf_train.__file__).parent) -> str:
 
 
 def resources(folder: Path) -> dict[str, int]:
-    """Bytes of memory that programs can have (proc(5), MemAvailable), of /dev/shm and of the folder's file system that
+    """Bytes of memory that programs can have, of /dev/shm and of the folder's file system that
     are free; files that a process may open.
     """
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
     return {
-        "memory": int(available[1]) * 1024 if available else 0,
+        "memory": available_memory() or 0,
         "shared_memory": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         "free": shutil.disk_usage(folder).free if folder.is_dir() else 0,
         "open_files": files if files != resource.RLIM_INFINITY else sys.maxsize,

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from mf_train.config import OptimizerConfig
-from mf_train.parallel.fragment import KINDS, Fragment
-from mf_train.parallel.stored import PIECE, Float32, Places, Row
+from mf_train.parallel.fragment import KINDS, PIECE, Fragment
+from mf_train.parallel.stored import Float32, Places, Row, cut
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,7 @@ class AdamW:
 
     def _update_pieces(self, each: Updated, learning_rate: float, step: int) -> None:
         device = each.gradient.device
-        size = max(self.alignment, PIECE[device.type] // self.alignment * self.alignment)
-        for first in range(0, each.gradient.numel(), size):
-            numel = min(size, each.gradient.numel() - first)
+        for first, numel in cut(each.gradient.numel(), PIECE[device.type], self.alignment):
             gradient = each.gradient.narrow(0, first, numel)
             master, average, square = (each.fragment.values[kind].narrow(first, numel) for kind in KINDS)
             values = [master.read(), average.read()]

@@ -78,9 +78,7 @@ def check_degrees(config: Config, world_size: int) -> None:
             "parallel.master is 'split' and parallel.zero_stage is 3, which keeps masters of its own: choose "
             "parallel.zero_stage 0, 1 or 2"
         )
-    optimizer = config.optimizer
-    compact = {optimizer.table_exp_avg, optimizer.table_exp_avg_sq} != {"float32"}
-    if config.parallel.zero_stage == 3 and compact:
+    if config.parallel.zero_stage == 3 and config.optimizer.compact_moments:
         _check_shards(config, data)
     profile = config.training.profile
     if profile.steps and max(profile.ranks) >= world_size:

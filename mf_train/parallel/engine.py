@@ -3,7 +3,7 @@
 ZeRO's stages 0 to 2 are in `mf_train.parallel.zero`, stage 3 is DeepSpeed's (`mf_train.parallel.zero3`).
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,24 @@ from mf_train.parallel.groups import Groups
 from mf_train.parallel.zero import Zero
 
 __all__ = ["MOMENTS", "Engine", "Fragment", "parameter_groups"]
+
+
+class Optimizer(Protocol):
+    """A model's gradients and AdamW: what `mf_train.parallel.zero` and `mf_train.parallel.zero3` both offer."""
+
+    steps: int  # updates so far, which the bias correction counts
+
+    def backward(self, loss: Tensor, *, last: bool) -> None: ...
+
+    def update(self, learning_rate: float) -> Tensor: ...
+
+    def fragments(self) -> dict[str, Fragment]: ...
+
+    def gradient_sums(self) -> list[Tensor]: ...
+
+    def refresh_parameters(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Engine:
@@ -46,12 +64,12 @@ class Engine:
         if self.stage == 3:
             from mf_train.parallel.zero3 import Zero3
 
-            self._zero: Any = Zero3(model, config, groups, device, self.micro_batches, settings)
-            self._call: nn.Module = self._zero.engine
+            zero3 = Zero3(model, config, groups, device, self.micro_batches, settings)
+            self._zero: Optimizer = zero3
+            self._call: nn.Module = zero3.engine
         else:
             self._zero = Zero(model, config, groups, settings)
             self._call = model
-        self.reset_step()
 
     def forward(self, token_ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """The model's forward pass, each row one text, as a converted model computes it. Collective over all ranks."""
@@ -76,26 +94,22 @@ class Engine:
 
     def update(self, learning_rate: float) -> Tensor:
         """Clip, update the weights, clear the gradients; the gradient's global L2 norm before clipping, float32 []."""
-        norm: Tensor = self._zero.update(learning_rate)
-        return norm
+        return self._zero.update(learning_rate)
 
     def fragments(self) -> dict[str, Fragment]:
         """This rank's fragment of every parameter it keeps a part of, by the parameter's name."""
-        fragments: dict[str, Fragment] = self._zero.fragments()
-        return fragments
+        return self._zero.fragments()
 
     def gradient_sums(self) -> list[Tensor]:
         """The sums of gradients that this rank keeps between steps, float32."""
-        sums: list[Tensor] = self._zero.gradient_sums()
-        return sums
+        return self._zero.gradient_sums()
 
     @property
     def steps(self) -> int:
         """Updates that AdamW's bias correction counts."""
-        steps: int = self._zero.steps
-        return steps
+        return self._zero.steps
 
-    def reset_step(self, step: int = 0) -> None:
+    def reset_step(self, step: int) -> None:
         """Set the number of updates that AdamW's bias correction counts."""
         self._zero.steps = step
 
@@ -108,14 +122,6 @@ class Engine:
     def replicated(self) -> bool:
         """Whether all data-parallel ranks hold the same masters and moments (ZeRO 0), rather than a part each."""
         return self.stage == 0
-
-    def create_moments(self) -> None:
-        """Make the optimiser's state exist before it is loaded; collective. Only under stage 3 it does not yet."""
-        if self.stage == 3:
-            tokens = torch.zeros((1, 2), dtype=torch.long, device=self.device)
-            for index in range(self.micro_batches):
-                self.backward(tokens, tokens, share=1.0, last=index == self.micro_batches - 1)
-            self.update(0.0)
 
     def refresh_parameters(self) -> None:
         """Copy the float32 masters into the parameters that the forward pass reads. Collective."""

@@ -24,7 +24,7 @@ class Moments:
     ) -> None:
         self.degrees = degrees
         self.kinds = {"exp_avg": config.table_exp_avg, "exp_avg_sq": config.table_exp_avg_sq}
-        self.compact = {*self.kinds.values()} != {"float32"}
+        self.compact = config.compact_moments
         self.rounded = bool({*self.kinds.values()} & {"bfloat16", "int8"})
         self.units: dict[str, int] = {}
         self._columns: dict[str, int] = {}

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# elements that are turned into float32 at once: what a CPU's cache holds, few launches on a GPU
-PIECE = {"cpu": 2**18, "cuda": 2**22}
+from mf_train.parallel.fragment import BYTES, MOMENTS
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,9 @@ class Stored(ABC):
         )
         return type(self)(parts, numel, self.unit)
 
-    def pieces(self, numel: int) -> Iterator[tuple[int, int]]:
-        """First place and length of pieces of about `numel` numbers, in whole units."""
-        size = max(self.unit, numel // self.unit * self.unit)
-        for first in range(0, self.numel, size):
-            yield first, min(size, self.numel - first)
+    def pieces(self, size: int = 2**24) -> Iterator[tuple[int, int]]:
+        """First place and length of pieces, as `cut`; by default of what a save or a load has in float32 at once."""
+        return cut(self.numel, size, self.unit)
 
 
 class Float32(Stored):
@@ -180,18 +177,23 @@ class Split(Stored):
         left.copy_((values.view(torch.int32) - upper).clamp_(-(2**15), 2**15 - 1))
 
 
+def cut(numel: int, size: int, unit: int) -> Iterator[tuple[int, int]]:
+    """First place and length of pieces of about `size` of so many numbers, each but the last in whole units."""
+    size = max(unit, size // unit * unit)
+    for first in range(0, numel, size):
+        yield first, min(size, numel - first)
+
+
 def zeros(kind: str, name: str, numel: int, unit: int, device: torch.device) -> Stored:
     """Zeros of a moment `name` (exp_avg, exp_avg_sq), held as `kind`."""
-    if kind == "float32":
-        return Float32((torch.zeros(numel, device=device),), numel, unit)
-    if kind == "bfloat16":
-        return Bfloat16((torch.zeros(numel, dtype=torch.bfloat16, device=device),), numel, unit)
-    rows = torch.zeros(numel // unit, device=device)
-    if kind == "row":
-        return Row((rows,), numel, unit)
-    first = name == "exp_avg"
-    codes = torch.zeros(numel, dtype=torch.int8 if first else torch.uint8, device=device)
-    return (Int8First if first else Int8Second)((codes, rows), numel, unit)
+    first = name == MOMENTS[0]
+    int8, code = (Int8First, torch.int8) if first else (Int8Second, torch.uint8)
+    classes = {"float32": Float32, "bfloat16": Bfloat16, "int8": int8, "row": Row}
+    dtypes = {4: torch.float32, 2: torch.bfloat16, 1: code}
+    of_number, of_unit = BYTES[kind]
+    tensors = [torch.zeros(numel, dtype=dtypes[of_number], device=device)] if of_number else []
+    tensors += [torch.zeros(numel // unit, dtype=dtypes[of_unit], device=device)] if of_unit else []
+    return classes[kind](tuple(tensors), numel, unit)
 
 
 @dataclass(frozen=True)

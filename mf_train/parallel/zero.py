@@ -118,6 +118,9 @@ class Zero:
         self.buckets = [
             _Bucket(part, self.ranks, self.alignment) for part in _cut(reversed(named), parallel.bucket_size)
         ]
+        self._bucket_of = {
+            slot.name: index for index, bucket in enumerate(self.buckets) for slot in bucket.slots
+        }
         owned: dict[str, Fragment] = {}
         for bucket in self.buckets:
             owned |= self._own(bucket)
@@ -159,12 +162,14 @@ class Zero:
         norm = self._norm()
         if self._down is not None:
             self._down.synchronize()
-        factor = (self.gradient_clip / (norm + 1e-6)).clamp(max=1.0) if self.gradient_clip else None
+        factor = None
+        if self.gradient_clip:
+            factor = (self.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+            factor = factor.to(self.buckets[0].beside_masters.device)  # once, since it may wait for a GPU
         self.steps += 1
         for index in self._in_order_of_use():
             if factor is not None:
-                gradient = self.buckets[index].beside_masters
-                gradient.mul_(factor.to(gradient.device))
+                self.buckets[index].beside_masters.mul_(factor)
             self._adamw.update(self._updated[index], learning_rate, self.steps)
             self._send_weights(index)
         if not self.overlap:
@@ -239,7 +244,6 @@ class Zero:
 
     def _find_updated(self, model: nn.Module, settings: list[dict[str, Any]]) -> list[list[Updated]]:
         """What is updated of each bucket."""
-        buckets = {slot.name: index for index, bucket in enumerate(self.buckets) for slot in bucket.slots}
         found: list[list[Updated]] = [[] for _ in self.buckets]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for group in settings:
@@ -247,7 +251,7 @@ class Zero:
                 if (fragment := self._of_rank.get(name)) is not None:
                     places = self.moments.places(name, fragment.start)
                     decay, multiplier = group["weight_decay"], group["learning_rate_multiplier"]
-                    found[buckets[name]].append(Updated(fragment, decay, multiplier, places))
+                    found[self._bucket_of[name]].append(Updated(fragment, decay, multiplier, places))
         return found
 
     def _take_gradients(self) -> Iterator[RemovableHandle]:
@@ -257,9 +261,8 @@ class Zero:
 
     def _wait_before_use(self, model: nn.Module) -> Iterator[RemovableHandle]:
         """Have each part of the model wait for its own weights, in its forward pass."""
-        places = {slot.name: index for index, bucket in enumerate(self.buckets) for slot in bucket.slots}
         for prefix, part in _parts(model):
-            needed = {places[f"{prefix}.{name}"] for name, _ in part.named_parameters()}
+            needed = {self._bucket_of[f"{prefix}.{name}"] for name, _ in part.named_parameters()}
             yield part.register_forward_pre_hook(lambda *_, needed=needed: self._wait(needed))
 
     # gradients

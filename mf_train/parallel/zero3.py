@@ -10,8 +10,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from mf_train.config import Config
 from mf_train.parallel.adamw import AdamW, Updated
-from mf_train.parallel.fragment import KINDS, Fragment
+from mf_train.parallel.fragment import Fragment
 from mf_train.parallel.groups import Groups
 from mf_train.parallel.moments import Moments
-from mf_train.parallel.stored import Float32, Stored
+from mf_train.parallel.stored import Float32
 
 
 class Zero3:
@@ -44,24 +44,17 @@ class Zero3:
             # DeepSpeed sums the gradient's norm over the tensor-parallel group for parameters marked so
             setattr(parameter, "tensor_model_parallel", True)  # noqa: B010 - not an attribute of Parameter
         moments = Moments(model.named_parameters(), config.optimizer, groups.degrees)
-        # DeepSpeed may run an update while it is built: a learning rate of 0 makes that harmless
-        if moments.compact:
-            optimizer: torch.optim.Optimizer = _CompactAdamW(settings, config, moments)
-        else:
-            optimizer = torch.optim.AdamW(
-                settings, lr=0.0, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
-            )
+        self.optimizer = _AdamW(settings, config, moments)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints reports on memory
             self.engine, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=optimizer,
+                optimizer=self.optimizer,
                 mpu=groups,
                 dist_init_required=False,
                 config=_deepspeed_config(config, groups.degrees.data, micro_batches),
             )
-        self.optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
-        if isinstance(self.optimizer, _CompactAdamW):
-            self.optimizer.own(self._places())
+        for place in self._places():
+            self.optimizer.own(*place)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """The backward pass of a micro-batch's share of the batch's loss; `update` follows the step's last."""
@@ -72,21 +65,15 @@ class Zero3:
 
     def update(self, learning_rate: float) -> Tensor:
         """Clip, update the weights, clear the gradients; the gradient's L2 norm before clipping, float32 []."""
-        if isinstance(self.optimizer, _CompactAdamW):
-            self.optimizer.steps += 1
+        self.steps += 1
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["learning_rate_multiplier"]
+            group["lr"] = learning_rate
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
 
     def fragments(self) -> dict[str, Fragment]:
         """This rank's fragment of every parameter that it keeps a part of, by name."""
-        if isinstance(self.optimizer, _CompactAdamW):
-            return {part.name: part.fragment for part in self.optimizer.parts}
-        return {
-            name: Fragment(start, numel, _Values(flat, self.optimizer.state.get(flat, {}), offset, numel))
-            for name, flat, offset, start, numel in self._places()
-        }
+        return self.optimizer.fragments
 
     def gradient_sums(self) -> list[Tensor]:
         """The sums of gradients that this rank keeps between steps, float32."""
@@ -95,17 +82,11 @@ class Zero3:
     @property
     def steps(self) -> int:
         """Updates that the bias correction counts."""
-        if isinstance(self.optimizer, _CompactAdamW):
-            return self.optimizer.steps
-        counts = [state["step"] for state in self.optimizer.state.values()]
-        return int(counts[0]) if counts else 0
+        return self.optimizer.steps
 
     @steps.setter
     def steps(self, steps: int) -> None:
-        if isinstance(self.optimizer, _CompactAdamW):
-            self.optimizer.steps = steps
-        for state in self.optimizer.state.values():
-            state["step"].fill_(steps)
+        self.optimizer.steps = steps
 
     def refresh_parameters(self) -> None:
         """Copy the float32 masters into the parameters that the forward pass reads. Collective."""
@@ -134,66 +115,47 @@ class Zero3:
                 yield name, zero.fp32_partitioned_groups_flat[group], offset, start, numel
 
 
-@dataclass(frozen=True)
-class _Part:
-    name: str
-    flat: Tensor
-    offset: int
-    fragment: Fragment
+class _AdamW(torch.optim.Optimizer):
+    """What DeepSpeed calls in the place of torch's AdamW: `mf_train.parallel.adamw` on its flat tensors of masters.
 
-
-class _CompactAdamW(torch.optim.Optimizer):
-    """What DeepSpeed calls in the place of torch's AdamW where moments are held in fewer bytes."""
+    A flat tensor whose moments are all in float32 is updated as a whole, as torch's AdamW does it and with the same
+    bits; of others each parameter by itself.
+    """
 
     def __init__(self, settings: list[dict[str, Any]], config: Config, moments: Moments) -> None:
         super().__init__(settings, {"lr": 0.0})
         self.moments = moments
         self.adamw = AdamW(config.optimizer, config.training.seed, math.lcm(*moments.units.values()))
         self.steps = 0
-        self.parts: list[_Part] = []
+        self.fragments: dict[str, Fragment] = {}
+        # by flat tensor: what is updated at once, with its place in the tensor and the parameter's name
+        self._parts: dict[Tensor, list[tuple[int, Fragment, str]]] = {}
 
-    def own(self, places: Iterable[tuple[str, Tensor, int, int, int]]) -> None:
-        """Make the moments of what a rank holds, in DeepSpeed's flat tensors."""
-        for name, flat, offset, start, numel in places:
-            master = Float32((flat.detach().narrow(0, offset, numel),), numel)
-            values = {"master": master, **self.moments.zeros(name, numel, flat.device)}
-            self.parts.append(_Part(name, flat, offset, Fragment(start, numel, values)))
+    def own(self, name: str, flat: Tensor, offset: int, start: int, numel: int) -> None:
+        """Make the moments of a part of a parameter that a rank holds, as `Zero3._places` names it."""
+        parts = self._parts.setdefault(flat, [])
+        if self.moments.compact or not parts:
+            first, length = (offset, numel) if self.moments.compact else (0, flat.numel())
+            master = Float32((flat.detach().narrow(0, first, length),), length)
+            values = {"master": master, **self.moments.zeros(name, length, flat.device)}
+            parts.append((first, Fragment(start, length, values), name))
+        first, updated, _ = parts[-1]
+        values = {kind: held.narrow(offset - first, numel) for kind, held in updated.values.items()}
+        self.fragments[name] = Fragment(start, numel, values)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the flat tensors that are in the groups at the time: DeepSpeed gives one at a time."""
         for group in self.param_groups:
-            flats = {id(flat) for flat in group["params"]}
-            self.adamw.update(
-                (self._updated(part, group) for part in self.parts if id(part.flat) in flats),
-                group["lr"],
-                self.steps,
-            )
+            updated = (each for flat in group["params"] for each in self._updated(flat, group))
+            self.adamw.update(updated, group["lr"], self.steps)
 
-    def _updated(self, part: _Part, group: dict[str, Any]) -> Updated:
-        assert part.flat.grad is not None
-        fragment = replace(
-            part.fragment, gradient=part.flat.grad.narrow(0, part.offset, part.fragment.numel).float()
-        )
-        return Updated(fragment, group["weight_decay"], 1.0, self.moments.places(part.name, fragment.start))
-
-
-class _Values(Mapping[str, Stored]):
-    """Master weights and moments of a fragment in DeepSpeed's flat tensors. Moments that do not exist yet are zeros."""
-
-    def __init__(self, flat: Tensor, state: Mapping[str, Tensor], offset: int, numel: int) -> None:
-        self.flat, self.state, self.offset, self.numel = flat.detach(), state, offset, numel
-
-    def __getitem__(self, kind: str) -> Stored:
-        held = self.flat if kind == "master" else self.state.get(kind)
-        if held is None:
-            return Float32((torch.zeros(self.numel, device=self.flat.device),), self.numel)
-        return Float32((held.view(-1).narrow(0, self.offset, self.numel),), self.numel)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(KINDS)
-
-    def __len__(self) -> int:
-        return len(KINDS)
+    def _updated(self, flat: Tensor, group: dict[str, Any]) -> Iterator[Updated]:
+        assert flat.grad is not None
+        for offset, fragment, name in self._parts.get(flat, ()):
+            gradient = flat.grad.narrow(0, offset, fragment.numel).float()
+            places = self.moments.places(name, fragment.start)
+            multiplier = group["learning_rate_multiplier"]
+            yield Updated(replace(fragment, gradient=gradient), group["weight_decay"], multiplier, places)
 
 
 def import_deepspeed(device: torch.device, local_rank: int) -> Any:
@@ -225,7 +187,7 @@ def _deepspeed_config(config: Config, ranks: int, micro_batches: int) -> dict[st
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,  # ours, for compact moments
+        "zero_allow_untested_optimizer": True,  # ours
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
         "gradient_clipping": config.optimizer.gradient_clip,
         "bf16": {"enabled": bfloat16},

@@ -16,6 +16,7 @@ from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_parameters
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import count_micro_batches, micro_batch_sizes
+from mf_train.parallel.fragment import PIECE, held_bytes
 
 LIVE = 1_000_000_000  # elements that stage 3 keeps gathered: stage3_max_live_parameters
 # Beside tensors. On a CPU: Python with torch and DeepSpeed (LIBRARIES, as resident before a model is built), and
@@ -23,7 +24,7 @@ LIVE = 1_000_000_000  # elements that stage 3 keeps gathered: stage3_max_live_pa
 LIBRARIES = 0.53e9
 PROCESS = {"cpu": LIBRARIES + 15e6, "cuda": 1.0e9}
 # pieces of numbers held in fewer bytes that an update has in float32, with what comes beside (`parallel.stored`)
-_SCRATCH = {"cpu": 10 * 4 * 2**18, "cuda": 10 * 4 * 2**22}
+_SCRATCH = {device: 10 * 4 * numbers for device, numbers in PIECE.items()}
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def _weight_bytes(config: Config) -> int:
 
 def _state_bytes(config: Config) -> float:
     """Masters, where they are not the weights themselves, and moments, bytes a parameter (stages 0 to 2)."""
-    masters = 0 if config.training.precision == "float32" else 2 if config.parallel.master == "split" else 4
+    masters = 0 if config.training.precision == "float32" else held_bytes(config.parallel.master)
     return masters + moment_bytes(config)
 
 
@@ -244,9 +245,8 @@ def moment_bytes(config: Config) -> float:
     # of the units that a row is cut into the smallest, which is all but a fifth of the tables'
     unit = min(size // num_chunks(size) for size in (model.hidden_size, inner))
     share = (counts.tables + counts.embedding) / counts.total
-    bytes_of = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / unit, "row": 4 / unit}
     kinds = (config.optimizer.table_exp_avg, config.optimizer.table_exp_avg_sq)
-    return sum(share * bytes_of[kind] + (1 - share) * 4 for kind in kinds)
+    return sum(share * held_bytes(kind, unit) + (1 - share) * 4 for kind in kinds)
 
 
 def _largest_parameter(model: ModelConfig) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mf_train.config.model import ModelConfig
+from mf_train.host_memory import available_memory
 from mf_train.kernels import cpu
 from mf_train.kernels.decode import (
     DTYPES,
@@ -192,14 +193,9 @@ def _map_pages(tensors: Sequence[Tensor]) -> None:
 
     Otherwise the first tokens pay for it row by row: a prefetch of a page that is not mapped does nothing.
     """
-    try:
-        with open("/proc/meminfo") as file:
-            sizes = dict(line.split(":", 1) for line in file)
-        available = int(sizes["MemAvailable"].split()[0]) * 1024
-        advise = ctypes.CDLL(None).madvise
-    except (OSError, KeyError, ValueError, AttributeError):
-        return
-    if sum(tensor.nbytes for tensor in tensors) > available:
+    available = available_memory()
+    advise = getattr(ctypes.CDLL(None), "madvise", None)
+    if available is None or advise is None or sum(tensor.nbytes for tensor in tensors) > available:
         return
     for tensor in tensors:
         first = tensor.data_ptr() // _PAGE * _PAGE

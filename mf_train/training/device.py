@@ -1,19 +1,17 @@
 """The device that a process trains on, and what it does with its memory."""
 
 import ctypes
-import re
 from collections.abc import MutableMapping
-from pathlib import Path
 
 import torch
 
 from mf_train.config import Config
 from mf_train.errors import UserError
+from mf_train.host_memory import available_memory
 from mf_train.parallel.degrees import Degrees
 from mf_train.parallel.processes import Process
 from mf_train.planning.device_memory import offloaded_bytes
 
-_MEMORY = Path("/proc/meminfo")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
@@ -45,8 +43,8 @@ def gpu_index(local_rank: int, visible: int) -> int:
 def check_host_memory(config: Config, degrees: Degrees) -> None:
     """Raises UserError where a node's memory has no room for what its ranks put there with `parallel.offload`."""
     needed = offloaded_bytes(config, degrees.world_size) * max(1, degrees.node_size)
-    found = re.search(r"MemAvailable:\s+(\d+)", _MEMORY.read_text()) if needed and _MEMORY.exists() else None
-    if found and needed > (available := 1024 * int(found[1])):
+    available = available_memory() if needed else None
+    if available is not None and needed > available:
         raise UserError(
             f"parallel.offload is 'optimizer' and the {max(1, degrees.node_size)} processes of this node need "
             f"{needed / 1e9:.1f} GB of host memory for it, of which {available / 1e9:.1f} GB are available: start more "

@@ -7,7 +7,7 @@ from mf_train.checkpoint.probe import code_tensors, probe_length, probe_tensors,
 from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.model.memory import record_codes
 from mf_train.parallel.engine import Engine
-from mf_train.parallel.exchange import Exchange
+from mf_train.parallel.exchange import Exchange, gather_features
 
 
 def run_probe(
@@ -19,7 +19,7 @@ def run_probe(
     """
     tokens, logits, codes = _pass(engine, validation)
     if exchange is not None:
-        logits = exchange.all_gather(logits).movedim(0, -2).flatten(-2)
+        logits = gather_features(logits, exchange)
     return probe_tensors(tokens, logits[0], codes, validation=validation is not None)
 
 

@@ -182,8 +182,7 @@ class _Run:
             recompute_blocks(model, self.exchange)
         self.engine = Engine(model, config, groups, device, end_of_text)
         watch.entering("compiling kernels")
-        resumes = checkpoint is not None
-        compile_kernels(self.engine, config, stop.requested, watch.still_alive, resumes=resumes)
+        compile_kernels(self.engine, config, stop.requested, watch.still_alive)
         self.peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.telemetry = TableTelemetry(self.engine, self.exchange, validation, config.logging)
         self.saver = Saver(
@@ -209,7 +208,6 @@ class _Run:
     def run(self) -> int:
         config = self.config
         run_on_all(self._open_folder, self.device)
-        self.records.say(summary(config, self.degrees, self.device, self.inputs, self.validation, self.saver))
         self._open_profile()
         self.garbage.start()
         while self.step < config.training.steps:
@@ -357,10 +355,15 @@ class _Run:
             )
 
     def _open_folder(self) -> None:
-        if self.degrees.rank == 0:
-            self.fence.check()  # a newer start's files are not this one's to replace
-            record_config(self.config)
+        """On rank 0, which alone reads what the summary says of a checkpoint."""
+        if self.degrees.rank != 0:
+            return
+        self.fence.check()  # a newer start's files are not this one's to replace
+        record_config(self.config)
         self.records.open(self.step)
+        self.records.say(
+            summary(self.config, self.degrees, self.device, self.inputs, self.validation, self.saver)
+        )
 
     def _save(self, *, last: bool) -> None:
         """Save beside the steps, or wait for it if this is the `last` time."""

@@ -37,8 +37,6 @@ def compile_kernels(
     config: Config,
     stop: Callable[[], bool],
     still_alive: Callable[[], None],
-    *,
-    resumes: bool,
 ) -> None:
     """Launch the run's kernels, first in one process of each node. Collective; does nothing where Triton does not run.
 
@@ -46,18 +44,15 @@ def compile_kernels(
     node cannot compile, TrainingError where a kernel fails.
     """
     if engine.device.type == "cuda" and has_triton() and config.model.kind == "memoryformer":
-        passes = run_passes(config, engine.groups.degrees.data, resumes=resumes)
+        passes = run_passes(config, engine.groups.degrees.data)
         local_rank = engine.groups.degrees.local_rank
         first_of_node(lambda: _launch(engine, passes, still_alive), local_rank, engine.device, stop)
 
 
-def run_passes(config: Config, data: int, *, resumes: bool) -> list[Pass]:
-    """Micro-batches of `data` ranks, the probe of a checkpoint, and under ZeRO 3 the pass that makes the optimiser's
-    state before it is loaded.
-    """
+def run_passes(config: Config, data: int) -> list[Pass]:
+    """Micro-batches of `data` ranks, and the probe of a checkpoint."""
     passes = [Pass(size * config.model.sequence_length, True) for size in micro_batch_sizes(config, data)]
-    passes.append(Pass(probe_length(config.model), False))
-    return [*passes, Pass(2, True)] if resumes and config.parallel.zero_stage == 3 else passes
+    return [*passes, Pass(probe_length(config.model), False)]
 
 
 def first_of_node(

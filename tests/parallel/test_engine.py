@@ -7,7 +7,6 @@ start of 4 processes (tests/parallel/worlds.py).
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,10 +41,9 @@ def select(
     data: int,
     precision: str,
     stages: tuple[int, ...],
-    warm: bool = False,
     documents: bool = False,
 ) -> list[Case]:
-    return [Case(tensor, data, stage, precision, warm, documents) for stage in stages]
+    return [Case(tensor, data, stage, precision, documents) for stage in stages]
 
 
 EVERY = (0, 1, 2, 3)
@@ -56,7 +54,6 @@ WORLDS = [
         [0, 1, 2, 3],
         select(2, 2, "float32", (1, 3))
         + select(2, 2, "bfloat16", (0, 2))
-        + select(2, 2, "float32", (1, 3), warm=True)
         + select(2, 2, "float32", (3,), documents=True)
         + select(2, 2, "bfloat16", (2,), documents=True)
         + select(4, 1, "float32", (0,)),
@@ -74,9 +71,7 @@ SLOW_WORLDS = [
     (
         [0, 1, 2, 3],
         select(2, 2, "float32", (0, 2))
-        + select(2, 2, "float32", (0, 2), warm=True)
         + select(2, 2, "bfloat16", (1, 3))
-        + select(2, 2, "bfloat16", EVERY, warm=True)
         + select(2, 2, "float32", (1,), documents=True)
         + select(4, 1, "float32", (1, 2, 3))
         + select(4, 1, "bfloat16", EVERY),
@@ -92,13 +87,11 @@ def cases_in(worlds: list[tuple[list[int], list[Case]]]) -> list[Case]:
 
 
 FAST = set(cases_in(WORLDS))
-EVERY_CASE = [
+CASES = [
     pytest.param(case, id=str(case), marks=[] if case in FAST else [pytest.mark.slow])
     for case in sorted(FAST | set(cases_in(SLOW_WORLDS)))
 ]
-CASES = [p for p in EVERY_CASE if not p.values[0].warm]
 FLOAT32 = [p for p in CASES if p.values[0].precision == "float32"]
-WARM = [p for p in EVERY_CASE if p.values[0].warm]
 
 
 @functools.cache
@@ -244,13 +237,6 @@ def test_collected_masters_are_the_model(case: Case) -> None:
             expected = model(probe()[:, :-1], probe()[:, 1:])
         for record in records_of(case):
             torch.testing.assert_close(record.probe_losses[losses], expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("case", WARM)
-def test_state_made_in_advance_changes_nothing(case: Case) -> None:
-    cold = records_of(replace(case, warm=False))
-    for record, other in zip(records_of(case), cold, strict=True):
-        assert record.losses == other.losses[:3] and record.norms == other.norms[:3]
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["P2", "P4"])

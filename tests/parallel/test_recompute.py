@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.collectives import Collectives
+from benchmarks.micro_batches import backward_passes
 from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from mf_train.model import MemoryFormer
 from mf_train.model.attention import document_numbers
@@ -167,15 +168,8 @@ def train_case(case: Case, groups: Groups, recompute: bool) -> dict[str, Any]:
     with Collectives() as collectives:
         for step in range(STEPS):
             rows_of_rank = batch_of(step)[degrees.data_rank :: degrees.data].split(MICRO)
-            for index, rows in enumerate(rows_of_rank):
-                with counts.counting():
-                    loss = engine.backward(
-                        rows[:, :-1],
-                        rows[:, 1:],
-                        share=len(rows) / BATCH,
-                        last=index == len(rows_of_rank) - 1,
-                    )
-                found["losses"].append(loss.item())
+            with counts.counting():
+                found["losses"].append(backward_passes(engine, rows_of_rank, BATCH).item())
             found["norms"].append(engine.update(1e-2).item())
     for kind in ("master", "exp_avg"):
         found[kind] = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mf_train.parallel.fragment import MOMENTS
+from mf_train.parallel.fragment import MOMENTS, held_bytes
 from mf_train.parallel.stored import Places, Split, zeros
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def test_what_is_held_is_near_and_is_held_again_to_the_last_bit(moment: str, kin
     held = zeros(kind, moment, values.numel(), unit, CPU)
     assert held.read().count_nonzero() == 0
     scales = 4 / unit if kind in ("int8", "row") else 0
-    assert held.nbytes == (BYTES[kind] + scales) * values.numel()
+    assert held.nbytes == (BYTES[kind] + scales) * values.numel() == held_bytes(kind, unit) * values.numel()
     held.write(values)
     read = held.read().clone()
     assert read.dtype == torch.float32
@@ -146,7 +146,7 @@ def test_a_number_is_its_weight_and_16_bits() -> None:
     again = held.read().clone()
     held.write(again)
     assert torch.equal(held.read().view(torch.int32), again.view(torch.int32))
-    assert held.nbytes == 4 * len(values)
+    assert held.nbytes == 4 * len(values) == (held_bytes("bfloat16") + held_bytes("split")) * len(values)
 
 
 def test_not_a_number_stays_one() -> None:

@@ -43,22 +43,20 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """One training. `warm`: its optimiser state is made before the first step and set back, as a resume does.
-    `documents`: attention inside the documents of a row. `held`: how tables' moments, and masters, are held.
-    `offload`: they are in host memory.
+    """One training. `documents`: attention inside the documents of a row. `held`: how tables' moments, and masters, are
+    held. `offload`: they are in host memory.
     """
 
     tensor: int
     data: int
     stage: int
     precision: str
-    warm: bool = False
     documents: bool = False
     held: tuple[str, str, str] = ("float32", "float32", "float32")
     offload: bool = False
 
     def __str__(self) -> str:
-        kind = "-warm" * self.warm + "-documents" * self.documents
+        kind = "-documents" * self.documents
         if set(self.held) != {"float32"}:
             kind += "-" + "-".join(self.held)
         kind += "-offload" * self.offload
@@ -156,19 +154,14 @@ def run_case(case: Case, process: Process, device: torch.device = CPU) -> Record
     degrees = groups.degrees
     model = build_model(MODEL, Exchange(groups.tensor) if case.tensor > 1 else None, 0, device)
     engine = Engine(model, config, groups, device, END_OF_TEXT if case.documents else None)
-    if case.warm:
-        warm_up(engine)
-
     last = degrees.data - 1  # the rank that collects is never the only one that it could be
     record = Record(tensor_rank=degrees.tensor_rank, collected=degrees.data_rank == last)
-    for step in range(1, 4 if case.warm else STEPS + 1):
+    for step in range(1, STEPS + 1):
         micro_batches = batch_of(step).to(device)[degrees.data_rank :: degrees.data].split(MICRO)
         loss = backward_passes(engine, micro_batches, BATCH)
         dist.all_reduce(loss, group=groups.data)
         record.losses.append(loss.item())
         record.norms.append(engine.update(OPTIMIZER.learning_rate).item())
-        if case.warm:
-            continue
         if step == 1:
             first = collect(engine, "exp_avg", last)
             record.gradients = {name: value / (1 - OPTIMIZER.betas[0]) for name, value in first.items()}
@@ -178,27 +171,12 @@ def run_case(case: Case, process: Process, device: torch.device = CPU) -> Record
             record.validation = validation_loss(engine, validation(), 2)
         if step in (1, 5, STEPS):
             record.codes.append(probe_codes(engine))
-    if not case.warm:
-        record.held = {name: fragment.numel for name, fragment in engine.fragments().items()}
-        halve_masters(engine)
-        record.state["halved"] = collect(engine, "master", last)
-        record.probe_losses["halved"] = probe_losses(engine)
+    record.held = {name: fragment.numel for name, fragment in engine.fragments().items()}
+    halve_masters(engine)
+    record.state["halved"] = collect(engine, "master", last)
+    record.probe_losses["halved"] = probe_losses(engine)
     engine.close()
     return record
-
-
-def warm_up(engine: Engine) -> None:
-    """What a resume does before it writes: state that exists, no step taken, weights as they were."""
-    before = collect(engine, "master", 0)
-    engine.create_moments()
-    after = collect(engine, "master", 0)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    for fragment in engine.fragments().values():
-        for kind in MOMENTS:
-            held = fragment.held(kind)
-            held.write(torch.zeros(held.numel, device=engine.device))
-    engine.reset_step(0)
 
 
 def collect(engine: Engine, kind: str, data_rank: int) -> Weights:

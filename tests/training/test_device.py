@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mf_train import host_memory
 from mf_train.config import Config, ParallelConfig
 from mf_train.errors import UserError
 from mf_train.parallel.degrees import Degrees
-from mf_train.training import device
 from mf_train.training.device import check_host_memory, gpu_index
 from tests.processes import run_python
 
@@ -37,7 +37,7 @@ def test_a_host_without_room_is_refused_with_the_numbers(
     """0.467 B parameters of 16 bytes, shared by 2 ranks on one node."""
     memory = tmp_path / "meminfo"
     memory.write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {kilobytes} kB\n")
-    monkeypatch.setattr(device, "_MEMORY", memory)
+    monkeypatch.setattr(host_memory, "MEMINFO", memory)
     config = Config(parallel=ParallelConfig(offload=offload))  # type: ignore[arg-type]
     degrees = Degrees(0, 2, 1, 0, 2)
     if not refused:

@@ -105,8 +105,7 @@ def compare(tensor: int) -> list[str]:
         exchange = Exchange(groups.tensor) if tensor > 1 else None
         model = build_model(MODEL, exchange, 0, CPU)
         engine = Engine(model, config, groups, CPU)
-        step, probe, *resume = run_passes(config, world_size // tensor, resumes=True)
-        assert len(resume) == (stage == 3)  # the other stages make their state without a pass
+        step, probe = run_passes(config, world_size // tensor)
         batch = torch.randint(MODEL.vocab_size, (ROWS, MODEL.sequence_length + 1))
 
         def train(engine: Engine = engine, batch: torch.Tensor = batch) -> None:
@@ -119,7 +118,6 @@ def compare(tensor: int) -> list[str]:
         real: list[tuple[Pass, Callable[[], Any]]] = [
             (step, train),
             (probe, look),
-            *((one, engine.create_moments) for one in resume),
         ]
         for one, action in real:
             with launches() as expected:
@@ -190,7 +188,7 @@ def test_nothing_happens_on_a_cpu() -> None:
     engine: Any = SimpleNamespace(device=CPU)
     config = replace(Config(), model=MODEL)
     with launches() as launched:
-        compile_kernels(engine, config, lambda: False, lambda: None, resumes=True)
+        compile_kernels(engine, config, lambda: False, lambda: None)
     assert not launched
 
 

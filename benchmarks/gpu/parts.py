@@ -91,9 +91,9 @@ PARTS = (
     ),
     Part(
         "lookup",
-        "hash and lookup, forward and backward, beside embedding_bag and a dense product, in ns a token",
+        "hash and lookup beside embedding_bag and a dense product, loss and rotation beside torch's, in ns a token",
         "benchmarks.gpu.lookup",
-        seconds=60,
+        seconds=64,
         limit=120,
         step_limit=60,
         needs=tuple(KERNELS),

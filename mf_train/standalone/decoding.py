@@ -26,7 +26,7 @@ from mf_train.kernels.decode import (
 )
 from mf_train.model.attention import rotary_table
 
-INTERFACE = 1
+INTERFACE = 2
 
 _PAGE = 4096
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14

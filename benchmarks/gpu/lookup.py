@@ -1,6 +1,7 @@
 """Hash, lookup and norm of one memory layer: bfloat16, tau 8, D = O, K = D / 8 tables; beside what torch offers.
 
 Calls go round copies of their arguments larger than the L2 cache, so that tables come from memory, as in training.
+At the end the other Triton kernels (benchmarks.gpu.fused).
 `--sweep` times other sizes of the Triton kernels' column blocks instead.
 """
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu import fused
 from benchmarks.gpu.device import ROTATION_BYTES, Call, TimedDevice
 from benchmarks.gpu.steps import (
     PartialError,
@@ -165,6 +167,8 @@ def main() -> None:
                 f"D {size} N {number}",
                 lambda size=size, number=number: time_layer(device, size, number, without),
             )
+    for name, step in fused.STEPS.items():
+        steps.run(name, lambda step=step: step(device))
 
 
 if __name__ == "__main__":

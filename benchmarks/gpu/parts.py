@@ -91,9 +91,9 @@ PARTS = (
     ),
     Part(
         "lookup",
-        "hash, lookup and norm, forward and backward, beside what torch has for it, in ns a token",
+        "hash, lookup, norm, loss and rotation, forward and backward, beside what torch has for each, in ns a token",
         "benchmarks.gpu.lookup",
-        seconds=60,
+        seconds=64,
         limit=120,
         step_limit=60,
         needs=tuple(KERNELS),

@@ -151,15 +151,20 @@ def lookup_shapes(values: dict[str, Values]) -> dict[str, Values]:
 
 
 def lookup_table(values: dict[str, Values]) -> list[str]:
-    shapes = lookup_shapes(values)
-    if not shapes:
-        return []
-    columns = list(dict.fromkeys(way for found in shapes.values() for way in found))
-    rows = [[step, *(_number(found.get(way)) for way in columns)] for step, found in shapes.items()]
-    return [
-        "ns a token, bfloat16, tau 8, K = D / 8; N tokens; -: did not run",
-        table(["D = O", *columns], rows),
+    texts = []
+    if shapes := lookup_shapes(values):
+        columns = list(dict.fromkeys(way for found in shapes.values() for way in found))
+        rows = [[step, *(_number(found.get(way)) for way in columns)] for step, found in shapes.items()]
+        texts += [
+            "ns a token, bfloat16, tau 8, K = D / 8; N tokens; -: did not run",
+            table(["D = O", *columns], rows),
+        ]
+    fused = [
+        [f"{step}, {way}", _number(found)]
+        for step in ("loss", "rotation")
+        for way, found in values.get(step, {}).items()
     ]
+    return [*texts, table(["", "ns a token"], fused)] if fused else texts
 
 
 def training_tables(values: dict[str, Values]) -> list[str]:

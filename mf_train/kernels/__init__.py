@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backends import BACKENDS, describe, fast_loss, fast_norm, find_backend
+from .backends import BACKENDS, describe, fast_loss, fast_norm, fast_rotary, find_backend
 from .counting import count_codes
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "describe",
     "fast_loss",
     "fast_norm",
+    "fast_rotary",
     "hash_codes",
     "lookup",
     "lookup_all",

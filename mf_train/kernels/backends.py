@@ -47,8 +47,13 @@ def fast_norm(x: Tensor) -> ModuleType | None:
 
 
 def fast_loss(logits: Tensor) -> ModuleType | None:
-    """The steps of the cross-entropy in C++, where they run for logits; the others are mf_train/model/loss_steps.py."""
-    return cpu_loss if _runs_in_c(logits) else None
+    """The steps of the cross-entropy in C++ or Triton, where they run for logits; else mf_train/model/loss_steps.py."""
+    return cpu_loss if _runs_in_c(logits) else _triton_loss() if _runs_in_triton(logits) else None
+
+
+def fast_rotary(q: Tensor) -> ModuleType | None:
+    """The rotation of queries and keys in Triton, where it runs for q; else mf_train/model/attention.py has it."""
+    return _triton_rotary() if _runs_in_triton(q) else None
 
 
 def _runs_in_c(x: Tensor) -> bool:
@@ -113,6 +118,20 @@ def _triton_norm() -> ModuleType:
     from . import triton_norm
 
     return triton_norm
+
+
+@functools.cache
+def _triton_loss() -> ModuleType:
+    from . import triton_loss
+
+    return triton_loss
+
+
+@functools.cache
+def _triton_rotary() -> ModuleType:
+    from . import triton_rotary
+
+    return triton_rotary
 
 
 @functools.cache

@@ -73,8 +73,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
             *(_pointer, *[_int64] * 4, _int32, *[_pointer] * 3, _int32),
         ],
     ),
-    "mf_loss_largest": (None, [_pointer, _int32, _int64, _int64, _pointer, _int32]),
-    "mf_loss_exp_sums": (None, [_pointer, _int32, _pointer, *[_int64] * 3, _pointer, _int32]),
+    "mf_loss_sums": (None, [_pointer, _int32, _pointer, *[_int64] * 3, _pointer, _int32]),
     "mf_loss_gradient": (None, [_pointer, _int32, *[_pointer] * 3, _int64, _int64, _pointer, _int32]),
 }
 

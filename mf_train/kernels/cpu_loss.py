@@ -1,4 +1,4 @@
-"""The three steps of the cross-entropy in C++ (csrc/cross_entropy.cpp), for float32 and bfloat16: as
+"""The two steps of the cross-entropy in C++ (csrc/cross_entropy.cpp), for float32 and bfloat16: as
 mf_train/model/loss_steps.py."""
 
 import torch
@@ -7,29 +7,27 @@ from torch import Tensor
 from .cpu import FLOATS, call
 
 
-def largest(logits: Tensor) -> Tensor:
-    """The largest logit of each token: [..., V] -> [...] float32."""
-    logits = logits.contiguous()
-    most = torch.empty(logits.shape[:-1], dtype=torch.float32)
-    call("mf_loss_largest", logits, FLOATS[logits.dtype], *_sizes(logits), most)
-    return most
+def sums(logits: Tensor, target: Tensor, chunk: int) -> Tensor:
+    """Of each chunk its largest logit, its sum of exponentials, the target's logit: [..., C * chunk] -> [..., 3, C].
 
-
-def exp_sums(logits: Tensor, most: Tensor, chunk: int) -> Tensor:
-    """Sum of exp(logit - most) over the last dimension, by chunks and then by pairs: [..., V] -> [...] float32."""
-    logits, most = logits.contiguous(), most.contiguous()
-    sums = torch.empty_like(most)
-    call("mf_loss_exp_sums", logits, FLOATS[logits.dtype], most, *_sizes(logits), chunk, sums)
-    return sums
-
-
-def gradient(logits: Tensor, normaliser: Tensor, factor: Tensor, target: Tensor) -> Tensor:
-    """(exp(logit - normaliser) - [at target]) * factor: [..., V] in logits' dtype.
-
-    normaliser and factor [...] float32; target [...] int64, negative where it is not among these logits.
+    target [...] int64, negative where it is not among these logits; the result float32.
     """
+    logits, target = logits.contiguous(), target.contiguous()
+    out = torch.empty((*logits.shape[:-1], 3, logits.shape[-1] // chunk), dtype=torch.float32)
+    call("mf_loss_sums", logits, FLOATS[logits.dtype], target, *_sizes(logits), chunk, out)
+    return out
+
+
+def gradient(
+    logits: Tensor, normaliser: Tensor, factor: Tensor, target: Tensor, *, overwrite: bool = False
+) -> Tensor:
+    """(exp(logit - normaliser) - [at target]) * factor: [..., V] in logits' dtype, in logits' memory on request.
+
+    `overwrite` needs contiguous logits.
+    """
+    assert logits.is_contiguous() or not overwrite
     logits, normaliser, factor, target = (t.contiguous() for t in (logits, normaliser, factor, target))
-    d_logits = torch.empty_like(logits)
+    d_logits = logits if overwrite else torch.empty_like(logits)
     call(
         "mf_loss_gradient",
         logits,

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mf_train.kernels import fast_rotary
+
 Rotary = tuple[Tensor, Tensor]
 # of documents that lie one behind another, row by row; none reaches over a row's end
 Lengths = tuple[int, ...]
@@ -41,6 +43,15 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine, rest), dim=-1)
 
 
+def rotate_both(q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and keys, in one kernel where there is one."""
+    fast = fast_rotary(q)
+    if fast is not None:
+        turned_q, turned_k = fast.rotate(q, k, rotary)
+        return turned_q, turned_k
+    return rotate(q, rotary), rotate(k, rotary)
+
+
 class Attention(nn.Module):
     """softmax(rope(q) rope(k)^T / sqrt(head)) v over whole heads: [B, S, H * head] three times -> the same shape.
 
@@ -64,7 +75,7 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         q, k, v = (x.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for x in (query, key, value))
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = rotate_both(q, k, rotary)
         if cache is not None:
             k, v = cache.update(k, v, layer)
         if isinstance(mask, tuple):

@@ -49,12 +49,13 @@ class Head(nn.Module):
         """Tokens of the vocabulary that are one chunk."""
         return self.vocab_size // num_chunks(self.vocab_size)
 
-    def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def token_losses(self, logits: Tensor, targets: Tensor, *, overwrite: bool = False) -> Tensor:
         """Cross-entropy of each token in nats, float32 (float64 for float64 logits); 0 where the target is -100.
 
-        logits [..., V / P] as `forward` returns them, targets [...] integers of the whole vocabulary.
+        logits [..., V / P] as `forward` returns them, targets [...] integers of the whole vocabulary. With `overwrite`
+        the backward pass puts the gradient where the logits are, and so runs once: for logits that nobody else reads.
         """
-        losses: Tensor = _CrossEntropy.apply(logits, targets, self)
+        losses: Tensor = _CrossEntropy.apply(logits, targets, self, overwrite)
         return losses
 
 
@@ -98,21 +99,30 @@ class _CrossEntropy(torch.autograd.Function):
     """-log softmax(logits)[target]; the logits and one normaliser a token are all that is kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, head: Head, overwrite: bool) -> Tensor:
         steps = fast_loss(logits) or STEPS
-        largest = head.gather_sums(steps.largest(logits)).amax(-1)
-        total = pairwise_sum(head.gather_sums(steps.exp_sums(logits, largest, head.chunk())))
         local = targets - head.first_token
         local = torch.where((local >= 0) & (local < logits.shape[-1]), local, -1)
-        picked = logits.gather(-1, local.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        # one rank has the target's logit and the others zero, so this sum is exact
-        shifted = torch.where(local >= 0, picked.to(largest.dtype) - largest, 0)
+        parts = head.gather_sums(steps.sums(logits, local, head.chunk()))
+        # every rank's chunks side by side: from here on the same numbers in the same places for every P
+        largest_of, totals, picked = parts.transpose(-1, -2).flatten(-2).contiguous().unbind(-2)
+        largest = largest_of.amax(-1)
+        log_total = pairwise_sum(totals * (largest_of - largest.unsqueeze(-1)).exp()).log()
+        # one chunk has the target's logit and the others zero, so this sum is exact
+        shifted = pairwise_sum(picked) - largest
         valid = targets != IGNORED
-        ctx.save_for_backward(logits, local, valid, largest + total.log())
-        return torch.where(valid, total.log() - pairwise_sum(head.gather_sums(shifted)), 0)
+        ctx.save_for_backward(logits, local, valid, largest + log_total)
+        ctx.overwrite = overwrite and not torch.compiler.is_compiling()
+        return torch.where(valid, log_total - shifted, 0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         logits, local, valid, normaliser = ctx.saved_tensors
         factor = torch.where(valid, gradients[0], 0).to(normaliser.dtype)
-        return (fast_loss(logits) or STEPS).gradient(logits, normaliser, factor, local), None, None
+        steps = fast_loss(logits) or STEPS
+        d_logits = steps.gradient(logits, normaliser, factor, local, overwrite=ctx.overwrite)
+        if (
+            ctx.overwrite
+        ):  # a second backward pass, or another that needs these logits, then gets torch's error
+            torch.autograd.graph.increment_version(logits)
+        return d_logits.detach(), None, None, None

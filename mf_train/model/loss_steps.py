@@ -1,6 +1,6 @@
-"""The three steps of the cross-entropy in torch operations; ranks exchange a value a token after the first two.
+"""The two steps of the cross-entropy in torch operations; between them ranks exchange three values a chunk.
 
-`mf_train.kernels.cpu_loss` has the same functions in C++.
+`mf_train.kernels.cpu_loss` has the same functions in C++, `mf_train.kernels.triton_loss` in Triton.
 """
 
 import sys
@@ -8,28 +8,33 @@ import sys
 import torch
 from torch import Tensor
 
-from mf_train.model.sums import chunk_sums
-
 STEPS = sys.modules[__name__]  # the module as a name to import: converted models import names only
 
 
-def largest(logits: Tensor) -> Tensor:
-    """The largest logit of each token: [..., V] -> [...], float32 (float64 for float64)."""
-    return logits.amax(-1).to(torch.promote_types(logits.dtype, torch.float32))
+def sums(logits: Tensor, target: Tensor, chunk: int) -> Tensor:
+    """Of each chunk of the vocabulary its largest logit, the sum of exp(logit - largest), and the target's logit.
+
+    logits [..., C * chunk]; target [...] int64, negative where it is not among these logits -> [..., 3, C], float32
+    (float64 for float64). The largest is at least the lowest finite number, so that a chunk of minus infinities has
+    the sum 0. The target's logit is 0 in chunks that do not hold it. A NaN or plus infinity makes its chunk's sum NaN.
+    """
+    chunks = logits.to(torch.promote_types(logits.dtype, torch.float32)).unflatten(-1, (-1, chunk))
+    most = chunks.amax(-1).clamp(min=torch.finfo(chunks.dtype).min)
+    totals = (chunks - most.unsqueeze(-1)).exp_().sum(-1)
+    place = target.clamp(min=0).unsqueeze(-1)
+    picked = logits.gather(-1, place).to(most.dtype).where((target >= 0).unsqueeze(-1), 0)
+    return torch.stack((most, totals, torch.zeros_like(most).scatter(-1, place // chunk, picked)), dim=-2)
 
 
-def exp_sums(logits: Tensor, most: Tensor, chunk: int) -> Tensor:
-    """Sum of exp(logit - most) over the last dimension, by chunks and then by pairs: [..., V] -> [...]."""
-    return chunk_sums((logits.to(most.dtype) - most.unsqueeze(-1)).exp_(), chunk)
-
-
-def gradient(logits: Tensor, normaliser: Tensor, factor: Tensor, target: Tensor) -> Tensor:
+def gradient(
+    logits: Tensor, normaliser: Tensor, factor: Tensor, target: Tensor, *, overwrite: bool = False
+) -> Tensor:
     """(exp(logit - normaliser) - [at target]) * factor: [..., V] in logits' dtype.
 
-    normaliser and factor [...]; target [...] int64, negative where it is not among these logits.
+    normaliser and factor [...], of the type of `sums`; target as there. With `overwrite` the logits become the result.
     """
     d_logits = (logits.to(normaliser.dtype) - normaliser.unsqueeze(-1)).exp_()
     d_logits.mul_(factor.unsqueeze(-1))
     at_target = torch.where(target >= 0, -factor, 0).unsqueeze(-1)
     d_logits.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), at_target)
-    return d_logits.to(logits.dtype)
+    return logits.copy_(d_logits) if overwrite else d_logits.to(logits.dtype)

@@ -83,7 +83,7 @@ class MemoryFormer(nn.Module):
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
         logits: Tensor = self.head(self.final_norm(x[:, -logits_to_keep:]))
-        return logits if targets is None else self.head.token_losses(logits, targets)
+        return logits if targets is None else self.head.token_losses(logits, targets, overwrite=True)
 
 
 def _check_documents(

@@ -79,7 +79,7 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Ran
     # the final norm's two, gathered features, and int64 tokens and targets
     ends = tokens * (2 * model.hidden_size // tensor * width + (tensor > 1) * model.hidden_size * width + 24)
     kept = layers + ends
-    logits = tokens * model.vocab_size / tensor * loss_bytes(width, device)
+    logits = tokens * model.vocab_size / tensor * width  # and then their gradient, in the same memory
     work = tokens * working_bytes(model, tensor, width)
     last = tokens * model.hidden_size / tensor * width  # the embedding's gradient
     if recompute:
@@ -165,17 +165,6 @@ def working_bytes(model: ModelConfig, tensor: int, width: int) -> float:
     """Gradients that a block's backward pass holds at once, bytes a token of a rank."""
     inner = 4 * model.hidden_size if model.kind == "dense" else model.inner_size
     return (4 * model.hidden_size + 2 * inner) / tensor * width
-
-
-def loss_bytes(width: int, device: str) -> int:
-    """Logits, their gradient and float32 copies at the loss's peak, bytes a logit.
-
-    On a CPU the loss is one C++ pass and the gradient has the logits' dtype; in torch operations (`model.loss_steps`)
-    float32 copies come beside them.
-    """
-    if device == "cpu":
-        return 2 * width
-    return 14 if width == 2 else 12
 
 
 def _states(config: Config, n: float, data: int, device: str) -> _States:

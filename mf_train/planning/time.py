@@ -55,7 +55,7 @@ def estimate_step(config: Config, nodes: int, per_node: int, device: Device) -> 
     largest = micro_batch_sizes(config, data)[0]
     config = replace(config, training=replace(config.training, micro_batch_size=largest))
     times, precision = count_micro_batches(config, data), config.training.precision
-    works = micro_batch_work(config, tensor, device.kind) + recomputed_work(config, tensor)
+    works = micro_batch_work(config, tensor) + recomputed_work(config, tensor)
     parts = [_bound(work, device, precision, times) for work in works]
     share = count_parameters(config.model).total / tensor / (data if stage else 1)
     parts.append(_bound(update_work(config, share), device, precision, 1))

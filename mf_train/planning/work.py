@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_block_flops, count_parameters
+from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import count_micro_batches
-from mf_train.planning.device_memory import LIVE, code_bytes, loss_bytes, moment_bytes
+from mf_train.planning.device_memory import LIVE, code_bytes, moment_bytes
 from mf_train.planning.devices import Peak
 
 TRAINING_FLOPS = 6  # for each multiply-add of the forward pass: 2 for multiply and add, 3 for the passes
@@ -63,15 +64,15 @@ def step_bytes(config: Config) -> float:
     """Bytes that a step moves, of all ranks together: all parts of `block_work`, and one update.
 
     What parallel degrees add is left out (copies of gradients, codes on each tensor-parallel rank, an update on each
-    rank under ZeRO 0), so that two layouts of one run have the same bytes. The loss is counted as one fused pass.
+    rank under ZeRO 0), so that two layouts of one run have the same bytes.
     """
     micro_batches = config.training.global_batch_size / config.training.micro_batch_size
-    once = sum(work.copy + work.gather for work in micro_batch_work(config, 1, "cpu"))
+    once = sum(work.copy + work.gather for work in micro_batch_work(config, 1))
     return micro_batches * once + update_work(config, count_parameters(config.model).total).copy
 
 
-def micro_batch_work(config: Config, tensor: int, kind: str) -> list[PartWork]:
-    """Forward and backward pass of one micro-batch on one of `tensor` ranks; `kind` "cpu" or "cuda"."""
+def micro_batch_work(config: Config, tensor: int) -> list[PartWork]:
+    """Forward and backward pass of one micro-batch on one of `tensor` ranks."""
     model = config.model
     b = element_bytes(config)
     n = config.training.micro_batch_size * model.sequence_length
@@ -84,7 +85,8 @@ def micro_batch_work(config: Config, tensor: int, kind: str) -> list[PartWork]:
         # of each norm's features 8 passes in both directions, residual sums and their gradients 8
         PartWork("norms and sums", copy=layers * n * (features * 8 + size * 8) * b, launches=layers * 20),
         PartWork("head", copy=3 * logits * b, flops=TRAINING_FLOPS * logits * model.hidden_size, launches=6),
-        PartWork("loss", copy=2 * logits * loss_bytes(b, kind), launches=12),
+        # read for the sums; read, and overwritten by their gradient
+        PartWork("loss", copy=3 * logits * b, launches=27),
         PartWork("embedding", copy=4 * n * size * b + 2 * model.vocab_size * size * b, launches=4),
     ]
 
@@ -224,8 +226,8 @@ def data_parallel_bytes_per_token(config: Config, data: int) -> float:
 
 def tensor_parallel_bytes_per_token(config: Config) -> float:
     """Codes and weights of three hashes a block and the weights' gradients, sums of norms, features before the head and
-    their gradient, three sums of the loss. Gradients travel in float32. `parallel.exchange` counts the same while it
-    sends.
+    their gradient, three values of the loss a chunk of the vocabulary. Gradients travel in float32.
+    `parallel.exchange` counts the same while it sends.
     """
     model, tensor = config.model, config.parallel.tensor
     if tensor == 1:
@@ -234,8 +236,8 @@ def tensor_parallel_bytes_per_token(config: Config) -> float:
     # a code travels in one byte, or in two (`parallel.exchange`)
     wires = sum(1 if bits <= 8 else 2 for bits in (model.bits, model.bits, model.inner_bits))
     hashes = model.num_layers * model.num_tables * (wires + 3 * b + 3 * 4)
-    shared = hashes + model.hidden_size * (b + 4)
-    sums = (3 * model.num_layers + 1) * (2 + 2) * 4 + 3 * 4  # whole on each rank
+    shared = hashes + model.hidden_size * (b + 4) + num_chunks(model.vocab_size) * 3 * 4
+    sums = (3 * model.num_layers + 1) * (2 + 2) * 4  # whole on each rank
     return (tensor - 1) / tensor * shared + (tensor - 1) * sums
 
 

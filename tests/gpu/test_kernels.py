@@ -1,4 +1,4 @@
-"""The device's own kernels: the cases of tests/kernels/triton_cases.py, and a layer of real size."""
+"""The device's own kernels: the cases of tests/kernels/triton_*cases.py, and a layer of real size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mf_train.kernels import count_codes, fast_norm, hash_codes, lookup_all, reference
+from mf_train.kernels import count_codes, fast_loss, fast_norm, fast_rotary, hash_codes, lookup_all, reference
 from mf_train.kernels.backends import find_backend
 from mf_train.model.norm_steps import STEPS
 from tests.gpu.device import device_or_skip, skip_without
@@ -29,6 +29,8 @@ if DEVICE == "cpu" and version("triton").startswith("3.4."):
 
 else:
     from tests.kernels.triton_cases import *  # noqa: F403
+    from tests.kernels.triton_loss_cases import *  # noqa: F403
+    from tests.kernels.triton_rotary_cases import *  # noqa: F403
 
 pytestmark = pytest.mark.usefixtures("settled_device")
 
@@ -86,6 +88,9 @@ def test_what_the_device_chooses(dtype: torch.dtype) -> None:
     assert chosen in (("triton_backend",) if DEVICE == "cuda" else ("cpu", "composition"))
     steps = (fast_norm(x) or STEPS).__name__.rpartition(".")[2]
     assert steps in (("triton_norm",) if DEVICE == "cuda" else ("cpu_norm", "norm_steps"))
+    if DEVICE == "cuda":
+        assert fast_loss(x).__name__.endswith("triton_loss")
+        assert fast_rotary(x).__name__.endswith("triton_rotary")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -26,8 +26,7 @@ void mf_norm_gradient_sums(const void*, const void*, int32_t, const float*, cons
                            int64_t, int64_t, int64_t, float*, int32_t);
 int32_t mf_norm_gradients(const void*, const void*, int32_t, const float*, const float*, const void*, int32_t,
                           const float*, int64_t, int64_t, int64_t, int64_t, int32_t, void*, float*, float*, int32_t);
-void mf_loss_largest(const void*, int32_t, int64_t, int64_t, float*, int32_t);
-void mf_loss_exp_sums(const void*, int32_t, const float*, int64_t, int64_t, int64_t, float*, int32_t);
+void mf_loss_sums(const void*, int32_t, const int64_t*, int64_t, int64_t, int64_t, float*, int32_t);
 void mf_loss_gradient(const void*, int32_t, const float*, const float*, const int64_t*, int64_t, int64_t, void*,
                       int32_t);
 }
@@ -155,13 +154,14 @@ void loss_once() {
     const int32_t type = int32_t(between(0, 1)), threads = int32_t(between(1, 3));
     const int64_t tokens = between(0, 60), chunk = between(1, 90), vocabulary = chunk << between(0, 3);
     Array logits(tokens * vocabulary * float_bytes(type)), d_logits(tokens * vocabulary * float_bytes(type));
-    Array largest(tokens * 4), sums(tokens * 4), factor(tokens * 4);
+    Array sums(tokens * 12 * (vocabulary / chunk)), normaliser(tokens * 4), factor(tokens * 4);
     std::vector<int64_t> target;
     for (int64_t n = 0; n < tokens; ++n) target.push_back(between(-1, vocabulary - 1));
-    mf_loss_largest(logits.data, type, tokens, vocabulary, largest.floats(), threads);
-    mf_loss_exp_sums(logits.data, type, largest.floats(), tokens, vocabulary, chunk, sums.floats(), threads);
-    mf_loss_gradient(logits.data, type, sums.floats(), factor.floats(), target.data(), tokens, vocabulary,
-                     d_logits.data, threads);
+    mf_loss_sums(logits.data, type, target.data(), tokens, vocabulary, chunk, sums.floats(), threads);
+    for (void* out : {d_logits.data, logits.data}) {
+        mf_loss_gradient(logits.data, type, normaliser.floats(), factor.floats(), target.data(), tokens, vocabulary,
+                         out, threads);
+    }
 }
 
 }  // namespace

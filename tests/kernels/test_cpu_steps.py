@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mf_train.kernels import cpu, cpu_loss, cpu_norm, fast_loss, fast_norm
 from mf_train.model import loss_steps, norm_steps
-from mf_train.model.sums import num_chunks, pairwise_sum
+from mf_train.model.sums import num_chunks
 from tests.closeness import TOLERANCE, assert_close
 from tests.kernels import norm_checks
 from tests.threads import threads
@@ -74,25 +74,30 @@ def test_loss_steps(dtype: torch.dtype, size: int, lead: tuple[int, ...]) -> Non
     target = torch.randint(-1, size, lead, generator=generator)
     chunk = size // num_chunks(size)
 
-    (most,) = on_one_and_two_threads(lambda: cpu_loss.largest(logits))
-    assert torch.equal(most, loss_steps.largest(logits))
-    (sums,) = on_one_and_two_threads(lambda: cpu_loss.exp_sums(logits, most, chunk))
-    exact = loss_steps.exp_sums(logits.double(), most.double(), chunk)
-    assert_close(sums, exact, 2e-6)
+    (sums,) = on_one_and_two_threads(lambda: cpu_loss.sums(logits, target, chunk))
+    exact = loss_steps.sums(logits.double(), target, chunk)
+    assert sums.dtype == torch.float32
+    assert torch.equal(sums[..., ::2, :].double(), exact[..., ::2, :])  # largest logits, and those of targets
+    assert_close(sums[..., 1, :], exact[..., 1, :], 2e-6)
 
-    normaliser, factor = most + exact.log().float(), torch.randn(lead, generator=generator)
+    normaliser, factor = torch.logsumexp(logits.float(), -1), torch.randn(lead, generator=generator)
     (d_logits,) = on_one_and_two_threads(lambda: cpu_loss.gradient(logits, normaliser, factor, target))
     assert d_logits.dtype == dtype
     expected = loss_steps.gradient(logits.double(), normaliser.double(), factor.double(), target)
     assert_close(d_logits, expected, TOLERANCE[dtype])
+    for steps in (cpu_loss, loss_steps):
+        taken = logits.clone()
+        result = steps.gradient(taken, normaliser, factor, target, overwrite=True)
+        assert result is taken
+        assert torch.equal(result, steps.gradient(logits, normaliser, factor, target))
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_loss_sums_do_not_depend_on_the_number_of_ranks(ranks: int) -> None:
     logits = torch.randn(17, 8 * 21, generator=torch.Generator().manual_seed(ranks))
-    most = cpu_loss.largest(logits)
-    parts = [cpu_loss.exp_sums(part, most, 21) for part in logits.chunk(ranks, -1)]
-    assert torch.equal(pairwise_sum(torch.stack(parts, -1)), cpu_loss.exp_sums(logits, most, 21))
+    nobody = torch.full((17,), -1)
+    parts = [cpu_loss.sums(part, nobody, 21) for part in logits.chunk(ranks, -1)]
+    assert torch.equal(torch.cat(parts, -1), cpu_loss.sums(logits, nobody, 21))
 
 
 @DTYPES
@@ -109,8 +114,8 @@ def test_what_is_not_finite_stays_visible(value: float, dtype: torch.dtype) -> N
             norm_checks.run(cpu_norm, given), norm_checks.run(norm_steps, given), strict=True
         ):
             assert torch.equal(found.isfinite(), expected.isfinite())
-        most = cpu_loss.largest(x)
-        loss = most + cpu_loss.exp_sums(x, most, 5).log()
+        most, totals, _ = cpu_loss.sums(x, torch.full((3,), -1), 5).unbind(-2)
+        loss = most.amax(-1) + (totals * (most - most.amax(-1, keepdim=True)).exp()).sum(-1).log()
         expected = torch.logsumexp(x.double(), -1)
         assert torch.isfinite(loss).tolist() == [True, value == float("-inf"), True]
         if value == float("-inf"):

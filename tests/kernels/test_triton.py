@@ -1,4 +1,4 @@
-"""The Triton kernels: `triton_cases.py` in Triton's interpreter, and the compiler's result for sm_90.
+"""The Triton kernels: their files of cases in Triton's interpreter, and the compiler's result for sm_90.
 
 On a GPU: tests/gpu/test_kernels.py.
 """
@@ -12,9 +12,10 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-CASES = Path(__file__).with_name("triton_cases.py")
-COMPILE = Path(__file__).with_name("triton_compile.py")
-REPOSITORY = CASES.parents[2]
+FOLDER = Path(__file__).parent
+CASES = ("triton_cases.py", "triton_loss_cases.py", "triton_rotary_cases.py")
+COMPILE = FOLDER / "triton_compile.py"
+REPOSITORY = FOLDER.parents[1]
 
 
 def run(arguments: list[str], cache: Path, interpret: bool) -> None:
@@ -28,9 +29,10 @@ def run(arguments: list[str], cache: Path, interpret: bool) -> None:
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-10000:]
 
 
-def test_cases(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", CASES)
+def test_cases(cases: str, tmp_path: Path) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-x"]
-    run(["-m", "pytest", *options, str(CASES)], tmp_path, interpret=True)
+    run(["-m", "pytest", *options, str(FOLDER / cases)], tmp_path, interpret=True)
 
 
 @pytest.mark.parametrize(

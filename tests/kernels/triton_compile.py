@@ -13,7 +13,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mf_train.kernels import triton_grouping, triton_hash, triton_lookup, triton_norm, triton_sums
+from mf_train.kernels import (
+    triton_grouping,
+    triton_hash,
+    triton_lookup,
+    triton_loss,
+    triton_norm,
+    triton_rotary,
+    triton_sums,
+)
 
 H100 = GPUTarget("cuda", 90, 32)
 ITEM_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
@@ -31,6 +39,7 @@ def compile_kernel(
     signature |= {f"{name}_ptr": "*" + element for name, element in pointers.items()}
     signature |= {name: "i32" for name in integers}
     aligned = [*(f"{name}_ptr" for name in pointers), "out_features", "first_column", "chunk", "width"]
+    aligned += ["vocabulary"]
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned
     }
@@ -138,6 +147,26 @@ def compile_sums(element: str, common: dict[str, Any]) -> None:
     compile_kernel(triton_sums._fold_kernel, pointers, ["num_rows", "num_columns"], 4, constants)
 
 
+def compile_loss(element: str) -> None:
+    vocabulary, warps = 50304, triton_loss.NUM_WARPS
+    constants = {"LOWEST": triton_loss.LOWEST, "BLOCK": triton_loss.block(vocabulary // 8)}
+    pointers = {"logits": element, "target": "i64", "sums": "fp32"}
+    ptx = compile_kernel(triton_loss._sums_kernel, pointers, ["num_chunks", "chunk"], warps, constants)
+    assert wide_loads(ptx) >= 2, "logits are not read 16 bytes a lane"
+    pointers = {"logits": element, "normaliser": "fp32", "factor": "fp32", "target": "i64", "out": element}
+    ptx = compile_kernel(triton_loss._gradient_kernel, pointers, ["vocabulary"], warps, constants)
+    assert wide_loads(ptx) >= 2, "logits are not read 16 bytes a lane"
+
+
+def compile_rotary(element: str) -> None:
+    pointers = dict.fromkeys(("q", "k", "turned_q", "turned_k"), element) | {"cosine": "fp32", "sine": "fp32"}
+    for back in (False, True):
+        constants = {**triton_rotary.constants(16, 64, 8), "BACK": back}
+        sizes = ["num_rows", "num_positions"]
+        ptx = compile_kernel(triton_rotary._rotate_kernel, pointers, sizes, 4, constants)
+        assert wide_loads(ptx) >= 2, "what does not turn is not read 16 bytes a lane"
+
+
 def main(element: str, codes: str) -> None:
     tau = BITS[codes]
     common = {"SUM": tl.float64 if element == "fp64" else tl.float32, "ROWS": 2**tau, "K": NUM_TABLES}
@@ -150,6 +179,9 @@ def main(element: str, codes: str) -> None:
         compile_norm(element)
     if 2**tau <= triton_grouping.MAX_COUNTED_ROWS:
         compile_grouping(codes, common)
+    if element != "fp64":  # which torch operations compute
+        compile_loss(element)
+        compile_rotary(element)
 
 
 if __name__ == "__main__":

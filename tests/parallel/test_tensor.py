@@ -80,7 +80,7 @@ def outputs_of(model: MemoryFormer, config: ModelConfig, documents: bool) -> tup
             if isinstance(module, Hash):
                 outputs[f"{name} codes"], outputs[f"{name} weights"] = output[0], output[1].detach()
             elif isinstance(output, Tensor):
-                outputs[name] = output.detach()
+                outputs[name] = output.detach().clone()  # the loss's backward pass takes the logits' memory
 
         return hook
 
@@ -196,7 +196,7 @@ def bytes_per_token(config: ModelConfig, width: int, size: int) -> dict[str, flo
         "gradients of weights": layers * 3 * k / size * 4,  # of parts of a sum: float32
         "norms": (3 * layers + 1) * 2 * 8,  # two float32 sums, each way
         "features": d / size * (width + 4),  # before the head, and a part of their gradient back
-        "loss": 3 * 4,  # a maximum and two sums in float32
+        "loss": 8 / size * 3 * 4,  # of 8 chunks a maximum and two sums in float32
     }
     return {name: (size - 1) * shard for name, shard in shards.items()}
 

@@ -69,7 +69,7 @@ def test_rows_and_tables_of_a_lookup_are_counted_by_hand() -> None:
     model = replace(
         SMALL, hidden_size=size, num_layers=layers, num_heads=2, bits=bits, sequence_length=length
     )
-    works = {work.name: work for work in micro_batch_work(make(model), 1, "cpu")}
+    works = {work.name: work for work in micro_batch_work(make(model), 1)}
     named = MemoryFormer(model).named_parameters()
     shapes = [parameter.shape for name, parameter in named if name.endswith(".tables")]  # [K, rows, O]
     assert len(shapes) == 5 * layers
@@ -94,7 +94,7 @@ def test_recomputation_is_the_blocks_forward_pass(kind: Any) -> None:
     plain = make(replace(SMALL, kind=kind))
     config = replace(plain, training=replace(plain.training, recompute="block"))
     assert recomputed_work(plain, 1) == [] and step_bytes(config) == step_bytes(plain)
-    whole = {work.name: work for work in micro_batch_work(config, 1, "cpu")}
+    whole = {work.name: work for work in micro_batch_work(config, 1)}
     again = {work.name: work for work in recomputed_work(config, 1)}
     assert again["attention again"].flops == pytest.approx(whole["attention"].flops / 3.5)
     if kind == "dense":
@@ -108,7 +108,7 @@ def test_recomputation_is_the_blocks_forward_pass(kind: Any) -> None:
 
 
 def test_work_of_a_rank_is_a_part_of_the_whole() -> None:
-    for one, two in zip(*(micro_batch_work(make(), tensor, "cuda") for tensor in (1, 2)), strict=True):
+    for one, two in zip(*(micro_batch_work(make(), tensor) for tensor in (1, 2)), strict=True):
         assert (2 * two.copy, 2 * two.gather, 2 * two.flops) == pytest.approx(
             (one.copy, one.gather, one.flops)
         )

@@ -1,5 +1,5 @@
-// Cross-entropy over a vocabulary that may be split over ranks, in the three steps of mf_train/model/loss_steps.py:
-// a maximum and a sum a token are exchanged between ranks after the first two.
+// Cross-entropy over a vocabulary that may be split over ranks, in the two steps of mf_train/model/loss_steps.py:
+// three values a chunk are exchanged between ranks after the first.
 
 #include <limits>
 
@@ -8,39 +8,36 @@
 namespace mf {
 namespace {
 
-constexpr int kMaxChunks = 8;
-
 template <typename T>
-void largest(const T* logits, int64_t tokens, int64_t vocabulary, float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < tokens; ++n) {
-        const T* row = logits + n * vocabulary;
-        Vec most = broadcast(to_float(row[0]));
-        for (int64_t v = 0; v < vocabulary; v += kLanes) {
-            const int64_t left = vocabulary - v;
-            const uint32_t count = left >= kLanes ? 0xffffu : (1u << left) - 1;
-            const Vec value = load_lanes(row + v, int(min(left, kLanes)));
-            most = select(less(most, value) & count, value, most);
-        }
-        float lanes[kLanes];
-        store(lanes, most);
-        float result = lanes[0];
-        for (float lane : lanes) result = lane > result ? lane : result;
-        out[n] = result;
+float largest_of(const T* row, int64_t size) {
+    Vec most = broadcast(std::numeric_limits<float>::lowest());
+    for (int64_t v = 0; v < size; v += kLanes) {
+        const int64_t left = size - v;
+        const uint32_t count = left >= kLanes ? 0xffffu : (1u << left) - 1;
+        const Vec value = load_lanes(row + v, int(min(left, kLanes)));
+        most = select(less(most, value) & count, value, most);
     }
+    float lanes[kLanes];
+    store(lanes, most);
+    float result = lanes[0];
+    for (float lane : lanes) result = lane > result ? lane : result;
+    return result;
 }
 
-// A chunk at a time, then by pairs of chunks.
+// Of each chunk: the largest logit (at least the lowest finite number, so that a chunk of minus infinities has the sum
+// 0), the sum of exp(logit - largest), the target's logit. A chunk's second pass finds it in the cache.
 template <typename T>
-void exp_sums(const T* logits, const float* most, int64_t tokens, int64_t vocabulary, int64_t chunk, float* out,
-              int threads) {
+void chunk_sums(const T* logits, const int64_t* target, int64_t tokens, int64_t vocabulary, int64_t chunk, float* out,
+                int threads) {
     const int64_t chunks = vocabulary / chunk;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < tokens; ++n) {
-        float parts[kMaxChunks];
-        const Vec shift = broadcast(most[n]);
+        float* largest = out + 3 * n * chunks;
+        float *totals = largest + chunks, *picked = totals + chunks;
         for (int64_t c = 0; c < chunks; ++c) {
             const T* row = logits + n * vocabulary + c * chunk;
+            largest[c] = largest_of(row, chunk);
+            const Vec shift = broadcast(largest[c]);
             Vec total = zero();
             for (int64_t v = 0; v < chunk; v += kLanes) {
                 const int64_t left = chunk - v;
@@ -48,16 +45,14 @@ void exp_sums(const T* logits, const float* most, int64_t tokens, int64_t vocabu
                 if (left < kLanes) value = select((1u << left) - 1, value, zero());
                 total = add(total, value);
             }
-            parts[c] = sum(total);
+            totals[c] = sum(total);
+            picked[c] = 0;
         }
-        for (int64_t left = chunks; left > 1; left /= 2) {
-            for (int64_t c = 0; c < left / 2; ++c) parts[c] = parts[2 * c] + parts[2 * c + 1];
-        }
-        out[n] = parts[0];
+        if (target[n] >= 0) picked[target[n] / chunk] = to_float(logits[n * vocabulary + target[n]]);
     }
 }
 
-// (softmax - one at the target) * gradient. target < 0: the target is not among these logits.
+// (softmax - one at the target) * gradient; out may be logits. target < 0: the target is not among these logits.
 template <typename T>
 void gradient(const T* logits, const float* normaliser, const float* factor, const int64_t* target, int64_t tokens,
               int64_t vocabulary, T* out, int threads) {
@@ -66,13 +61,13 @@ void gradient(const T* logits, const float* normaliser, const float* factor, con
         const T* row = logits + n * vocabulary;
         T* result = out + n * vocabulary;
         const Vec shift = broadcast(normaliser[n]), scale = broadcast(factor[n]);
+        const Vec at_target = target[n] >= 0 ? sub(load(row + target[n], 1), shift) : zero();
         for (int64_t v = 0; v < vocabulary; v += kLanes) {
             const int64_t left = vocabulary - v;
             const Vec value = mul(exp_nonpositive(sub(load_lanes(row + v, int(min(left, kLanes))), shift)), scale);
             store_lanes(result + v, value, int(min(left, kLanes)));
         }
         if (target[n] >= 0) {
-            const Vec at_target = sub(load(row + target[n], 1), shift);
             float lanes[kLanes];
             store(lanes, sub(mul(exp_nonpositive(at_target), scale), scale));
             from_float(lanes[0], result + target[n]);
@@ -85,17 +80,11 @@ void gradient(const T* logits, const float* normaliser, const float* factor, con
 
 extern "C" {
 
-// logits [tokens, vocabulary], vocabulary at least 1 -> the largest of each token, float32.
-void mf_loss_largest(const void* logits, int32_t type, int64_t tokens, int64_t vocabulary, float* out,
-                     int32_t threads) {
-    mf::with_floats(type, logits, [&](auto* values) { mf::largest(values, tokens, vocabulary, out, threads); });
-}
-
-// Sum of exp(logit - largest) of each token; vocabulary = chunk times 1, 2, 4 or 8.
-void mf_loss_exp_sums(const void* logits, int32_t type, const float* largest, int64_t tokens, int64_t vocabulary,
-                      int64_t chunk, float* out, int32_t threads) {
+// logits [tokens, vocabulary], vocabulary = chunk times the chunks, target [tokens] -> out [tokens, 3, chunks].
+void mf_loss_sums(const void* logits, int32_t type, const int64_t* target, int64_t tokens, int64_t vocabulary,
+                  int64_t chunk, float* out, int32_t threads) {
     mf::with_floats(type, logits, [&](auto* values) {
-        mf::exp_sums(values, largest, tokens, vocabulary, chunk, out, threads);
+        mf::chunk_sums(values, target, tokens, vocabulary, chunk, out, threads);
     });
 }
 

@@ -1,8 +1,8 @@
 """Where this package is installed, a converted model computes with its C++ and Triton operations, else with torch's.
 
 A converted model's folder relies on `mf_train.standalone.decoding.INTERFACE` being the number below, and then on that
-module's `FastPath` and on `hash_codes`, `lookup`, `lookup_all`, `lookup_int8`, `fast_norm` and `fast_loss` of
-`mf_train.kernels`. With another number, of an older or a newer installation, it uses nothing of it.
+module's `FastPath` and on `hash_codes`, `lookup`, `lookup_all`, `lookup_int8`, `fast_norm`, `fast_loss` and
+`fast_rotary` of `mf_train.kernels`. With another number, of an older or a newer installation, it uses nothing of it.
 """
 
 import importlib

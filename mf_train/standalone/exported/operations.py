@@ -52,5 +52,10 @@ def fast_norm(x: Tensor) -> Any:
 
 
 def fast_loss(logits: Tensor) -> Any:
-    """The cross-entropy's steps in C++ for these logits, or None."""
+    """The cross-entropy's steps in C++ or Triton for these logits, or None."""
     return kernels().fast_loss(logits) if kernels() else None
+
+
+def fast_rotary(q: Tensor) -> Any:
+    """The rotation of queries and keys in Triton for q, or None."""
+    return kernels().fast_rotary(q) if kernels() else None

@@ -1,8 +1,8 @@
 """Hash and lookup on the CPU in C++ (csrc/), for float32 and bfloat16: compiled once, called through ctypes.
 
 The functions have the seam's surface; what the seam checks of values they leave to it, but no tensor reaches C++ that
-is not what C++ takes it for (`address`). Codes out of range raise. Sums and roundings are those that `mf_train.kernels.lookup` names; the same bits in every run, for any number of threads,
-and for AVX2 as for AVX-512.
+is not what C++ takes it for (`address`). Codes out of range raise. Sums and roundings are those that
+`mf_train.kernels.lookup` names; the same bits in every run, for any number of threads, and for AVX2 as for AVX-512.
 """
 
 import ctypes

@@ -22,9 +22,7 @@ def normalise(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tenso
     check(torch.float32, x.shape[:-1], mean=mean, rstd=rstd)
     check(weight.dtype, x.shape[-1:], weight=weight, bias=bias)
     y = torch.empty_like(x)
-    call(
-        "mf_norm_normalise", x, float_type(x), mean, rstd, weight, bias, float_type(weight), *_sizes(x), y
-    )
+    call("mf_norm_normalise", x, float_type(x), mean, rstd, weight, bias, float_type(weight), *_sizes(x), y)
     return y
 
 

@@ -105,10 +105,7 @@ class _Step(Structure):
         ("tokens", c_void_p),
         ("batch", c_int64),
         ("past", c_int64),
-        *(
-            (name, c_void_p)
-            for name in ("cosine", "sine", "keys", "values", "capacities", "logits")
-        ),
+        *((name, c_void_p) for name in ("cosine", "sine", "keys", "values", "capacities", "logits")),
         ("threads", c_int64),
     ]
 
@@ -251,6 +248,4 @@ class Decoder:
     ) -> tuple[int, int | None]:
         """Where rows of the model's dtype, or int8 rows and their scales, are."""
         rows = address(name, values, self.dtype if scales is None else torch.int8, shape)
-        return rows, None if scales is None else address(
-            f"{name}' scales", scales, torch.float32, shape[:-1]
-        )
+        return rows, None if scales is None else address(f"{name}' scales", scales, torch.float32, shape[:-1])

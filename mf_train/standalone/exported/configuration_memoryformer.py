@@ -12,8 +12,8 @@ from mf_train.standalone.exported.names import CONFIG_KEYS, INT8
 class MemoryFormerConfig(PretrainedConfig):
     """Every key of ModelConfig, four of them under transformers' names (see `CONFIG_KEYS`), and `table_dtype`.
 
-    `table_dtype` is "int8" where tables and LM head are int8 with scales, else None; `use_cache` is forward's default. Raises ValueError where
-    ModelConfig does, and for another `table_dtype`.
+    `table_dtype` is "int8" where tables and LM head are int8 with scales, else None; `use_cache` is forward's default.
+    Raises ValueError where ModelConfig does, and for another `table_dtype`.
     """
 
     model_type = "memoryformer"

@@ -56,7 +56,9 @@ def check_cache(cache: Any, layers: int) -> None:
         raise ValueError(f"past_key_values is a {kind}: give a DynamicCache, or none for a new one")
     replicated = cache.layer_class_to_replicate
     if len(found) > layers or (len(found) < layers and not (replicated and _gives_all(replicated))):
-        raise ValueError(f"past_key_values has {len(found)} layers and the model {layers}: give this model's cache")
+        raise ValueError(
+            f"past_key_values has {len(found)} layers and the model {layers}: give this model's cache"
+        )
     if len(lengths := {each.get_seq_length() for each in found}) > 1:
         raise ValueError(f"past_key_values has layers of {sorted(lengths)} positions: give a whole cache")
 

@@ -49,7 +49,9 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{arguments[0]}: {len(missing)} weights are missing, such as {missing[0]}")
         if model.config.table_dtype and (unfit := sorted(map(str, report["mismatched_keys"]))):
-            raise ValueError(f"{arguments[0]}: int8 weights of other sizes cannot be drawn anew, such as {unfit[0]}")
+            raise ValueError(
+                f"{arguments[0]}: int8 weights of other sizes cannot be drawn anew, such as {unfit[0]}"
+            )
         return (model, report) if wants_report else model
 
     def forward(
@@ -85,7 +87,9 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         """
         # not in the signature, where Trainer would take it for a label that every batch must have
         shift_labels = others.pop("shift_labels", None)
-        if unknown := sorted(name for name, value in others.items() if value is not None and value is not False):
+        if unknown := sorted(
+            name for name, value in others.items() if value is not None and value is not False
+        ):
             raise TypeError(f"forward does not know {', '.join(unknown)}: leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -95,7 +99,9 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
             check_cache(past_key_values, self.config.num_hidden_layers)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         batch, length = (input_ids if inputs_embeds is None else inputs_embeds[..., 0]).shape
-        _check_shape("attention_mask", attention_mask, (batch, past + length), "[B, T], cached positions included")
+        _check_shape(
+            "attention_mask", attention_mask, (batch, past + length), "[B, T], cached positions included"
+        )
         _check_shape("labels", labels, (batch, length), "the shape of input_ids")
         _check_shape("shift_labels", shift_labels, (batch, length), "the shape of input_ids")
         if position_ids is not None and len(position_ids) != 1:
@@ -209,7 +215,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draws as the plain model does what from_pretrained had to make anew; the plain model draws the rest itself."""
+        """Draws what from_pretrained had to make anew, as the plain model draws all the rest itself."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for parameter in module.parameters(recurse=False):
             if not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:

@@ -282,7 +282,9 @@ def check_position_ids():
     ids = tokens(2, 6)
     for model in both():
         logits = model(ids).logits
-        same(model(ids, position_ids=torch.arange(6)[None] + 30).logits, logits, 1e-4)  # distances alone count
+        same(
+            model(ids, position_ids=torch.arange(6)[None] + 30).logits, logits, 1e-4
+        )  # distances alone count
         spread = torch.tensor([[0, 1, 2, 7, 8, 9], [0, 1, 2, 3, 4, 5]])
         found = model(ids, position_ids=spread).logits
         same(found[1], logits[1], 1e-4)

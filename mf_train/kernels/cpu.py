@@ -294,10 +294,9 @@ def count_codes(codes_nk: Tensor, counts: Tensor) -> None:
             "codes must lie in one piece along their last dimension, on the CPU, got strides "
             f"{codes_nk.stride()} on {codes_nk.device}"
         )
-    status = call(
-        *("mf_count", codes_nk.data_ptr(), _code_type(codes_nk), tokens, codes_nk.stride(0)),
-        *(tables, counts.shape[1], address("counts", counts, torch.int64, (tables, counts.shape[1]))),
-    )
+    sizes = tokens, codes_nk.stride(0), tables, counts.shape[1]
+    into = address("counts", counts, torch.int64, (tables, counts.shape[1]))
+    status = call("mf_count", codes_nk.data_ptr(), _code_type(codes_nk), *sizes, into)
     _check(status, codes_nk, counts)
 
 

@@ -64,7 +64,7 @@ def check_cache(cache: Any, layers: int) -> None:
 
 
 def _gives_all(layer: type) -> bool:
-    return issubclass(layer, DynamicLayer) and not layer.is_sliding
+    return issubclass(layer, DynamicLayer) and layer.is_sliding is False
 
 
 def grow_in_place(cache: Any, layers: int) -> list[GrowingLayer] | None:

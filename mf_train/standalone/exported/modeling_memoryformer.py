@@ -93,12 +93,14 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
             raise TypeError(f"forward does not know {', '.join(unknown)}: leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is not None and inputs_embeds.dim() != 3:
+            raise ValueError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: give [B, S, D]")
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()
         if past_key_values is not None:
             check_cache(past_key_values, self.config.num_hidden_layers)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        batch, length = (input_ids if inputs_embeds is None else inputs_embeds[..., 0]).shape
+        batch, length = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
         _check_shape(
             "attention_mask", attention_mask, (batch, past + length), "[B, T], cached positions included"
         )
@@ -117,7 +119,13 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
 
         layers = grow_in_place(past_key_values, self.config.num_hidden_layers)
         logits = None
-        if layers is not None and targets is states is inputs_embeds is None and length == 1:
+        if (
+            layers is not None
+            and input_ids is not None
+            and length == 1
+            and targets is None
+            and states is None
+        ):
             if position_ids is None or bool((position_ids == past).all()):
                 logits = self._decode(input_ids, attention_mask, layers)
         if logits is None:
@@ -141,7 +149,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.model.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:

@@ -241,7 +241,10 @@ def check_a_new_models_weights_do_not_depend_on_defaults():
 
 def check_resize_token_embeddings():
     for model in map(deepcopy, both()):
-        before = [model.get_input_embeddings().weight.clone(), model.get_output_embeddings().weight.clone()]
+        before = [
+            each.weight.detach().clone()
+            for each in (model.get_input_embeddings(), model.get_output_embeddings())
+        ]
         ids = tokens(2, 5)
         logits, made = model(ids).logits.detach(), generate(model, ids)
         model.resize_token_embeddings(4096)

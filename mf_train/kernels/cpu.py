@@ -274,7 +274,8 @@ def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) 
     codes, weights, tables, scales = (t.contiguous() for t in (codes, weights, tables, scales))
     y = weights.new_empty((*codes.shape[:-1], tables.shape[2]))
     status = call(
-        *("mf_lookup_int8", *_reads(codes, weights, tables)),
+        "mf_lookup_int8",
+        *_reads(codes, weights, tables),
         *(address("tables", tables, torch.int8, tables.shape), tables.shape[2]),
         *(address("scales", scales, torch.float32, tables.shape[:2]), y),
     )

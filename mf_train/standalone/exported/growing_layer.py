@@ -63,8 +63,8 @@ def check_cache(cache: Any, layers: int) -> None:
         raise ValueError(f"past_key_values has layers of {sorted(lengths)} positions: give a whole cache")
 
 
-def _gives_all(layer: type) -> bool:
-    return issubclass(layer, DynamicLayer) and layer.is_sliding is False
+def _gives_all(layer: Any) -> bool:
+    return issubclass(layer, DynamicLayer) and not layer.is_sliding
 
 
 def grow_in_place(cache: Any, layers: int) -> list[GrowingLayer] | None:

@@ -91,16 +91,17 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
             name for name, value in others.items() if value is not None and value is not False
         ):
             raise TypeError(f"forward does not know {', '.join(unknown)}: leave it out")
-        if (input_ids is None) == (inputs_embeds is None):
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is not None and inputs_embeds.dim() != 3:
-            raise ValueError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: give [B, S, D]")
+        if given.dim() != (3 if input_ids is None else 2):
+            raise ValueError(f"input_ids [B, S] or inputs_embeds [B, S, D] has shape {tuple(given.shape)}")
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()
         if past_key_values is not None:
             check_cache(past_key_values, self.config.num_hidden_layers)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        batch, length = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
+        batch, length = given.shape[:2]
         _check_shape(
             "attention_mask", attention_mask, (batch, past + length), "[B, T], cached positions included"
         )

@@ -72,12 +72,11 @@ struct Model {
         weights.type = pick(0, 1);
         bytes = weights.type == 0 ? 4 : 2;
         weights.layers = pick(1, 2);
-        weights.bits = pick(1, 6);
-        weights.inner_bits = weights.bits + pick(0, 2);
-        weights.heads = pick(1, 3);
-        // a few of one head that is wider than all other arrays
-        const int64_t unit = weights.bits * weights.heads;
-        weights.features = pick(0, 5) ? unit * pick(1, 40) : unit * (1300 / unit + 1);
+        const bool wide = pick(0, 5) == 0;  // with heads that are wider than a thread's other arrays
+        weights.bits = wide ? 1 : pick(1, 6);
+        weights.inner_bits = weights.bits + (wide ? 0 : pick(0, 2));
+        weights.heads = pick(1, wide ? 1 : 3);
+        weights.features = weights.bits * weights.heads * (wide ? 1300 : pick(1, 30));
         weights.tables = weights.features / weights.bits;
         weights.rotary = pick(0, weights.features / weights.heads / 2) * 2;
         weights.vocabulary = pick(1, 70);

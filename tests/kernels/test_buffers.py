@@ -1,4 +1,4 @@
-"""What C++ is handed: buffers of other dtypes, sizes, devices and layouts are refused; torch's defaults do not matter."""
+"""What C++ gets: buffers of other dtypes, sizes, devices and layouts are refused; torch's defaults do not matter."""
 
 from __future__ import annotations
 

@@ -211,12 +211,13 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
     def _loss(self, logits: Tensor, targets: Tensor, items: int | Tensor | None) -> Tensor:
         targets = targets.to(logits.device)
         valid = targets != IGNORED
-        if logits.is_cpu and not torch.compiler.is_compiling():  # on a GPU a look would wait for the device
-            outside = targets[valid & ((targets < 0) | (targets >= logits.shape[-1]))]
-            if outside.numel():
-                raise IndexError(
-                    f"label {int(outside[0])} is no token: give 0 to {logits.shape[-1] - 1}, or {IGNORED} for none"
-                )
+        if not torch.compiler.is_compiling():
+            outside = valid & ((targets < 0) | (targets >= logits.shape[-1]))
+            message = f"labels must be tokens, 0 to {logits.shape[-1] - 1}, or {IGNORED} for none"
+            if not logits.is_cpu:  # where a look would wait for the device, as torch's own loss has it
+                torch._assert_async(~outside.any(), message)
+            elif outside.any():
+                raise IndexError(f"{message}, got {int(targets[outside][0])}")
         losses: Tensor = self.model.head.token_losses(logits, targets)
         if isinstance(items, Tensor):
             items = items.to(losses.device)

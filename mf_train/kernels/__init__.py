@@ -176,7 +176,10 @@ def lookup_all(
 def lookup_int8(
     codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """`lookup` in tables of 8-bit integers with a scale a row, for inference: no gradient.
+    """`lookup` in tables of 8-bit integers with a scale a row, for inference.
+
+    Where the weights' gradient will be asked for, torch operations run, which keep every row that was read; the tables
+    have none.
 
     y = sum_k weight_k * scales_k[code_k] * tables_k[code_k] + bias, summed in float32 and rounded to weights' dtype.
 
@@ -203,7 +206,9 @@ def lookup_int8(
             f"got {scales.dtype} {tuple(scales.shape)}"
         )
     _check_sizes(codes, weights, tables, bias, weights.dtype)
-    y: Tensor = find_backend("auto", weights).lookup_int8(codes, weights, tables, scales)
+    differentiable = torch.is_grad_enabled() and (weights.requires_grad or scales.requires_grad)
+    backend = find_backend("composition" if differentiable else "auto", weights)
+    y: Tensor = backend.lookup_int8(codes, weights, tables, scales)
     return y if bias is None else y + bias
 
 

@@ -1,8 +1,8 @@
 """Hash and lookup on the CPU in C++ (csrc/), for float32 and bfloat16: compiled once, called through ctypes.
 
-The functions have the seam's surface and take arguments that it has checked. Codes out of range raise. Sums and
-roundings are those that `mf_train.kernels.lookup` names; the same bits in every run, for any number of threads,
-and for AVX2 as for AVX-512.
+The functions have the seam's surface; what the seam checks of values they leave to it, but no tensor reaches C++ that
+is not what C++ takes it for (`address`). Codes out of range raise. Sums and roundings are those that
+`mf_train.kernels.lookup` names; the same bits in every run, for any number of threads, and for AVX2 as for AVX-512.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import build
+from .buffers import address, check_chunks
 from .composition import code_dtype
 
 INSTRUCTION_SETS = {
@@ -37,7 +38,7 @@ FLAGS = [
 # As csrc/operation.h numbers them.
 FLOATS = {torch.float32: 0, torch.bfloat16: 1}
 _CODES = {torch.uint8: 0, torch.int16: 1, torch.int32: 2, torch.int64: 3}
-_CODE_OUT_OF_RANGE, _NO_MEMORY = 1, 2
+OUT_OF_RANGE, _NO_MEMORY = 1, 2
 
 _pointer, _int32, _int64, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _pointers, _int64s = ctypes.POINTER(_pointer), ctypes.POINTER(_int64)
@@ -75,6 +76,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "mf_loss_sums": (None, [_pointer, _int32, _pointer, *[_int64] * 3, _pointer, _int32]),
     "mf_loss_gradient": (None, [_pointer, _int32, *[_pointer] * 3, _int64, _int64, _pointer, _int32]),
+    "mf_decode": (_int32, [_pointer, _pointer]),
 }
 
 
@@ -149,18 +151,32 @@ def _openmp_runtime() -> Path:
     raise build.BuildError("torch has loaded no OpenMP library named libgomp or libiomp5")
 
 
-def _function(name: str) -> Callable[..., int]:
+def function(name: str) -> Callable[..., int]:
+    """An operation of the library. Raises RuntimeError where there is none."""
     loaded = library()
     if loaded is None:
         raise RuntimeError(f"the C++ operation is not available: {reason()}")
     return getattr(loaded, name)
 
 
-def call(name: str, *arguments: Any) -> None:
-    """Run an operation on tensors (contiguous; None is a null pointer) and numbers, with torch's number of threads."""
-    pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    if _function(name)(*pointers, torch.get_num_threads()) == _NO_MEMORY:
+def call(name: str, *arguments: Any) -> int:
+    """An operation's status with these tensors, addresses (None: a null pointer) and numbers, and torch's threads.
+
+    Raises ValueError for a tensor that is not contiguous or not on the CPU: its dtype and shape are for the caller to
+    check. Raises MemoryError where the operation found no scratch memory.
+    """
+    pointers = [address(name, a, a.dtype, a.shape) if isinstance(a, Tensor) else a for a in arguments]
+    status = function(name)(*pointers, torch.get_num_threads())
+    if status == _NO_MEMORY:
         raise MemoryError(f"{name}: no scratch memory")
+    return status
+
+
+def float_type(tensor: Tensor) -> int:
+    """The number of a tensor's dtype. Raises ValueError for a dtype that C++ does not compute in."""
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"C++ computes in float32 and bfloat16, got {tensor.dtype}")
+    return FLOATS[tensor.dtype]
 
 
 def hash_codes(
@@ -170,10 +186,10 @@ def hash_codes(
     x = x.contiguous()
     tau = x.shape[-1] // num_tables
     shape = (*x.shape[:-1], num_tables)
-    codes, weights = torch.empty(shape, dtype=code_dtype(tau)), torch.empty(shape, dtype=x.dtype)
-    _function("mf_hash")(
-        *(x.data_ptr(), FLOATS[x.dtype], weights.numel(), tau, temperature, score != "probability"),
-        *(codes.data_ptr(), weights.data_ptr(), torch.get_num_threads()),
+    codes, weights = x.new_empty(shape, dtype=code_dtype(tau)), x.new_empty(shape)
+    call(
+        *("mf_hash", address("x", x, x.dtype, (*shape[:-1], num_tables * tau)), float_type(x)),
+        *(weights.numel(), tau, temperature, score != "probability", codes, weights),
     )
     return codes, weights
 
@@ -183,10 +199,13 @@ def hash_codes_backward(
 ) -> Tensor:
     """d x [..., D] from d weights [..., K] and x alone; the weights are computed again."""
     x, d_weights = x.contiguous(), d_weights.to(x.dtype).contiguous()
+    tau = x.shape[-1] // num_tables
     dx = torch.empty_like(x)
-    _function("mf_hash_backward")(
-        *(d_weights.data_ptr(), x.data_ptr(), FLOATS[x.dtype], d_weights.numel(), x.shape[-1] // num_tables),
-        *(temperature, score != "probability", dx.data_ptr(), torch.get_num_threads()),
+    call(
+        "mf_hash_backward",
+        address("d_weights", d_weights, x.dtype, (*x.shape[:-1], num_tables)),
+        address("x", x, x.dtype, (*x.shape[:-1], num_tables * tau)),
+        *(float_type(x), d_weights.numel(), tau, temperature, score != "probability", dx),
     )
     return dx
 
@@ -199,10 +218,9 @@ def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Ten
     """
     codes, weights = codes.contiguous(), weights.contiguous()
     tables = [t.contiguous() for t in tables]
-    ys = [torch.empty((*codes.shape[:-1], t.shape[2]), dtype=t.dtype) for t in tables]
-    status = _function("mf_lookup")(
-        *_reads(codes, weights, tables[0]), *_sets(tables), _addresses(ys), torch.get_num_threads()
-    )
+    ys = [t.new_empty((*codes.shape[:-1], t.shape[2])) for t in tables]
+    into = _addresses("y", ys, tables[0].dtype, codes.shape[:-1], tables)
+    status = call("mf_lookup", *_reads(codes, weights, tables[0]), *_sets(tables), into)
     _check(status, codes, tables[0])
     return ys
 
@@ -220,13 +238,17 @@ def lookup_backward(
     codes, weights = codes.contiguous(), weights.contiguous()
     tables = [t.contiguous() for t in tables]
     dys = [dy.to(t.dtype).contiguous() for dy, t in zip(dys, tables, strict=True)]
-    d_weights = torch.empty(weights.shape, dtype=torch.float32)
+    d_weights = weights.new_empty(weights.shape, dtype=torch.float32)
     d_tables = [torch.empty_like(t) for t in tables]
     if codes.numel() // codes.shape[-1] >= 2**31:
         raise ValueError(f"the backward pass takes fewer than 2**31 tokens, got codes {tuple(codes.shape)}")
-    status = _function("mf_lookup_backward")(
-        *(_addresses(dys), *_reads(codes, weights, tables[0]), *_sets(tables)),
-        *(chunks, d_weights.data_ptr(), _addresses(d_tables), torch.get_num_threads()),
+    for table in tables:
+        check_chunks(table.shape[2], chunks)
+    status = call(
+        "mf_lookup_backward",
+        _addresses("dy", dys, tables[0].dtype, codes.shape[:-1], tables),
+        *(*_reads(codes, weights, tables[0]), *_sets(tables), chunks, d_weights),
+        _addresses("d_tables", d_tables, tables[0].dtype, tables[0].shape[:2], tables),
     )
     _check(status, codes, tables[0])
     return d_weights, d_tables
@@ -235,13 +257,16 @@ def lookup_backward(
 def column_sums(x: Tensor) -> Tensor:
     """Sum over all dimensions but the last: [..., D] -> [D] float32. A column's bits depend on that column alone."""
     x = x.contiguous()
-    sums = torch.empty(x.shape[-1], dtype=torch.float32)
-    call("mf_column_sums", x, FLOATS[x.dtype], x.shape[:-1].numel(), x.shape[-1], sums)
+    sums = x.new_empty(x.shape[-1], dtype=torch.float32)
+    call(
+        *("mf_column_sums", address("x", x, x.dtype, x.shape), float_type(x)),
+        *(x.shape[:-1].numel(), x.shape[-1], sums),
+    )
     return sums
 
 
 def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) -> Tensor:
-    """y [..., O] = sum_k weight_k * scale_k[code_k] * table_k[code_k], in the weights' dtype; for inference.
+    """y [..., O] = sum_k weight_k * scale_k[code_k] * table_k[code_k], in the weights' dtype; without gradients.
 
     tables int8 [K, 2**tau, O], scales float32 [K, 2**tau]. Sums over k in order, in float32.
 
@@ -249,10 +274,12 @@ def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) 
         ValueError: a code outside [0, 2**tau).
     """
     codes, weights, tables, scales = (t.contiguous() for t in (codes, weights, tables, scales))
-    y = torch.empty((*codes.shape[:-1], tables.shape[2]), dtype=weights.dtype)
-    status = _function("mf_lookup_int8")(
-        *(*_reads(codes, weights, tables), tables.data_ptr(), tables.shape[2], scales.data_ptr()),
-        *(y.data_ptr(), torch.get_num_threads()),
+    y = weights.new_empty((*codes.shape[:-1], tables.shape[2]))
+    status = call(
+        "mf_lookup_int8",
+        *_reads(codes, weights, tables),
+        *(address("tables", tables, torch.int8, tables.shape), tables.shape[2]),
+        *(address("scales", scales, torch.float32, tables.shape[:2]), y),
     )
     _check(status, codes, tables)
     return y
@@ -264,35 +291,52 @@ def count_codes(codes_nk: Tensor, counts: Tensor) -> None:
     Raises:
         ValueError: a code outside [0, rows); the counts are then of no use any more.
     """
-    status = _function("mf_count")(
-        *(codes_nk.data_ptr(), _CODES[codes_nk.dtype], len(codes_nk), codes_nk.stride(0)),
-        *(*counts.shape, counts.data_ptr(), torch.get_num_threads()),
-    )
+    tokens, tables = codes_nk.shape
+    if not codes_nk.is_cpu or (tables > 1 and codes_nk.stride(1) != 1):
+        raise ValueError(
+            "codes must lie in one piece along their last dimension, on the CPU, got strides "
+            f"{codes_nk.stride()} on {codes_nk.device}"
+        )
+    sizes = tokens, codes_nk.stride(0), tables, counts.shape[1]
+    into = address("counts", counts, torch.int64, (tables, counts.shape[1]))
+    status = call("mf_count", codes_nk.data_ptr(), _code_type(codes_nk), *sizes, into)
     _check(status, codes_nk, counts)
+
+
+def _code_type(codes: Tensor) -> int:
+    if codes.dtype not in _CODES:
+        raise ValueError(f"codes must be uint8, int16, int32 or int64, got {codes.dtype}")
+    return _CODES[codes.dtype]
 
 
 def _reads(codes: Tensor, weights: Tensor, tables: Tensor) -> tuple[int, ...]:
     num_tables, rows, _ = tables.shape
+    shape = (*codes.shape[:-1], num_tables)
     return (
-        *(codes.data_ptr(), _CODES[codes.dtype], weights.data_ptr(), FLOATS[weights.dtype]),
+        *(address("codes", codes, codes.dtype, shape), _code_type(codes)),
+        *(address("weights", weights, weights.dtype, shape), float_type(weights)),
         *(codes.numel() // num_tables, num_tables, rows),
     )
 
 
 def _sets(tables: Sequence[Tensor]) -> tuple[Any, ...]:
     columns = (_int64 * len(tables))(*[t.shape[2] for t in tables])
-    return len(tables), _addresses(tables), columns, FLOATS[tables[0].dtype]
+    addresses = _addresses("tables", tables, tables[0].dtype, tables[0].shape[:2], tables)
+    return len(tables), addresses, columns, float_type(tables[0])
 
 
-def _addresses(tensors: Sequence[Tensor]) -> Any:
-    return (_pointer * len(tensors))(*[t.data_ptr() for t in tensors])
+def _addresses(
+    name: str, tensors: Sequence[Tensor], dtype: torch.dtype, leading: Sequence[int], tables: Sequence[Tensor]
+) -> Any:
+    """An array of where tensors [*leading, O_i] are, one for each set of tables."""
+    pairs = zip(tensors, tables, strict=True)
+    found = [address(name, tensor, dtype, (*leading, table.shape[2])) for tensor, table in pairs]
+    return (_pointer * len(found))(*found)
 
 
 def _check(status: int, codes: Tensor, tables: Tensor) -> None:
-    if status == _CODE_OUT_OF_RANGE:
+    if status == OUT_OF_RANGE:
         raise ValueError(
             f"codes must be in [0, {tables.shape[1]}) for tables of shape {tuple(tables.shape)}, "
             f"got codes from {codes.min()} to {codes.max()}"
         )
-    if status == _NO_MEMORY:
-        raise MemoryError(f"no scratch memory for codes {tuple(codes.shape)}, tables {tuple(tables.shape)}")

@@ -4,7 +4,8 @@ mf_train/model/loss_steps.py."""
 import torch
 from torch import Tensor
 
-from .cpu import FLOATS, call
+from .buffers import check, check_chunks
+from .cpu import call, float_type
 
 
 def sums(logits: Tensor, target: Tensor, chunk: int) -> Tensor:
@@ -13,8 +14,10 @@ def sums(logits: Tensor, target: Tensor, chunk: int) -> Tensor:
     target [...] int64, negative where it is not among these logits; the result float32.
     """
     logits, target = logits.contiguous(), target.contiguous()
-    out = torch.empty((*logits.shape[:-1], 3, logits.shape[-1] // chunk), dtype=torch.float32)
-    call("mf_loss_sums", logits, FLOATS[logits.dtype], target, *_sizes(logits), chunk, out)
+    check(torch.int64, logits.shape[:-1], target=target)
+    check_chunks(logits.shape[-1], logits.shape[-1] / chunk)
+    out = logits.new_empty((*logits.shape[:-1], 3, logits.shape[-1] // chunk), dtype=torch.float32)
+    call("mf_loss_sums", logits, float_type(logits), target, *_sizes(logits), chunk, out)
     return out
 
 
@@ -28,10 +31,12 @@ def gradient(
     assert logits.is_contiguous() or not overwrite
     logits, normaliser, factor, target = (t.contiguous() for t in (logits, normaliser, factor, target))
     d_logits = logits if overwrite else torch.empty_like(logits)
+    check(torch.float32, logits.shape[:-1], normaliser=normaliser, factor=factor)
+    check(torch.int64, logits.shape[:-1], target=target)
     call(
         "mf_loss_gradient",
         logits,
-        FLOATS[logits.dtype],
+        float_type(logits),
         normaliser,
         factor,
         target,

@@ -8,11 +8,13 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cpu
+from .buffers import address
 
 MAX_BATCH = 16
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -103,10 +105,7 @@ class _Step(Structure):
         ("tokens", c_void_p),
         ("batch", c_int64),
         ("past", c_int64),
-        *(
-            (name, c_void_p)
-            for name in ("cosine", "sine", "keys", "values", "capacities", "logits", "scratch")
-        ),
+        *((name, c_void_p) for name in ("cosine", "sine", "keys", "values", "capacities", "logits")),
         ("threads", c_int64),
     ]
 
@@ -114,16 +113,14 @@ class _Step(Structure):
 class Decoder:
     """A model's tensors, checked. They may change in place, but must not be freed or resized: the decoder holds them.
 
+    Several threads may take steps at a time, each with a cache of its own.
+
     Raises ValueError where a tensor has another dtype, shape, device or layout than the description says, and
     RuntimeError where the C++ library is not available (`mf_train.kernels.cpu.reason`).
     """
 
     def __init__(self, model: ModelTensors) -> None:
-        library = cpu.library()
-        if library is None:
-            raise RuntimeError(f"the C++ operation is not available: {cpu.reason()}")
-        self._library = library
-        library.mf_decode_scratch.restype = c_int64
+        self._decode = cpu.function("mf_decode")
         self._tensors = model
         self.dtype = model.embedding.dtype
         self.vocab_size, self.features = model.embedding.shape
@@ -132,7 +129,6 @@ class Decoder:
         self._half_rotary = model.rotary_size // 2
         self._blocks = (_Block * len(model.blocks))()
         self._model = self._describe(model)
-        self._scratch = torch.empty(0)
 
     def step(
         self,
@@ -154,58 +150,49 @@ class Decoder:
         Raises:
             ValueError: arguments that do not fit.
             IndexError: a token that is not in the vocabulary.
+            MemoryError: there was no scratch memory.
         """
         batch = token_ids.shape[0]
-        self._check_step(token_ids, past, cosine, sine, keys, values)
-        logits = torch.empty((batch, self.vocab_size), dtype=self.dtype)
-        threads = torch.get_num_threads()
-        size = self._library.mf_decode_scratch(ctypes.byref(self._model), c_int64(batch), c_int64(threads))
-        if self._scratch.numel() < size + 16:
-            self._scratch = torch.empty(size + 16)
-        layers = len(self._blocks)
-        pointers = c_void_p * layers
-        step = _Step(
-            token_ids.data_ptr(),
-            batch,
-            past,
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            ctypes.cast(pointers(*(tensor.data_ptr() for tensor in keys)), c_void_p),
-            ctypes.cast(pointers(*(tensor.data_ptr() for tensor in values)), c_void_p),
-            ctypes.cast((c_int64 * layers)(*(tensor.shape[2] for tensor in keys)), c_void_p),
-            logits.data_ptr(),
-            (self._scratch.data_ptr() + 63) // 64 * 64,
-            threads,
-        )
-        if self._library.mf_decode(ctypes.byref(self._model), ctypes.byref(step)):
-            raise IndexError(f"token ids {token_ids.tolist()} must be from 0 to {self.vocab_size - 1}")
-        return logits
-
-    def _check_step(
-        self,
-        token_ids: Tensor,
-        past: int,
-        cosine: Tensor,
-        sine: Tensor,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-    ) -> None:
-        batch = token_ids.shape[0]
-        _check("token_ids", token_ids, torch.int64, (batch,))
         if not 1 <= batch <= MAX_BATCH:
             raise ValueError(f"token_ids must be [B], B from 1 to {MAX_BATCH}, got {tuple(token_ids.shape)}")
-        _check("cosine", cosine, torch.float32, (self._half_rotary,))
-        _check("sine", sine, torch.float32, (self._half_rotary,))
+        room = self._capacities(keys, values, past)
+        arrays = [self._addresses("keys", keys, batch, room), self._addresses("values", values, batch, room)]
+        capacities = (c_int64 * len(room))(*room)
+        logits = torch.empty((batch, self.vocab_size), dtype=self.dtype, device="cpu")
+        step = _Step(
+            address("token_ids", token_ids, torch.int64, (batch,)),
+            batch,
+            past,
+            address("cosine", cosine, torch.float32, (self._half_rotary,)),
+            address("sine", sine, torch.float32, (self._half_rotary,)),
+            *map(ctypes.addressof, (*arrays, capacities)),
+            logits.data_ptr(),
+            torch.get_num_threads(),
+        )
+        status = self._decode(ctypes.byref(self._model), ctypes.byref(step))
+        if status == cpu.OUT_OF_RANGE:
+            raise IndexError(f"token ids {token_ids.tolist()} must be from 0 to {self.vocab_size - 1}")
+        if status:
+            raise MemoryError(f"no scratch memory for a step of {batch} sequences")
+        return logits
+
+    def _capacities(self, keys: Sequence[Tensor], values: Sequence[Tensor], past: int) -> list[int]:
+        """Positions that the caches of each layer have room for."""
         if not len(keys) == len(values) == len(self._blocks):
             raise ValueError(
                 f"there must be keys and values of {len(self._blocks)} layers, got {len(keys)}, {len(values)}"
             )
-        for key, value in zip(keys, values, strict=True):
-            shape = (batch, self.num_heads, key.shape[2], self.head_size)
-            _check("keys", key, self.dtype, shape)
-            _check("values", value, self.dtype, shape)
-            if not 0 <= past < key.shape[2]:
-                raise ValueError(f"past must be from 0 to below the capacity {key.shape[2]}, got {past}")
+        capacities = [key.shape[2] for key in keys]
+        if not 0 <= past < min(capacities):
+            raise ValueError(f"past must be from 0 to below the capacity {min(capacities)}, got {past}")
+        return capacities
+
+    def _addresses(self, name: str, tensors: Sequence[Tensor], batch: int, room: list[int]) -> Any:
+        """An array of where the caches of each layer are."""
+        pairs = zip(tensors, room, strict=True)
+        shape = batch, self.num_heads
+        found = [address(name, t, self.dtype, (*shape, size, self.head_size)) for t, size in pairs]
+        return (c_void_p * len(found))(*found)
 
     def _describe(self, model: ModelTensors) -> _Model:
         tables = self.features // model.bits
@@ -225,10 +212,9 @@ class Decoder:
             scaled = {getattr(tensors, part).scales is not None for part in ("query", "key", "value")}
             if len(scaled) > 1:
                 raise ValueError(f"{name}: query, key and value must all be int8, or none of them")
-        _check("embedding", model.embedding, self.dtype, (self.vocab_size, self.features))
         head = self._matrix("head", model.head, model.head_scales, (self.vocab_size, self.features))
         return _Model(
-            model.embedding.data_ptr(),
+            address("embedding", model.embedding, self.dtype, (self.vocab_size, self.features)),
             self._blocks,
             self._norm("final_norm", model.final_norm, self.features),
             *head,
@@ -248,37 +234,18 @@ class Decoder:
         )
 
     def _norm(self, name: str, norm: NormTensors, features: int) -> _Norm:
-        _check(f"{name}.weight", norm.weight, self.dtype, (features,))
-        if norm.bias is None:
-            return _Norm(norm.weight.data_ptr(), None)
-        _check(f"{name}.bias", norm.bias, self.dtype, (features,))
-        return _Norm(norm.weight.data_ptr(), norm.bias.data_ptr())
+        weight = address(f"{name}.weight", norm.weight, self.dtype, (features,))
+        return _Norm(
+            weight, None if norm.bias is None else address(f"{name}.bias", norm.bias, self.dtype, (features,))
+        )
 
     def _lookup(self, name: str, lookup: LookupTensors, shape: tuple[int, ...]) -> _Lookup:
-        _check(f"{name}.bias", lookup.bias, self.dtype, shape[-1:])
-        return _Lookup(
-            *self._matrix(f"{name}.tables", lookup.tables, lookup.scales, shape), lookup.bias.data_ptr()
-        )
+        bias = address(f"{name}.bias", lookup.bias, self.dtype, shape[-1:])
+        return _Lookup(*self._matrix(f"{name}.tables", lookup.tables, lookup.scales, shape), bias)
 
     def _matrix(
         self, name: str, values: Tensor, scales: Tensor | None, shape: tuple[int, ...]
     ) -> tuple[int, int | None]:
         """Where rows of the model's dtype, or int8 rows and their scales, are."""
-        _check(name, values, self.dtype if scales is None else torch.int8, shape)
-        if scales is None:
-            return values.data_ptr(), None
-        _check(f"{name}' scales", scales, torch.float32, shape[:-1])
-        return values.data_ptr(), scales.data_ptr()
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if (
-        tensor.dtype != dtype
-        or tensor.shape != shape
-        or tensor.device.type != "cpu"
-        or not tensor.is_contiguous()
-    ):
-        raise ValueError(
-            f"{name} must be {dtype} {tuple(shape)}, contiguous and on the CPU, got {tensor.dtype} "
-            f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
-        )
+        rows = address(name, values, self.dtype if scales is None else torch.int8, shape)
+        return rows, None if scales is None else address(f"{name}' scales", scales, torch.float32, shape[:-1])

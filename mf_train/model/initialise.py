@@ -28,13 +28,20 @@ def initialise(model: nn.Module, seed: int, rank: int = 0, size: int = 1) -> Non
     draws only what it holds, and every number of ranks and every device starts from the same weights.
     """
     config: ModelConfig = model.config  # type: ignore[assignment]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            std = _standard_deviation(name, config)
-            if std > 0:
-                _fill_normal(parameter, std, seed, name, rank, size)
-            else:
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+    for name, parameter in model.named_parameters():
+        initialise_parameter(name, parameter, config, seed, rank, size)
+
+
+@torch.no_grad()
+def initialise_parameter(
+    name: str, parameter: Tensor, config: ModelConfig, seed: int, rank: int = 0, size: int = 1
+) -> None:
+    """Set one parameter, by its name in the plain model, as `initialise` does."""
+    std = _standard_deviation(name, config)
+    if std > 0:
+        _fill_normal(parameter, std, seed, name, rank, size)
+    else:
+        parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
 
 
 def _standard_deviation(name: str, config: ModelConfig) -> float:
@@ -56,5 +63,6 @@ def _fill_normal(parameter: Tensor, std: float, seed: int, name: str, rank: int,
     for index, part in enumerate(parameter.split(width, dimension)):
         chunk = rank * (parameter.shape[dimension] // width) + index
         digest = hashlib.blake2b(f"{seed}/{name}/{chunk}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        part.copy_(torch.empty(part.shape).normal_(0.0, std, generator=generator))
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+        drawn = torch.empty(part.shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        part.copy_(drawn.normal_(0.0, std, generator=generator))

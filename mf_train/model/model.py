@@ -50,48 +50,59 @@ class MemoryFormer(nn.Module):
 
     def forward(
         self,
-        token_ids: Tensor,
+        token_ids: Tensor | None,
         targets: Tensor | None = None,
         *,
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         documents_bs: Tensor | None = None,
+        embedded: Tensor | None = None,
+        positions: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, S, V], or with `targets` [B, S] the cross-entropy of each token in nats [B, S].
 
         A target of -100 has no loss. `attention_mask` [B, T] is 0 at padding; positions count from the first token
         that is not padding. `cache` holds the keys and values of earlier positions and takes the new ones.
-        With `logits_to_keep` above 0 the head computes the logits of so many last positions only.
+        With `logits_to_keep` above 0 the head computes the logits of so many last positions only, or of those that a
+        tensor of indices names. `embedded` [B, S, D] stands for the embeddings of token ids, `positions` [B or 1, S]
+        for the positions of the rotary embedding. `states` gets the input of each block and what the head gets.
         `documents_bs` [B, S] numbers the documents of packed rows, never decreasing along a row: every document gets
         what it would get alone. Raises ValueError for another shape, or together with a padding mask or a cache.
         """
+        x = self.embedding(token_ids) if embedded is None else embedded
         if documents_bs is not None:
-            _check_documents(documents_bs, token_ids, attention_mask, cache)
+            _check_documents(documents_bs, x, attention_mask, cache)
         past = cache.get_seq_length() if cache is not None else 0
-        length = token_ids.shape[1]
-        positions = torch.arange(past, past + length, device=token_ids.device)
-        mask: Tensor | Lengths | None = causal_mask(length, past, attention_mask, token_ids.device)
-        if mask is not None and attention_mask is not None:
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, past:]
-        x = self.embedding(token_ids)
+        length = x.shape[1]
+        mask: Tensor | Lengths | None = causal_mask(length, past, attention_mask, x.device)
+        if positions is None:
+            positions = torch.arange(past, past + length, device=x.device)
+            if mask is not None and attention_mask is not None:
+                positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, past:]
         if documents_bs is not None:
             positions = document_positions(documents_bs)
             compiling = torch.compiler.is_compiling()
             mask = document_mask(documents_bs, x.dtype) if compiling else document_lengths(documents_bs)
         rotary = rotary_table(positions, self.config.rotary_size, self.config.rotary_base)
         for block in self.blocks:
+            if states is not None:
+                states.append(x)
             x = block(x, rotary, mask, cache)
-        logits: Tensor = self.head(self.final_norm(x[:, -logits_to_keep:]))
+        if states is not None:
+            states.append(self.final_norm(x))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits: Tensor = self.head(self.final_norm(x[:, kept]))
         return logits if targets is None else self.head.token_losses(logits, targets, overwrite=True)
 
 
 def _check_documents(
-    documents_bs: Tensor, token_ids: Tensor, attention_mask: Tensor | None, cache: KeyValueCache | None
+    documents_bs: Tensor, x: Tensor, attention_mask: Tensor | None, cache: KeyValueCache | None
 ) -> None:
-    if documents_bs.shape != token_ids.shape:
+    if documents_bs.shape != x.shape[:2]:
         raise ValueError(
-            f"documents_bs has shape {tuple(documents_bs.shape)} and token_ids {tuple(token_ids.shape)}: "
+            f"documents_bs has shape {tuple(documents_bs.shape)} and token_ids {tuple(x.shape[:2])}: "
             "give the number of every token's document"
         )
     if attention_mask is not None or cache is not None:

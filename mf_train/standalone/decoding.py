@@ -89,15 +89,15 @@ class FastPath:
             return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if self._decoder is None or not self._decoder.watch.unchanged(model):
+        # local names: other threads of the same model may be here too
+        decoder, refused = self._decoder, self._refused
+        if decoder is None or not decoder.watch.unchanged(model):
             self._decoder = None
-            if self._refused is not None and self._refused.unchanged(model):
+            if refused is not None and refused.unchanged(model):
                 return None
-            self._decoder = _make_decoder(model)
-            self._refused = _Watch(model) if self._decoder is None else None
-        if self._decoder is None:
-            return None
-        return self._decoder.logits(token_ids, keys, values)
+            self._decoder = decoder = _make_decoder(model)
+            self._refused = _Watch(model) if decoder is None else None
+        return None if decoder is None else decoder.logits(token_ids, keys, values)
 
 
 class _Watch:
@@ -144,12 +144,13 @@ class _ModelDecoder:
         self.watch = watch
         self._config = config
         self._decoder = decoder
-        self._cosine, self._sine = self._angles(config.sequence_length)
+        self._rotary = self._angles(config.sequence_length)
 
     def _angles(self, length: int) -> tuple[Tensor, Tensor]:
         """[length, rotary_size / 2] each."""
         config = self._config
-        cosine, sine = rotary_table(torch.arange(length), config.rotary_size, config.rotary_base)
+        positions = torch.arange(length, device="cpu")
+        cosine, sine = rotary_table(positions, config.rotary_size, config.rotary_base)
         return cosine[0], sine[0]
 
     def logits(
@@ -158,8 +159,9 @@ class _ModelDecoder:
         past = keys[0].length if keys else 0
         if any(part.length != past for part in (*keys, *values)):
             return None
-        if past >= len(self._cosine):
-            self._cosine, self._sine = self._angles(2 * past)
+        cosine, sine = self._rotary
+        if past >= len(cosine):
+            self._rotary = cosine, sine = self._angles(2 * past)
         decoder = self._decoder
         shape = (token_ids.shape[0], decoder.num_heads, decoder.head_size)
         buffers = [
@@ -167,7 +169,7 @@ class _ModelDecoder:
             for parts in (keys, values)
         ]
         logits = decoder.step(
-            token_ids.to(torch.int64).contiguous(), past, self._cosine[past], self._sine[past], *buffers
+            token_ids.to(torch.int64).contiguous(), past, cosine[past], sine[past], *buffers
         )
         for part in (*keys, *values):
             part.length = past + 1
@@ -184,8 +186,12 @@ def _make_decoder(model: Any) -> _ModelDecoder | None:
         return None
     if model.embedding.weight.dtype not in DTYPES or cpu.library() is None:
         return None
+    try:
+        decoder = Decoder(_describe(model, config))
+    except ValueError:  # tensors of several dtypes, or of other sizes than the configuration's
+        return None
     _map_pages(watch.tensors)
-    return _ModelDecoder(config, Decoder(_describe(model, config)), watch)
+    return _ModelDecoder(config, decoder, watch)
 
 
 def _map_pages(tensors: Sequence[Tensor]) -> None:

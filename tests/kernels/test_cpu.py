@@ -438,21 +438,37 @@ def test_eight_processes_build_at_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", list(cpu.INSTRUCTION_SETS))
 def test_under_sanitizers(instruction_set: str, tmp_path: Path) -> None:
+    sources = sorted(build.SOURCES.glob("*.cpp"))
+    options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    _run_driver("sanitize_driver.cpp", sources, instruction_set, options, tmp_path, rounds=60)
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", list(cpu.INSTRUCTION_SETS))
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+        ["-fsanitize=thread", "-DOWN_THREADS"],
+    ],
+    ids=["address", "thread"],
+)
+def test_the_decoder_under_sanitizers(options: list[str], instruction_set: str, tmp_path: Path) -> None:
+    """Random models, batches and threads, four callers at a time on one model."""
+    sources = [build.SOURCES / "decode.cpp"]
+    _run_driver("decode_driver.cpp", sources, instruction_set, options, tmp_path, rounds=40)
+
+
+def _run_driver(
+    driver: str, sources: list[Path], instruction_set: str, options: list[str], folder: Path, rounds: int
+) -> None:
     if instruction_set.upper() > torch.backends.cpu.get_cpu_capability():
         pytest.skip(f"the machine has no {instruction_set}")
-    sources = sorted(build.SOURCES.glob("*.cpp"))
-    driver = Path(__file__).with_name("sanitize_driver.cpp")
-    flags = [
-        "-O1",
-        "-g",
-        "-std=c++17",
-        "-ffp-contract=off",
-        "-fopenmp",
-        *cpu.INSTRUCTION_SETS[instruction_set],
-    ]
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    program = tmp_path / "driver"
-    command = ["g++", *flags, *sanitizers, f"-I{build.SOURCES}", driver, *sources, "-o", program]
-    subprocess.run(command, check=True)
-    done = subprocess.run([program, "60"], capture_output=True, text=True)
+    flags = ["-O1", "-g", "-std=c++17", "-ffp-contract=off", "-fopenmp"]
+    program = folder / "driver"
+    files = [Path(__file__).with_name(driver), *sources]
+    arguments = [*flags, *cpu.INSTRUCTION_SETS[instruction_set], *options, f"-I{build.SOURCES}", *files]
+    subprocess.run(["g++", *arguments, "-o", program], check=True)
+    done = subprocess.run([program, str(rounds)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-4000:]

@@ -414,6 +414,24 @@ def test_int8_tables(tau: int, lead: tuple[int, ...], backend: str, dtype: torch
         lookup_int8(codes, weights, tables.float(), scales)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_weights_through_int8_tables(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(31)
+    codes, weights, _ = random_arguments(31, 5, 9, 21, (2, 17), dtype)
+    tables = torch.randint(-128, 128, (9, 32, 21), generator=generator, dtype=torch.int8)
+    scales = torch.rand(9, 32, generator=generator)
+    dy = torch.randn(2, 17, 21, generator=generator).to(dtype)
+    leaf, wide = weights.clone().requires_grad_(), weights.double().requires_grad_()
+    exact = reference.lookup(codes, wide, tables.double() * scales.double().unsqueeze(-1))
+    y = lookup_int8(codes, leaf, tables, scales)
+    y.backward(dy)
+    exact.backward(dy.double())
+    assert_close(y.detach(), exact.detach(), TOLERANCE[dtype])
+    assert_close(leaf.grad, wide.grad, TOLERANCE[dtype])
+    with torch.no_grad():
+        assert not lookup_int8(codes, leaf, tables, scales).requires_grad
+
+
 def test_composition_works_alone_in_a_converted_model() -> None:
     path = composition.__file__
     with open(path) as file:

@@ -69,7 +69,8 @@ struct Layout {
         codes = m + batch * inner;
         weights = codes + batch * padded(model.tables);
         own = weights + batch * padded(model.tables);
-        own_size = max(features, inner) + 2 * kLanes * kMaxBits;
+        // a row's sums, or one head's in float64; and sixteen tables' features
+        own_size = max(max(features, inner), 2 * padded(model.features / model.heads)) + 2 * kLanes * kMaxBits;
         total = own + threads * own_size;
     }
 };
@@ -104,7 +105,8 @@ private:
 template <typename T>
 class Decoder {
 public:
-    Decoder(const ModelWeights& model, const DecodeStep& step, int64_t thread, int64_t threads, Barrier& barrier)
+    Decoder(const ModelWeights& model, const DecodeStep& step, float* scratch, int64_t thread, int64_t threads,
+            Barrier& barrier)
         : model_(model),
           step_(step),
           barrier_(barrier),
@@ -112,12 +114,12 @@ public:
           thread_(thread),
           threads_(threads),
           head_(model.features / model.heads),
-          x_(step.scratch + layout_.x),
-          qkv_(step.scratch + layout_.qkv),
-          m_(step.scratch + layout_.m),
-          weights_(step.scratch + layout_.weights),
-          own_(step.scratch + layout_.own + thread * layout_.own_size),
-          codes_(reinterpret_cast<int32_t*>(step.scratch + layout_.codes)) {}
+          x_(scratch + layout_.x),
+          qkv_(scratch + layout_.qkv),
+          m_(scratch + layout_.m),
+          weights_(scratch + layout_.weights),
+          own_(scratch + layout_.own + thread * layout_.own_size),
+          codes_(reinterpret_cast<int32_t*>(scratch + layout_.codes)) {}
 
     void run() {
         const int64_t features = model_.features, inner = model_.tables * model_.inner_bits;
@@ -494,27 +496,24 @@ private:
 }  // namespace
 }  // namespace mf
 
-// Floats of scratch memory for a step.
-extern "C" int64_t mf_decode_scratch(const mf::ModelWeights* model, int64_t batch, int64_t threads) {
-    return mf::Layout(*model, batch, threads).total;
-}
-
-// Logits of the next token of every sequence, and keys and values appended to the cache. Arguments were checked by
-// decode.py, but for the tokens: -1 and nothing written where one is not in the vocabulary, else 0.
+// Logits of the next token of every sequence, and keys and values appended to the cache; scratch memory is the call's
+// own. Arguments were checked by decode.py, but for the tokens: where one is not in the vocabulary nothing is written.
 extern "C" int32_t mf_decode(const mf::ModelWeights* model, const mf::DecodeStep* step) {
     using namespace mf;
     for (int64_t b = 0; b < step->batch; ++b) {
-        if (step->tokens[b] < 0 || step->tokens[b] >= model->vocabulary) return -1;
+        if (step->tokens[b] < 0 || step->tokens[b] >= model->vocabulary) return kCodeOutOfRange;
     }
+    const Buffer<float> scratch(Layout(*model, step->batch, step->threads).total);
+    if (!scratch.ok()) return kNoMemory;
     Barrier barrier;
 #pragma omp parallel num_threads(int(step->threads))
     {
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         if (model->type == kFloat32) {
-            Decoder<float>(*model, *step, thread, threads, barrier).run();
+            Decoder<float>(*model, *step, scratch.get(), thread, threads, barrier).run();
         } else {
-            Decoder<bf16>(*model, *step, thread, threads, barrier).run();
+            Decoder<bf16>(*model, *step, scratch.get(), thread, threads, barrier).run();
         }
     }
-    return 0;
+    return kDone;
 }

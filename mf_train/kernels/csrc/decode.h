@@ -46,7 +46,6 @@ struct DecodeStep {
     void* const* values;            // the same
     const int64_t* capacities;      // [L]
     void* logits;                   // T [B, V]
-    float* scratch;                 // mf_decode_scratch(...) floats, aligned to 64 bytes
     int64_t threads;
 };
 

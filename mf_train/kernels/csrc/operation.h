@@ -14,7 +14,7 @@ namespace mf {
 enum FloatType : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 enum CodeType : int32_t { kUint8 = 0, kInt16 = 1, kInt32 = 2, kInt64 = 3 };
 
-// What every operation returns.
+// What every operation returns. The decoder's codes are its own; out of range are tokens.
 enum Status : int32_t { kDone = 0, kCodeOutOfRange = 1, kNoMemory = 2 };
 
 constexpr int64_t kCacheLine = 64;

@@ -12,17 +12,17 @@ from mf_train.standalone.exported.names import CONFIG_KEYS, INT8
 class MemoryFormerConfig(PretrainedConfig):
     """Every key of ModelConfig, four of them under transformers' names (see `CONFIG_KEYS`), and `table_dtype`.
 
-    `table_dtype` is "int8" where tables and LM head are int8 with scales, else None. Raises ValueError where
-    ModelConfig does, and for another `table_dtype`.
+    `table_dtype` is "int8" where tables and LM head are int8 with scales, else None; `use_cache` is forward's default.
+    Raises ValueError where ModelConfig does, and for another `table_dtype`.
     """
 
     model_type = "memoryformer"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' way
 
-    def __init__(self, table_dtype: str | None = None, **settings: Any) -> None:
+    def __init__(self, table_dtype: str | None = None, use_cache: bool = True, **settings: Any) -> None:
         if table_dtype not in (None, INT8):
             raise ValueError(f"table_dtype is {table_dtype!r}: it must be {INT8!r} or absent")
-        self.table_dtype = table_dtype
+        self.table_dtype, self.use_cache = table_dtype, use_cache
         model = ModelConfig(
             **{name: settings.pop(key) for name, key in _keys().items() if settings.get(key) is not None}
         )

@@ -1,5 +1,6 @@
 """The plain model as a `transformers` causal language model; a converted model carries a copy of this file."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,10 +9,11 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mf_train.model.head import IGNORED
+from mf_train.model.initialise import initialise_parameter
 from mf_train.model.model import MemoryFormer
 from mf_train.model.quantized import use_int8
 from mf_train.standalone.exported.configuration_memoryformer import MemoryFormerConfig
-from mf_train.standalone.exported.growing_layer import GrowingLayer, grow_in_place
+from mf_train.standalone.exported.growing_layer import GrowingLayer, check_cache, grow_in_place
 from mf_train.standalone.exported.installed import decoding
 from mf_train.standalone.exported.names import INT8
 
@@ -31,68 +33,163 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = MemoryFormer(config.to_model_config())
         if config.table_dtype == INT8:
             use_int8(self.model)
+        for parameter in self.parameters():  # drawn already, but on the meta device
+            parameter._is_hf_initialized = not parameter.is_meta  # type: ignore[attr-defined]
         self._fast_path = decoding().FastPath() if decoding() else None
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        """As transformers', but a weight that the files lack is an error instead of a warning and a random weight."""
+        """As transformers', but a weight that the files lack is an error instead of a warning and a random weight.
+
+        So is an int8 tensor of another size, which cannot be drawn, with `ignore_mismatched_sizes`.
+        """
         wants_report = options.pop("output_loading_info", False)
         model, report = super().from_pretrained(*arguments, output_loading_info=True, **options)
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{arguments[0]}: {len(missing)} weights are missing, such as {missing[0]}")
+        if model.config.table_dtype and (unfit := sorted(map(str, report["mismatched_keys"]))):
+            raise ValueError(
+                f"{arguments[0]}: int8 weights of other sizes cannot be drawn anew, such as {unfit[0]}"
+            )
         return (model, report) if wants_report else model
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         past_key_values: Any = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **others: Any,
     ) -> Any:
-        """Logits [B, S, V] of token ids [B, S].
+        """Logits [B, S, V] of token ids [B, S] or embeddings `inputs_embeds` [B, S, D].
 
-        attention_mask [B, T] is 0 at padding, T counting cached positions too. With `labels` [B, S] the loss is the
-        mean cross-entropy in nats of predicting labels[:, i + 1] at position i, -100 being left out.
-        `logits_to_keep` above 0 gives the logits of so many last positions only. A DynamicCache gets layers that
-        grow in place. Raises ValueError for a mask of another shape, such as static caches need, and for labels
-        together with `logits_to_keep`.
+        attention_mask [B, T] is 0 at padding, T counting cached positions too. position_ids [B or 1, S] are those of
+        the rotary embedding, by default counted from the first token that is not padding. With `labels` [B, S] the loss
+        is the mean cross-entropy in nats of predicting labels[:, i + 1] at position i, -100 being left out; with
+        `shift_labels` of predicting shift_labels[:, i]; with `num_items_in_batch` the sum over that number.
+        `logits_to_keep` above 0 gives the logits of so many last positions only, and a tensor [N] of indices of those.
+        `output_hidden_states`: the input of each block and of the head, [B, S, D] each. A DynamicCache gets layers that
+        grow in place, and there is one unless `use_cache`, by default the configuration's, is false.
+
+        Raises TypeError for an argument that it does not know, unless it is None or False, and ValueError for one of
+        another shape or another kind of cache, and for labels together with `logits_to_keep`.
 
         One more token of each sequence on a CPU, without gradients or padding, is one call of the C++ library where
         the package that made this model is installed.
         """
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask has {attention_mask.dim()} dimensions: give [B, T], and use the default cache"
-            )
-        if use_cache and past_key_values is None:
+        # not in the signature, where Trainer would take it for a label that every batch must have
+        shift_labels = others.pop("shift_labels", None)
+        if unknown := sorted(
+            name for name, value in others.items() if value is not None and value is not False
+        ):
+            raise TypeError(f"forward does not know {', '.join(unknown)}: leave it out")
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if given.dim() != (3 if input_ids is None else 2):
+            raise ValueError(f"input_ids [B, S] or inputs_embeds [B, S, D] has shape {tuple(given.shape)}")
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()
-        if labels is not None and logits_to_keep:
+        if past_key_values is not None:
+            check_cache(past_key_values, self.config.num_hidden_layers)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        batch, length = given.shape[:2]
+        _check_shape(
+            "attention_mask", attention_mask, (batch, past + length), "[B, T], cached positions included"
+        )
+        _check_shape("labels", labels, (batch, length), "the shape of input_ids")
+        _check_shape("shift_labels", shift_labels, (batch, length), "the shape of input_ids")
+        if position_ids is not None and len(position_ids) != 1:
+            _check_shape("position_ids", position_ids, (batch, length), "[B, S] or [1, S]")
+        targets = _shifted(labels) if shift_labels is None else shift_labels
+        if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(f"logits_to_keep is {logits_to_keep}: labels need the logits of all positions")
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep is {logits_to_keep}: give a number of positions, or 0 for all")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states: list[Tensor] | None = [] if output_hidden_states else None
+
         layers = grow_in_place(past_key_values, self.config.num_hidden_layers)
         logits = None
-        if layers is not None and labels is None and input_ids.shape[1:] == (1,):
-            logits = self._decode(input_ids, attention_mask, layers)
+        if (
+            layers is not None
+            and input_ids is not None
+            and length == 1
+            and targets is None
+            and states is None
+        ):
+            if position_ids is None or bool((position_ids == past).all()):
+                logits = self._decode(input_ids, attention_mask, layers)
         if logits is None:
             logits = self.model(
                 input_ids,
                 attention_mask=attention_mask,
                 cache=past_key_values,
                 logits_to_keep=logits_to_keep,
+                embedded=inputs_embeds,
+                positions=position_ids,
+                states=states,
             )
-        loss = None if labels is None else self._mean_loss(logits, labels)
+        loss = None if targets is None else self._loss(logits, targets, num_items_in_batch)
+        hidden = None if states is None else tuple(states)
         if return_dict if return_dict is not None else self.config.return_dict:
-            return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
-        return tuple(part for part in (loss, logits, past_key_values) if part is not None)
+            return CausalLMOutputWithPast(
+                loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=hidden
+            )
+        return tuple(part for part in (loss, logits, past_key_values, hidden) if part is not None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
 
+    def set_input_embeddings(self, value: Any) -> None:
+        self.model.embedding = value
+
     def get_output_embeddings(self) -> nn.Module:
         return self.model.head
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """As transformers': another number of tokens, the first of them as they were; returns the embedding.
+
+        A new token's row is the mean of all earlier rows, or with `mean_resizing` off drawn as the plain model's are.
+        Raises ValueError for an int8 model.
+        """
+        before = self.model.config.vocab_size
+        size = new_num_tokens or before
+        if pad_to_multiple_of:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if size != before:
+            if self.config.table_dtype is not None:
+                raise ValueError("an int8 model keeps its tokens: resize the float model that it was made of")
+            self.model.config = replace(self.model.config, vocab_size=size)
+            self.config.vocab_size = self.model.head.vocab_size = size
+            for name in ("embedding", "head"):
+                self._resize_rows(f"{name}.weight", getattr(self.model, name), size, mean_resizing)
+        return self.model.embedding
+
+    @torch.no_grad()
+    def _resize_rows(self, name: str, module: nn.Module, size: int, by_mean: bool) -> None:
+        old: Any = module.weight
+        new = nn.Parameter(old.new_empty(size, old.shape[1]), requires_grad=old.requires_grad)
+        initialise_parameter(name, new, self.model.config, seed=0)
+        kept = min(size, len(old))
+        if by_mean:
+            new[kept:] = old.float().mean(0).to(old.dtype)
+        new[:kept] = old[:kept]
+        module.weight = new
 
     def _decode(
         self, input_ids: Tensor, attention_mask: Tensor | None, layers: list[GrowingLayer]
@@ -111,11 +208,35 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
                 layer.lazy_initialization(logits)
         return logits.unsqueeze(1)
 
-    def _mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).to(logits.device)
+    def _loss(self, logits: Tensor, targets: Tensor, items: int | Tensor | None) -> Tensor:
+        targets = targets.to(logits.device)
+        valid = targets != IGNORED
+        if not torch.compiler.is_compiling():
+            outside = valid & ((targets < 0) | (targets >= logits.shape[-1]))
+            message = f"labels must be tokens, 0 to {logits.shape[-1] - 1}, or {IGNORED} for none"
+            if not logits.is_cpu:  # where a look would wait for the device, as torch's own loss has it
+                torch._assert_async(~outside.any(), message)
+            elif outside.any():
+                raise IndexError(f"{message}, got {int(targets[outside][0])}")
         losses: Tensor = self.model.head.token_losses(logits, targets)
-        return losses.sum() / (targets != IGNORED).sum()
+        if isinstance(items, Tensor):
+            items = items.to(losses.device)
+        return losses.sum() / (valid.sum() if items is None else items)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the plain model draws its weights itself, and from_pretrained leaves none to draw."""
+        """Draws what from_pretrained had to make anew, as the plain model draws all the rest itself."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for parameter in module.parameters(recurse=False):
+            if not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:
+                initialise_parameter(names[parameter], parameter, self.model.config, seed=0)
+
+
+def _shifted(labels: Tensor | None) -> Tensor | None:
+    """What each position predicts: the next label, and none at the end."""
+    return None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, int], wanted: str) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {shape}: give {wanted}")

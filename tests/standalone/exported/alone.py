@@ -92,7 +92,7 @@ report = {
     "beams": [generate(PROMPTS[0], num_beams=3), generate(PROMPTS[0], num_beams=3, use_cache=False)],
     "loss": with_labels.loss.item(),
     "expected_loss": torch.nn.functional.cross_entropy(with_labels.logits[0, :-1], labels[0, 1:]).item(),
-    "tuple": [tuple(part.shape) for part in model(tokens, return_dict=False)],
+    "tuple": [tuple(part.shape) for part in model(tokens, use_cache=False, return_dict=False)],
 }
 with open(f"{output}.json", "w") as file:
     json.dump(report, file)

@@ -211,7 +211,7 @@ def test_a_missing_weight_and_a_static_cache_are_refused(float32_two: Trained, t
         float32_two.model, trust_remote_code=True, output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    with pytest.raises(ValueError, match="use the default"):
+    with pytest.raises(ValueError, match="StaticCache: give a DynamicCache"):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, cache_implementation="static")
 
 

@@ -1,0 +1,347 @@
+"""Run as a script, with this project or without: what a converted model does as every transformers model does.
+
+    python -P behaviour.py MODEL INT8_MODEL OUTPUT [import this module first]
+
+Each function `check_...` is one check. Writes OUTPUT, a JSON object of each one's name and null, or how it failed.
+"""
+
+import importlib
+import json
+import sys
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from functools import cache
+
+FOLDER, INT8_FOLDER, OUTPUT, *PRELOADED = sys.argv[1:] if __name__ == "__main__" else ("", "", "")
+for module in PRELOADED:
+    importlib.import_module(module)
+
+import torch  # noqa: E402 - after the modules that were asked for
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    StaticCache,
+)
+
+
+@cache
+def load(dtype="float32"):
+    int8 = dtype == "int8"
+    folder, dtype = (INT8_FOLDER, "bfloat16") if int8 else (FOLDER, dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+
+
+@cache
+def peer():
+    """A model of transformers' own."""
+    torch.manual_seed(1)
+    config = GPTNeoXConfig(
+        vocab_size=4096,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=48,
+        initializer_range=0.3,
+    )
+    return GPTNeoXForCausalLM(config).eval()
+
+
+def both():
+    return load(), peer()
+
+
+def tokens(batch, length, seed=0):
+    return torch.randint(1, 4096, (batch, length), generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def generate(model, ids, **options):
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0} | options
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def same(found, expected, tolerance=1e-5):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max(), (found - expected).abs().max()
+
+
+def raises(kind, words, function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except kind as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(f"{words}: no error")
+
+
+def check_threads():
+    """Eight threads on one model, batches of several sizes, prompts of several lengths."""
+    for dtype in ("float32", "bfloat16", "int8"):
+        model = load(dtype)
+        prompts = [tokens(1 + seed * 5 % 16, 1 + seed % 7, seed) for seed in range(24)]
+        expected = [generate(model, ids) for ids in prompts]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda ids: generate(model, ids), prompts))  # noqa: B023 - used up here
+        assert all(map(torch.equal, found, expected)), dtype
+
+
+def check_default_dtype():
+    ids = tokens(2, 6)
+    expected = [(model(ids).logits, generate(model, ids)) for model in both()]
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            for model, (logits, made) in zip(map(deepcopy, both()), expected, strict=True):
+                same(model(ids).logits, logits)
+                assert torch.equal(generate(model, ids), made), dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def check_default_device():
+    """The model, the ids and all that a loop makes of them are on the CPU."""
+    ids = tokens(2, 6)
+    for model in both():
+        expected = model(ids).logits
+        model = deepcopy(model)
+        torch.set_default_device("meta")
+        try:
+            with torch.no_grad():
+                held = model(ids[:, :4])
+                parts = [held.logits]
+                for i in (4, 5):
+                    held = model(ids[:, i : i + 1], past_key_values=held.past_key_values)
+                    parts.append(held.logits)
+                found = torch.cat(parts, 1)
+            model(ids, labels=ids).loss.backward()
+        finally:
+            torch.set_default_device(None)
+        assert found.device.type == "cpu"
+        same(found, expected, 1e-4)
+
+
+def check_int8_gradients():
+    """Against a float64 model of the same numbers."""
+    model = deepcopy(load("int8")).float()
+    config = deepcopy(model.config)
+    config.table_dtype = None
+    exact = type(model)(config).double()
+    state = model.state_dict()
+    for name in [name for name in state if name.endswith(".scales")]:
+        scales = state.pop(name).double().unsqueeze(-1)
+        rows = name.removesuffix("scales") + ("weight" if ".head." in name else "tables")
+        state[rows] = state[rows].double() * scales
+    exact.load_state_dict(state)
+    ids = tokens(2, 9)
+    for each in (model, exact):
+        each(ids, labels=ids).loss.backward()
+    expected = dict(exact.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        same(parameter.grad.double(), expected[name].grad, 1e-3)
+
+
+def check_a_loop_by_hand():
+    ids = tokens(2, 7)
+    for model in both():
+        assert model.config.use_cache is True
+        whole = model(ids).logits
+        out = model(ids[:, :4])
+        for i in (4, 5, 6):
+            out = model(ids[:, i : i + 1], past_key_values=out.past_key_values)
+            same(out.logits[:, 0], whole[:, i], 1e-4)
+        assert out.past_key_values.get_seq_length() == 7
+        assert model(ids, use_cache=False).past_key_values is None
+        logits, held = model(ids, return_dict=False)
+        assert torch.equal(logits, whole) and held.get_seq_length() == 7
+        own = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :6], past_key_values=own)
+            same(model(ids[:, 6:], past_key_values=own, use_cache=False).logits[:, 0], whole[:, 6], 1e-4)
+        model = deepcopy(model)
+        model.config.use_cache = False
+        assert model(ids).past_key_values is None and model(ids, use_cache=True).past_key_values is not None
+    quiet = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True, use_cache=False)
+    assert quiet.generation_config.use_cache is False or quiet.config.use_cache is False
+
+
+def check_caches_that_it_does_not_know():
+    model = load()
+    ids = tokens(2, 4)
+    static = StaticCache(config=model.config, max_cache_len=64)
+    raises(ValueError, "StaticCache: give a DynamicCache", model, ids, past_key_values=static)
+    raises(ValueError, "StaticCache", generate, model, ids, cache_implementation="static")
+    pairs = [(torch.zeros(2, 4, 3, 12),) * 2] * 2
+    raises(ValueError, "list: give a DynamicCache", model, ids, past_key_values=pairs)
+    raises(ValueError, "has 3 layers", model, ids, past_key_values=DynamicCache([*pairs, pairs[0]]))
+    uneven = [pairs[0], (torch.zeros(2, 4, 5, 12),) * 2]
+    raises(ValueError, "positions", model, ids[:, :1], past_key_values=DynamicCache(uneven))
+
+
+def check_nothing_unknown_gives_numbers():
+    model = load()
+    ids = tokens(2, 4)
+    ones = torch.ones_like(ids)
+    held = model(ids).past_key_values
+    for error, words, options in (
+        (TypeError, "does not know hidden", {"hidden": 1}),
+        (TypeError, "does not know output_attentions", {"output_attentions": True}),
+        (ValueError, "attention_mask has shape (2, 3), not (2, 4)", {"attention_mask": ones[:, :3]}),
+        (ValueError, "attention_mask has shape (1, 4)", {"attention_mask": ones[:1]}),
+        (ValueError, "attention_mask has shape (2, 1, 4, 4)", {"attention_mask": torch.ones(2, 1, 4, 4)}),
+        (ValueError, "not (2, 8)", {"attention_mask": ones, "past_key_values": held}),
+        (ValueError, "labels has shape (2, 1)", {"labels": ids[:, :1]}),
+        (ValueError, "position_ids has shape (2, 3)", {"position_ids": ids[:, :3]}),
+        (ValueError, "either input_ids or inputs_embeds", {"inputs_embeds": torch.zeros(2, 4, 48)}),
+        (ValueError, "logits_to_keep is -2", {"logits_to_keep": -2}),
+    ):
+        raises(error, words, model, ids, **options)
+    raises(ValueError, "either input_ids or inputs_embeds", model)
+    for label in (4096, -1):
+        labels = ids.clone()
+        labels[1, 2] = label
+        for each in both():
+            raises(IndexError, str(label), each, ids, labels=labels)
+    assert model(ids, output_attentions=None, cache_position=None).logits.shape == (2, 4, 4096)
+
+
+def check_no_weight_is_left_unset():
+    """What the files do not have for a new size is drawn; memory that nobody sets is NaN here."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        options = {"trust_remote_code": True, "ignore_mismatched_sizes": True, "vocab_size": 4160}
+        model = AutoModelForCausalLM.from_pretrained(FOLDER, **options)
+        weights = (model.model.embedding.weight, model.model.head.weight)
+        for weight in weights:
+            assert weight.shape == (4160, 48) and 0.019 < weight.std() < 0.021 and weight.abs().max() < 0.12
+        loaded = dict(load().named_parameters())
+        for name, parameter in model.named_parameters():
+            assert parameter.isfinite().all(), name
+            assert parameter.shape == (4160, 48) or torch.equal(parameter, loaded[name]), name
+        raises(ValueError, "int8", AutoModelForCausalLM.from_pretrained, INT8_FOLDER, **options)
+        fresh = type(model)(model.config)
+        assert all(parameter.isfinite().all() for parameter in fresh.parameters())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_a_new_models_weights_do_not_depend_on_defaults():
+    model = type(load())(load().config)
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = type(load())(load().config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, wide in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, wide.float()), one.shape
+
+
+def check_resize_token_embeddings():
+    for model in map(deepcopy, both()):
+        before = [
+            each.weight.detach().clone()
+            for each in (model.get_input_embeddings(), model.get_output_embeddings())
+        ]
+        ids = tokens(2, 5)
+        logits, made = model(ids).logits.detach(), generate(model, ids)
+        model.resize_token_embeddings(4096)
+        assert torch.equal(model(ids).logits, logits)
+        module = model.resize_token_embeddings(4100, pad_to_multiple_of=16)
+        assert module is model.get_input_embeddings() and model.config.vocab_size == 4112
+        for new, old in zip(
+            (model.get_input_embeddings().weight, model.get_output_embeddings().weight), before, strict=True
+        ):
+            assert new.shape == (4112, 48) and torch.equal(new[:4096], old) and new[4096:].isfinite().all()
+        same(model(ids).logits[..., :4096], logits)
+        loss = model(ids, labels=torch.full_like(ids, 4105)).loss
+        loss.backward()
+        assert loss.isfinite() and model.get_output_embeddings().weight.grad[4105].abs().max() > 0
+        generate(model, torch.full_like(ids, 4105))
+        model.resize_token_embeddings(4096)
+        assert torch.equal(generate(model, ids), made)
+    raises(ValueError, "int8", load("int8").resize_token_embeddings, 4100)
+
+
+def check_inputs_embeds():
+    ids = tokens(2, 6)
+    for model in both():
+        given = model.get_input_embeddings()(ids)
+        same(model(inputs_embeds=given).logits, model(ids).logits)
+        made = model.generate(
+            inputs_embeds=given,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=9,
+            min_new_tokens=9,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert torch.equal(made, generate(model, ids, max_new_tokens=9, min_new_tokens=9)[:, 6:])
+
+
+def check_position_ids():
+    ids = tokens(2, 6)
+    for model in both():
+        logits = model(ids).logits
+        same(
+            model(ids, position_ids=torch.arange(6)[None] + 30).logits, logits, 1e-4
+        )  # distances alone count
+        spread = torch.tensor([[0, 1, 2, 7, 8, 9], [0, 1, 2, 3, 4, 5]])
+        found = model(ids, position_ids=spread).logits
+        same(found[1], logits[1], 1e-4)
+        same(found[0, :3], logits[0, :3], 1e-4)
+        assert (found[0, 3:] - logits[0, 3:]).abs().max() > 1e-3 * logits.abs().max()
+        with torch.no_grad():
+            held = model(ids[:, :5], position_ids=spread[:, :5]).past_key_values
+            last = model(ids[:, 5:], position_ids=spread[:, 5:], past_key_values=held).logits
+        same(last[:, 0], found[:, 5], 1e-4)
+
+
+def check_hidden_states():
+    ids = tokens(2, 6)
+    for model in both():
+        out = model(ids, output_hidden_states=True)
+        states = out.hidden_states
+        assert [state.shape for state in states] == [(2, 6, 48)] * 3
+        assert torch.equal(states[0], model.get_input_embeddings()(ids))
+        same(states[-1] @ model.get_output_embeddings().weight.T, out.logits)
+        assert model(ids).hidden_states is None
+
+
+def check_training_arguments():
+    ids = tokens(3, 8)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    for model in both():
+        logits = model(ids).logits.double()
+        parts = [torch.nn.functional.cross_entropy(a, b, reduction="sum") for a, b in zip(logits, shifted)]  # noqa: B905
+        total = sum(parts)
+        same(model(ids, labels=labels).loss.double(), total / (shifted != -100).sum())
+        for items in (7, torch.tensor(7)):
+            same(model(ids, labels=labels, num_items_in_batch=items).loss.double(), total / 7)
+        same(
+            model(ids, labels=labels, shift_labels=shifted.roll(1, 0)).loss.double(),
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), shifted.roll(1, 0).flatten()),
+        )
+        kept = torch.tensor([1, 4])
+        same(model(ids, logits_to_keep=kept).logits.double(), logits[:, kept])
+
+
+def main():
+    report = {}
+    for name, function in list(globals().items()):
+        if name.startswith("check_"):
+            try:
+                function()
+                report[name] = None
+            except Exception:
+                report[name] = traceback.format_exc()
+    with open(OUTPUT, "w") as file:
+        json.dump(report, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,34 +123,48 @@ def predict(config: Config, processes: int) -> float:
     return estimate_memory(config, processes, "cpu").peak - LIBRARIES
 
 
-def measure(config: Config, processes: int, folder: Path) -> int:
-    """The largest peak of all ranks, in bytes above those before the model was built."""
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config_to_tree(config)), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def measure(configs: dict[str, Config], processes: int, folder: Path) -> dict[str, int]:
+    """Of each the largest peak of all ranks, in bytes above those before the model was built."""
+    paths = {name: folder / f"{number}.yaml" for number, name in enumerate(configs)}
+    for name, path in paths.items():
+        path.write_text(yaml.safe_dump(config_to_tree(configs[name])), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     # freed tensors go back to the system at once, so that resident memory is what is held
-    variables = {name: "65536" for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
-    subprocess.run(
-        [sys.executable, *launcher, "-m", "benchmarks.rank_memory", str(path), str(folder)],
-        env=os.environ | variables | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).resolve().parents[1],
-        stdout=subprocess.DEVNULL,
-        timeout=900,
-        check=True,
-    )
-    return max(max(json.loads((folder / f"{rank}.json").read_text())["peaks"]) for rank in range(processes))
+    shared = {name: "65536" for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
+    shared |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "benchmarks.rank_memory", str(folder), *map(str, paths.values())]
+    ranks = [
+        subprocess.Popen(
+            command, env=os.environ | shared | {"RANK": str(rank)}, cwd=Path(__file__).resolve().parents[1]
+        )
+        for rank in range(processes)
+    ]
+    try:
+        for rank in ranks:
+            assert rank.wait() == 0, "a rank failed"
+    finally:
+        for rank in ranks:
+            rank.kill()
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+    return {name: max(max(each[path.stem]["peaks"]) for each in found) for name, path in paths.items()}
 
 
-def compare(names: list[str]) -> Iterator[list[str]]:
-    """A row of the table for each of the configurations."""
-    for name in names:
-        processes, config = CASES[name]
-        predicted = predict(config, processes)
+def compare(names: list[str]) -> list[list[str]]:
+    """A row of the table for each of the configurations. Those of as many ranks share the processes."""
+    measured: dict[str, int] = {}
+    for processes in sorted({CASES[name][0] for name in names}):
+        configs = {name: CASES[name][1] for name in names if CASES[name][0] == processes}
         with tempfile.TemporaryDirectory() as folder:
-            measured = measure(config, processes, Path(folder))
-        row = [name, f"{predicted / 1e6:.1f}", f"{measured / 1e6:.1f}", f"{predicted / measured - 1:+.1%}"]
-        print(*row, file=sys.stderr, flush=True)
-        yield row
+            measured |= measure(configs, processes, Path(folder))
+    rows = []
+    for name in names:
+        predicted = predict(CASES[name][1], CASES[name][0])
+        error = f"{predicted / measured[name] - 1:+.1%}"
+        rows.append([name, f"{predicted / 1e6:.1f}", f"{measured[name] / 1e6:.1f}", error])
+    return rows
 
 
 def main() -> None:
@@ -162,7 +176,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := [name for name in given.cases if name not in CASES]:
         parser.error(f"{unknown[0]}: choose of {'; '.join(CASES)}")
-    rows = list(compare(given.cases or list(CASES)))
+    rows = compare(given.cases or list(CASES))
     text = table(["configuration", "predicted MB", "measured MB", "predicted / measured - 1"], rows)
     machine.report("plan-memory", ["CPU ranks (gloo), one thread each", text], save=given.save)
 

@@ -25,7 +25,7 @@ def add_plan(commands: Any) -> None:
     parser.add_argument(
         "--device",
         metavar="NAME",
-        help="h100, h200, b200, a100, l40s, mi300x, cpu or another of devices.yaml, or a YAML file of measured rates (h100)",
+        help="h100 (the default), h200, b200, a100, mi300x, cpu or another of devices.yaml, or a YAML file of rates",
     )
     parser.add_argument(
         "--measured", type=Path, metavar="RUN", help="a run's folder: show what it measured beside the plan"

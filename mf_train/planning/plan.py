@@ -2,12 +2,12 @@
 
 A layout is what changes no result but in the last bits: P, ZeRO stage, micro-batch, recomputation, split masters,
 offload. The search is over all of these. How moments are held changes results: `lighten` tries that where no layout
-fits.
+fits, or none but with offload.
 """
 
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -103,6 +103,14 @@ class PlannedLayout:
         } | ({} if price is None else {"cost": self.device_hours * price})
 
 
+@dataclass(frozen=True)
+class Lighter:
+    """Kinds of moments by their keys, and the best layout without offload that fits with them."""
+
+    keys: dict[str, str]
+    layout: PlannedLayout
+
+
 def make_layout(config: Config, nodes: int, per_node: int, device: Device) -> PlannedLayout:
     """What the configuration needs as it stands. Raises UserError where its degrees cannot work."""
     check_degrees(config, nodes * per_node)
@@ -147,24 +155,23 @@ def choose(layouts: Sequence[PlannedLayout]) -> PlannedLayout | None:
     return min(near, key=lambda layout: (layout.config.parallel.offload != "none", layout.memory.peak))
 
 
-def lighten(
-    config: Config, nodes: int, per_node: int, device: Device
-) -> tuple[dict[str, str], PlannedLayout] | None:
-    """The fewest of LIGHTER, in their order, with which a layout fits, and the best of these; None where all do not do.
+def lighten(config: Config, nodes: int, per_node: int, device: Device) -> Lighter | None:
+    """The fewest of LIGHTER, in their order, with which a layout without offload fits; None where all do not do.
 
     Each has to take fewer bytes than what is held already. A kind that the configuration has chosen, which is any but
     float32, is changed after all others.
     """
     chosen = config.optimizer
-    changed: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for key, kind in sorted(LIGHTER, key=lambda each: getattr(chosen, each[0]) != "float32"):
         lighter = replace(config, optimizer=replace(config.optimizer, **{key: kind}))
         if moment_bytes(lighter) >= moment_bytes(config):
             continue
         config = lighter
-        changed[f"optimizer.{key}"] = kind
-        if best := choose(search(config, nodes, per_node, device)):
-            return changed, best
+        keys[f"optimizer.{key}"] = kind
+        layouts = search(config, nodes, per_node, device)
+        if best := choose([layout for layout in layouts if layout.config.parallel.offload == "none"]):
+            return Lighter(keys, best)
     return None
 
 
@@ -219,7 +226,9 @@ class Plan:
     refusal: str  # why there is none
     layouts: list[PlannedLayout]  # of all, those that `frontier` leaves; one at least
     best: PlannedLayout | None
-    lighter: dict[str, str]  # kinds of moments with which `best` fits; empty where it does without
+    lighter: (
+        Lighter | None
+    )  # what would fit with other results, where none does or `best` needs the host's memory
 
     @property
     def base(self) -> Config:
@@ -239,19 +248,17 @@ def make_plan(
     if not layouts:
         raise UserError(f"no layout of {nodes} x {per_node} processes works; as configured: {refusal}")
     best = choose(layouts)
-    lighter: dict[str, str] = {}
-    if best is None and (lightened := lighten(config, nodes, per_node, device)):
-        lighter, best = lightened
+    lighter = None
+    if best is None or best.config.parallel.offload != "none":
+        lighter = lighten(config, nodes, per_node, device)
     shown = frontier(layouts)
     return Plan(path, overrides, config, nodes, per_node, device, configured, refusal, shown, best, lighter)
 
 
-def launch_line(plan: Plan) -> str | None:
-    """The command that submits the best layout; None where nothing fits, whatever is switched on."""
-    if plan.best is None:
-        return None
-    old, new = _layout_keys(plan.config), _layout_keys(plan.best.config)
-    changed = {key: value for key, value in new.items() if value != old[key]} | plan.lighter
+def launch_line(plan: Plan, layout: PlannedLayout, keys: Mapping[str, str] | None = None) -> str:
+    """The command that submits a layout, with other values of `keys`."""
+    old, new = _layout_keys(plan.config), _layout_keys(layout.config)
+    changed = {key: value for key, value in new.items() if value != old[key]} | dict(keys or {})
     kept = [override for override in plan.overrides if override.partition("=")[0] not in changed]
     per_node = "--tasks-per-node" if plan.device.kind == "cpu" else "--gpus-per-node"
     command = ["memoryformer", "launch", plan.path, *kept]

@@ -29,8 +29,14 @@ def plan_tree(
         "configured": plan.configured.to_tree(price) if plan.configured else {"refused": plan.refusal},
         "measured": asdict(measured) if measured else None,
         "best": plan.best.to_tree(price) if plan.best else None,
-        "lighter": plan.lighter,
-        "launch": launch_line(plan),
+        "launch": launch_line(plan, plan.best) if plan.best else None,
+        "lighter": {
+            "keys": plan.lighter.keys,
+            "layout": plan.lighter.layout.to_tree(price),
+            "launch": launch_line(plan, plan.lighter.layout, plan.lighter.keys),
+        }
+        if plan.lighter
+        else None,
         "layouts": [layout.to_tree() for layout in plan.layouts],
         "scaling": curves,
     }
@@ -52,12 +58,17 @@ def plan_lines(
     if best:
         yield ""
         yield f"best: {best.name} (of the layouts within 5 % of the quickest that fits, the least memory)"
-        if plan.lighter:
-            keys = " ".join(f"{key}={value}" for key, value in plan.lighter.items())
-            yield f"  nothing fits with moments as they are; this would with {keys} (docs/memory.md: other results)"
         if not configured or best.config != configured.config:
             yield from layout_lines(best, device, price, None)
-        yield f"  {launch_line(plan)}"
+        yield f"  {launch_line(plan, best)}"
+    if plan.lighter:
+        keys, layout = plan.lighter.keys, plan.lighter.layout
+        words = " ".join(f"{key}={value}" for key, value in keys.items())
+        yield ""
+        start = "without offload" if best else "nothing fits; it"
+        yield f"{start} would fit, with other results (docs/memory.md): {words}"
+        yield f"  {layout.name}: {layout.time.seconds:.3f} s a step, peak {layout.memory.peak / 1e9:.2f} GB a rank"
+        yield f"  {launch_line(plan, layout, keys)}"
     yield ""
     yield from table_lines(plan.layouts, shown, price)
     yield ""
@@ -132,7 +143,8 @@ def layout_lines(
     )
     if memory.host:
         total = memory.host * layout.per_node / 1e9
-        yield f"  host    {memory.host / 1e9:.2f} GB a rank, {total:.3g} GB a node: what is offloaded, what is saved beside the steps"
+        purpose = "what is offloaded, and a copy to save beside the steps"
+        yield f"  host    {memory.host / 1e9:.2f} GB a rank, {total:.3g} GB a node: {purpose}"
     for part in sorted(time.parts, key=lambda part: -part.seconds):
         share = part.seconds / time.seconds
         yield f"    {part.name:<18} {part.seconds:>9.4f} s  {share:>4.0%}  bound: {part.bound}"

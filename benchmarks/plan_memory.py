@@ -1,6 +1,6 @@
 """`python -m benchmarks.plan_memory`: the peak memory that the planner predicts of CPU ranks against what they take.
 
-Each rank is a process of `benchmarks.rank_memory`: three steps on random tokens, the largest peak of all ranks, above
+Each rank is a process of `benchmarks.rank_memory`: two steps on random tokens, the largest peak of all ranks, above
 what was resident before the model was built. The tests hold every configuration of CASES within 10 %.
 """
 
@@ -25,7 +25,7 @@ from mf_train.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from mf_train.config.loading import config_to_tree
 from mf_train.planning.device_memory import LIBRARIES, estimate_memory
 
-TABLES = ModelConfig(hidden_size=256, num_layers=4, num_heads=4, bits=8, vocab_size=8192, sequence_length=128)
+TABLES = ModelConfig(hidden_size=192, num_layers=3, num_heads=4, bits=8, vocab_size=4096, sequence_length=128)
 ROWS = ModelConfig(hidden_size=128, num_layers=6, num_heads=4, bits=4, vocab_size=4096, sequence_length=512)
 LONG = replace(ROWS, num_layers=4, bits=8)  # its activations are larger than its tables
 DEEP = replace(ROWS, num_layers=16, vocab_size=1024)  # its activations are larger than its logits
@@ -69,19 +69,19 @@ CASES: dict[str, tuple[int, Config]] = {
     "bfloat16, stage 2": (1, case(TABLES, 2, 2, 2, "bfloat16")),
     "bfloat16, stage 2, R = 2": (2, case(TABLES, 2, 1, 2, "bfloat16")),
     "bfloat16, stage 3, R = 2": (2, case(TABLES, 2, 1, 3, "bfloat16")),
-    "long rows": (1, case(ROWS, 8, 8, 1)),
-    "long rows, P = 2": (2, case(ROWS, 8, 8, 1, tensor=2)),
-    "long rows, bfloat16": (1, case(ROWS, 8, 8, 2, "bfloat16")),
-    "2 micro-batches": (1, case(LONG, 16, 8, 0)),
-    "2 micro-batches, bfloat16": (1, case(LONG, 16, 8, 0, "bfloat16")),
+    "long rows": (1, case(ROWS, 4, 4, 1)),
+    "long rows, P = 2": (2, case(ROWS, 4, 4, 1, tensor=2)),
+    "long rows, bfloat16": (1, case(ROWS, 4, 4, 2, "bfloat16")),
+    "2 micro-batches": (1, case(LONG, 8, 4, 0)),
+    "2 micro-batches, bfloat16": (1, case(LONG, 8, 4, 0, "bfloat16")),
     "dense": (1, case(DENSE, 4, 2, 1)),
-    "deep": (1, case(DEEP, 16, 8, 1)),
+    "deep": (1, case(DEEP, 8, 4, 1)),
     # recomputation
-    "recompute": (1, case(DEEP, 16, 8, 1, recompute="block")),
-    "recompute, P = 2": (2, case(DEEP, 16, 8, 0, recompute="block", tensor=2)),
-    "recompute, bfloat16": (1, case(DEEP, 16, 8, 2, "bfloat16", recompute="block")),
-    "recompute, stage 3, R = 2": (2, case(DEEP, 16, 8, 3, recompute="block")),
-    "recompute, dense": (1, case(replace(DENSE, vocab_size=1024), 16, 8, 1, recompute="block")),
+    "recompute": (1, case(DEEP, 8, 4, 1, recompute="block")),
+    "recompute, P = 2": (2, case(DEEP, 8, 4, 0, recompute="block", tensor=2)),
+    "recompute, bfloat16": (1, case(DEEP, 8, 4, 2, "bfloat16", recompute="block")),
+    "recompute, stage 3, R = 2": (2, case(DEEP, 8, 4, 3, recompute="block")),
+    "recompute, dense": (1, case(replace(DENSE, vocab_size=1024), 8, 4, 1, recompute="block")),
     # how masters and moments are held
     "split": (1, case(TABLES, 2, 2, 1, "bfloat16", master="split")),
     "row": (1, case(TABLES, 2, 2, 1, "float32", ("float32", "row"))),
@@ -109,11 +109,11 @@ CASES: dict[str, tuple[int, Config]] = {
     # several at once
     "recompute, int8, row, split, P = 2": (
         2,
-        case(DEEP, 16, 8, 1, "bfloat16", LEAST, "block", tensor=2, master="split"),
+        case(DEEP, 8, 4, 1, "bfloat16", LEAST, "block", tensor=2, master="split"),
     ),
     "recompute, bfloat16, row, R = 2": (
         2,
-        case(DEEP, 16, 4, 2, "float32", ("bfloat16", "row"), "block"),
+        case(DEEP, 8, 2, 2, "float32", ("bfloat16", "row"), "block"),
     ),
 }
 

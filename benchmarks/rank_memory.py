@@ -18,7 +18,7 @@ from benchmarks.memory import reset_peak, status
 from mf_train.config import Config
 from mf_train.parallel.processes import Process, find_process
 
-STEPS = 3
+STEPS = 2
 
 
 def main(folder: str, *words: str) -> None:

@@ -11,7 +11,7 @@ from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import check_degrees
 from mf_train.planning.device_memory import RankMemory, estimate_memory
 from mf_train.planning.devices import find_device
-from mf_train.planning.ladder import HEAD_SIZE, WIDTH, ladder_size
+from mf_train.planning.ladder import WIDTH, shared_size
 from mf_train.planning.plan import USABLE
 
 DEPTHS = range(2, 129, 2)
@@ -122,7 +122,7 @@ def _ladder(config: Config, tensor: int, processes: int) -> tuple[dict[str, list
             sizes = []
             for candidate in candidates:
                 try:
-                    sized = _with(candidate, {"model": ladder_size(depth)})
+                    sized = _with(candidate, {"model": shared_size(depth)})
                     check_degrees(sized, processes)
                 except (ValueError, UserError) as error:
                     problem = str(error)
@@ -158,7 +158,7 @@ def largest_tree(found: Sequence[Largest], per_node: int) -> list[dict[str, Any]
 def largest_lines(path: str, per_node: int, found: Sequence[Largest]) -> Iterator[str]:
     """A table in Markdown, and what its columns mean."""
     yield f"{path}: the largest model whose predicted peak is within {USABLE:.0%} of a GPU's memory; nothing was run"
-    yield f"sizes: d layers of {WIDTH} d features, heads of {HEAD_SIZE}, d = 2, 4 to {DEPTHS[-1]}"
+    yield f"sizes: d layers of {WIDTH} d features, d = 2, 4 to {DEPTHS[-1]}"
     yield "a cell: billions of parameters, layers (L), ZeRO stage (Z); -: the smallest size does not fit or divide"
     yield f"{COLUMNS[0]}: all but size and P as configured"
     for name, keys in STEPS.items():

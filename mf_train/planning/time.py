@@ -63,7 +63,7 @@ def estimate_step(config: Config, nodes: int, per_node: int, device: Device) -> 
     if config.parallel.offload == "optimizer" and device.kind == "cuda":
         # all of it is done there, and gradients go there; on a CPU they are there
         updates = [replace(work, copy=0, host=work.copy) for work in updates]
-        updates.append(PartWork("gradients to the host", host=4 * share))
+        updates.append(PartWork("gradients to host", host=4 * share))
     parts += [_bound(work, device, precision, 1) for work in updates if work.copy or work.host]
     parts.append(_bound(gradient_copies(config, data), device, precision, times))
     if tensor > 1:

@@ -15,8 +15,10 @@ from mf_train.cli import main
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import load_config
 from mf_train.model import MemoryFormer
+from mf_train.model.counts import count_parameters
 from mf_train.planning.devices import find_device
-from mf_train.planning.largest import COLUMNS, find_largest, parse_memories
+from mf_train.planning.ladder import shared_size
+from mf_train.planning.largest import COLUMNS, DEPTHS, find_largest, parse_memories
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 # Activations and logits are next to nothing, so that the states decide.
@@ -51,9 +53,8 @@ def states(depth: int, column: str, tensor: int) -> float:
 def test_a_size_is_the_last_whose_states_fit(column: str, tensor: int) -> None:
     """R = 1, so ZeRO has nothing to share. Memories lie a third of the way to the next size's states and further."""
     config = load_config(BASE, SHORT)
-    step = max(2, tensor)  # 64-feature heads are shared over 8 ranks
-    depth = random.randrange(32 // step, 64 // step) * step
-    least, next_least = states(depth, column, tensor), states(depth + step, column, tensor)
+    depth = random.randrange(32, 64, 2)
+    least, next_least = states(depth, column, tensor), states(depth + 2, column, tensor)
     share = random.uniform(0.4, 0.95)
     memory = (1e9 + least + share * (next_least - least)) / 0.92  # a gigabyte is the GPU's own
     rows = {row.tensor: row for row in find_largest(config, 1, tensor, {"some": memory})}
@@ -161,3 +162,18 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     code, out, error = run(capsys, str(BASE), *arguments)
     assert code == 2 and not out and words in error
+
+
+def test_every_size_can_be_built_and_shared_by_8_ranks() -> None:
+    sizes = [ModelConfig(**shared_size(depth)) for depth in DEPTHS]
+    assert [size.num_layers for size in sizes] == list(range(2, 129, 2))
+    for size in sizes:
+        assert size.hidden_size == 64 * size.num_layers and size.num_heads % 8 == size.num_tables % 8 == 0
+        assert size.head_size % 2 == 0 and size.head_size < 128
+        assert size.head_size >= 64 or size.num_layers < 8
+    counts = [count_parameters(size).total for size in sizes]
+    assert counts == sorted(counts)
+    assert (sizes[3].num_heads, sizes[7].num_heads) == (
+        8,
+        16,
+    )  # the paper's tiny has 512 features, its base 1024

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mf_train.config import Config
@@ -12,14 +12,14 @@ from mf_train.parallel.degrees import check_degrees
 from mf_train.planning.device_memory import RankMemory, estimate_memory
 from mf_train.planning.devices import find_device
 from mf_train.planning.ladder import WIDTH, shared_size
-from mf_train.planning.plan import USABLE
+from mf_train.planning.plan import USABLE, with_values
 
 DEPTHS = range(2, 129, 2)
 # What docs/memory.md switches on, each beside what stands before it; the ZeRO stage is the one of the least memory
 STEPS: dict[str, dict[str, dict[str, Any]]] = {
     "same results": {
         "training": {"micro_batch_size": 1, "recompute": "block"},
-        "parallel": {"master": "split"},
+        "parallel": {"master": "split"},  # where it can be
     },
     "int8 and row": {"optimizer": {"table_exp_avg": "int8", "table_exp_avg_sq": "row"}},
     "offload": {"parallel": {"offload": "optimizer"}},
@@ -109,12 +109,16 @@ def find_largest(config: Config, nodes: int, per_node: int, memories: dict[str, 
 
 def _ladder(config: Config, tensor: int, processes: int) -> tuple[dict[str, list[Size]], str]:
     """In each column all sizes that can be built and that the degrees allow, and why the last other one cannot."""
-    config = replace(config, parallel=replace(config.parallel, tensor=tensor))
-    columns = {"as it stands": [config]}
+    config = with_values(config, parallel={"tensor": tensor})
+    columns = {COLUMNS[0]: [config]}
     for name, keys in STEPS.items():
-        config = _with(config, keys)
-        columns[name] = [_with(config, {"parallel": {"zero_stage": stage}}) for stage in (0, 1, 2)]
-        columns[name].append(_with(config, {"parallel": {"zero_stage": 3, "master": "float32"}}))
+        config = with_values(config, **keys)
+        columns[name] = []
+        for stage in (0, 1, 2, 3):
+            # in float32 masters are the weights themselves, and stage 3 has masters of its own
+            split = config.training.precision == "bfloat16" and stage < 3
+            parallel = {"zero_stage": stage, "master": "split" if split else "float32"}
+            columns[name].append(with_values(config, parallel=parallel))
     found: dict[str, list[Size]] = {column: [] for column in columns}
     problem = ""
     for depth in DEPTHS:
@@ -122,7 +126,7 @@ def _ladder(config: Config, tensor: int, processes: int) -> tuple[dict[str, list
             sizes = []
             for candidate in candidates:
                 try:
-                    sized = _with(candidate, {"model": shared_size(depth)})
+                    sized = with_values(candidate, model=shared_size(depth))
                     check_degrees(sized, processes)
                 except (ValueError, UserError) as error:
                     problem = str(error)
@@ -131,15 +135,6 @@ def _ladder(config: Config, tensor: int, processes: int) -> tuple[dict[str, list
             if sizes:
                 found[column].append(min(sizes, key=lambda size: size.memory.peak))
     return found, problem
-
-
-def _with(config: Config, keys: dict[str, dict[str, Any]]) -> Config:
-    """The configuration with other values; masters are not split in float32, in which they are the weights."""
-    for section, values in keys.items():
-        if section == "parallel" and config.training.precision == "float32":
-            values = {key: value for key, value in values.items() if key != "master"}
-        config = replace(config, **{section: replace(getattr(config, section), **values)})
-    return config
 
 
 def largest_tree(found: Sequence[Largest], per_node: int) -> list[dict[str, Any]]:

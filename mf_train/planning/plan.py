@@ -164,7 +164,7 @@ def lighten(config: Config, nodes: int, per_node: int, device: Device) -> Lighte
     chosen = config.optimizer
     keys: dict[str, str] = {}
     for key, kind in sorted(LIGHTER, key=lambda each: getattr(chosen, each[0]) != "float32"):
-        lighter = replace(config, optimizer=replace(config.optimizer, **{key: kind}))
+        lighter = with_values(config, optimizer={key: kind})
         if moment_bytes(lighter) >= moment_bytes(config):
             continue
         config = lighter
@@ -180,8 +180,9 @@ def stages(config: Config, nodes: int, per_node: int, device: Device) -> list[Pl
     found = []
     for stage in (0, 1, 2, 3):
         with suppress(UserError):
-            staged = replace(config, parallel=replace(config.parallel, zero_stage=stage))
-            found.append(make_layout(staged, nodes, per_node, device))
+            found.append(
+                make_layout(with_values(config, parallel={"zero_stage": stage}), nodes, per_node, device)
+            )
     return found
 
 
@@ -193,17 +194,22 @@ def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Itera
     for tensor, stage, recompute, master, offload in product(
         (1, 2, 4, 8), (0, 1, 2, 3), ("none", "block"), masters, offloads
     ):
-        parallel = replace(config.parallel, tensor=tensor, zero_stage=stage, master=master, offload=offload)
+        parallel = {"tensor": tensor, "zero_stage": stage, "master": master, "offload": offload}
         for micro in divisors(batch):
-            training = replace(config.training, micro_batch_size=micro, recompute=recompute)
             if micro > max(1, batch * tensor // (nodes * per_node)):
                 break  # more than any rank has
+            training = {"micro_batch_size": micro, "recompute": recompute}
+            candidate = with_values(config, parallel=parallel, training=training)
             try:
-                yield make_layout(
-                    replace(config, parallel=parallel, training=training), nodes, per_node, device
-                )
+                yield make_layout(candidate, nodes, per_node, device)
             except UserError:
                 continue
+
+
+def with_values(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with other values of some keys, by section."""
+    values = {name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
+    return replace(config, **values)
 
 
 def divisors(number: int) -> list[int]:

@@ -208,8 +208,12 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
         )
     one = w * largest  # a parameter's gradient, before it is added to the sums
     shard = 4 * n / data if data > 1 or stage == 2 else 0
-    # gloo adds in copies of its own
-    copies = 4 * n if device == "cpu" and data > 1 and config.parallel.overlap else 0
+    # a byte count of each gradient that is on its way, all buckets' at once, with overlap and without: gloo adds in
+    # copies of its own; in bfloat16 what is sent and received, and in finishing a bucket its sums, on a CPU from a copy
+    on_way, added = (4 if device == "cpu" else 0), 0.0
+    if config.parallel.reduce_dtype == "bfloat16":
+        on_way, added = 2 + 2, 4 * bucket / data + (4 * bucket if device == "cpu" else 0)
+    copies = on_way * n + added if data > 1 else 0
     if stage == 0:
         # every bucket's reduced shard is on its way at once
         return _States(w * n, optimizer, host, 4 * n, 0, 0, shard + one + copies, scratch)
@@ -221,9 +225,9 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
         several = 4 * min(n * count_micro_batches(config, data), 2 * bucket)
         pending = several - 4 * min(n, bucket)
     early = pending if count_micro_batches(config, data) > 1 else 0
-    reduced = 4 * bucket / data if data > 1 else 0
-    if device == "cpu" and data > 1:
-        reduced += 4 * bucket  # gloo's copy
+    reduced = on_way * bucket + added if data > 1 else 0
+    if data > 1 and not added and (device == "cuda" or pending):
+        reduced += 4 * bucket / data  # gloo fills it when it has freed the sums: then of an earlier bucket
     return _States(w * n, optimizer, host, shard, 0, early, several + reduced + one, scratch)
 
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mf_train.commands import add_command, add_config, print_lines
+from mf_train.commands import add_command, add_config, print_lines, refuse_with
 
 
 def add_plan(commands: Any) -> None:
@@ -24,15 +24,19 @@ def add_plan(commands: Any) -> None:
     )
     parser.add_argument(
         "--device",
-        default="h100",
         metavar="NAME",
-        help="h100, h200, b200, a100, l40s, cpu or another of devices.yaml, or a YAML file of measured rates (h100)",
+        help="h100 (the default), h200, b200, a100, mi300x, cpu or another of devices.yaml, or a YAML file of rates",
     )
     parser.add_argument(
         "--measured", type=Path, metavar="RUN", help="a run's folder: show what it measured beside the plan"
     )
     parser.add_argument("--cost-per-hour", type=_price, metavar="X", help="of one device, in any currency")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the scaling curves")
+    parser.add_argument(
+        "--largest",
+        metavar="GB,...",
+        help="instead: the largest size that GPUs of so much memory can train, such as 24,80,h200",
+    )
     parser.add_argument("--rows", type=_positive, default=10, metavar="K", help="layouts that are shown (10)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -64,7 +68,9 @@ def _plan(given: argparse.Namespace) -> int:
 
     if given.plot is not None and given.plot.suffix != ".png":
         raise UserError(f"--plot {given.plot}: the picture is a PNG; name a file that ends in .png")
-    device = find_device(given.device)
+    if given.largest is not None:
+        return _largest(given)
+    device = find_device(given.device or "h100")
     config = load_config(given.config, given.overrides)
     nodes, per_node = given.nodes, given.gpus_per_node
     measured = read_measured(given.measured, config) if given.measured else None
@@ -76,6 +82,19 @@ def _plan(given: argparse.Namespace) -> int:
     if given.json:
         return print_lines([json.dumps(report.plan_tree(plan, curves, measured, given.cost_per_hour))])
     return print_lines(report.plan_lines(plan, curves, measured, given.cost_per_hour, given.rows))
+
+
+def _largest(given: argparse.Namespace) -> int:
+    from mf_train.config.loading import load_config
+    from mf_train.planning.largest import find_largest, largest_lines, largest_tree, parse_memories
+
+    refuse_with(given, "--largest", device=None, measured=None, cost_per_hour=None, plot=None, rows=10)
+    memories = parse_memories(given.largest)
+    config = load_config(given.config, given.overrides)
+    found = find_largest(config, given.nodes, given.gpus_per_node, memories)
+    if given.json:
+        return print_lines([json.dumps(largest_tree(found, given.gpus_per_node))])
+    return print_lines(largest_lines(given.config, given.gpus_per_node, found))
 
 
 def _write(path: Path, picture: bytes) -> None:

@@ -10,7 +10,7 @@ What exists at each is that of `parallel.zero` and, under stage 3, of DeepSpeed 
 `benchmarks.plan_memory` checks it. n is the number of a tensor-parallel rank's parameters, R the data-parallel degree.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_parameters
@@ -18,7 +18,7 @@ from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import count_micro_batches, micro_batch_sizes
 from mf_train.parallel.fragment import PIECE, held_bytes
 
-LIVE = 1_000_000_000  # elements that stage 3 keeps gathered: stage3_max_live_parameters
+LIVE = 1_000_000_000  # elements that stage 3 keeps gathered, or a larger table: stage3_max_live_parameters
 # Beside tensors. On a CPU: Python with torch and DeepSpeed (LIBRARIES, as resident before a model is built), and
 # scratch; on a GPU: context, cuBLAS, NCCL.
 LIBRARIES = 0.53e9
@@ -53,6 +53,7 @@ class _States:
 
     parameters: float
     optimizer: float
+    host: float  # of a GPU's host
     gradients: float
     gathered: float  # stage 3: whole parameters while the loss is computed
     early: float  # buffers that exist from the backward pass's begin
@@ -88,11 +89,6 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Ran
         work += block - tokens * model.hidden_size / tensor * width * (5 if model.kind == "dense" else 1)
         last = work
     process = PROCESS[device]
-    offloaded = offloaded_bytes(config, processes)
-    if offloaded:
-        scratch = states.update if device == "cuda" and config.parallel.zero_stage < 3 else 0
-        optimizer = 0 if device == "cuda" else offloaded
-        states = replace(states, optimizer=optimizer, update=states.update - scratch)
     fixed = states.parameters + states.optimizer + states.gradients + process
     peaks = {
         "loss": fixed + states.gathered + states.early + kept + max(logits, work),
@@ -111,8 +107,12 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Ran
         process=process,
         peaks=peaks,
         # each rank writes its own share: checkpoint/save.py
-        host=(offloaded if device == "cuda" else 0)
-        + ((_weight_bytes(config) + _state_bytes(config)) * n / data if saves_beside else 0),
+        host=states.host
+        + (
+            (_weight_bytes(config) + _master_bytes(config) + moment_bytes(config)) * n / data
+            if saves_beside
+            else 0
+        ),
     )
 
 
@@ -120,9 +120,10 @@ def offloaded_bytes(config: Config, processes: int) -> float:
     """What `parallel.offload` has in host memory for a rank: masters, moments, and the gradients that update them."""
     if config.parallel.offload == "none":
         return 0
-    tensor, stage = config.parallel.tensor, config.parallel.zero_stage
-    own = count_parameters(config.model).total / tensor / (1 if stage == 0 else processes // tensor)
-    return (4 + moment_bytes(config) + 4) * own  # a split master has its weight beside it, and so 4 bytes too
+    tensor = config.parallel.tensor
+    n = count_parameters(config.model).total / tensor
+    # a split master has its weight beside it, and so 4 bytes too
+    return (4 + moment_bytes(config) + 4) * _owned(config, n, processes // tensor)
 
 
 def peak_bytes(config: Config, processes: int, device: str | None = None) -> float:
@@ -171,8 +172,12 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
     stage, bfloat16 = config.parallel.zero_stage, config.training.precision == "bfloat16"
     largest = _largest_parameter(config.model) / config.parallel.tensor
     bucket = min(n, max(config.parallel.bucket_size, largest))
-    scratch = 0 if _state_kinds(config) == {"float32"} else _SCRATCH[device]
-    w, moments = _weight_bytes(config), moment_bytes(config)
+    away = device == "cuda" and config.parallel.offload == "optimizer"  # masters, moments, and their update
+    scratch = 0 if _state_kinds(config) == {"float32"} or (away and stage < 3) else _SCRATCH[device]
+    w, offloaded = _weight_bytes(config), offloaded_bytes(config, data * config.parallel.tensor)
+    masters = 4 if stage == 3 else _master_bytes(config)
+    state = offloaded or (masters + moment_bytes(config)) * _owned(config, n, data)
+    optimizer, host = (0.0, state) if away else (state, 0.0)
     if stage == 3:
         if device == "cuda":  # on a CPU pages that nothing touches take no memory
             bucket = max(bucket, config.parallel.bucket_size)
@@ -183,33 +188,37 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
         copies = sent * bucket + max(w * bucket if device == "cpu" else 0, 4 * n / data if bfloat16 else 0)
         return _States(
             parameters=w * n / data,
-            optimizer=(4 + moments) * n / data,
+            optimizer=optimizer,
+            host=host,
             gradients=4 * n / data + w * bucket * (2 if config.parallel.overlap else 1),
-            gathered=w * min(n, LIVE),
+            gathered=w * min(n, max(LIVE, largest)),
             early=0,
             reduce=copies,
             update=4 * n / data + scratch,
         )
     one = w * largest  # a parameter's gradient, before it is added to the sums
-    optimizer = _state_bytes(config) * (n if stage == 0 else n / data)
     shard = 4 * n / data if data > 1 or stage == 2 else 0
-    # gloo adds in copies of its own
-    copies = 4 * n if device == "cpu" and data > 1 and config.parallel.overlap else 0
+    # a byte count of each gradient that is on its way, all buckets' at once, with overlap and without: gloo adds in
+    # copies of its own; in bfloat16 what is sent and received, and in finishing a bucket its sums, on a CPU from a copy
+    on_way, added = (4 if device == "cpu" else 0), 0.0
+    if config.parallel.reduce_dtype == "bfloat16":
+        on_way, added = 2 + 2, 4 * bucket / data + (4 * bucket if device == "cpu" else 0)
+    copies = on_way * n + added if data > 1 else 0
     if stage == 0:
         # every bucket's reduced shard is on its way at once
-        return _States(w * n, optimizer, 4 * n, 0, 0, shard + one + copies, scratch)
+        return _States(w * n, optimizer, host, 4 * n, 0, 0, shard + one + copies, scratch)
     if stage == 1:
-        return _States(w * n, optimizer, 4 * n + shard, 0, 0, one + copies, scratch)
+        return _States(w * n, optimizer, host, 4 * n + shard, 0, 0, one + copies, scratch)
     # own sums: of the bucket that fills and of one that is reduced, which may be that of the micro-batch before
     several, pending = 4 * bucket, 0.0
     if config.parallel.overlap:
         several = 4 * min(n * count_micro_batches(config, data), 2 * bucket)
         pending = several - 4 * min(n, bucket)
     early = pending if count_micro_batches(config, data) > 1 else 0
-    reduced = 4 * bucket / data if data > 1 else 0
-    if device == "cpu" and data > 1:
-        reduced += 4 * bucket  # gloo's copy
-    return _States(w * n, optimizer, shard, 0, early, several + reduced + one, scratch)
+    reduced = on_way * bucket + added if data > 1 else 0
+    if data > 1 and not added and (device == "cuda" or pending):
+        reduced += 4 * bucket / data  # gloo fills it when it has freed the sums: then of an earlier bucket
+    return _States(w * n, optimizer, host, shard, 0, early, several + reduced + one, scratch)
 
 
 def _state_kinds(config: Config) -> set[str]:
@@ -221,10 +230,14 @@ def _weight_bytes(config: Config) -> int:
     return 2 if config.training.precision == "bfloat16" else 4
 
 
-def _state_bytes(config: Config) -> float:
-    """Masters, where they are not the weights themselves, and moments, bytes a parameter (stages 0 to 2)."""
-    masters = 0 if config.training.precision == "float32" else held_bytes(config.parallel.master)
-    return masters + moment_bytes(config)
+def _master_bytes(config: Config) -> float:
+    """Masters, where they are not the weights themselves, bytes a parameter (stages 0 to 2)."""
+    return 0 if config.training.precision == "float32" else held_bytes(config.parallel.master)
+
+
+def _owned(config: Config, n: float, data: int) -> float:
+    """Of a tensor-parallel rank's parameters those that one of `data` ranks updates."""
+    return n if config.parallel.zero_stage == 0 else n / data
 
 
 def moment_bytes(config: Config) -> float:

@@ -9,7 +9,7 @@ import yaml
 
 from mf_train.errors import UserError
 
-_NUMBERS = ("memory", "copy", "gather", "launch")
+_NUMBERS = ("memory", "copy", "gather", "launch", "host")
 _TABLES = ("flops", "inside", "between", "peak")
 FILE_KEYS = (
     "kind",
@@ -54,6 +54,7 @@ class Device:
     gather: float
     flops: dict[str, float]  # by precision
     launch: float
+    host: float
     inside: Link
     between: Link
     measured: tuple[

@@ -1,16 +1,22 @@
-"""The layouts (P, stage, micro batch) of a configuration on so many devices: memory, time, cost, launch line."""
+"""The layouts of a configuration on so many devices: memory, time, cost, launch line.
+
+A layout is what changes no result but in the last bits: P, ZeRO stage, micro-batch, recomputation, split masters,
+offload. The search is over all of these. How moments are held changes results: `lighten` tries that where no layout
+fits, or none but with offload.
+"""
 
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from mf_train.config import Config
 from mf_train.errors import UserError
 from mf_train.parallel.degrees import check_degrees
-from mf_train.planning.device_memory import RankMemory, estimate_memory
+from mf_train.planning.device_memory import RankMemory, estimate_memory, moment_bytes
 from mf_train.planning.devices import Device
 from mf_train.planning.time import StepTime, estimate_step
 
@@ -18,15 +24,20 @@ NEAR = 1.05  # times the quickest step: nearer than the model can tell apart
 USABLE = 0.92  # of a device's memory: what fragmentation of the allocator and other processes leave
 HELD = ("parameters", "optimizer", "gradients", "activations", "codes", "logits", "buffers", "process")
 
-
-# What takes less memory, in the order in which docs/memory.md says to switch it on
-LIGHTER: tuple[tuple[str, str, str], ...] = (
-    ("training", "recompute", "block"),
-    ("parallel", "master", "split"),
-    ("optimizer", "table_exp_avg_sq", "row"),
-    ("optimizer", "table_exp_avg", "bfloat16"),
-    ("optimizer", "table_exp_avg", "int8"),
-    ("parallel", "offload", "optimizer"),
+# The keys of a layout
+LAYOUT = (
+    ("parallel", "tensor"),
+    ("parallel", "zero_stage"),
+    ("training", "micro_batch_size"),
+    ("training", "recompute"),
+    ("parallel", "master"),
+    ("parallel", "offload"),
+)
+# Kinds of moments that take less memory, in the order in which docs/memory.md says to switch them on
+LIGHTER = (
+    ("table_exp_avg_sq", "row"),
+    ("table_exp_avg", "bfloat16"),
+    ("table_exp_avg", "int8"),
 )
 
 
@@ -50,7 +61,19 @@ class PlannedLayout:
     def name(self) -> str:
         parallel = self.config.parallel
         micro = self.config.training.micro_batch_size
-        return f"P {parallel.tensor} x R {self.data}, ZeRO {parallel.zero_stage}, micro-batches of {micro}"
+        degrees = f"P {parallel.tensor} x R {self.data}, ZeRO {parallel.zero_stage}, micro-batches of {micro}"
+        return ", ".join([degrees, *self.switched_on])
+
+    @property
+    def switched_on(self) -> list[str]:
+        """What the layout does to take less memory, in words."""
+        training, parallel = self.config.training, self.config.parallel
+        words = {
+            "recompute": training.recompute == "block",
+            "split": parallel.master == "split",
+            "offload": parallel.offload == "optimizer",
+        }
+        return [word for word, on in words.items() if on]
 
     @property
     def days(self) -> float:
@@ -63,12 +86,10 @@ class PlannedLayout:
 
     def to_tree(self, price: float | None = None) -> dict[str, Any]:
         """Plain values for JSON: bytes and seconds, and the cost where an hour of one device has a price."""
-        memory, training = self.memory, self.config.training
+        memory = self.memory
         return {
-            "tensor": self.config.parallel.tensor,
             "data": self.data,
-            "zero_stage": self.config.parallel.zero_stage,
-            "micro_batch_size": training.micro_batch_size,
+            **{key: getattr(getattr(self.config, section), key) for section, key in LAYOUT},
             "fits": self.fits,
             "bytes": {name: round(getattr(memory, name)) for name in HELD}
             | {"peaks": {name: round(value) for name, value in memory.peaks.items()}}
@@ -80,6 +101,14 @@ class PlannedLayout:
             "days": self.days,
             "device_hours": self.device_hours,
         } | ({} if price is None else {"cost": self.device_hours * price})
+
+
+@dataclass(frozen=True)
+class Lighter:
+    """Kinds of moments by their keys, and the best layout without offload that fits with them."""
+
+    keys: dict[str, str]
+    layout: PlannedLayout
 
 
 def make_layout(config: Config, nodes: int, per_node: int, device: Device) -> PlannedLayout:
@@ -97,40 +126,52 @@ def make_layout(config: Config, nodes: int, per_node: int, device: Device) -> Pl
 
 def search(config: Config, nodes: int, per_node: int, device: Device) -> list[PlannedLayout]:
     """All layouts of the same global batch, those that fit first, the quickest first; else by memory."""
-    found = list(_layouts(config, nodes, per_node, device))
-    return sorted(
-        found,
-        key=lambda layout: (not layout.fits, layout.time.seconds if layout.fits else layout.memory.peak),
-    )
+    return sorted(_layouts(config, nodes, per_node, device), key=_by_use)
+
+
+def frontier(layouts: Sequence[PlannedLayout]) -> list[PlannedLayout]:
+    """Those of which no other is as quick and takes less memory, in the order of `search`."""
+    found: list[PlannedLayout] = []
+    for layout in sorted(layouts, key=lambda layout: (layout.time.seconds, layout.memory.peak)):
+        if not found or layout.memory.peak < found[-1].memory.peak:
+            found.append(layout)
+    return sorted(found, key=_by_use)
+
+
+def _by_use(layout: PlannedLayout) -> tuple[bool, float]:
+    return not layout.fits, layout.time.seconds if layout.fits else layout.memory.peak
 
 
 def choose(layouts: Sequence[PlannedLayout]) -> PlannedLayout | None:
-    """Of the layouts that fit and are within NEAR of the quickest, the one that needs the least memory."""
+    """Of the layouts that fit and are within NEAR of the quickest, the one that needs the least memory.
+
+    One with offload only where all of these have it: how much memory the host has is not known here.
+    """
     fitting = [layout for layout in layouts if layout.fits]
     if not fitting:
         return None
     quickest = min(layout.time.seconds for layout in fitting)
     near = [layout for layout in fitting if layout.time.seconds <= NEAR * quickest]
-    return min(near, key=lambda layout: layout.memory.peak)
+    return min(near, key=lambda layout: (layout.config.parallel.offload != "none", layout.memory.peak))
 
 
-def lighten(
-    config: Config, nodes: int, per_node: int, device: Device
-) -> tuple[dict[str, str], PlannedLayout] | None:
-    """The fewest of LIGHTER, in their order, with which a layout fits, and the best of these; None where all do not do.
+def lighten(config: Config, nodes: int, per_node: int, device: Device) -> Lighter | None:
+    """The fewest of LIGHTER, in their order, with which a layout without offload fits; None where all do not do.
 
-    What the configuration has already, or cannot have (split masters in float32), is left out.
+    Each has to take fewer bytes than what is held already. A kind that the configuration has chosen, which is any but
+    float32, is changed after all others.
     """
-    changed: dict[str, str] = {}
-    for section, key, value in LIGHTER:
-        held = getattr(getattr(config, section), key)
-        plain = value == "split" and config.training.precision == "float32"
-        if plain or (held == "int8" and value == "bfloat16") or held in (value, "row"):
+    chosen = config.optimizer
+    keys: dict[str, str] = {}
+    for key, kind in sorted(LIGHTER, key=lambda each: getattr(chosen, each[0]) != "float32"):
+        lighter = with_values(config, optimizer={key: kind})
+        if moment_bytes(lighter) >= moment_bytes(config):
             continue
-        config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
-        changed[f"{section}.{key}"] = value
-        if best := choose(search(config, nodes, per_node, device)):
-            return changed, best
+        config = lighter
+        keys[f"optimizer.{key}"] = kind
+        layouts = search(config, nodes, per_node, device)
+        if best := choose([layout for layout in layouts if layout.config.parallel.offload == "none"]):
+            return Lighter(keys, best)
     return None
 
 
@@ -139,27 +180,36 @@ def stages(config: Config, nodes: int, per_node: int, device: Device) -> list[Pl
     found = []
     for stage in (0, 1, 2, 3):
         with suppress(UserError):
-            staged = replace(config, parallel=replace(config.parallel, zero_stage=stage))
-            found.append(make_layout(staged, nodes, per_node, device))
+            found.append(
+                make_layout(with_values(config, parallel={"zero_stage": stage}), nodes, per_node, device)
+            )
     return found
 
 
 def _layouts(config: Config, nodes: int, per_node: int, device: Device) -> Iterator[PlannedLayout]:
     batch = config.training.global_batch_size
-    for tensor in (1, 2, 4, 8):
-        for stage in (0, 1, 2, 3):
-            for micro in divisors(batch):
-                candidate = replace(
-                    config,
-                    parallel=replace(config.parallel, tensor=tensor, zero_stage=stage),
-                    training=replace(config.training, micro_batch_size=micro),
-                )
-                if micro > max(1, batch * tensor // (nodes * per_node)):
-                    break  # more than any rank has
-                try:
-                    yield make_layout(candidate, nodes, per_node, device)
-                except UserError:
-                    continue
+    masters = ("float32",) if config.training.precision == "float32" else ("float32", "split")
+    # on a CPU it saves nothing
+    offloads = ("none", "optimizer") if device.kind == "cuda" else (config.parallel.offload,)
+    for tensor, stage, recompute, master, offload in product(
+        (1, 2, 4, 8), (0, 1, 2, 3), ("none", "block"), masters, offloads
+    ):
+        parallel = {"tensor": tensor, "zero_stage": stage, "master": master, "offload": offload}
+        for micro in divisors(batch):
+            if micro > max(1, batch * tensor // (nodes * per_node)):
+                break  # more than any rank has
+            training = {"micro_batch_size": micro, "recompute": recompute}
+            candidate = with_values(config, parallel=parallel, training=training)
+            try:
+                yield make_layout(candidate, nodes, per_node, device)
+            except UserError:
+                continue
+
+
+def with_values(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with other values of some keys, by section."""
+    values = {name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
+    return replace(config, **values)
 
 
 def divisors(number: int) -> list[int]:
@@ -180,9 +230,11 @@ class Plan:
     device: Device
     configured: PlannedLayout | None
     refusal: str  # why there is none
-    layouts: list[PlannedLayout]  # as `search` sorts them; one at least
+    layouts: list[PlannedLayout]  # of all, those that `frontier` leaves; one at least
     best: PlannedLayout | None
-    lighter: dict[str, str]  # keys and values with which `best` fits; empty where it does without
+    lighter: (
+        Lighter | None
+    )  # what would fit with other results, where none does or `best` needs the host's memory
 
     @property
     def base(self) -> Config:
@@ -202,19 +254,17 @@ def make_plan(
     if not layouts:
         raise UserError(f"no layout of {nodes} x {per_node} processes works; as configured: {refusal}")
     best = choose(layouts)
-    lighter: dict[str, str] = {}
-    if best is None and (lightened := lighten(config, nodes, per_node, device)):
-        lighter, best = lightened
-    return Plan(path, overrides, config, nodes, per_node, device, configured, refusal, layouts, best, lighter)
+    lighter = None
+    if best is None or best.config.parallel.offload != "none":
+        lighter = lighten(config, nodes, per_node, device)
+    shown = frontier(layouts)
+    return Plan(path, overrides, config, nodes, per_node, device, configured, refusal, shown, best, lighter)
 
 
-def launch_line(plan: Plan) -> str | None:
-    """The command that submits the best layout; None where nothing fits, whatever is switched on."""
-    if plan.best is None:
-        return None
-    old, new = _degrees(plan.config), _degrees(plan.best.config)
-    changed: dict[str, object] = {key: value for key, value in new.items() if value != old[key]}
-    changed |= plan.lighter
+def launch_line(plan: Plan, layout: PlannedLayout, keys: Mapping[str, str] | None = None) -> str:
+    """The command that submits a layout, with other values of `keys`."""
+    old, new = _layout_keys(plan.config), _layout_keys(layout.config)
+    changed = {key: value for key, value in new.items() if value != old[key]} | dict(keys or {})
     kept = [override for override in plan.overrides if override.partition("=")[0] not in changed]
     per_node = "--tasks-per-node" if plan.device.kind == "cpu" else "--gpus-per-node"
     command = ["memoryformer", "launch", plan.path, *kept]
@@ -222,9 +272,5 @@ def launch_line(plan: Plan) -> str | None:
     return shlex.join([*command, "--nodes", str(plan.nodes), per_node, str(plan.per_node)])
 
 
-def _degrees(config: Config) -> dict[str, int]:
-    return {
-        "parallel.tensor": config.parallel.tensor,
-        "parallel.zero_stage": config.parallel.zero_stage,
-        "training.micro_batch_size": config.training.micro_batch_size,
-    }
+def _layout_keys(config: Config) -> dict[str, object]:
+    return {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in LAYOUT}

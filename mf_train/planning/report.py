@@ -29,8 +29,14 @@ def plan_tree(
         "configured": plan.configured.to_tree(price) if plan.configured else {"refused": plan.refusal},
         "measured": asdict(measured) if measured else None,
         "best": plan.best.to_tree(price) if plan.best else None,
-        "lighter": plan.lighter,
-        "launch": launch_line(plan),
+        "launch": launch_line(plan, plan.best) if plan.best else None,
+        "lighter": {
+            "keys": plan.lighter.keys,
+            "layout": plan.lighter.layout.to_tree(price),
+            "launch": launch_line(plan, plan.lighter.layout, plan.lighter.keys),
+        }
+        if plan.lighter
+        else None,
         "layouts": [layout.to_tree() for layout in plan.layouts],
         "scaling": curves,
     }
@@ -52,12 +58,17 @@ def plan_lines(
     if best:
         yield ""
         yield f"best: {best.name} (of the layouts within 5 % of the quickest that fits, the least memory)"
-        if plan.lighter:
-            keys = " ".join(f"{key}={value}" for key, value in plan.lighter.items())
-            yield f"  nothing fits as it is; this does with {keys} (docs/memory.md)"
         if not configured or best.config != configured.config:
             yield from layout_lines(best, device, price, None)
-        yield f"  {launch_line(plan)}"
+        yield f"  {launch_line(plan, best)}"
+    if plan.lighter:
+        keys, layout = plan.lighter.keys, plan.lighter.layout
+        words = " ".join(f"{key}={value}" for key, value in keys.items())
+        yield ""
+        start = "without offload" if best else "nothing fits; it"
+        yield f"{start} would fit, with other results (docs/memory.md): {words}"
+        yield f"  {layout.name}: {layout.time.seconds:.3f} s a step, peak {layout.memory.peak / 1e9:.2f} GB a rank"
+        yield f"  {launch_line(plan, layout, keys)}"
     yield ""
     yield from table_lines(plan.layouts, shown, price)
     yield ""
@@ -97,7 +108,7 @@ def model_tree(config: Config) -> dict[str, Any]:
 
 def rates_text(device: Device) -> str:
     """Which rates are measured."""
-    rates = ("copy", "gather", "flops", "launch", "inside", "between")
+    rates = ("copy", "gather", "flops", "launch", "host", "inside", "between")
     assumed = [name for name in rates if name not in device.measured]
     if not assumed:
         return "all rates measured"
@@ -132,7 +143,8 @@ def layout_lines(
     )
     if memory.host:
         total = memory.host * layout.per_node / 1e9
-        yield f"  host    {memory.host / 1e9:.2f} GB a rank, {total:.3g} GB a node, to save beside the steps"
+        purpose = "what is offloaded, and a copy to save beside the steps"
+        yield f"  host    {memory.host / 1e9:.2f} GB a rank, {total:.3g} GB a node: {purpose}"
     for part in sorted(time.parts, key=lambda part: -part.seconds):
         share = part.seconds / time.seconds
         yield f"    {part.name:<18} {part.seconds:>9.4f} s  {share:>4.0%}  bound: {part.bound}"
@@ -182,9 +194,9 @@ def cost_text(layout: PlannedLayout, seconds: float, price: float | None) -> str
 
 
 def table_lines(layouts: list[PlannedLayout], shown: int, price: float | None) -> Iterator[str]:
-    """A line for each layout."""
+    """A line for each layout; `with`: what it does to take less memory."""
     head = f"{'P':>2} {'R':>5} {'ZeRO':>4} {'micro':>5} {'GB':>7} {'fits':>4} {'s/step':>9} {'tokens/s':>12} "
-    yield head + f"{'days':>8} {'device-h':>10}" + ("" if price is None else f" {'cost':>10}")
+    yield head + f"{'days':>8} {'device-h':>10}" + ("" if price is None else f" {'cost':>10}") + "  with"
     for layout in layouts[:shown]:
         parallel = layout.config.parallel
         yield (
@@ -193,6 +205,7 @@ def table_lines(layouts: list[PlannedLayout], shown: int, price: float | None) -
             f"{'yes' if layout.fits else 'no':>4} {layout.time.seconds:>9.3f} {layout.time.tokens_per_second:>12,.0f} "
             f"{layout.days:>8.2f} {layout.device_hours:>10,.0f}"
             + ("" if price is None else f" {layout.device_hours * price:>10,.0f}")
+            + f"  {'+'.join(layout.switched_on) or '-'}"
         )
     if not layouts[0].fits:
         yield f"nothing fits in {USABLE:.0%} of the memory: take more devices, or a smaller model or sequence"

@@ -16,6 +16,7 @@ from mf_train.planning.work import (
     data_parallel_bytes,
     gradient_copies,
     micro_batch_work,
+    pieces_work,
     recomputed_work,
     step_tokens,
     tensor_parallel_bytes_per_token,
@@ -28,7 +29,7 @@ class PartTime:
     """A part of a step: what bounds it, and its seconds."""
 
     name: str
-    bound: str  # copy, gather, flops, launch, inside, between
+    bound: str  # copy, gather, flops, launch, host, inside, between
     seconds: float
 
 
@@ -58,7 +59,12 @@ def estimate_step(config: Config, nodes: int, per_node: int, device: Device) -> 
     works = micro_batch_work(config, tensor) + recomputed_work(config, tensor)
     parts = [_bound(work, device, precision, times) for work in works]
     share = count_parameters(config.model).total / tensor / (data if stage else 1)
-    parts.append(_bound(update_work(config, share), device, precision, 1))
+    updates = [update_work(config, share), pieces_work(config, share)]
+    if config.parallel.offload == "optimizer" and device.kind == "cuda":
+        # all of it is done there, and gradients go there; on a CPU they are there
+        updates = [replace(work, copy=0, host=work.copy) for work in updates]
+        updates.append(PartWork("gradients to host", host=4 * share))
+    parts += [_bound(work, device, precision, 1) for work in updates if work.copy or work.host]
     parts.append(_bound(gradient_copies(config, data), device, precision, times))
     if tensor > 1:
         parts.append(_tensor_parallel(config, device, times))
@@ -73,6 +79,7 @@ def _bound(work: PartWork, device: Device, precision: str, times: int) -> PartTi
         "gather": work.gather / device.gather,
         "flops": work.flops / device.flops[precision],
         "launch": work.launches * device.launch,
+        "host": work.host / device.host,
     }
     bound = max(seconds, key=lambda name: seconds[name])
     added = seconds["launch"] if device.kind == "cpu" and bound != "launch" else 0

@@ -11,6 +11,7 @@ from typing import Any
 from mf_train.config.loading import convert_value, read_tree
 from mf_train.errors import UserError
 from mf_train.planning.devices import Device, find_device
+from mf_train.planning.ladder import ladder_size
 from mf_train.text import did_you_mean
 
 LENGTHS = ("tokens", "tokens_per_parameter", "flops")  # axes that set training.steps
@@ -22,7 +23,6 @@ AXES: dict[str, tuple[str, ...]] = {
     "learning_rate": ("optimizer.learning_rate",),
     "seed": ("training.seed", "data.seed"),
 }
-_LADDER = ("model.num_layers", "model.hidden_size", "model.num_heads")
 _NOT_YOURS = {
     "training.output_dir": "each cell has a folder in the study's output_dir",
     "checkpoint.resume": "a cell that was stopped goes on by itself",
@@ -164,10 +164,10 @@ def _ladder(tree: Any, where: str) -> tuple[Value, ...]:
         raise UserError(f"{where}.depths is {depths}: a depth stands twice")
     values = []
     for depth in depths:
-        hidden = depth * width
-        heads, rest = divmod(hidden, head_size)
+        rest = depth * width % head_size
         problem = f"size.head_size {head_size} does not divide depth {depth} * width {width}"
-        settings = tuple(zip(_LADDER, (depth, hidden, heads), strict=True))
+        sizes = ladder_size(depth, width, head_size)
+        settings = tuple((f"model.{key}", size) for key, size in sizes.items())
         values.append(Value(str(depth), settings, problem=problem if rest else ""))
     return tuple(values)
 

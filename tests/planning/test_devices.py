@@ -33,6 +33,8 @@ SHEETS = [
     ("NVIDIA GeForce RTX 4090", 82.6, 165.2, 1008),
     ("NVIDIA A10", 31.2, 125, 600),
     ("NVIDIA L4", 30.3, 242 / 2, 300),
+    ("AMD Instinct MI300X", 163.4, 1307.4, 5300),
+    ("AMD Instinct MI325X", 163.4, 1307.4, 6000),
 ]
 FULL = {
     "kind": "cuda",
@@ -41,6 +43,7 @@ FULL = {
     "gather": 2.0e12,
     "flops": {"float32": 1.0e13, "bfloat16": 2.0e14},
     "launch": 5.0e-6,
+    "host": 2.0e10,
     "inside": {"bandwidth": 2.0e11, "latency": 4.0e-6},
     "between": {"bandwidth": 2.0e10, "latency": 1.0e-5},
 }
@@ -80,7 +83,7 @@ def test_a_file_without_a_base_stands_by_itself(tmp_path: Path) -> None:
     device = find_device(write(tmp_path / "mine.yaml", FULL))
     assert (device.name, device.kind, device.memory, device.copy) == ("mine", "cuda", 4e10, 1e12)
     assert (device.flops, device.between.latency) == ({"float32": 1e13, "bfloat16": 2e14}, 1e-5)
-    assert device.measured == ("between", "copy", "flops", "gather", "inside", "launch")
+    assert device.measured == ("between", "copy", "flops", "gather", "host", "inside", "launch")
     assert set(FULL) == set(FILE_KEYS)
 
 

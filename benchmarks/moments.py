@@ -13,7 +13,8 @@ from benchmarks import machine
 from benchmarks.tables import table
 from mf_train.config import OptimizerConfig
 from mf_train.parallel.adamw import AdamW, Updated
-from mf_train.parallel.fragment import KINDS, Fragment
+from mf_train.parallel.fragment import Fragment
+from mf_train.parallel.kinds import KINDS
 from mf_train.parallel.stored import Float32, Places, Split, Stored, zeros
 from mf_train.training.device import keep_freed_memory
 

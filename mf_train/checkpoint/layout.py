@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_train.errors import UserError
-from mf_train.parallel.fragment import KINDS as KINDS
+from mf_train.parallel.kinds import KINDS as KINDS
 from mf_train.run_folder import CHECKPOINTS
 
 FORMAT = 2

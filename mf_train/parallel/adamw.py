@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from mf_train.config import OptimizerConfig
-from mf_train.parallel.fragment import KINDS, PIECE, Fragment
+from mf_train.parallel.fragment import Fragment
+from mf_train.parallel.kinds import KINDS, PIECE
 from mf_train.parallel.stored import Float32, Places, Row, cut
 
 

@@ -12,8 +12,9 @@ from mf_train.config import Config, OptimizerConfig
 from mf_train.model import MemoryFormer
 from mf_train.model.attention import document_numbers
 from mf_train.parallel.degrees import count_micro_batches
-from mf_train.parallel.fragment import MOMENTS, Fragment
+from mf_train.parallel.fragment import Fragment
 from mf_train.parallel.groups import Groups
+from mf_train.parallel.kinds import MOMENTS
 from mf_train.parallel.zero import Zero
 
 __all__ = ["MOMENTS", "Engine", "Fragment", "parameter_groups"]

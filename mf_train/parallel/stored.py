@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mf_train.parallel.fragment import BYTES, MOMENTS
+from mf_train.parallel.kinds import BYTES, MOMENTS
 
 
 @dataclass(frozen=True)

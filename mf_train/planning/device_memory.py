@@ -16,7 +16,7 @@ from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_parameters
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import count_micro_batches, micro_batch_sizes
-from mf_train.parallel.fragment import PIECE, held_bytes
+from mf_train.parallel.kinds import PIECE, held_bytes
 
 LIVE = 1_000_000_000  # elements that stage 3 keeps gathered, or a larger table: stage3_max_live_parameters
 # Beside tensors. On a CPU: Python with torch and DeepSpeed (LIBRARIES, as resident before a model is built), and

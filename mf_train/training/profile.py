@@ -20,7 +20,7 @@ from mf_train.checkpoint.layout import step_name
 from mf_train.config import Config
 from mf_train.files import beside, write_whole
 from mf_train.parallel.engine import Engine
-from mf_train.parallel.fragment import KINDS
+from mf_train.parallel.kinds import KINDS
 from mf_train.run_folder import PROFILE
 from mf_train.training.metrics import process_peak
 from mf_train.training.profile_ranges import MODEL_PARTS, named_method, named_parts

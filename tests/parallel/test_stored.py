@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mf_train.parallel.fragment import MOMENTS, held_bytes
+from mf_train.parallel.kinds import MOMENTS, held_bytes
 from mf_train.parallel.stored import Places, Split, zeros
 
 CPU = torch.device("cpu")

@@ -185,12 +185,13 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
         # reduce_scatter_coalesced's copy, and then gloo's own copy of it, or the float32 partitions
         # one rank sends nothing, several in float32 unless told otherwise
         sent = 4 if data > 1 and config.parallel.reduce_dtype == "float32" else w
-        copies = sent * bucket + max(w * bucket if device == "cpu" else 0, 4 * n / data if bfloat16 else 0)
+        copies = sent * bucket + max(sent * bucket if device == "cpu" else 0, 4 * n / data if bfloat16 else 0)
+        filled = 2 if config.parallel.overlap and (device == "cuda" or n > bucket) else 1
         return _States(
             parameters=w * n / data,
             optimizer=optimizer,
             host=host,
-            gradients=4 * n / data + w * bucket * (2 if config.parallel.overlap else 1),
+            gradients=4 * n / data + w * bucket * filled,
             gathered=w * min(n, max(LIVE, largest)),
             early=0,
             reduce=copies,

@@ -93,7 +93,7 @@ def micro_batch_work(config: Config, tensor: int) -> list[PartWork]:
         PartWork("norms and sums", copy=layers * n * (features * 8 + size * 8) * b, launches=layers * 20),
         PartWork("head", copy=3 * logits * b, flops=TRAINING_FLOPS * logits * model.hidden_size, launches=6),
         # read for the sums; read, and overwritten by their gradient
-        PartWork("loss", copy=3 * logits * b, launches=27),
+        PartWork("loss", copy=3 * logits * b, launches=12),
         PartWork("embedding", copy=4 * n * size * b + 2 * model.vocab_size * size * b, launches=4),
     ]
 

@@ -447,17 +447,19 @@ def test_under_sanitizers(instruction_set: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", list(cpu.INSTRUCTION_SETS))
 @pytest.mark.parametrize(
-    "options",
+    ("options", "rounds"),
     [
-        ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-        ["-fsanitize=thread", "-DOWN_THREADS"],
+        (["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], 40),
+        (["-fsanitize=thread", "-DOWN_THREADS"], 8),  # gigabytes of its own in more
     ],
     ids=["address", "thread"],
 )
-def test_the_decoder_under_sanitizers(options: list[str], instruction_set: str, tmp_path: Path) -> None:
+def test_the_decoder_under_sanitizers(
+    options: list[str], rounds: int, instruction_set: str, tmp_path: Path
+) -> None:
     """Random models, batches and threads, four callers at a time on one model."""
     sources = [build.SOURCES / "decode.cpp"]
-    _run_driver("decode_driver.cpp", sources, instruction_set, options, tmp_path, rounds=40)
+    _run_driver("decode_driver.cpp", sources, instruction_set, options, tmp_path, rounds)
 
 
 def _run_driver(

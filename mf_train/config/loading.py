@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mf_train.config.bounds import problem_of
-from mf_train.config.sections import Config, TrainingConfig
+from mf_train.config.sections import Config, TrainingConfig, schedule_problem
 from mf_train.errors import UserError
 from mf_train.text import did_you_mean
 
@@ -99,7 +99,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 def _check_together(config: Config, origin: str) -> None:
     """Raises UserError where keys do not fit each other; what depends on the number of processes the trainer checks."""
 
-    if problem := _profile_problem(config.training):
+    problems = _profile_problem(config.training), schedule_problem(config.schedule, config.training.steps)
+    for problem in filter(None, problems):
         raise UserError(f"{origin}: {problem}")
     if config.parallel.master == "split" and config.training.precision == "float32":
         raise UserError(

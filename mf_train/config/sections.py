@@ -74,11 +74,42 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Learning rate over the steps: linear warm-up, then cosine to a share of the peak, or constant."""
+    """Learning rate over the steps: linear warm-up, then as `kind` says (mf_train/training/schedule.py)."""
 
-    kind: Literal["cosine", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "constant", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
     warmup_steps: int | None = not_negative(None)  # None: 1 % of training.steps
-    minimum_fraction: float = fraction(0.01)  # last learning rate as a share of the peak (cosine)
+    minimum_fraction: float = fraction(
+        0.01
+    )  # last rate as a share of the peak (cosine, linear, warmup_stable_decay)
+    decay_steps: int | None = positive(None)  # the last steps, in which the rate falls (warmup_stable_decay)
+    decay_fraction: float = fraction(
+        0.2
+    )  # the same as a share of training.steps, where decay_steps is not given
+
+
+def warmup_steps(schedule: ScheduleConfig, steps: int) -> int:
+    """Steps of warm-up in a run of `steps`."""
+    return max(1, round(steps / 100)) if schedule.warmup_steps is None else schedule.warmup_steps
+
+
+def decay_steps(schedule: ScheduleConfig, steps: int) -> int:
+    """Last steps of a run of `steps` in which a rate of warmup_stable_decay falls."""
+    return round(steps * schedule.decay_fraction) if schedule.decay_steps is None else schedule.decay_steps
+
+
+def schedule_problem(schedule: ScheduleConfig, steps: int) -> str:
+    """An error about a schedule in a run of `steps`, beyond the bounds of its keys; empty where it fits."""
+    if schedule.kind != "warmup_stable_decay":
+        if schedule.decay_steps is None:
+            return ""
+        return f"schedule.decay_steps is of warmup_stable_decay and schedule.kind is {schedule.kind}: leave it out"
+    warmup, decay = warmup_steps(schedule, steps), decay_steps(schedule, steps)
+    if warmup + decay <= steps:
+        return ""
+    return (
+        f"schedule has {warmup} steps of warm-up and {decay} of decay, and training.steps is {steps}: lower "
+        "schedule.warmup_steps, schedule.decay_steps or schedule.decay_fraction"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

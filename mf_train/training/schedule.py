@@ -1,20 +1,36 @@
-"""The learning rate of a step."""
+"""The learning rate of a step.
+
+Of step s of S, after W steps of warm-up, with the peak p, the lowest share m, and t = (s - W) / (S - W):
+
+    cosine               p (m + (1 - m) (1 + cos(pi t)) / 2)       Loshchilov and Hutter 2017, arXiv 1608.03983
+    linear               p (1 - (1 - m) t)                         Devlin et al. 2019, arXiv 1810.04805
+    constant             p
+    warmup_stable_decay  p, and over the last D steps to m p,      Hu et al. 2024, arXiv 2404.06395; a straight line
+                         p (1 - (1 - m) (s - S + D) / D)           as in Hägele et al. 2024, arXiv 2405.18392
+    inverse_sqrt         p sqrt(W / s), W at least 1               Vaswani et al. 2017, arXiv 1706.03762
+"""
 
 import math
 
 from mf_train.config import ScheduleConfig
+from mf_train.config.sections import decay_steps, warmup_steps
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """Rate of step 1 ... `steps`: linear warm-up to `peak`, then constant or a cosine that ends at its last step.
-
-    Warm-up is `warmup_steps`, by default 1 % of the steps (at least one).
-    """
-    warmup = schedule.warmup_steps if schedule.warmup_steps is not None else max(1, round(steps / 100))
+    """Rate of step 1 ... `steps`: linear warm-up to `peak`, then as the schedule's kind says."""
+    warmup = warmup_steps(schedule, steps)
     if step <= warmup:
         return peak * step / warmup
     if schedule.kind == "constant":
         return peak
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if schedule.kind == "inverse_sqrt":
+        return peak * math.sqrt(max(1, warmup) / step)
+    first = warmup
+    if schedule.kind == "warmup_stable_decay":
+        first = steps - decay_steps(schedule, steps)
+        if step <= first:
+            return peak
+    progress = min(1.0, (step - first) / max(1, steps - first))
     lowest = schedule.minimum_fraction
-    return peak * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress)))
+    falling = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
+    return peak * (lowest + (1 - lowest) * falling)

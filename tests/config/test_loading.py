@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mf_train.config import Config, ModelConfig, OptimizerConfig, ProfileConfig, SourceConfig
+from mf_train.config import Config, ModelConfig, OptimizerConfig, ProfileConfig, ScheduleConfig, SourceConfig
 from mf_train.config.loading import config_to_tree, load_config, parse_config
 from mf_train.errors import UserError
 
@@ -98,7 +98,12 @@ def random_config(dice: random.Random) -> Config:
         "num_heads": dice.choice([1, bits, tables]),
         "expand_bits": dice.randint(0, 3),
         "rotary_fraction": dice.random(),
-        "minimum_fraction": dice.random(),
+        "schedule": dice.choice(
+            [
+                ScheduleConfig(kind="warmup_stable_decay", warmup_steps=0, decay_steps=1),
+                ScheduleConfig(kind="linear", minimum_fraction=dice.random(), decay_fraction=dice.random()),
+            ]
+        ),
         "alarm_rows_read": dice.random(),
         "alarm_entropy": dice.random(),
         "alarm_largest_share": dice.random(),
@@ -248,6 +253,20 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
         ("schedule.warmup_steps=-1", "schedule.warmup_steps is -1: it must be a number, 0 or more"),
         ("parallel.zero_stage=4", "parallel.zero_stage is 4: choose 0, 1, 2 or 3"),
         ("parallel.master=split", "parallel.master is 'split' and training.precision is float32"),
+        (
+            "schedule.decay_steps=5",
+            "schedule.decay_steps is of warmup_stable_decay and schedule.kind is cosine",
+        ),
+        (
+            "schedule={kind: warmup_stable_decay, decay_steps: 10000000}",
+            "steps of warm-up and 10000000 of decay",
+        ),
+        (
+            "schedule={kind: warmup_stable_decay, decay_fraction: 1.0}",
+            "1000 of decay, and training.steps is 1000",
+        ),
+        ("schedule.decay_steps=0", "schedule.decay_steps is 0: it must be a number above 0"),
+        ("schedule.kind=wsd", "choose one of cosine, linear, constant, warmup_stable_decay, inverse_sqrt"),
         ("parallel.master=half", "parallel.master is 'half': choose one of float32, split"),
         ("optimizer.table_exp_avg=row", "table_exp_avg is 'row': choose one of float32, bfloat16, int8"),
         ("optimizer.table_exp_avg_sq=fp8", "choose one of float32, bfloat16, int8, row"),

@@ -20,6 +20,7 @@ from mf_train.errors import UserError
 from mf_train.files import write_whole
 from mf_train.run_folder import CHECKPOINTS
 from mf_train.run_folder import CONFIG as RUN_CONFIG
+from mf_train.training.schedule import learning_rate
 from mf_train.versions import package_versions
 
 
@@ -69,15 +70,27 @@ def check_same_run(config: Config, tokenizer: Tokenizer, reader: CheckpointReade
             )
 
 
-def describe_conversion(config: Config, checkpoint: Path) -> str:
-    """What a run holds otherwise than the checkpoint that it resumes from; empty where it holds everything alike."""
+def describe_changes(config: Config, checkpoint: Path, step: int) -> list[str]:
+    """A line for each thing that a run does otherwise than the checkpoint's own run, after whose `step` it resumes:
+    how numbers are held, and the learning rate of the next step.
+    """
     before = load_config(checkpoint / CONFIG)
-    changed = []
+    held = []
     for key in ("optimizer.table_exp_avg", "optimizer.table_exp_avg_sq", "parallel.master"):
         there, here = (attrgetter(key)(each) for each in (before, config))
         if there != here:
-            changed.append(f"{key} {there} to {here}")
-    return ", ".join(changed)
+            held.append(f"{key} {there} to {here}")
+    lines = [f"converted what the checkpoint holds: {', '.join(held)}"] if held else []
+    old, new = (
+        learning_rate(step + 1, each.training.steps, each.optimizer.learning_rate, each.schedule)
+        for each in (before, config)
+    )
+    if new != old:
+        lines.append(
+            f"warning: the learning rate of step {step + 1} is {new:.4g}; with the checkpoint's "
+            f"optimizer.learning_rate, schedule and training.steps it is {old:.4g}"
+        )
+    return lines
 
 
 def _check_same_model(config: Config, recorded: Path) -> None:

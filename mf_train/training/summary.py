@@ -8,7 +8,7 @@ from mf_train.config import Config
 from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import Degrees
-from mf_train.training.folder import describe_conversion
+from mf_train.training.folder import describe_changes
 from mf_train.training.inputs import Inputs
 
 
@@ -46,8 +46,7 @@ def summary(
         )
     if saver.last is not None:
         lines.append(f"resumed after step {saver.step} from {saver.last}")
-        if converted := describe_conversion(config, saver.last):
-            lines.append(f"converted what the checkpoint holds: {converted}")
+        lines += describe_changes(config, saver.last, saver.step)
     return "\n".join(lines)
 
 

@@ -38,3 +38,19 @@ def test_rank_0_alone_reads_the_configuration_of_a_checkpoint(tmp_path: Path) ->
     recorded = tmp_path / "run" / "checkpoints" / "step-000000001" / "config.yaml"
     assert recorded in first and recorded not in second
     assert recorded.parent / "manifest.json" in second  # it resumed too
+
+
+def test_a_learning_rate_that_jumps_at_a_resume_is_said(tmp_path: Path) -> None:
+    tree = small_config(tmp_path / "run", write_text(tmp_path / "text.jsonl"))
+    tree["optimizer"] = {"learning_rate": 0.008}
+    tree["schedule"] = {"kind": "linear", "warmup_steps": 0, "minimum_fraction": 0.5}
+    first = train(tree, "training.steps=2")
+    longer = train(tree, "training.steps=4")
+    # 0.008 (1 - 0.5 * 3 / 4), and the end of the run of 2 steps
+    assert (
+        "warning: the learning rate of step 3 is 0.005; with the checkpoint's optimizer.learning_rate, schedule and "
+        "training.steps it is 0.004\n"
+    ) in longer.stdout
+    tree["schedule"] = {"kind": "constant"}
+    constant = train(tree, "training.steps=5"), train(tree, "training.steps=6")
+    assert ["learning rate of step" in run.stdout for run in (first, *constant)] == [False, True, False]

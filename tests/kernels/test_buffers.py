@@ -49,11 +49,23 @@ def operations() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "int8": (cpu.lookup_int8, {**read, **int8}),
         "sums": (cpu.column_sums, x),
         "moments": (cpu_norm.moments, {**x, "chunk": 3, "centred": True}),
-        "normalise": (cpu_norm.normalise, {**x, **statistics, "weight": floats(D), "bias": floats(D)}),
+        "normalise": (
+            cpu_norm.normalise,
+            {
+                **x,
+                "sums": floats(2, N, 2).abs(),
+                "weight": floats(D),
+                "bias": floats(D),
+                "chunk": 3,
+                "epsilon": 1e-5,
+            },
+        ),
         "norm sums": (cpu_norm.gradient_sums, {**backward, "chunk": 3}),
-        "norm backward": (cpu_norm.gradients, {**backward, "sums": floats(N, 2), "centred": True}),
-        "largest": (cpu_loss.largest, {"logits": floats(N, D)}),
-        "exp sums": (cpu_loss.exp_sums, {"logits": floats(N, D), "most": floats(N) + 9, "chunk": 3}),
+        "norm backward": (
+            cpu_norm.gradients,
+            {**backward, "sums": floats(2, N, 2), "chunk": 3, "centred": True},
+        ),
+        "loss sums": (cpu_loss.sums, {"logits": floats(N, D), "target": normaliser["target"], "chunk": 3}),
         "loss backward": (cpu_loss.gradient, {"logits": floats(N, D), **normaliser}),
     }
 
@@ -73,7 +85,11 @@ RIGHT = {
     ("d_weights", "dtype"),
     *(("lookup", "tables", "columns"), ("int8", "tables", "columns"), ("loss backward", "logits", "columns")),
     *((name, "x", kind) for name in ("sums", "moments") for kind in ("rows", "columns")),
-    *(("hash", "x", "rows"), ("largest", "logits", "rows"), ("largest", "logits", "columns")),
+    *(
+        ("hash", "x", "rows"),
+        ("normalise", "sums", "rows"),
+        ("norm backward", "sums", "rows"),
+    ),  # of fewer ranks
 }
 
 
@@ -102,7 +118,9 @@ def test_rows_of_more_chunks_than_there_is_room_for_are_refused(chunk: int) -> N
     for call in (
         lambda: cpu_norm.moments(x, chunk, centred=True),
         lambda: cpu_norm.gradient_sums(x, x, row, row, x[0], chunk),
-        lambda: cpu_loss.exp_sums(x, row, chunk),
+        lambda: cpu_norm.normalise(x, None, x[0], None, chunk, 1e-5),
+        lambda: cpu_norm.gradients(x, x, row, row, x[0], None, chunk, centred=True),
+        lambda: cpu_loss.sums(x, row.long(), chunk),
         lambda: cpu.lookup_backward([x], *(torch.zeros(N, K, dtype=torch.uint8), x[:, :K]), [x[:K, None]], 5),
     ):
         with pytest.raises(ValueError, match="1, 2, 4 or 8 equal chunks"):

@@ -151,11 +151,11 @@ def compile_loss(element: str) -> None:
     vocabulary, warps = 50304, triton_loss.NUM_WARPS
     constants = {"LOWEST": triton_loss.LOWEST, "BLOCK": triton_loss.block(vocabulary // 8)}
     pointers = {"logits": element, "target": "i64", "sums": "fp32"}
-    ptx = compile_kernel(triton_loss._sums_kernel, pointers, ["num_chunks", "chunk"], warps, constants)
-    assert wide_loads(ptx) >= 2, "logits are not read 16 bytes a lane"
+    compiled = compile_kernel(triton_loss._sums_kernel, pointers, ["num_chunks", "chunk"], warps, constants)
+    assert wide_loads(compiled["ptx"]) >= 2, "logits are not read 16 bytes a lane"
     pointers = {"logits": element, "normaliser": "fp32", "factor": "fp32", "target": "i64", "out": element}
-    ptx = compile_kernel(triton_loss._gradient_kernel, pointers, ["vocabulary"], warps, constants)
-    assert wide_loads(ptx) >= 2, "logits are not read 16 bytes a lane"
+    compiled = compile_kernel(triton_loss._gradient_kernel, pointers, ["vocabulary"], warps, constants)
+    assert wide_loads(compiled["ptx"]) >= 2, "logits are not read 16 bytes a lane"
 
 
 def compile_rotary(element: str) -> None:
@@ -163,8 +163,8 @@ def compile_rotary(element: str) -> None:
     for back in (False, True):
         constants = {**triton_rotary.constants(16, 64, 8), "BACK": back}
         sizes = ["num_rows", "num_positions"]
-        ptx = compile_kernel(triton_rotary._rotate_kernel, pointers, sizes, 4, constants)
-        assert wide_loads(ptx) >= 2, "what does not turn is not read 16 bytes a lane"
+        compiled = compile_kernel(triton_rotary._rotate_kernel, pointers, sizes, 4, constants)
+        assert wide_loads(compiled["ptx"]) >= 2, "what does not turn is not read 16 bytes a lane"
 
 
 def main(element: str, codes: str) -> None:

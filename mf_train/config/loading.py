@@ -99,8 +99,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 def _check_together(config: Config, origin: str) -> None:
     """Raises UserError where keys do not fit each other; what depends on the number of processes the trainer checks."""
 
-    problems = _profile_problem(config.training), schedule_problem(config.schedule, config.training.steps)
-    for problem in filter(None, problems):
+    training = config.training
+    if problem := _profile_problem(training) or schedule_problem(config.schedule, training.steps):
         raise UserError(f"{origin}: {problem}")
     if config.parallel.master == "split" and config.training.precision == "float32":
         raise UserError(

@@ -78,13 +78,10 @@ class ScheduleConfig:
 
     kind: Literal["cosine", "linear", "constant", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
     warmup_steps: int | None = not_negative(None)  # None: 1 % of training.steps
-    minimum_fraction: float = fraction(
-        0.01
-    )  # last rate as a share of the peak (cosine, linear, warmup_stable_decay)
-    decay_steps: int | None = positive(None)  # the last steps, in which the rate falls (warmup_stable_decay)
-    decay_fraction: float = fraction(
-        0.2
-    )  # the same as a share of training.steps, where decay_steps is not given
+    minimum_fraction: float = fraction(0.01)  # last rate as a share of the peak, where it falls to one
+    # warmup_stable_decay: the last steps, in which the rate falls, or their share of training.steps
+    decay_steps: int | None = positive(None)
+    decay_fraction: float = fraction(0.2)  # where decay_steps is not given
 
 
 def warmup_steps(schedule: ScheduleConfig, steps: int) -> int:

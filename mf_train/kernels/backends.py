@@ -5,6 +5,7 @@ A backend is a module with `hash_codes`, `hash_codes_backward`, `lookup`, `looku
 """
 
 import functools
+import importlib
 import importlib.util
 import logging
 from types import ModuleType
@@ -41,19 +42,17 @@ def find_backend(name: str, *tensors: Tensor) -> ModuleType:
 
 def fast_norm(x: Tensor) -> ModuleType | None:
     """The steps of a norm in C++ or Triton, where they run for x; the others are mf_train/model/norm_steps.py."""
-    if _runs_in_triton(x):
-        return _triton_norm()
-    return cpu_norm if _runs_in_c(x) else None
+    return cpu_norm if _runs_in_c(x) else _triton_steps("norm") if _runs_in_triton(x) else None
 
 
 def fast_loss(logits: Tensor) -> ModuleType | None:
     """The steps of the cross-entropy in C++ or Triton, where they run for logits; else mf_train/model/loss_steps.py."""
-    return cpu_loss if _runs_in_c(logits) else _triton_loss() if _runs_in_triton(logits) else None
+    return cpu_loss if _runs_in_c(logits) else _triton_steps("loss") if _runs_in_triton(logits) else None
 
 
 def fast_rotary(q: Tensor) -> ModuleType | None:
     """The rotation of queries and keys in Triton, where it runs for q; else mf_train/model/attention.py has it."""
-    return _triton_rotary() if _runs_in_triton(q) else None
+    return _triton_steps("rotary") if _runs_in_triton(q) else None
 
 
 def _runs_in_c(x: Tensor) -> bool:
@@ -113,25 +112,10 @@ def _triton() -> ModuleType:
 
 
 @functools.cache
-def _triton_norm() -> ModuleType:
+def _triton_steps(name: str) -> ModuleType:
+    """The module triton_`name`."""
     _triton()  # which refuses a triton that is too old
-    from . import triton_norm
-
-    return triton_norm
-
-
-@functools.cache
-def _triton_loss() -> ModuleType:
-    from . import triton_loss
-
-    return triton_loss
-
-
-@functools.cache
-def _triton_rotary() -> ModuleType:
-    from . import triton_rotary
-
-    return triton_rotary
+    return importlib.import_module(f".triton_{name}", __package__)
 
 
 @functools.cache

@@ -100,9 +100,8 @@ class _Rotate(torch.autograd.Function):
 
 def turn(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
     """As `rotate`, by these angles or by their negatives; without gradient."""
-    q, k = (
-        x.transpose(1, 2).contiguous() for x in (q, k)
-    )  # as they are: attention's are views of [B, S, H, head]
+    # attention's are views of [B, S, H, head]: no copy
+    q, k = (x.transpose(1, 2).contiguous() for x in (q, k))
     turned_q, turned_k = torch.empty_like(q), torch.empty_like(k)
     heads, size = q.shape[-2:]
     half = cosine.shape[-1]

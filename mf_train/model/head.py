@@ -121,8 +121,7 @@ class _CrossEntropy(torch.autograd.Function):
         factor = torch.where(valid, gradients[0], 0).to(normaliser.dtype)
         steps = fast_loss(logits) or STEPS
         d_logits = steps.gradient(logits, normaliser, factor, local, overwrite=ctx.overwrite)
-        if (
-            ctx.overwrite
-        ):  # a second backward pass, or another that needs these logits, then gets torch's error
+        # a second backward pass, or another that needs these logits, then gets torch's error
+        if ctx.overwrite:
             torch.autograd.graph.increment_version(logits)
         return d_logits.detach(), None, None, None

@@ -173,7 +173,8 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
     largest = _largest_parameter(config.model) / config.parallel.tensor
     bucket = min(n, max(config.parallel.bucket_size, largest))
     away = device == "cuda" and config.parallel.offload == "optimizer"  # masters, moments, and their update
-    scratch = 0 if _state_kinds(config) == {"float32"} or (away and stage < 3) else _SCRATCH[device]
+    in_pieces = config.parallel.master == "split" or config.optimizer.compact_moments
+    scratch = _SCRATCH[device] if in_pieces and not (away and stage < 3) else 0
     w, offloaded = _weight_bytes(config), offloaded_bytes(config, data * config.parallel.tensor)
     masters = 4 if stage == 3 else _master_bytes(config)
     state = offloaded or (masters + moment_bytes(config)) * _owned(config, n, data)
@@ -220,11 +221,6 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
     if data > 1 and not added and (device == "cuda" or pending):
         reduced += 4 * bucket / data  # gloo fills it when it has freed the sums: then of an earlier bucket
     return _States(w * n, optimizer, host, shard, 0, early, several + reduced + one, scratch)
-
-
-def _state_kinds(config: Config) -> set[str]:
-    """How masters and moments are held."""
-    return {config.parallel.master, config.optimizer.table_exp_avg, config.optimizer.table_exp_avg_sq}
 
 
 def _weight_bytes(config: Config) -> int:

@@ -7,7 +7,7 @@ fits, or none but with offload.
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -232,9 +232,8 @@ class Plan:
     refusal: str  # why there is none
     layouts: list[PlannedLayout]  # of all, those that `frontier` leaves; one at least
     best: PlannedLayout | None
-    lighter: (
-        Lighter | None
-    )  # what would fit with other results, where none does or `best` needs the host's memory
+    # what would fit with other results, where no layout does or `best` needs the host's memory
+    lighter: Lighter | None
 
     @property
     def base(self) -> Config:
@@ -261,10 +260,10 @@ def make_plan(
     return Plan(path, overrides, config, nodes, per_node, device, configured, refusal, shown, best, lighter)
 
 
-def launch_line(plan: Plan, layout: PlannedLayout, keys: Mapping[str, str] | None = None) -> str:
-    """The command that submits a layout, with other values of `keys`."""
-    old, new = _layout_keys(plan.config), _layout_keys(layout.config)
-    changed = {key: value for key, value in new.items() if value != old[key]} | dict(keys or {})
+def launch_line(plan: Plan, layout: PlannedLayout) -> str:
+    """The command that submits a layout, or one with other kinds of moments."""
+    old, new = _searched_keys(plan.config), _searched_keys(layout.config)
+    changed = {key: value for key, value in new.items() if value != old[key]}
     kept = [override for override in plan.overrides if override.partition("=")[0] not in changed]
     per_node = "--tasks-per-node" if plan.device.kind == "cpu" else "--gpus-per-node"
     command = ["memoryformer", "launch", plan.path, *kept]
@@ -272,5 +271,6 @@ def launch_line(plan: Plan, layout: PlannedLayout, keys: Mapping[str, str] | Non
     return shlex.join([*command, "--nodes", str(plan.nodes), per_node, str(plan.per_node)])
 
 
-def _layout_keys(config: Config) -> dict[str, object]:
-    return {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in LAYOUT}
+def _searched_keys(config: Config) -> dict[str, object]:
+    keys = *LAYOUT, *(("optimizer", key) for key, _ in LIGHTER)
+    return {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in keys}

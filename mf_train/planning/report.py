@@ -33,7 +33,7 @@ def plan_tree(
         "lighter": {
             "keys": plan.lighter.keys,
             "layout": plan.lighter.layout.to_tree(price),
-            "launch": launch_line(plan, plan.lighter.layout, plan.lighter.keys),
+            "launch": launch_line(plan, plan.lighter.layout),
         }
         if plan.lighter
         else None,
@@ -68,7 +68,7 @@ def plan_lines(
         start = "without offload" if best else "nothing fits; it"
         yield f"{start} would fit, with other results (docs/memory.md): {words}"
         yield f"  {layout.name}: {layout.time.seconds:.3f} s a step, peak {layout.memory.peak / 1e9:.2f} GB a rank"
-        yield f"  {launch_line(plan, layout, keys)}"
+        yield f"  {launch_line(plan, layout)}"
     yield ""
     yield from table_lines(plan.layouts, shown, price)
     yield ""

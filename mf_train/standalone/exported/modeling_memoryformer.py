@@ -120,13 +120,9 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
 
         layers = grow_in_place(past_key_values, self.config.num_hidden_layers)
         logits = None
-        if (
-            layers is not None
-            and input_ids is not None
-            and length == 1
-            and targets is None
-            and states is None
-        ):
+        # only on a CPU, since a look at positions or mask would wait for a GPU
+        one_more = length == 1 and targets is None and states is None
+        if one_more and layers is not None and input_ids is not None and input_ids.is_cpu:
             if position_ids is None or bool((position_ids == past).all()):
                 logits = self._decode(input_ids, attention_mask, layers)
         if logits is None:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backends import BACKENDS, describe, fast_loss, fast_norm, fast_rotary, find_backend
+from .backends import BACKENDS, describe, fast_adamw, fast_loss, fast_norm, fast_rotary, find_backend
 from .counting import count_codes
 
 __all__ = [
     "count_codes",
     "describe",
+    "fast_adamw",
     "fast_loss",
     "fast_norm",
     "fast_rotary",

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import composition, cpu, cpu_loss, cpu_norm
+from . import composition, cpu, cpu_adamw, cpu_loss, cpu_norm
 
 BACKENDS = ("auto", "composition", "cpu", "triton", "cuda", "reference")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -53,6 +53,13 @@ def fast_loss(logits: Tensor) -> ModuleType | None:
 def fast_rotary(q: Tensor) -> ModuleType | None:
     """The rotation of queries and keys in Triton, where it runs for q; else mf_train/model/attention.py has it."""
     return _triton_steps("rotary") if _runs_in_triton(q) else None
+
+
+def fast_adamw(gradient: Tensor) -> ModuleType | None:
+    """AdamW over compact numbers in C++ or Triton, where it runs; else mf_train/parallel/adamw.py has it."""
+    return (
+        cpu_adamw if _runs_in_c(gradient) else _triton_steps("adamw") if _runs_in_triton(gradient) else None
+    )
 
 
 def _runs_in_c(x: Tensor) -> bool:

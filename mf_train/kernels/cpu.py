@@ -23,11 +23,14 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
 }
 # -ffp-contract=off: GCC would fuse multiplications and additions that are written apart, differently for each
-# instruction set. -Wno-uninitialized: GCC 12's own headers of intrinsics.
+# instruction set. -fno-math-errno, -fno-trapping-math: roots and comparisons become vectors; no result changes.
+# -Wno-uninitialized: GCC 12's own headers of intrinsics.
 FLAGS = [
     "-O3",
     "-std=c++17",
     "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
     "-fPIC",
     "-fopenmp",
     "-Wall",
@@ -76,6 +79,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "mf_loss_sums": (None, [_pointer, _int32, _pointer, *[_int64] * 3, _pointer, _int32]),
     "mf_loss_gradient": (None, [_pointer, _int32, *[_pointer] * 3, _int64, _int64, _pointer, _int32]),
+    "mf_adamw": (
+        _int32,
+        [_pointer, *[_int32, _pointer, _pointer] * 3, _int64, _int64, _pointer, _pointer, _int32],
+    ),
     "mf_decode": (_int32, [_pointer, _pointer]),
 }
 

@@ -1,7 +1,8 @@
 """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over fragments whose numbers may be held in fewer bytes.
 
-What is held in float32 is updated where it is, by torch's fused AdamW. What is not is turned into float32 piece by
-piece, updated by the same and held again, so that little is ever in float32 at once.
+What is held in float32 is updated where it is, by torch's fused AdamW. Compact moments are updated by a kernel in one
+pass. Where there is none, and for split masters beside float32 moments, what is held is turned into float32 piece by
+piece, updated and held again, so that little is ever in float32 at once.
 
 With a second moment of one number a row (`Row`), the mean of a unit's squared gradients takes the place of each square,
 as recommender systems train their tables (row-wise Adam of FBGEMM, after the row-wise AdaGrad of Mudigere et al. 2022,
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from mf_train.config import OptimizerConfig
+from mf_train.kernels import fast_adamw
+from mf_train.kernels.adamw import Draw, Rates
 from mf_train.parallel.fragment import Fragment
 from mf_train.parallel.kinds import KINDS, PIECE
 from mf_train.parallel.stored import Float32, Places, Row, cut
@@ -100,6 +103,15 @@ class AdamW:
 
     def _update_pieces(self, each: Updated, learning_rate: float, step: int) -> None:
         device = each.gradient.device
+        held = [each.fragment.values[kind] for kind in KINDS]
+        kernel = (
+            fast_adamw(each.gradient) if any(type(moment) is not Float32 for moment in held[1:]) else None
+        )
+        if kernel is not None:
+            draw = Draw(0, 0, 0, 1, 1, 0) if each.places is None else each.places.draw(self.seed, step, 0)
+            rates = Rates.of_step(learning_rate, each.weight_decay, self.config.betas, self.config.eps, step)
+            kernel.update(each.gradient, held[1].unit, *(numbers.held for numbers in held), rates, draw)
+            return
         for first, numel in cut(each.gradient.numel(), PIECE[device.type], self.alignment):
             gradient = each.gradient.narrow(0, first, numel)
             master, average, square = (each.fragment.values[kind].narrow(first, numel) for kind in KINDS)

@@ -17,17 +17,20 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from mf_train.kernels.adamw import Draw, Held
 from mf_train.parallel.kinds import BYTES, MOMENTS
 
 
 @dataclass(frozen=True)
 class Stored(ABC):
-    """Numbers [numel] on a device. `unit` divides where they may be cut."""
+    """Numbers [numel] on a device. `unit` divides where they may be cut; `kind`: one of `parallel.kinds.BYTES`."""
 
+    kind: ClassVar[str]
     tensors: tuple[Tensor, ...]
     numel: int
     unit: int = 1
@@ -36,6 +39,11 @@ class Stored(ABC):
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def held(self) -> Held:
+        """As the kernels take it."""
+        return Held(self.kind, self.tensors)
 
     @abstractmethod
     def read(self) -> Tensor:
@@ -60,6 +68,8 @@ class Stored(ABC):
 
 
 class Float32(Stored):
+    kind = "float32"
+
     def read(self) -> Tensor:
         return self.tensors[0]
 
@@ -69,6 +79,8 @@ class Float32(Stored):
 
 
 class Bfloat16(Stored):
+    kind = "bfloat16"
+
     def read(self) -> Tensor:
         return self.tensors[0].float()
 
@@ -84,7 +96,7 @@ class Bfloat16(Stored):
 class _Int8(Stored):
     """Codes k, uint8 or int8 [numel], and the largest magnitude m, float32 [numel / unit]: m (k / most)^power."""
 
-    power: int
+    kind = "int8"
     most: int
 
     def read(self) -> Tensor:
@@ -149,6 +161,8 @@ class Int8Second(_Int8):
 
 
 class Row(Stored):
+    kind = "row"
+
     def read(self) -> Tensor:
         return self.tensors[0].repeat_interleave(self.unit)
 
@@ -164,6 +178,8 @@ class Split(Stored):
     Of two weights that are equally near, bfloat16 takes the even one; where that is the lower, the number loses its
     last bit, because the half above does not fit into 16 bits.
     """
+
+    kind = "split"
 
     def read(self) -> Tensor:
         weights, left = self.tensors
@@ -210,13 +226,18 @@ class Places:
     first: int
     start: int
 
+    def draw(self, seed: int, step: int, first: int) -> Draw:
+        """What the random bits of the rank's numbers from `first` on, in whole units, are drawn from."""
+        digest = hashlib.blake2b(f"{seed}/{step}/{self.name}".encode(), digest_size=8).digest()
+        low, high = (int.from_bytes(half, "little") for half in (digest[:4], digest[4:]))
+        return Draw(low, high, self.start + first // self.unit, self.mine, self.units, self.first)
+
     def bits(self, seed: int, step: int, first: int, numel: int, device: torch.device) -> Tensor:
         """Random int32 [numel] for the numbers [first, first + numel) of the rank's, in whole units."""
-        digest = hashlib.blake2b(f"{seed}/{step}/{self.name}".encode(), digest_size=8).digest()
-        low, high = (int.from_bytes(half, "little", signed=True) for half in (digest[:4], digest[4:]))
-        begin = self.start + first // self.unit
-        units = torch.arange(begin, begin + numel // self.unit, device=device)
-        places = units // self.mine * self.units + units % self.mine + self.first
+        draw = self.draw(seed, step, first)
+        units = torch.arange(draw.begin, draw.begin + numel // self.unit, device=device)
+        places = units // draw.mine * draw.units + units % draw.mine + draw.first
+        low, high = (key - (key >> 31 << 32) for key in (draw.low, draw.high))  # as int32
         keys = _mix(_mix(places.to(torch.int32) + low) + high)
         columns = torch.arange(self.unit, dtype=torch.int32, device=device) * -0x61C88647
         return _mix((keys[:, None] + columns).view(-1))

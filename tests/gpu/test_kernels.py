@@ -28,6 +28,7 @@ if DEVICE == "cpu" and version("triton").startswith("3.4."):
     def test_triton_cases() -> None: ...
 
 else:
+    from tests.kernels.triton_adamw_cases import *  # noqa: F403
     from tests.kernels.triton_cases import *  # noqa: F403
     from tests.kernels.triton_loss_cases import *  # noqa: F403
     from tests.kernels.triton_rotary_cases import *  # noqa: F403

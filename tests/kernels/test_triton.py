@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 FOLDER = Path(__file__).parent
-CASES = ("triton_cases.py", "triton_loss_cases.py", "triton_rotary_cases.py")
+CASES = ("triton_cases.py", "triton_loss_cases.py", "triton_adamw_cases.py", "triton_rotary_cases.py")
 COMPILE = FOLDER / "triton_compile.py"
 REPOSITORY = FOLDER.parents[1]
 
@@ -29,15 +29,24 @@ def run(arguments: list[str], cache: Path, interpret: bool) -> None:
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-10000:]
 
 
-@pytest.mark.parametrize("cases", CASES)
-def test_cases(cases: str, tmp_path: Path) -> None:
-    options = ["-q", "-p", "no:cacheprovider", "-x"]
+@pytest.mark.parametrize(
+    ("cases", "marked"),
+    [
+        *((cases, "not slow") for cases in CASES),
+        *(pytest.param(cases, "slow", marks=pytest.mark.slow) for cases in CASES[:3]),  # the last has none
+    ],
+)
+def test_cases(cases: str, marked: str, tmp_path: Path) -> None:
+    options = ["-q", "-p", "no:cacheprovider", "-x", "-m", marked]
     run(["-m", "pytest", *options, str(FOLDER / cases)], tmp_path, interpret=True)
 
 
 @pytest.mark.parametrize(
     ("value", "codes"),
-    [("bf16", "u8"), ("fp32", "i16"), ("fp16", "i32"), pytest.param("fp64", "i64", marks=pytest.mark.slow)],
+    [
+        *(("bf16", "u8"), ("fp32", "i16")),
+        *(pytest.param(*types, marks=pytest.mark.slow) for types in (("fp16", "i32"), ("fp64", "i64"))),
+    ],
 )
 def test_compiles_for_sm_90(value: str, codes: str, tmp_path: Path) -> None:
     run([str(COMPILE), value, codes], tmp_path, interpret=False)

@@ -22,6 +22,8 @@ from tests.kernels import norm_checks
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="needs the compiled kernels on a GPU")
+# What takes seconds in the interpreter and goes much the same way as another case; the drills run it.
+SLOW = [pytest.mark.slow] if INTERPRETED else []
 
 SCORES = ["probability", "scaled_probability"]
 
@@ -149,10 +151,14 @@ PLAIN, THREE_SETS, WIDE, ALL_BITS = (
 @pytest.mark.parametrize(
     ("case", "dtype", "blocks"),
     [
-        *((PLAIN, dtype, "as chosen") for dtype in TOLERANCE),
-        *((case, torch.bfloat16, "as chosen") for case in (THREE_SETS, WIDE, ALL_BITS)),
-        *((THREE_SETS, torch.float32, blocks) for blocks in ("as chosen", "one wide block")),
-        *((WIDE, torch.float32, blocks) for blocks in ("one wide block", "narrow blocks")),
+        *((PLAIN, dtype, "as chosen") for dtype in (torch.float16, torch.float64)),
+        *((case, torch.bfloat16, "as chosen") for case in (THREE_SETS, ALL_BITS)),
+        (WIDE, torch.float32, "narrow blocks"),
+        *(pytest.param(PLAIN, dtype, "as chosen", marks=SLOW) for dtype in (torch.float32, torch.bfloat16)),
+        pytest.param(WIDE, torch.bfloat16, "as chosen", marks=SLOW),
+        pytest.param(WIDE, torch.float32, "one wide block", marks=SLOW),
+        pytest.param(THREE_SETS, torch.float32, "as chosen", marks=SLOW),
+        pytest.param(THREE_SETS, torch.float32, "one wide block", marks=SLOW),
     ],
     indirect=["blocks"],
     ids=str,
@@ -188,7 +194,7 @@ def test_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(backend.lookup(codes, weights, tables)[0], chosen)
 
 
-@pytest.mark.parametrize(("width", "degree"), [(8, 2), (72, 4)])
+@pytest.mark.parametrize(("width", "degree"), [(8, 2), pytest.param(72, 4, marks=SLOW)])
 def test_columns_give_the_same_bits_as_the_whole(width: int, degree: int) -> None:
     codes, weights, tables, dys = random_lookup(3, 1, 9, (width,), (4,))
     y, _, d_tables = run(codes, weights, tables, dys)
@@ -203,9 +209,9 @@ def test_columns_give_the_same_bits_as_the_whole(width: int, degree: int) -> Non
 @pytest.mark.parametrize(
     ("widths", "dtype", "blocks"),
     [
-        ((40, 40, 40), torch.float32, "as chosen"),
         ((8, 24), torch.bfloat16, "narrow blocks"),
-        ((1040,), torch.bfloat16, "as chosen"),
+        pytest.param((40, 40, 40), torch.float32, "as chosen", marks=SLOW),
+        pytest.param((1040,), torch.bfloat16, "as chosen", marks=SLOW),
     ],
     indirect=["blocks"],
     ids=str,
@@ -228,7 +234,11 @@ def test_slices_of_columns_give_nodes_of_the_gradient_of_weights(
         assert torch.equal(pairwise_sum(torch.stack(nodes, -1)), whole)
 
 
-@pytest.mark.parametrize("codes_dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "codes_dtype",
+    [torch.uint8, torch.int64, *(pytest.param(t, marks=SLOW) for t in (torch.int16, torch.int32))],
+    ids=str,
+)
 def test_codes_out_of_range_give_nan_and_read_nothing(codes_dtype: torch.dtype) -> None:
     codes, weights, tables, dys = random_lookup(4, 3, 3, (10,), (12,))
     codes = codes.to(codes_dtype)
@@ -271,8 +281,14 @@ def test_all_tokens_in_one_row() -> None:
     assert not actual[2][0, :3].any()  # rows that nobody reads
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("table_dtype", "weight_dtype"),
+    [
+        *((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)),
+        *(pytest.param(dtype, dtype, marks=SLOW) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+    ids=str,
+)
 def test_weights_are_rounded_to_the_tables_dtype(table_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     codes, weights, tables, dys = random_lookup(7, 2, 3, (10,), (9,))
     weights = weights.bfloat16().to(weight_dtype)  # so that truncation and rounding agree

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mf_train.kernels import (
+    triton_adamw,
     triton_grouping,
     triton_hash,
     triton_lookup,
@@ -22,6 +23,7 @@ from mf_train.kernels import (
     triton_rotary,
     triton_sums,
 )
+from mf_train.kernels.adamw import Draw, Rates
 
 H100 = GPUTarget("cuda", 90, 32)
 ITEM_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
@@ -38,6 +40,7 @@ def compile_kernel(
     signature = {name: "constexpr" for name in kernel.arg_names}
     signature |= {f"{name}_ptr": "*" + element for name, element in pointers.items()}
     signature |= {name: "i32" for name in integers}
+    signature |= {name: "fp32" for name in ("keep", "rate", "root_of_share") if name in signature}
     aligned = [*(f"{name}_ptr" for name in pointers), "out_features", "first_column", "chunk", "width"]
     aligned += ["vocabulary"]
     attributes = {
@@ -167,6 +170,24 @@ def compile_rotary(element: str) -> None:
         assert wide_loads(compiled["ptx"]) >= 2, "what does not turn is not read 16 bytes a lane"
 
 
+def compile_adamw() -> None:
+    rates, draw = Rates.of_step(1e-3, 0.1, (0.9, 0.95), 1e-8, 1), Draw(0, 0, 0, 8, 8, 0)
+    pointers = {
+        "gradient": "fp32",
+        "master": "bf16",
+        "master_rest": "i16",
+        "first": "i8",
+        "first_rest": "fp32",
+    }
+    for second in ({"second": "u8", "second_rest": "fp32"}, {"second": "fp32"}):
+        kind = "int8" if len(second) == 2 else "row"
+        constants = triton_adamw.constants(64, "split", "int8", kind, rates, draw)
+        sizes = ["num_units", "low", "high", "begin"]
+        kernel = triton_adamw._adamw_kernel
+        ptx = compile_kernel(kernel, pointers | second, sizes, constants["num_warps"], constants)["ptx"]
+        assert wide_loads(ptx) >= 1, "gradients are not read 16 bytes a lane"
+
+
 def main(element: str, codes: str) -> None:
     tau = BITS[codes]
     common = {"SUM": tl.float64 if element == "fp64" else tl.float32, "ROWS": 2**tau, "K": NUM_TABLES}
@@ -182,6 +203,8 @@ def main(element: str, codes: str) -> None:
     if element != "fp64":  # which torch operations compute
         compile_loss(element)
         compile_rotary(element)
+    if element == "bf16":
+        compile_adamw()
 
 
 if __name__ == "__main__":

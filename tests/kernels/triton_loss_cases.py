@@ -16,7 +16,7 @@ from mf_train.model import loss_steps
 from mf_train.model.head import IGNORED, Head
 from mf_train.model.sums import num_chunks
 from tests.closeness import TOLERANCE, assert_close
-from tests.kernels.triton_cases import DEVICE, INTERPRETED, compiled_only, generator, normal
+from tests.kernels.triton_cases import DEVICE, INTERPRETED, SLOW, compiled_only, generator, normal
 
 STEPS = pytest.mark.parametrize("steps", [triton_loss, loss_steps], ids=["triton", "torch"])
 
@@ -98,17 +98,24 @@ BOTH = pytest.mark.parametrize(
 )
 
 
+PIECES = [(1, torch.float32), (21, torch.float32), (21, torch.bfloat16), (2053, torch.bfloat16)]
+
+
 @BOTH
-@pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize(
-    ("chunk", "dtype"),
-    [(1, torch.float32), (21, torch.float32), (21, torch.bfloat16), (2053, torch.bfloat16)],
+    ("piece", "ranks"),
+    [
+        pytest.param(piece, ranks, marks=[] if ranks == often else SLOW)
+        for piece, often in zip(PIECES, (8, 2, 4, 8), strict=True)
+        for ranks in (2, 4, 8)
+    ],
     ids=str,
 )
 def test_loss_of_pieces_of_the_vocabulary(
-    chunk: int, dtype: torch.dtype, ranks: int, chosen_steps: ModuleType
+    piece: tuple[int, torch.dtype], ranks: int, chosen_steps: ModuleType
 ) -> None:
     """Losses and gradients are those of float64, and of the whole vocabulary to the last bit."""
+    chunk, dtype = piece
     size = 8 * chunk
     logits, targets = random_logits(ranks, 5, size, dtype=dtype)
     targets = torch.where(targets < 0, IGNORED, targets)

@@ -131,11 +131,11 @@ socket.socket.connect = socket.socket.connect_ex = refuse
     return done.stdout
 
 
-# Imports each module in a fork of one process that has torch already, so that no module profits from
+# Imports each module in a fork of one process that has the core dependencies already, so that no module profits from
 # another's imports. Prints the failures: module, then the missing top-level package or the error.
 IMPORT_EACH = """
 import importlib, os, sys, traceback
-import torch
+import numpy, safetensors.torch, torch, yaml
 for module in sys.argv[1:]:
     child = os.fork()
     if child == 0:

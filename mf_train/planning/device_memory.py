@@ -173,7 +173,9 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
     largest = _largest_parameter(config.model) / config.parallel.tensor
     bucket = min(n, max(config.parallel.bucket_size, largest))
     away = device == "cuda" and config.parallel.offload == "optimizer"  # masters, moments, and their update
-    in_pieces = config.parallel.master == "split" or config.optimizer.compact_moments
+    in_pieces = (
+        config.parallel.master == "split" and not config.optimizer.compact_moments
+    )  # which a kernel updates
     scratch = _SCRATCH[device] if in_pieces and not (away and stage < 3) else 0
     w, offloaded = _weight_bytes(config), offloaded_bytes(config, data * config.parallel.tensor)
     masters = 4 if stage == 3 else _master_bytes(config)

@@ -15,8 +15,8 @@ from mf_train.planning.work import (
     PartWork,
     data_parallel_bytes,
     gradient_copies,
+    held_work,
     micro_batch_work,
-    pieces_work,
     recomputed_work,
     step_tokens,
     tensor_parallel_bytes_per_token,
@@ -59,7 +59,7 @@ def estimate_step(config: Config, nodes: int, per_node: int, device: Device) -> 
     works = micro_batch_work(config, tensor) + recomputed_work(config, tensor)
     parts = [_bound(work, device, precision, times) for work in works]
     share = count_parameters(config.model).total / tensor / (data if stage else 1)
-    updates = [update_work(config, share), pieces_work(config, share)]
+    updates = [update_work(config, share), held_work(config, share)]
     if config.parallel.offload == "optimizer" and device.kind == "cuda":
         # all of it is done there, and gradients go there; on a CPU they are there
         updates = [replace(work, copy=0, host=work.copy) for work in updates]

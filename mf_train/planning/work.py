@@ -30,9 +30,10 @@ TRAINING_FLOPS = 6  # for each multiply-add of the forward pass: 2 for multiply 
 _CAUSAL = 1 / 2  # of attention's square is below the diagonal
 _ATTENTION_PASSES = 7 / 2  # 2 products forward, 5 backward (Dao 2023, arXiv 2307.08691)
 _LOOKUP_PASSES = 2  # backward: rows for the weights' gradient, and the output's gradient for each table
-# Numbers that are held otherwise than in float32 are updated in pieces (`parallel.adamw`), in torch operations: so many
-# bytes in addition would take as long (benchmarks.moments on a CPU, where they add up within a fifth).
-_PIECES_BYTES = {"float32": 0, "split": 59, "row": 25, "bfloat16": 102, "int8": 414}
+# What the update of a number that is not held in float32 computes beside: so many bytes in addition would take as long
+# (benchmarks.moments on a CPU, where they add up within a fifth). A split master alone is updated in torch operations.
+_HELD_BYTES = {"float32": 0, "split": 5, "row": 10, "bfloat16": 10, "int8": 56}
+_SPLIT_ALONE_BYTES = 92
 # the norm reads gradients, clipping reads and writes them; masters are read and written as parameters
 _AROUND_ADAM_BYTES = 4 + 2 * 4 + 4
 
@@ -185,11 +186,14 @@ def update_work(config: Config, parameters: float) -> PartWork:
     return PartWork("update", copy=parameters * moved, launches=100)
 
 
-def pieces_work(config: Config, parameters: float) -> PartWork:
+def held_work(config: Config, parameters: float) -> PartWork:
     """What an update takes longer for numbers that are not held in float32, as bytes; no part of `step_bytes`."""
     optimizer = config.optimizer
     kinds = (config.parallel.master, optimizer.table_exp_avg, optimizer.table_exp_avg_sq)
-    return PartWork("update in pieces", copy=parameters * sum(_PIECES_BYTES[kind] for kind in kinds))
+    each = sum(_HELD_BYTES[kind] for kind in kinds)
+    if config.parallel.master == "split" and not optimizer.compact_moments:
+        each = _SPLIT_ALONE_BYTES
+    return PartWork("update of compact numbers", copy=parameters * each)
 
 
 def gradient_copies(config: Config, data: int) -> PartWork:

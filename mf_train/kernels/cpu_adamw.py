@@ -51,5 +51,5 @@ def _pointers(name: str, held: Held, numel: int, unit: int, code: torch.dtype) -
     }
     for tensor, (dtype, size) in zip(held.tensors, layouts[held.kind], strict=True):
         check(dtype, (size,), **{name: tensor})
-    numbers, *beside = (tensor.data_ptr() for tensor in held.tensors)
-    return _KINDS[held.kind], numbers, *(beside or [None])
+    pointers = [tensor.data_ptr() for tensor in held.tensors]
+    return _KINDS[held.kind], pointers[0], pointers[1] if len(pointers) == 2 else None

@@ -38,6 +38,7 @@ def test_a_host_without_room_is_refused_with_the_numbers(
     memory = tmp_path / "meminfo"
     memory.write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {kilobytes} kB\n")
     monkeypatch.setattr(host_memory, "MEMINFO", memory)
+    monkeypatch.setattr(host_memory, "OWN_GROUPS", tmp_path / "none")
     config = Config(parallel=ParallelConfig(offload=offload))  # type: ignore[arg-type]
     degrees = Degrees(0, 2, 1, 0, 2)
     if not refused:

@@ -281,7 +281,7 @@ def test_every_module_imports_with_the_core_dependencies(bare_environment: BareE
     [
         (["study", "collect", "configs/studies/sizes-small.yaml"], "pandas"),
         (["plan", "configs/tiny.yaml", "--plot", "scaling.png"], "matplotlib"),
-        (["train", "configs/quickstart.yaml", "parallel.tensor=1"], "megatron"),
+        (["train", "configs/quickstart.yaml", "parallel.tensor=1"], "sentencepiece"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

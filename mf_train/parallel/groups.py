@@ -4,6 +4,8 @@ import datetime
 import logging
 import socket
 import warnings
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,34 +26,27 @@ class Groups:
     """
 
     def __init__(self, degrees: Degrees, timeout_seconds: int) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # optional accelerator packages that it does without
-            logging.getLogger("megatron").setLevel(logging.ERROR)
-            from megatron.core import parallel_state
-
         everyone = dist.group.WORLD
         assert everyone is not None and dist.get_world_size() == degrees.world_size
-        layout = parallel_state.RankGenerator(
-            tp=degrees.tensor, dp=degrees.data, ep=1, pp=1, cp=1, order="tp-dp"
-        )
-
-        def group_of(kind: str) -> dist.ProcessGroup:
-            (members,) = (ranks for ranks in layout.get_ranks(kind) if degrees.rank in ranks)
-            if len(members) == degrees.world_size:
-                return everyone
-            group: dist.ProcessGroup = parallel_state.create_group(
-                members,
-                timeout=datetime.timedelta(seconds=timeout_seconds),
-                use_local_synchronization=True,
-                group_desc=kind,
-            )
-            return group
-
         self.degrees = degrees
-        self.tensor = group_of("tp")
-        self.data = group_of("dp")
+        self._everyone = self.tensor = self.data = everyone
+        if degrees.world_size > 1:
+            layout = _parallel_state().RankGenerator(
+                tp=degrees.tensor, dp=degrees.data, ep=1, pp=1, cp=1, order="tp-dp"
+            )
+            timeout = datetime.timedelta(seconds=timeout_seconds)
+            self.tensor, self.data = (self._group(layout, kind, timeout) for kind in ("tp", "dp"))
         assert dist.get_rank(self.tensor) == degrees.tensor_rank
         assert dist.get_rank(self.data) == degrees.data_rank
+
+    def _group(self, layout: Any, kind: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
+        (members,) = (ranks for ranks in layout.get_ranks(kind) if self.degrees.rank in ranks)
+        if len(members) == self.degrees.world_size:
+            return self._everyone
+        group: dist.ProcessGroup = _parallel_state().create_group(
+            members, timeout=timeout, use_local_synchronization=True, group_desc=kind
+        )
+        return group
 
     def get_model_parallel_world_size(self) -> int:
         return self.degrees.tensor
@@ -128,10 +123,19 @@ def stop_processes() -> None:
     """Leave the process groups, if they were joined."""
     if not dist.is_initialized():
         return
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    if dist.get_world_size() > 1:
+        _parallel_state().destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _parallel_state() -> ModuleType:
+    """Megatron-core's, whose import takes seconds: one process, which has one group, does without."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # optional accelerator packages that it does without
+        logging.getLogger("megatron").setLevel(logging.ERROR)
+        from megatron.core import parallel_state
+
+    return parallel_state
 
 
 def _free_port() -> int:

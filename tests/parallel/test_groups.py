@@ -15,6 +15,7 @@ from mf_train.parallel.groups import Groups, bound_device, claim_gpu, start_proc
 from mf_train.parallel.processes import Process, find_process
 from mf_train.parallel.tensor import build_model
 from tests.distributed import run_distributed
+from tests.processes import run_python
 
 
 def test_the_group_is_bound_to_a_gpu_only_where_there_are_several_processes() -> None:
@@ -146,3 +147,20 @@ def test_the_groups_hold_neighbours_and_those_at_the_same_place() -> None:
     zero, _, two, _ = run_distributed(totals, 4)
     assert zero == {1: [0.0, 6.0], 2: [1.0, 2.0], 4: [6.0, 0.0]}
     assert two == {1: [2.0, 6.0], 2: [5.0, 2.0], 4: [6.0, 2.0]}
+
+
+def test_one_process_does_without_megatron() -> None:
+    code = """
+import sys
+import torch, torch.distributed as dist
+from mf_train.parallel.degrees import Degrees
+from mf_train.parallel.groups import Groups, start_processes, stop_processes
+from mf_train.parallel.processes import find_process
+start_processes(find_process(), torch.device("cpu"), 60)
+groups = Groups(Degrees(0, 1, 1, 0, 1), 60)
+assert groups.tensor is groups.data is dist.group.WORLD
+stop_processes()
+assert not dist.is_initialized()
+print(any(name.startswith("megatron") for name in sys.modules))
+"""
+    assert run_python(code).strip() == "False"

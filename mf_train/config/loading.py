@@ -169,9 +169,13 @@ def _convert(annotation: Any, value: Any, key: str, origin: str) -> Any:
     Only int -> float and number-like text -> float convert (YAML 1.1 reads 3e-4 as text).
     """
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+        kinds = typing.get_args(annotation)
+        if type(value) in kinds:  # None too
+            return value
+        annotation, *others = (kind for kind in kinds if kind is not type(None))
+        if others:
+            names = " or ".join(_NAMES[kind] for kind in (annotation, *others))
+            raise UserError(f"{origin}: {key} is {value!r}: expected {names}")
     if dataclasses.is_dataclass(annotation):
         return _build(typing.cast(type, annotation), value, key, origin)
     if typing.get_origin(annotation) is tuple:

@@ -31,6 +31,8 @@ class DataConfig:
     train: tuple[SourceConfig, ...] = ()
     validation: tuple[SourceConfig, ...] = ()
     seed: int = 0
+    # steps whose batches are read and not trained on: numbers, and the first and last of several as 1200-1210
+    skip_steps: tuple[int | str, ...] = bounds.steps(())
     logical_streams: int = positive(64)  # batches are dealt from them, and so many ranks can read
     block_documents: int = positive(64)  # neighbours that stay together when a source's blocks are shuffled
     window_blocks: int = positive(16)  # blocks of a stream among which documents are shuffled
@@ -147,6 +149,11 @@ class TrainingConfig:
     output_dir: str = "runs/default"
     validation_interval: int = not_negative(0)  # steps between validations, also after the last; 0: none
     validation_sequences: int = not_negative(0)  # sequences of the validation text that are used; 0: all
+    # updates in a row that are left out where loss or gradient norm is not finite; one more, and the run ends
+    skip_nonfinite: int = not_negative(0)
+    # an update is left out where loss or gradient norm is so many standard deviations, estimated by medians, above the
+    # last 128 updates' (mf_train/training/bad_steps.py); 6 is usual, 0: none is
+    skip_spikes: float = not_negative(0.0)
     collective_timeout_seconds: int = positive(600)  # a collective that waits longer ends the run
     bind_cores: bool = True  # of a rank that nobody has bound: its GPU's NUMA node, or a share
     gc_interval: int = not_negative(100)  # steps between Python's garbage collections; 0: its own

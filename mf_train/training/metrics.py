@@ -52,6 +52,11 @@ class Records:
         else:
             self._add_scalars(metrics)
         self.line.show_step(metrics)
+        if "skipped" in metrics:
+            self.say(
+                f"step {metrics['step']}: not trained on batch {metrics['batch_digest']}: {metrics['skipped']}; "
+                f"steps skipped so far: {metrics['skipped_steps']}"
+            )
         for warning in alarm_lines(metrics["step"], metrics.get("alarms", ())):
             self.say(warning)
         if "validation_loss" in metrics:
@@ -113,8 +118,9 @@ class LiveLine(ProgressLine):
         left = (self.steps - step) * sum(self.recent) / len(self.recent)
         wait = 100 * metrics["data_wait_seconds"] / metrics["step_seconds"]
         if self.terminal or self.first or step % self.interval == 0 or step == self.steps:
+            loss = "-" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
             self.show(
-                f"step {step}/{self.steps}  loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+                f"step {step}/{self.steps}  loss {loss}  {metrics['tokens_per_second']:,.0f} tokens/s  "
                 f"data wait {wait:.1f} %  {time.strftime('%H:%M:%S', time.gmtime(left))} left"
             )
         self.first = False

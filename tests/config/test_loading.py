@@ -111,6 +111,7 @@ def random_config(dice: random.Random) -> Config:
         "zero_stage": dice.randrange(4),
         "master": "float32",  # split needs bfloat16
         "hub": None,
+        "skip_steps": (dice.randint(1, 99), "100-101"),
         "profile": ProfileConfig(start=1, steps=dice.randrange(2), ranks=(0, dice.randint(1, 99))),
     }
 
@@ -271,6 +272,16 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
         ("optimizer.table_exp_avg=row", "table_exp_avg is 'row': choose one of float32, bfloat16, int8"),
         ("optimizer.table_exp_avg_sq=fp8", "choose one of float32, bfloat16, int8, row"),
         ("parallel.tensor=0", "parallel.tensor is 0: it must be a number above 0"),
+        ("data.skip_steps=[1.5]", "data.skip_steps[0] is 1.5: expected a whole number or text"),
+        (
+            "data.skip_steps=[3, 9-7]",
+            "data.skip_steps is [3, '9-7']: each must be a step, or the first and the last",
+        ),
+        ("data.skip_steps=[0]", "data.skip_steps is [0]: each must be a step"),
+        ("data.skip_steps=[1-2-3]", "data.skip_steps is ['1-2-3']: each must be a step"),
+        ("data.skip_steps=7", "data.skip_steps is 7: expected a list"),
+        ("training.skip_nonfinite=-1", "training.skip_nonfinite is -1: it must be a number, 0 or more"),
+        ("training.skip_spikes=.nan", "training.skip_spikes is nan: it must be a number, 0 or more"),
         ("data.train=[{path: a, hub: b}]", "data.train[0]: give either 'path'"),
         ("data.validation=[{}]", "data.validation[0]: give either 'path'"),
         ("data.train=[{path: a, weight: 0}]", "data.train[0].weight is 0.0: it must be a number above 0"),

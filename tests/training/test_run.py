@@ -202,6 +202,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_save(reference: Path, 
 def test_a_nan_loss_stops_the_run(reference: Path, tmp_path: Path) -> None:
     tree = tree_beside(reference, tmp_path / "run")
     tree["optimizer"] = {"learning_rate": 1e30, "gradient_clip": 0.0}
+    tree["training"]["skip_nonfinite"] = 2
     done = train(tree, "checkpoint.interval=1", "schedule.warmup_steps=5", processes=2, expect=1)
     (line,) = complaints(done)
     metrics = read_metrics(tmp_path / "run")
@@ -210,7 +211,9 @@ def test_a_nan_loss_stops_the_run(reference: Path, tmp_path: Path) -> None:
     assert "is nan" in line or "is inf" in line
     assert f"last good checkpoint: {tmp_path}/run/checkpoints/step-{step - 1:09d}" in line
     assert "(batch " in line
-    assert all(math.isfinite(entry["loss"]) for entry in metrics)
+    assert ") after 2 skipped in a row; " in line
+    assert ["skipped" in entry for entry in metrics] == [entry["loss"] is None for entry in metrics]
+    assert [entry["loss"] is None for entry in metrics] == [False] * (len(metrics) - 2) + [True] * 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

@@ -25,11 +25,18 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationConfig(SourceConfig):
+    """A validation set. `weight`: its share of `training.validation_sequences` and of the mean `validation_loss`."""
+
+    name: str = ""  # in the metrics; without one, the set's number in the list, from 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The sources of documents, and how they are ordered and read."""
 
     train: tuple[SourceConfig, ...] = ()
-    validation: tuple[SourceConfig, ...] = ()
+    validation: tuple[ValidationConfig, ...] = ()
     seed: int = 0
     # steps whose batches are read and not trained on: numbers, and the first and last of several as 1200-1210
     skip_steps: tuple[int | str, ...] = bounds.steps(())
@@ -84,6 +91,11 @@ class ScheduleConfig:
     # warmup_stable_decay: the last steps, in which the rate falls, or their share of training.steps
     decay_steps: int | None = positive(None)
     decay_fraction: float = fraction(0.2)  # where decay_steps is not given
+
+
+def set_names(data: DataConfig) -> list[str]:
+    """The names of the validation sets."""
+    return [each.name or str(number) for number, each in enumerate(data.validation)]
 
 
 def warmup_steps(schedule: ScheduleConfig, steps: int) -> int:
@@ -148,7 +160,9 @@ class TrainingConfig:
     deterministic: bool = False  # repeat to the last bit on GPUs too; an operation that cannot ends the run
     output_dir: str = "runs/default"
     validation_interval: int = not_negative(0)  # steps between validations, also after the last; 0: none
-    validation_sequences: int = not_negative(0)  # sequences of the validation text that are used; 0: all
+    validation_sequences: int = not_negative(
+        0
+    )  # of all validation sets: one each, the rest by weight; 0: all text
     # updates in a row that are left out where loss or gradient norm is not finite; one more, and the run ends
     skip_nonfinite: int = not_negative(0)
     # an update is left out where loss or gradient norm is so many standard deviations, estimated by medians, above the

@@ -61,6 +61,9 @@ class Records:
             self.say(warning)
         if "validation_loss" in metrics:
             self.say(f"step {metrics['step']}: validation loss {metrics['validation_loss']:.4f}")
+            for name, found in metrics["validation"].items() if len(metrics["validation"]) > 1 else ():
+                bits = f", {found['bits_per_byte']:.4f} bits a byte" if found["bits_per_byte"] else ""
+                self.say(f"  {name}: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}{bits}")
 
     def check(self) -> None:
         """Raises TrainingError where the last step could not be written."""
@@ -81,12 +84,13 @@ class Records:
     def _add_scalars(self, metrics: dict[str, Any]) -> None:
         if self._tensorboard is None:
             return
-        tables = {
-            f"tables/{key}/{name}": value
-            for name, report in metrics.get("tables", {}).items()
+        nested = {
+            f"{kind}/{key}/{name}": value
+            for kind in ("tables", "validation")
+            for name, report in metrics.get(kind, {}).items()
             for key, value in report.items()
         }
-        for key, value in (metrics | tables).items():
+        for key, value in (metrics | nested).items():
             if isinstance(value, int | float) and key != "step":
                 self._tensorboard.add_scalar(key, value, metrics["step"])
 

@@ -47,7 +47,7 @@ from mf_train.training.schedule import learning_rate
 from mf_train.training.stopping import StopRequest, find_deadline
 from mf_train.training.summary import skipped_documents, summary
 from mf_train.training.telemetry import TableTelemetry
-from mf_train.training.validate import validation_loss
+from mf_train.training.validate import validation_loss, validation_metrics
 from mf_train.training.warm_up import compile_kernels
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     if inputs is None:
         return _stopped("while text was prepared", degrees.rank)
     check_same_sources(inputs.stream, config, degrees.rank, device)
-    validation = None
+    validation = {}
     if config.training.validation_interval:
         validation = share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
     watch.entering("choosing a checkpoint")
@@ -145,7 +145,7 @@ class _Run:
         groups: Groups,
         device: torch.device,
         inputs: Inputs,
-        validation: ValidationBlocks | None,
+        validation: dict[str, ValidationBlocks],
         stop: StopRequest,
         watch: Watch,
         fence: Fence,
@@ -156,7 +156,8 @@ class _Run:
         self.degrees = groups.degrees
         self.device = device
         self.inputs = inputs
-        self.validation = validation
+        self.validation = validation  # sets by name
+        self.probed = next(iter(validation.values()), None)
         self.stop = stop
         self.watch = watch
         self.fence = fence
@@ -188,7 +189,7 @@ class _Run:
         watch.entering("compiling kernels")
         compile_kernels(self.engine, config, stop.requested, watch.still_alive)
         self.peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.telemetry = TableTelemetry(self.engine, self.exchange, validation, config.logging)
+        self.telemetry = TableTelemetry(self.engine, self.exchange, self.probed, config.logging)
         self.saver = Saver(
             self.engine,
             fence,
@@ -231,9 +232,8 @@ class _Run:
             metrics = self._train_step(batch)
             self._finish_metrics(metrics, time.perf_counter() - started)
             last = self.step == config.training.steps
-            if self._due(config.training.validation_interval, last) and self.validation is not None:
-                self.watch.entering(f"validating after step {self.step}")
-                metrics["validation_loss"] = self._validate(self.validation)
+            if self._due(config.training.validation_interval, last) and self.validation:
+                metrics |= self._validate()
                 self.progress |= {"validation_loss": metrics["validation_loss"], "validation_step": self.step}
             if "skipped" not in metrics:
                 self.progress |= {"loss": metrics["loss"]}
@@ -317,9 +317,13 @@ class _Run:
             self.watch.still_alive()
         return loss
 
-    def _validate(self, blocks: ValidationBlocks) -> float:
-        return validation_loss(
-            self.engine, blocks, self.config.training.micro_batch_size, self.watch.still_alive
+    def _validate(self) -> dict[str, Any]:
+        losses, size = {}, self.config.training.micro_batch_size
+        for name, blocks in self.validation.items():
+            self.watch.entering(f"validating on {name} after step {self.step}")
+            losses[name] = validation_loss(self.engine, blocks, size, self.watch.still_alive)
+        return validation_metrics(
+            losses, self.validation, [each.weight for each in self.config.data.validation]
         )
 
     def _fail(self, bad: Bad, step: int, digest: str) -> NoReturn:
@@ -402,7 +406,7 @@ class _Run:
     def _extras(self) -> Extras | None:
         """The checkpoint's contents beside the tensors, on rank 0; None elsewhere. Collective."""
         stream = self.batches.state(self.step)
-        probe = run_probe(self.engine, self.exchange, self.validation)
+        probe = run_probe(self.engine, self.exchange, self.probed)
         self.telemetry.note_checkpoint(self.step, probe)
         if self.degrees.rank != 0:
             return None

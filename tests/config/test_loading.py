@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
-from mf_train.config import Config, ModelConfig, OptimizerConfig, ProfileConfig, ScheduleConfig, SourceConfig
+from mf_train.config import (
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    ScheduleConfig,
+    SourceConfig,
+    ValidationConfig,
+)
 from mf_train.config.loading import config_to_tree, load_config, parse_config
 from mf_train.errors import UserError
 
@@ -66,7 +74,7 @@ def test_overrides_win_in_their_order(tmp_path: Path) -> None:
     assert (config.training.steps, config.training.seed) == (3, 7)
     assert config.optimizer.learning_rate == 3e-4
     assert config.training.output_dir == "runs/a=b"
-    assert config.data.validation == (SourceConfig(path="v.txt"),)
+    assert config.data.validation == (ValidationConfig(path="v.txt"),)
     assert config.schedule.warmup_steps is None
 
 
@@ -79,7 +87,7 @@ def test_anchors_and_merges(tmp_path: Path) -> None:
         tmp_path,
         "data:\n  train: [&source {path: a.txt, weight: 3}]\n  validation: [{<<: *source, path: b.txt}]\n",
     )
-    assert config.data.validation == (SourceConfig(path="b.txt", weight=3.0),)
+    assert config.data.validation == (ValidationConfig(path="b.txt", weight=3.0),)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -116,6 +124,8 @@ def random_config(dice: random.Random) -> Config:
     }
 
     def value(annotation: Any, name: str) -> Any:
+        if name == "name":
+            return str(dice.random())  # two validation sets have different ones
         if name in special:
             return special[name]
         if dataclasses.is_dataclass(annotation):
@@ -284,11 +294,24 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
         ("training.skip_spikes=.nan", "training.skip_spikes is nan: it must be a number, 0 or more"),
         ("data.train=[{path: a, hub: b}]", "data.train[0]: give either 'path'"),
         ("data.validation=[{}]", "data.validation[0]: give either 'path'"),
+        ("data.train=[{path: a, name: x}]", "unknown key 'data.train[0].name'"),
+        (
+            "data.validation=[{path: a}, {path: b, name: '0'}]",
+            "data.validation has two sets named '0': give each",
+        ),
         ("data.train=[{path: a, weight: 0}]", "data.train[0].weight is 0.0: it must be a number above 0"),
     ],
 )
 def test_values_that_no_run_can_use(override: str, words: str, tmp_path: Path) -> None:
     assert words in mistake(tmp_path, "", override)
+
+
+def test_every_validation_set_gets_a_sequence(tmp_path: Path) -> None:
+    text = "data: {validation: [{path: a, name: x}, {path: b, name: y}]}"
+    assert mistake(tmp_path, text, "training.validation_sequences=1").endswith(
+        "training.validation_sequences is 1 and data.validation has 2 sets: raise it, so that each set has one"
+    )
+    assert load(tmp_path, text, "training.validation_sequences=2").training.validation_sequences == 2
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,9 @@ class ScheduleConfig:
     # warmup_stable_decay: the last steps, in which the rate falls, or their share of training.steps
     decay_steps: int | None = positive(None)
     decay_fraction: float = fraction(0.2)  # where decay_steps is not given
+    # where a run goes on from a checkpoint whose own keys give the next step another rate (docs/training.md): refuse;
+    # follow: it jumps to this schedule's; rewarm: it goes there on a straight line over warmup_steps steps
+    on_change: Literal["refuse", "follow", "rewarm"] = "refuse"
 
 
 def set_names(data: DataConfig) -> list[str]:
@@ -110,6 +113,8 @@ def decay_steps(schedule: ScheduleConfig, steps: int) -> int:
 
 def schedule_problem(schedule: ScheduleConfig, steps: int) -> str:
     """An error about a schedule in a run of `steps`, beyond the bounds of its keys; empty where it fits."""
+    if schedule.on_change == "rewarm" and warmup_steps(schedule, steps) == 0:
+        return "schedule.on_change is rewarm and schedule.warmup_steps, over which it goes, is 0: raise it"
     if schedule.kind != "warmup_stable_decay":
         if schedule.decay_steps is None:
             return ""

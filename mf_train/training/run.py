@@ -37,13 +37,13 @@ from mf_train.training.batches import Batch, SharedBatches
 from mf_train.training.binding import bind_cores
 from mf_train.training.device import check_host_memory, find_device, keep_freed_memory, make_deterministic
 from mf_train.training.environment import set_kernel_cache
-from mf_train.training.folder import check_same_run, record_config, resolved_yaml
+from mf_train.training.folder import check_same_run, find_rewarm, record_config, resolved_yaml
 from mf_train.training.garbage import GarbageCollection
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
 from mf_train.training.metrics import Records, process_peak
 from mf_train.training.probe import run_probe
 from mf_train.training.resume import choose_checkpoint, look_ahead
-from mf_train.training.schedule import learning_rate
+from mf_train.training.schedule import Rewarm, rate_of
 from mf_train.training.stopping import StopRequest, find_deadline
 from mf_train.training.summary import skipped_documents, summary
 from mf_train.training.telemetry import TableTelemetry
@@ -125,6 +125,8 @@ def _read_state(config: Config, inputs: Inputs, rank: int, checkpoint: Checkpoin
     if rank == 0:
         check_same_run(config, inputs.tokenizer, checkpoint)
     state = checkpoint.state()
+    if rank == 0:
+        state["rewarm"] = find_rewarm(config, checkpoint)
     if inputs.stream is not None and state["stream"] is not None:
         inputs.stream.load_state_dict(state["stream"])
     return state
@@ -164,6 +166,7 @@ class _Run:
         state: dict[str, Any] = {}
         if checkpoint is not None:
             state = run_on_all(lambda: _read_state(config, inputs, self.degrees.rank, checkpoint), device)
+        self.rewarm: Rewarm | None = run_on_first(lambda: state.get("rewarm"), device)
         self.step: int = state.get("step", 0)
         self.tokens: int = state.get("tokens", 0)
         self.skipped: int = state.get("skipped_steps", 0)
@@ -273,7 +276,7 @@ class _Run:
         loss_sum, norm = self.batches.agree(loss.view(1), gradient_norm.view(1))
         mean = loss_sum / self.degrees.tensor  # every tensor-parallel rank has the loss
         self.watch.entering(f"training step {step}")
-        rate = learning_rate(step, config.training.steps, config.optimizer.learning_rate, config.schedule)
+        rate = rate_of(config, step, self.rewarm)
         bad = self.bad_steps.judge(step, mean, norm)  # on all ranks the same: they have the same numbers
         if bad is None:
             self.engine.update(rate)
@@ -416,6 +419,7 @@ class _Run:
                 "tokens": self.tokens,
                 "skipped_steps": self.skipped,
                 "bad_steps": self.bad_steps.state(),
+                "rewarm": self.rewarm,
                 "device": self.device.type,
                 # a copy: it is written while later steps change it
                 "metrics": self.progress | {"checkpoint_seconds": self.saver.seconds},

@@ -49,7 +49,7 @@ def summary(
         )
     if saver.last is not None:
         lines.append(f"resumed after step {saver.step} from {saver.last}")
-        lines += describe_changes(config, saver.last, saver.step)
+        lines += describe_changes(config, saver.last)
     return "\n".join(lines)
 
 

@@ -277,6 +277,11 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
             "1000 of decay, and training.steps is 1000",
         ),
         ("schedule.decay_steps=0", "schedule.decay_steps is 0: it must be a number above 0"),
+        ("schedule.on_change=jump", "schedule.on_change is 'jump': choose one of refuse, follow, rewarm"),
+        (
+            "schedule={on_change: rewarm, warmup_steps: 0}",
+            "schedule.warmup_steps, over which it goes, is 0: raise it",
+        ),
         ("schedule.kind=wsd", "choose one of cosine, linear, constant, warmup_stable_decay, inverse_sqrt"),
         ("parallel.master=half", "parallel.master is 'half': choose one of float32, split"),
         ("optimizer.table_exp_avg=row", "table_exp_avg is 'row': choose one of float32, bfloat16, int8"),

@@ -106,6 +106,7 @@ def tree_of(folder: Path, checkpoint: Path, skip_steps: list[int], stage: int, t
     tree = small_config(folder, checkpoint.parent / "text.jsonl")
     tree["data"]["skip_steps"] = skip_steps
     tree["training"] |= {"skip_nonfinite": 1, "skip_spikes": FACTOR, "steps": LAST, "validation_sequences": 0}
+    tree["schedule"]["on_change"] = "follow"
     tree["parallel"] = {"zero_stage": stage, "tensor": tensor}
     tree["checkpoint"] = {"resume": str(checkpoint), "interval": 1, "keep": 0}
     return tree

@@ -168,6 +168,8 @@ class TrainingConfig:
     validation_sequences: int = not_negative(
         0
     )  # of all validation sets: one each, the rest by weight; 0: all text
+    # z of z log(Z)^2, added to a token's loss for its gradient, Z its sum of exp(logits); PaLM has 1e-4, 0: none
+    z_loss: float = bounds.small(0.0)
     # updates in a row that are left out where loss or gradient norm is not finite; one more, and the run ends
     skip_nonfinite: int = not_negative(0)
     # an update is left out where loss or gradient norm is so many standard deviations, estimated by medians, above the

@@ -62,6 +62,7 @@ class Engine:
         self.device = device
         self.end_of_text = end_of_text
         self.model = model
+        model.head.z_loss = config.training.z_loss
         self.micro_batches = count_micro_batches(config, groups.degrees.data)
         if config.training.precision == "bfloat16":
             model.bfloat16()

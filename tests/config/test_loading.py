@@ -119,6 +119,7 @@ def random_config(dice: random.Random) -> Config:
         "zero_stage": dice.randrange(4),
         "master": "float32",  # split needs bfloat16
         "hub": None,
+        "z_loss": dice.random() / 100,
         "skip_steps": (dice.randint(1, 99), "100-101"),
         "profile": ProfileConfig(start=1, steps=dice.randrange(2), ranks=(0, dice.randint(1, 99))),
     }
@@ -295,6 +296,7 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
         ("data.skip_steps=[0]", "data.skip_steps is [0]: each must be a step"),
         ("data.skip_steps=[1-2-3]", "data.skip_steps is ['1-2-3']: each must be a step"),
         ("data.skip_steps=7", "data.skip_steps is 7: expected a list"),
+        ("training.z_loss=0.1", "training.z_loss is 0.1: it must be in [0, 0.01]"),
         ("training.skip_nonfinite=-1", "training.skip_nonfinite is -1: it must be a number, 0 or more"),
         ("training.skip_spikes=.nan", "training.skip_spikes is nan: it must be a number, 0 or more"),
         ("data.train=[{path: a, hub: b}]", "data.train[0]: give either 'path'"),

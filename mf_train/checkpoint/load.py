@@ -19,7 +19,7 @@ def load_checkpoint(
     """
     run_on_all(lambda: _check_shapes(engine, reader), engine.device)
     run_on_all(lambda: _read_fragments(engine, reader, still_alive), engine.device)
-    engine.reset_step(reader.manifest.step)
+    engine.reset_step(reader.manifest.step - reader.state().get("skipped_steps", 0))
     engine.refresh_parameters()
 
 

@@ -14,6 +14,7 @@ from mf_train.config.sections import (
     SourceConfig,
     TokenizerConfig,
     TrainingConfig,
+    ValidationConfig,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "SourceConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "ValidationConfig",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mf_train.config.bounds import problem_of
-from mf_train.config.sections import Config, TrainingConfig, schedule_problem
+from mf_train.config.sections import Config, TrainingConfig, schedule_problem, set_names
 from mf_train.errors import UserError
 from mf_train.text import did_you_mean
 
@@ -102,6 +102,16 @@ def _check_together(config: Config, origin: str) -> None:
     training = config.training
     if problem := _profile_problem(training) or schedule_problem(config.schedule, training.steps):
         raise UserError(f"{origin}: {problem}")
+    names = set_names(config.data)
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"{origin}: data.validation has two sets named {twice[0]!r}: give each a name of its own"
+        )
+    if 0 < training.validation_sequences < len(names):
+        raise UserError(
+            f"{origin}: training.validation_sequences is {training.validation_sequences} and data.validation has "
+            f"{len(names)} sets: raise it, so that each set has one"
+        )
     if config.parallel.master == "split" and config.training.precision == "float32":
         raise UserError(
             f"{origin}: parallel.master is 'split' and training.precision is float32, in which a weight lacks no bit "
@@ -169,9 +179,13 @@ def _convert(annotation: Any, value: Any, key: str, origin: str) -> Any:
     Only int -> float and number-like text -> float convert (YAML 1.1 reads 3e-4 as text).
     """
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+        kinds = typing.get_args(annotation)
+        if type(value) in kinds:  # None too
+            return value
+        annotation, *others = (kind for kind in kinds if kind is not type(None))
+        if others:
+            names = " or ".join(_NAMES[kind] for kind in (annotation, *others))
+            raise UserError(f"{origin}: {key} is {value!r}: expected {names}")
     if dataclasses.is_dataclass(annotation):
         return _build(typing.cast(type, annotation), value, key, origin)
     if typing.get_origin(annotation) is tuple:

@@ -25,12 +25,21 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationConfig(SourceConfig):
+    """A validation set. `weight`: its share of `training.validation_sequences` and of the mean `validation_loss`."""
+
+    name: str = ""  # in the metrics; without one, the set's number in the list, from 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The sources of documents, and how they are ordered and read."""
 
     train: tuple[SourceConfig, ...] = ()
-    validation: tuple[SourceConfig, ...] = ()
+    validation: tuple[ValidationConfig, ...] = ()
     seed: int = 0
+    # steps whose batches are read and not trained on: numbers, and the first and last of several as 1200-1210
+    skip_steps: tuple[int | str, ...] = bounds.steps(())
     logical_streams: int = positive(64)  # batches are dealt from them, and so many ranks can read
     block_documents: int = positive(64)  # neighbours that stay together when a source's blocks are shuffled
     window_blocks: int = positive(16)  # blocks of a stream among which documents are shuffled
@@ -82,6 +91,14 @@ class ScheduleConfig:
     # warmup_stable_decay: the last steps, in which the rate falls, or their share of training.steps
     decay_steps: int | None = positive(None)
     decay_fraction: float = fraction(0.2)  # where decay_steps is not given
+    # where a run goes on from a checkpoint whose own keys give the next step another rate (docs/training.md): refuse;
+    # follow: it jumps to this schedule's; rewarm: it goes there on a straight line over warmup_steps steps
+    on_change: Literal["refuse", "follow", "rewarm"] = "refuse"
+
+
+def set_names(data: DataConfig) -> list[str]:
+    """The names of the validation sets."""
+    return [each.name or str(number) for number, each in enumerate(data.validation)]
 
 
 def warmup_steps(schedule: ScheduleConfig, steps: int) -> int:
@@ -96,6 +113,8 @@ def decay_steps(schedule: ScheduleConfig, steps: int) -> int:
 
 def schedule_problem(schedule: ScheduleConfig, steps: int) -> str:
     """An error about a schedule in a run of `steps`, beyond the bounds of its keys; empty where it fits."""
+    if schedule.on_change == "rewarm" and warmup_steps(schedule, steps) == 0:
+        return "schedule.on_change is rewarm and schedule.warmup_steps, over which it goes, is 0: raise it"
     if schedule.kind != "warmup_stable_decay":
         if schedule.decay_steps is None:
             return ""
@@ -146,7 +165,16 @@ class TrainingConfig:
     deterministic: bool = False  # repeat to the last bit on GPUs too; an operation that cannot ends the run
     output_dir: str = "runs/default"
     validation_interval: int = not_negative(0)  # steps between validations, also after the last; 0: none
-    validation_sequences: int = not_negative(0)  # sequences of the validation text that are used; 0: all
+    validation_sequences: int = not_negative(
+        0
+    )  # of all validation sets: one each, the rest by weight; 0: all text
+    # z of z log(Z)^2, added to a token's loss for its gradient, Z its sum of exp(logits); PaLM has 1e-4, 0: none
+    z_loss: float = bounds.small(0.0)
+    # updates in a row that are left out where loss or gradient norm is not finite; one more, and the run ends
+    skip_nonfinite: int = not_negative(0)
+    # an update is left out where loss or gradient norm is so many standard deviations, estimated by medians, above the
+    # last 128 updates' (mf_train/training/bad_steps.py); 6 is usual, 0: none is
+    skip_spikes: float = not_negative(0.0)
     collective_timeout_seconds: int = positive(600)  # a collective that waits longer ends the run
     bind_cores: bool = True  # of a rank that nobody has bound: its GPU's NUMA node, or a share
     gc_interval: int = not_negative(100)  # steps between Python's garbage collections; 0: its own

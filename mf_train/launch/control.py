@@ -180,10 +180,11 @@ def _job_text(job: slurm.Job) -> str:
 def _step(progress: Progress) -> str:
     if not progress.metrics:
         return f"none of {progress.steps}"
-    step, loss = progress.metrics.get("step", 0), progress.metrics.get("loss", float("nan"))
+    step, loss = progress.metrics.get("step", 0), progress.metrics.get("loss")
+    shown = "-" if loss is None else f"{loss:.4f}"  # a skipped step may have none
     speed = progress.metrics.get("tokens_per_second", float("nan"))
     assert progress.age is not None
-    return f"{step} of {progress.steps}, loss {loss:.4f}, {speed:,.0f} tokens/s, recorded {duration(progress.age)} ago"
+    return f"{step} of {progress.steps}, loss {shown}, {speed:,.0f} tokens/s, recorded {duration(progress.age)} ago"
 
 
 def _start_line(start: Start) -> str:

@@ -22,6 +22,7 @@ class Head(nn.Module):
     """
 
     first_token = 0  # the vocabulary's index of this rank's first row
+    z_loss = 0.0  # how much of log(sum of exp(logits))^2 is added to a token's loss for its gradient
 
     def __init__(self, features: int, vocab_size: int) -> None:
         super().__init__()
@@ -54,6 +55,10 @@ class Head(nn.Module):
 
         logits [..., V / P] as `forward` returns them, targets [...] integers of the whole vocabulary. With `overwrite`
         the backward pass puts the gradient where the logits are, and so runs once: for logits that nobody else reads.
+
+        The gradient is that of cross-entropy + `z_loss` log(Z)^2, Z the sum of exp(logits) (PaLM: Chowdhery et al.
+        2022, arXiv 2204.02311, section 5); the losses that are returned are the cross-entropy alone. Where log(Z) is
+        below -1 / (2 z_loss), the gradient is NaN.
         """
         losses: Tensor = _CrossEntropy.apply(logits, targets, self, overwrite)
         return losses
@@ -112,6 +117,7 @@ class _CrossEntropy(torch.autograd.Function):
         shifted = pairwise_sum(picked) - largest
         valid = targets != IGNORED
         ctx.save_for_backward(logits, local, valid, largest + log_total)
+        ctx.z_loss = head.z_loss
         ctx.overwrite = overwrite and not torch.compiler.is_compiling()
         return torch.where(valid, log_total - shifted, 0)
 
@@ -119,6 +125,9 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         logits, local, valid, normaliser = ctx.saved_tensors
         factor = torch.where(valid, gradients[0], 0).to(normaliser.dtype)
+        if ctx.z_loss:
+            # z log(Z)^2 adds 2 z log(Z) softmax: the softmax's factor 1 + 2 z log(Z) goes into its normaliser
+            normaliser = normaliser - (2 * ctx.z_loss * normaliser).log1p()
         steps = fast_loss(logits) or STEPS
         d_logits = steps.gradient(logits, normaliser, factor, local, overwrite=ctx.overwrite)
         # a second backward pass, or another that needs these logits, then gets torch's error

@@ -27,7 +27,11 @@ class Optimizer(Protocol):
 
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 
+    def gradient_norm(self) -> Tensor: ...
+
     def update(self, learning_rate: float) -> Tensor: ...
+
+    def drop(self) -> None: ...
 
     def fragments(self) -> dict[str, Fragment]: ...
 
@@ -58,6 +62,7 @@ class Engine:
         self.device = device
         self.end_of_text = end_of_text
         self.model = model
+        model.head.z_loss = config.training.z_loss
         self.micro_batches = count_micro_batches(config, groups.degrees.data)
         if config.training.precision == "bfloat16":
             model.bfloat16()
@@ -87,15 +92,23 @@ class Engine:
         """Forward and backward of one micro-batch [B, S], which is `share` of the global batch's rows.
 
         Returns share times its mean loss, a float32 []: over micro-batches and data-parallel ranks these add up to the
-        global batch's mean. `update` follows the `last` of the step's `micro_batches`.
+        global batch's mean. `update` or `drop` follows the `last` of the step's `micro_batches`.
         """
         loss = self.losses(token_ids, targets).mean() * share
         self._zero.backward(loss, last=last)
         return loss.detach()
 
+    def gradient_norm(self) -> Tensor:
+        """The gradient's global L2 norm before clipping, float32 []: for who decides between `update` and `drop`."""
+        return self._zero.gradient_norm()
+
     def update(self, learning_rate: float) -> Tensor:
         """Clip, update the weights, clear the gradients; the gradient's global L2 norm before clipping, float32 []."""
         return self._zero.update(learning_rate)
+
+    def drop(self) -> None:
+        """Clear the gradients; weights, moments and the count of updates stay as they are. Collective."""
+        self._zero.drop()
 
     def fragments(self) -> dict[str, Fragment]:
         """This rank's fragment of every parameter it keeps a part of, by the parameter's name."""

@@ -129,6 +129,7 @@ class Zero:
         self._updated = self._find_updated(model, settings)
         self._adamw = AdamW(config.optimizer, config.training.seed, self.alignment)
         self._fresh = True  # no gradient of this step has been taken
+        self._norm: Tensor | None = None  # of this step's, once it is known
         self._last = True  # the backward pass is the step's last
         self._started = 0  # buckets whose reduction has, in their order
         self._reducing: deque[Callable[[], None]] = deque()
@@ -149,17 +150,24 @@ class Zero:
             self._start_reductions(len(self.buckets))
         self._fresh = False
 
-    def update(self, learning_rate: float) -> Tensor:
-        """Clip, update, and start to send the weights; the gradient's L2 norm before clipping, float32 [].
+    def gradient_norm(self) -> Tensor:
+        """The gradient's L2 norm before clipping, float32 []; `update` or `drop` follows. Collective, once a step.
 
         The squares are added in float64, so that how parameters lie on ranks does not show in the norm: float64 sums in
         another order differ in some 1e-16, of which nothing is left in float32 but once in about 10^8 steps.
         """
+        if self._norm is not None:
+            return self._norm
         while self._reducing:
             self._finish_reduction()
         if self._down is not None:
             torch.cuda.current_stream().wait_stream(self._down)
-        norm = self._norm()
+        self._norm = self._root_of_squares()
+        return self._norm
+
+    def update(self, learning_rate: float) -> Tensor:
+        """Clip, update, and start to send the weights; returns `gradient_norm`."""
+        norm = self.gradient_norm()
         if self._down is not None:
             self._down.synchronize()
         factor = None
@@ -174,8 +182,13 @@ class Zero:
             self._send_weights(index)
         if not self.overlap:
             self._wait_for_all()
-        self._fresh = True
+        self.drop()
         return norm
+
+    def drop(self) -> None:
+        """Forget the step's gradients: the next take their place. Weights, moments and `steps` stay as they are."""
+        self._norm = None
+        self._fresh = True
 
     # the state
 
@@ -355,7 +368,7 @@ class Zero:
         if self.offload and self._last:
             bucket.beside_masters.copy_(bucket.gradient, non_blocking=True)
 
-    def _norm(self) -> Tensor:
+    def _root_of_squares(self) -> Tensor:
         squares = torch.zeros((), dtype=torch.float64, device=self.buckets[0].weights.device)
         for bucket in self.buckets:
             first = self.rank * bucket.shard - bucket.first

@@ -1,7 +1,7 @@
 """ZeRO stage 3 by DeepSpeed: parameters, gradients and optimiser state are partitioned over data-parallel ranks.
 
 The only file with deepspeed. What it reads of DeepSpeed beyond its public calls is in `_places` and
-`refresh_parameters`: where a rank keeps its float32 master weights.
+`refresh_parameters`: where a rank keeps its float32 master weights; and in `gradient_norm`.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ class Zero3:
     ) -> None:
         deepspeed = import_deepspeed(device, groups.degrees.local_rank)
         self.groups = groups
+        self.device = device
         self.model = model
         for parameter in model.parameters():
             # DeepSpeed sums the gradient's norm over the tensor-parallel group for parameters marked so
@@ -63,6 +64,14 @@ class Zero3:
         if not last:
             self.engine.step()
 
+    def gradient_norm(self) -> Tensor:
+        """The gradient's L2 norm before clipping, float32 []; infinite where it is not a number. Collective."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        # as its own step computes it once more: to clip, and to leave out an update that is not finite
+        norm = combine_grad_norm_groups(self.engine.optimizer._get_norm_groups())
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+
     def update(self, learning_rate: float) -> Tensor:
         """Clip, update the weights, clear the gradients; the gradient's L2 norm before clipping, float32 []."""
         self.steps += 1
@@ -70,6 +79,12 @@ class Zero3:
             group["lr"] = learning_rate
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
+
+    def drop(self) -> None:
+        """Forget the step's gradients. Weights, moments and `steps` stay as they are. Collective."""
+        self.optimizer.idle = True
+        self.engine.step()
+        self.optimizer.idle = False
 
     def fragments(self) -> dict[str, Fragment]:
         """This rank's fragment of every parameter that it keeps a part of, by name."""
@@ -127,6 +142,7 @@ class _AdamW(torch.optim.Optimizer):
         self.moments = moments
         self.adamw = AdamW(config.optimizer, config.training.seed, math.lcm(*moments.units.values()))
         self.steps = 0
+        self.idle = False  # a step that is called leaves everything as it is
         self.fragments: dict[str, Fragment] = {}
         # by flat tensor: what is updated at once, with its place in the tensor and the parameter's name
         self._parts: dict[Tensor, list[tuple[int, Fragment, str]]] = {}
@@ -145,6 +161,8 @@ class _AdamW(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the flat tensors that are in the groups at the time: DeepSpeed gives one at a time."""
+        if self.idle:
+            return
         for group in self.param_groups:
             updated = (each for flat in group["params"] for each in self._updated(flat, group))
             self.adamw.update(updated, group["lr"], self.steps)

@@ -43,7 +43,7 @@ def _row(cell: Cell, state: State) -> dict[str, Any]:
     validations = [(one["validation_loss"], one["step"]) for one in records if "validation_loss" in one]
     best, best_step = min(validations, default=(None, None))
     last_loss, last_step = validations[-1] if validations else (None, None)
-    last = records[-_LAST_STEPS:]
+    losses = [one["loss"] for one in records[-_LAST_STEPS:] if "skipped" not in one]
     seconds = sum(one.get("step_seconds", 0.0) for one in records)
     tokens = records[-1].get("tokens", 0) if records else 0
     row: dict[str, Any] = {
@@ -56,7 +56,7 @@ def _row(cell: Cell, state: State) -> dict[str, Any]:
         "final_validation_loss": last_loss if last_step == state.step else None,
         "best_validation_loss": best,
         "best_step": best_step,
-        "train_loss": sum(one["loss"] for one in last) / len(last) if last else None,
+        "train_loss": sum(losses) / len(losses) if losses else None,
         **asdict(cell.cost),
         "seconds": round(seconds, 3) if records else None,
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,

@@ -20,7 +20,7 @@ from mf_train.errors import UserError
 from mf_train.files import write_whole
 from mf_train.run_folder import CHECKPOINTS
 from mf_train.run_folder import CONFIG as RUN_CONFIG
-from mf_train.training.schedule import learning_rate
+from mf_train.training.schedule import Rewarm, rate_of, rewarm_end
 from mf_train.versions import package_versions
 
 
@@ -70,25 +70,71 @@ def check_same_run(config: Config, tokenizer: Tokenizer, reader: CheckpointReade
             )
 
 
-def describe_changes(config: Config, checkpoint: Path, step: int) -> list[str]:
-    """A line for each thing that a run does otherwise than the checkpoint's own run, after whose `step` it resumes:
-    how numbers are held, and the learning rate of the next step.
+def find_rewarm(config: Config, reader: CheckpointReader) -> Rewarm | None:
+    """What the rates of a run are that goes on from a checkpoint: `rate_of` with this.
+
+    Raises UserError where the next step's rate is not the one that the checkpoint's own configuration gives it, and
+    `schedule.on_change` does not say what to do.
     """
-    before = load_config(checkpoint / CONFIG)
+    step, held = reader.manifest.step, _held_rewarm(reader)
+    if not 0 < step < config.training.steps:
+        return held
+    old, new = _next_rates(config, reader)
+    if old == new:
+        return held
+    if config.schedule.on_change == "refuse":
+        raise UserError(
+            f"{reader.checkpoint}: the learning rate of step {step + 1} would be {new:.6g}, and it is {old:.6g} by the "
+            "checkpoint's optimizer.learning_rate, schedule and training.steps: keep these, or set schedule.on_change "
+            "to follow (it jumps) or rewarm (it goes there over schedule.warmup_steps)"
+        )
+    if config.schedule.on_change == "follow":
+        return None
+    return Rewarm(step, rate_of(load_config(reader.checkpoint / CONFIG), step, held))
+
+
+def _held_rewarm(reader: CheckpointReader) -> Rewarm | None:
+    held = reader.state().get("rewarm")
+    return Rewarm(*held) if held else None
+
+
+def _next_rates(config: Config, reader: CheckpointReader) -> tuple[float, float]:
+    """The next step's rate as the checkpoint's run would go on, and as this one would."""
+    step, held, before = (
+        reader.manifest.step + 1,
+        _held_rewarm(reader),
+        load_config(reader.checkpoint / CONFIG),
+    )
+    return rate_of(before, step, held), rate_of(config, step, held)
+
+
+def describe_changes(config: Config, checkpoint: Path) -> list[str]:
+    """A line for each thing that a run does otherwise than the run of the checkpoint that it goes on from: how numbers
+    are held, and learning rates.
+    """
+    before, reader = load_config(checkpoint / CONFIG), CheckpointReader(checkpoint)
     held = []
     for key in ("optimizer.table_exp_avg", "optimizer.table_exp_avg_sq", "parallel.master"):
         there, here = (attrgetter(key)(each) for each in (before, config))
         if there != here:
             held.append(f"{key} {there} to {here}")
     lines = [f"converted what the checkpoint holds: {', '.join(held)}"] if held else []
-    old, new = (
-        learning_rate(step + 1, each.training.steps, each.optimizer.learning_rate, each.schedule)
-        for each in (before, config)
-    )
-    if new != old:
+    step = reader.manifest.step
+    old, new = _next_rates(config, reader)
+    if step and old != new:
+        if (rewarm := find_rewarm(config, reader)) is None:
+            how = f"jumps from {old:.4g} to {new:.4g} at step {step + 1}"
+        else:
+            end = rewarm_end(config, rewarm)
+            how = f"goes from {rewarm.rate:.4g} at step {step} to {rate_of(config, end):.4g} at step {end}"
         lines.append(
-            f"warning: the learning rate of step {step + 1} is {new:.4g}; with the checkpoint's "
-            f"optimizer.learning_rate, schedule and training.steps it is {old:.4g}"
+            f"the learning rate {how}, since it is not the checkpoint's (schedule.on_change: "
+            f"{config.schedule.on_change})"
+        )
+    there, here = (each.optimizer.table_learning_rate_multiplier for each in (before, config))
+    if step and there != here:
+        lines.append(
+            f"warning: optimizer.table_learning_rate_multiplier is {here:g} and was {there:g}: tables' rates jump"
         )
     return lines
 

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from mf_train.config import Config
+from mf_train.config.sections import set_names
 from mf_train.data.stream.stream import TokenStream
-from mf_train.data.stream.validation import ValidationBlocks, validation_tokens
+from mf_train.data.stream.validation import ValidationBlocks, set_tokens
 from mf_train.data.tokenizer import Tokenizer, open_tokenizer
 from mf_train.errors import PeerError, UserError
 from mf_train.exit_status import MISTAKE
@@ -23,7 +24,7 @@ class Inputs:
 
     tokenizer: Tokenizer
     stream: TokenStream | None  # on the first rank of each tensor-parallel group, which reads for all of it
-    validation_tokens: torch.Tensor | None  # on rank 0
+    validation_tokens: list[torch.Tensor]  # of each validation set, on rank 0
 
 
 def open_inputs(config: Config, degrees: Degrees) -> Inputs:
@@ -31,7 +32,7 @@ def open_inputs(config: Config, degrees: Degrees) -> Inputs:
     if degrees.rank == 0:
         check_folder(config)
     tokenizer = open_tokenizer(config.tokenizer, config.model.vocab_size)
-    stream = validation = None
+    stream, validation = None, []
     if degrees.tensor_rank == 0:
         stream = TokenStream(
             config.data,
@@ -43,9 +44,8 @@ def open_inputs(config: Config, degrees: Degrees) -> Inputs:
         )
         stream.identity()  # looks into every source, so that what is wrong with one shows here
     if degrees.rank == 0 and config.training.validation_interval:
-        sources, length = config.data.validation, config.model.sequence_length
-        limit = config.training.validation_sequences
-        validation = torch.from_numpy(validation_tokens(sources, config.data, tokenizer, length, limit))
+        length, limit = config.model.sequence_length, config.training.validation_sequences
+        validation = [torch.from_numpy(each) for each in set_tokens(config.data, tokenizer, length, limit)]
     return Inputs(tokenizer, stream, validation)
 
 
@@ -78,11 +78,16 @@ def check_same_sources(stream: TokenStream | None, config: Config, rank: int, de
 
 
 def share_validation(
-    tokens: torch.Tensor | None, tokenizer: Tokenizer, config: Config, device: torch.device
-) -> ValidationBlocks:
-    """Every rank's validation blocks from rank 0's tokens. Collective over all ranks."""
-    size = torch.tensor([0 if tokens is None else len(tokens)], device=device)
-    dist.broadcast(size, 0)
-    tokens = torch.empty(int(size), dtype=torch.int32, device=device) if tokens is None else tokens.to(device)
-    dist.broadcast(tokens, 0)
-    return ValidationBlocks(tokens.cpu().numpy(), tokenizer, config.model.sequence_length)
+    tokens: list[torch.Tensor], tokenizer: Tokenizer, config: Config, device: torch.device
+) -> dict[str, ValidationBlocks]:
+    """Every rank's validation sets by name, from rank 0's tokens. Collective over all ranks."""
+    shared = {}
+    for index, name in enumerate(set_names(config.data)):
+        size = torch.tensor([len(tokens[index]) if tokens else 0], device=device)
+        dist.broadcast(size, 0)
+        here = (
+            tokens[index].to(device) if tokens else torch.empty(int(size), dtype=torch.int32, device=device)
+        )
+        dist.broadcast(here, 0)
+        shared[name] = ValidationBlocks(here.cpu().numpy(), tokenizer, config.model.sequence_length)
+    return shared

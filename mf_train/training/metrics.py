@@ -52,10 +52,18 @@ class Records:
         else:
             self._add_scalars(metrics)
         self.line.show_step(metrics)
+        if "skipped" in metrics:
+            self.say(
+                f"step {metrics['step']}: not trained on batch {metrics['batch_digest']}: {metrics['skipped']}; "
+                f"steps skipped so far: {metrics['skipped_steps']}"
+            )
         for warning in alarm_lines(metrics["step"], metrics.get("alarms", ())):
             self.say(warning)
         if "validation_loss" in metrics:
             self.say(f"step {metrics['step']}: validation loss {metrics['validation_loss']:.4f}")
+            for name, found in metrics["validation"].items() if len(metrics["validation"]) > 1 else ():
+                bits = f", {found['bits_per_byte']:.4f} bits a byte" if found["bits_per_byte"] else ""
+                self.say(f"  {name}: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}{bits}")
 
     def check(self) -> None:
         """Raises TrainingError where the last step could not be written."""
@@ -76,12 +84,13 @@ class Records:
     def _add_scalars(self, metrics: dict[str, Any]) -> None:
         if self._tensorboard is None:
             return
-        tables = {
-            f"tables/{key}/{name}": value
-            for name, report in metrics.get("tables", {}).items()
+        nested = {
+            f"{kind}/{key}/{name}": value
+            for kind in ("tables", "validation")
+            for name, report in metrics.get(kind, {}).items()
             for key, value in report.items()
         }
-        for key, value in (metrics | tables).items():
+        for key, value in (metrics | nested).items():
             if isinstance(value, int | float) and key != "step":
                 self._tensorboard.add_scalar(key, value, metrics["step"])
 
@@ -113,8 +122,9 @@ class LiveLine(ProgressLine):
         left = (self.steps - step) * sum(self.recent) / len(self.recent)
         wait = 100 * metrics["data_wait_seconds"] / metrics["step_seconds"]
         if self.terminal or self.first or step % self.interval == 0 or step == self.steps:
+            loss = "-" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
             self.show(
-                f"step {step}/{self.steps}  loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+                f"step {step}/{self.steps}  loss {loss}  {metrics['tokens_per_second']:,.0f} tokens/s  "
                 f"data wait {wait:.1f} %  {time.strftime('%H:%M:%S', time.gmtime(left))} left"
             )
         self.first = False

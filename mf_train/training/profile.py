@@ -62,7 +62,7 @@ class Profile:
         self.steps = range(first, last + 1) if self.rank in wanted.ranks else range(0)
         self.folder = Path(config.training.output_dir)
         self.engine = engine
-        self.parts = [*parts, (engine, "update", "optimizer")]
+        self.parts = [*parts, (engine, "gradient_norm", "gradient norm"), (engine, "update", "optimizer")]
         self.say, self.still_alive = say, still_alive
         self._ranges: ExitStack | None = None  # while steps are recorded
         self._step = ExitStack()  # the current step's range

@@ -7,9 +7,10 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from mf_train import kernels
 from mf_train.checkpoint.fence import Fence
@@ -31,21 +32,22 @@ from mf_train.parallel.tensor import build_model
 from mf_train.parallel.watch import Watch
 from mf_train.planning.devices import find_peak
 from mf_train.planning.work import step_efficiency, step_tokens
+from mf_train.training.bad_steps import Bad, BadSteps
 from mf_train.training.batches import Batch, SharedBatches
 from mf_train.training.binding import bind_cores
 from mf_train.training.device import check_host_memory, find_device, keep_freed_memory, make_deterministic
 from mf_train.training.environment import set_kernel_cache
-from mf_train.training.folder import check_same_run, record_config, resolved_yaml
+from mf_train.training.folder import check_same_run, find_rewarm, record_config, resolved_yaml
 from mf_train.training.garbage import GarbageCollection
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
 from mf_train.training.metrics import Records, process_peak
 from mf_train.training.probe import run_probe
 from mf_train.training.resume import choose_checkpoint, look_ahead
-from mf_train.training.schedule import learning_rate
+from mf_train.training.schedule import Rewarm, rate_of
 from mf_train.training.stopping import StopRequest, find_deadline
 from mf_train.training.summary import skipped_documents, summary
 from mf_train.training.telemetry import TableTelemetry
-from mf_train.training.validate import validation_loss
+from mf_train.training.validate import validation_loss, validation_metrics
 from mf_train.training.warm_up import compile_kernels
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     if inputs is None:
         return _stopped("while text was prepared", degrees.rank)
     check_same_sources(inputs.stream, config, degrees.rank, device)
-    validation = None
+    validation = {}
     if config.training.validation_interval:
         validation = share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
     watch.entering("choosing a checkpoint")
@@ -123,6 +125,8 @@ def _read_state(config: Config, inputs: Inputs, rank: int, checkpoint: Checkpoin
     if rank == 0:
         check_same_run(config, inputs.tokenizer, checkpoint)
     state = checkpoint.state()
+    if rank == 0:
+        state["rewarm"] = find_rewarm(config, checkpoint)
     if inputs.stream is not None and state["stream"] is not None:
         inputs.stream.load_state_dict(state["stream"])
     return state
@@ -143,7 +147,7 @@ class _Run:
         groups: Groups,
         device: torch.device,
         inputs: Inputs,
-        validation: ValidationBlocks | None,
+        validation: dict[str, ValidationBlocks],
         stop: StopRequest,
         watch: Watch,
         fence: Fence,
@@ -154,15 +158,19 @@ class _Run:
         self.degrees = groups.degrees
         self.device = device
         self.inputs = inputs
-        self.validation = validation
+        self.validation = validation  # sets by name
+        self.probed = next(iter(validation.values()), None)
         self.stop = stop
         self.watch = watch
         self.fence = fence
         state: dict[str, Any] = {}
         if checkpoint is not None:
             state = run_on_all(lambda: _read_state(config, inputs, self.degrees.rank, checkpoint), device)
+        self.rewarm: Rewarm | None = run_on_first(lambda: state.get("rewarm"), device)
         self.step: int = state.get("step", 0)
         self.tokens: int = state.get("tokens", 0)
+        self.skipped: int = state.get("skipped_steps", 0)
+        self.bad_steps = BadSteps(config, state.get("bad_steps", {}))
         self.progress: dict[str, Any] = state.get("metrics", {})
         self.started_at = self.step
         self.batches = SharedBatches(
@@ -184,7 +192,7 @@ class _Run:
         watch.entering("compiling kernels")
         compile_kernels(self.engine, config, stop.requested, watch.still_alive)
         self.peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.telemetry = TableTelemetry(self.engine, self.exchange, validation, config.logging)
+        self.telemetry = TableTelemetry(self.engine, self.exchange, self.probed, config.logging)
         self.saver = Saver(
             self.engine,
             fence,
@@ -227,11 +235,11 @@ class _Run:
             metrics = self._train_step(batch)
             self._finish_metrics(metrics, time.perf_counter() - started)
             last = self.step == config.training.steps
-            if self._due(config.training.validation_interval, last) and self.validation is not None:
-                self.watch.entering(f"validating after step {self.step}")
-                metrics["validation_loss"] = self._validate(self.validation)
+            if self._due(config.training.validation_interval, last) and self.validation:
+                metrics |= self._validate()
                 self.progress |= {"validation_loss": metrics["validation_loss"], "validation_step": self.step}
-            self.progress |= {"loss": metrics["loss"]}
+            if "skipped" not in metrics:
+                self.progress |= {"loss": metrics["loss"]}
             self._report(metrics)
             self.saver.advance()
             self.deadline.note_step(time.perf_counter() - started)
@@ -257,10 +265,51 @@ class _Run:
     def _train_step(self, batch: Batch) -> dict[str, Any]:
         config, step, digest = self.config, self.step + 1, batch.digest
         sent = self.exchange.bytes_sent if self.exchange else 0
+        trained = not self.bad_steps.is_listed(step)
+        loss, gradient_norm = torch.full((2,), math.nan, device=self.device)
+        if trained:
+            loss = self._backward(batch)
+            gradient_norm = self.engine.gradient_norm()
+        if step < config.training.steps:
+            self.batches.look_ahead(step + 1, self.records.failure)
+        # the only wait for the device in a step: what comes after it goes on beside the update
+        loss_sum, norm = self.batches.agree(loss.view(1), gradient_norm.view(1))
+        mean = loss_sum / self.degrees.tensor  # every tensor-parallel rank has the loss
+        self.watch.entering(f"training step {step}")
+        rate = rate_of(config, step, self.rewarm)
+        bad = self.bad_steps.judge(step, mean, norm)  # on all ranks the same: they have the same numbers
+        if bad is None:
+            self.engine.update(rate)
+        elif bad.ends:
+            self._fail(bad, step, digest)
+        elif trained:
+            self.engine.drop()
+        self.step = step
+        local_tokens = batch.rows.shape[0] * config.model.sequence_length
+        self.tokens += step_tokens(config)
+        metrics: dict[str, Any] = {
+            "step": step,
+            "tokens": self.tokens,
+            "loss": mean if math.isfinite(mean) else None,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "learning_rate": rate,
+            "batch_digest": digest,
+            "tensor_parallel_bytes_per_token": (self.exchange.bytes_sent - sent) / local_tokens
+            if self.exchange
+            else 0,
+        }
+        if bad is not None:
+            self.skipped += 1
+            metrics |= {"skipped": bad.reason, "skipped_steps": self.skipped}
+        waited = {"data_wait_seconds": batch.wait_seconds, "epochs": batch.epochs}
+        return metrics | self.telemetry.report(step) | waited
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """The step's backward passes; this rank's share of the batch's mean loss, float64 []."""
         micro_batches = batch.rows.tensor_split(self.engine.micro_batches)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, rows in enumerate(micro_batches):
-            share = rows.shape[0] / config.training.global_batch_size
+            share = rows.shape[0] / self.config.training.global_batch_size
             # a rank with a row less than others may have none left for the last micro-batch, in which it takes part
             counted = self.telemetry.counting() if share else nullcontext()
             rows = rows if share else batch.rows[:1]
@@ -269,49 +318,30 @@ class _Run:
                     rows[:, :-1], rows[:, 1:], share=share, last=index == len(micro_batches) - 1
                 )
             self.watch.still_alive()
-        rate = learning_rate(step, config.training.steps, config.optimizer.learning_rate, config.schedule)
-        gradient_norm = self.engine.update(rate)
-        if step < config.training.steps:
-            self.batches.look_ahead(step + 1, self.records.failure)
-        # the only wait for the device in a step; a step that is not finite is never saved
-        loss_sum, norm = self.batches.agree(loss.view(1), gradient_norm.view(1))
-        mean = loss_sum / self.degrees.tensor  # every tensor-parallel rank has the loss
-        self.watch.entering(f"training step {step}")
-        self._check_finite("loss", mean, step, digest)
-        self._check_finite("gradient norm", norm, step, digest)
-        self.step = step
-        local_tokens = batch.rows.shape[0] * config.model.sequence_length
-        self.tokens += step_tokens(config)
-        metrics: dict[str, Any] = {
-            "step": step,
-            "tokens": self.tokens,
-            "loss": mean,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "batch_digest": digest,
-            "tensor_parallel_bytes_per_token": (self.exchange.bytes_sent - sent) / local_tokens
-            if self.exchange
-            else 0,
-        }
-        waited = {"data_wait_seconds": batch.wait_seconds, "epochs": batch.epochs}
-        return metrics | self.telemetry.report(step) | waited
+        return loss
 
-    def _validate(self, blocks: ValidationBlocks) -> float:
-        return validation_loss(
-            self.engine, blocks, self.config.training.micro_batch_size, self.watch.still_alive
+    def _validate(self) -> dict[str, Any]:
+        losses, size = {}, self.config.training.micro_batch_size
+        for name, blocks in self.validation.items():
+            self.watch.entering(f"validating on {name} after step {self.step}")
+            losses[name] = validation_loss(self.engine, blocks, size, self.watch.still_alive)
+        return validation_metrics(
+            losses, self.validation, [each.weight for each in self.config.data.validation]
         )
 
-    def _check_finite(self, name: str, value: float, step: int, digest: str) -> None:
-        """All ranks have the same value, so all raise, and rank 0 says why."""
-        if not math.isfinite(value):
-            self.saver.finish()  # of an earlier step
-            if self.degrees.rank != 0:
-                raise PeerError(FAILED)
-            good = self.saver.last or "none"
-            raise TrainingError(
-                f"step {step}: {name} is {value} (batch {digest}); last good checkpoint: {good}; resume from it with "
-                "a lower optimizer.learning_rate, or look at the batch with 'memoryformer data inspect'"
-            )
+    def _fail(self, bad: Bad, step: int, digest: str) -> NoReturn:
+        """All ranks raise, and rank 0 says why."""
+        self.saver.finish()  # of an earlier step
+        if self.degrees.rank != 0:
+            raise PeerError(FAILED)
+        before = self.bad_steps.in_a_row - 1
+        after = f" after {before} skipped in a row" if before else ""
+        good = self.saver.last or "none"
+        raise TrainingError(
+            f"step {step}: {bad.reason} (batch {digest}){after}; last good checkpoint: {good}; resume from it with a "
+            "lower optimizer.learning_rate, look at the batch with 'memoryformer data inspect', or leave it out with "
+            "data.skip_steps or training.skip_nonfinite"
+        )
 
     def _finish_metrics(self, metrics: dict[str, Any], seconds: float) -> None:
         metrics["step_seconds"] = seconds
@@ -379,7 +409,7 @@ class _Run:
     def _extras(self) -> Extras | None:
         """The checkpoint's contents beside the tensors, on rank 0; None elsewhere. Collective."""
         stream = self.batches.state(self.step)
-        probe = run_probe(self.engine, self.exchange, self.validation)
+        probe = run_probe(self.engine, self.exchange, self.probed)
         self.telemetry.note_checkpoint(self.step, probe)
         if self.degrees.rank != 0:
             return None
@@ -387,6 +417,9 @@ class _Run:
             state={
                 "step": self.step,
                 "tokens": self.tokens,
+                "skipped_steps": self.skipped,
+                "bad_steps": self.bad_steps.state(),
+                "rewarm": self.rewarm,
                 "device": self.device.type,
                 # a copy: it is written while later steps change it
                 "metrics": self.progress | {"checkpoint_seconds": self.saver.seconds},

@@ -8,11 +8,15 @@ Of step s of S, after W steps of warm-up, with the peak p, the lowest share m, a
     warmup_stable_decay  p, and over the last D steps to m p,      Hu et al. 2024, arXiv 2404.06395; a straight line
                          p (1 - (1 - m) (s - S + D) / D)           as in Hägele et al. 2024, arXiv 2405.18392
     inverse_sqrt         p sqrt(W / s), W at least 1               Vaswani et al. 2017, arXiv 1706.03762
+
+A run that goes on with another schedule after step c, whose rate was r, may warm up again: up to step c + W its rates
+are on the straight line from r to the schedule's rate at c + W.
 """
 
 import math
+from typing import NamedTuple
 
-from mf_train.config import ScheduleConfig
+from mf_train.config import Config, ScheduleConfig
 from mf_train.config.sections import decay_steps, warmup_steps
 
 
@@ -34,3 +38,24 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) 
     lowest = schedule.minimum_fraction
     falling = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
     return peak * (lowest + (1 - lowest) * falling)
+
+
+class Rewarm(NamedTuple):
+    """Where a line to a new schedule begins: a step that was trained, and its rate. Checkpoints keep it."""
+
+    step: int
+    rate: float
+
+
+def rewarm_end(config: Config, rewarm: Rewarm) -> int:
+    """The first step that has the schedule's rate again."""
+    return rewarm.step + warmup_steps(config.schedule, config.training.steps)
+
+
+def rate_of(config: Config, step: int, rewarm: Rewarm | None = None) -> float:
+    """The rate of a run's step."""
+    steps, peak = config.training.steps, config.optimizer.learning_rate
+    if rewarm is None or step >= (end := rewarm_end(config, rewarm)):
+        return learning_rate(step, steps, peak, config.schedule)
+    rise = learning_rate(end, steps, peak, config.schedule) - rewarm.rate
+    return rewarm.rate + rise * (step - rewarm.step) / (end - rewarm.step)

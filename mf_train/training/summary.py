@@ -1,5 +1,7 @@
 """The lines that a run shows before its first step."""
 
+from collections.abc import Mapping
+
 import torch
 
 from mf_train import kernels
@@ -17,7 +19,7 @@ def summary(
     degrees: Degrees,
     device: torch.device,
     inputs: Inputs,
-    validation: ValidationBlocks | None,
+    validation: Mapping[str, ValidationBlocks],
     saver: Saver,
 ) -> str:
     """Lines on the model, the processes, the kernels, the data, and the checkpoint that the run resumes from."""
@@ -34,10 +36,11 @@ def summary(
             f"warning: groups of parallel.tensor {degrees.tensor} reach over nodes of {degrees.node_size} processes: "
             "the codes and weights of every block travel over the network"
         )
-    if validation is not None:
+    for name, blocks in validation.items():
+        which = f" on {name}" if len(validation) > 1 else ""
         lines.append(
-            f"validation: {len(validation)} sequences, {validation.num_tokens:,} tokens, unigram entropy "
-            f"{validation.unigram_entropy():.4f} nats (no model without context has a lower loss)"
+            f"validation{which}: {len(blocks)} sequences, {blocks.num_tokens:,} tokens, unigram entropy "
+            f"{blocks.unigram_entropy():.4f} nats (no model without context has a lower loss)"
         )
     if skipped := skipped_documents(inputs):
         lines.append(
@@ -46,7 +49,7 @@ def summary(
         )
     if saver.last is not None:
         lines.append(f"resumed after step {saver.step} from {saver.last}")
-        lines += describe_changes(config, saver.last, saver.step)
+        lines += describe_changes(config, saver.last)
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 """The validation loss of the model in training, over the blocks that `memoryformer evaluate` reads too."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,3 +38,23 @@ def validation_loss(
         sums[1] += (targets != IGNORED).sum()
     dist.all_reduce(sums, group=engine.groups.data)
     return (sums[0] / sums[1]).item()
+
+
+def validation_metrics(
+    losses: Mapping[str, float], sets: Mapping[str, ValidationBlocks], weights: Sequence[float]
+) -> dict[str, Any]:
+    """Keys of metrics.jsonl: of each set its loss, perplexity, and bits a byte (None where its bytes are not known);
+    `validation_loss`, the mean of the sets' losses by their weights.
+    """
+    total, found, mean = sum(weights), {}, 0.0
+    for (name, loss), weight in zip(losses.items(), weights, strict=True):
+        blocks = sets[name]
+        mean += weight / total * loss  # of one set: its loss, to the last bit
+        found[name] = {
+            "loss": loss,
+            "perplexity": torch.tensor(loss, dtype=torch.float64).exp().item(),
+            "bits_per_byte": loss * blocks.num_tokens / blocks.num_bytes / math.log(2)
+            if blocks.num_bytes
+            else None,
+        }
+    return {"validation_loss": mean, "validation": found}

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
-from mf_train.config import Config, ModelConfig, OptimizerConfig, ProfileConfig, ScheduleConfig, SourceConfig
+from mf_train.config import (
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    ScheduleConfig,
+    SourceConfig,
+    ValidationConfig,
+)
 from mf_train.config.loading import config_to_tree, load_config, parse_config
 from mf_train.errors import UserError
 
@@ -66,7 +74,7 @@ def test_overrides_win_in_their_order(tmp_path: Path) -> None:
     assert (config.training.steps, config.training.seed) == (3, 7)
     assert config.optimizer.learning_rate == 3e-4
     assert config.training.output_dir == "runs/a=b"
-    assert config.data.validation == (SourceConfig(path="v.txt"),)
+    assert config.data.validation == (ValidationConfig(path="v.txt"),)
     assert config.schedule.warmup_steps is None
 
 
@@ -79,7 +87,7 @@ def test_anchors_and_merges(tmp_path: Path) -> None:
         tmp_path,
         "data:\n  train: [&source {path: a.txt, weight: 3}]\n  validation: [{<<: *source, path: b.txt}]\n",
     )
-    assert config.data.validation == (SourceConfig(path="b.txt", weight=3.0),)
+    assert config.data.validation == (ValidationConfig(path="b.txt", weight=3.0),)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -111,10 +119,14 @@ def random_config(dice: random.Random) -> Config:
         "zero_stage": dice.randrange(4),
         "master": "float32",  # split needs bfloat16
         "hub": None,
+        "z_loss": dice.random() / 100,
+        "skip_steps": (dice.randint(1, 99), "100-101"),
         "profile": ProfileConfig(start=1, steps=dice.randrange(2), ranks=(0, dice.randint(1, 99))),
     }
 
     def value(annotation: Any, name: str) -> Any:
+        if name == "name":
+            return str(dice.random())  # two validation sets have different ones
         if name in special:
             return special[name]
         if dataclasses.is_dataclass(annotation):
@@ -266,18 +278,47 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
             "1000 of decay, and training.steps is 1000",
         ),
         ("schedule.decay_steps=0", "schedule.decay_steps is 0: it must be a number above 0"),
+        ("schedule.on_change=jump", "schedule.on_change is 'jump': choose one of refuse, follow, rewarm"),
+        (
+            "schedule={on_change: rewarm, warmup_steps: 0}",
+            "schedule.warmup_steps, over which it goes, is 0: raise it",
+        ),
         ("schedule.kind=wsd", "choose one of cosine, linear, constant, warmup_stable_decay, inverse_sqrt"),
         ("parallel.master=half", "parallel.master is 'half': choose one of float32, split"),
         ("optimizer.table_exp_avg=row", "table_exp_avg is 'row': choose one of float32, bfloat16, int8"),
         ("optimizer.table_exp_avg_sq=fp8", "choose one of float32, bfloat16, int8, row"),
         ("parallel.tensor=0", "parallel.tensor is 0: it must be a number above 0"),
+        ("data.skip_steps=[1.5]", "data.skip_steps[0] is 1.5: expected a whole number or text"),
+        (
+            "data.skip_steps=[3, 9-7]",
+            "data.skip_steps is [3, '9-7']: each must be a step, or the first and the last",
+        ),
+        ("data.skip_steps=[0]", "data.skip_steps is [0]: each must be a step"),
+        ("data.skip_steps=[1-2-3]", "data.skip_steps is ['1-2-3']: each must be a step"),
+        ("data.skip_steps=7", "data.skip_steps is 7: expected a list"),
+        ("training.z_loss=0.1", "training.z_loss is 0.1: it must be in [0, 0.01]"),
+        ("training.skip_nonfinite=-1", "training.skip_nonfinite is -1: it must be a number, 0 or more"),
+        ("training.skip_spikes=.nan", "training.skip_spikes is nan: it must be a number, 0 or more"),
         ("data.train=[{path: a, hub: b}]", "data.train[0]: give either 'path'"),
         ("data.validation=[{}]", "data.validation[0]: give either 'path'"),
+        ("data.train=[{path: a, name: x}]", "unknown key 'data.train[0].name'"),
+        (
+            "data.validation=[{path: a}, {path: b, name: '0'}]",
+            "data.validation has two sets named '0': give each",
+        ),
         ("data.train=[{path: a, weight: 0}]", "data.train[0].weight is 0.0: it must be a number above 0"),
     ],
 )
 def test_values_that_no_run_can_use(override: str, words: str, tmp_path: Path) -> None:
     assert words in mistake(tmp_path, "", override)
+
+
+def test_every_validation_set_gets_a_sequence(tmp_path: Path) -> None:
+    text = "data: {validation: [{path: a, name: x}, {path: b, name: y}]}"
+    assert mistake(tmp_path, text, "training.validation_sequences=1").endswith(
+        "training.validation_sequences is 1 and data.validation has 2 sets: raise it, so that each set has one"
+    )
+    assert load(tmp_path, text, "training.validation_sequences=2").training.validation_sequences == 2
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,25 @@ def test_one_logit_above_all_others_and_infinite_ones_below() -> None:
     assert logits.grad is not None and logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_z_loss(dtype: torch.dtype, tolerance: float) -> None:
+    """Its gradient by autograd, also where log(Z) is below 0; the losses do not show it."""
+    head = Head(4, 96)
+    logits, targets, share = random_case(96, 3.0, dtype, 2)
+    logits[1::2] -= 20
+    head.z_loss = 0.01
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    losses = head.token_losses(ours, targets)
+    expected = torch_losses(theirs, targets)
+    added = torch.where(targets == -100, 0, 0.01 * theirs.logsumexp(-1).square())
+    ((expected + added) * share).sum().backward()
+    losses.backward(share.to(dtype))
+    torch.testing.assert_close(losses.double(), expected, rtol=tolerance, atol=tolerance)
+    assert ours.grad is not None and theirs.grad is not None
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
+    assert added.max() > 0.5 and (targets == -100).any()
+
+
 def test_gradcheck() -> None:
     logits, targets, _ = random_case(24, 2.0, torch.float64, 1)
     head = Head(4, 24)

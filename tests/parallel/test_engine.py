@@ -12,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from mf_train.config import ModelConfig, OptimizerConfig
+from mf_train.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from mf_train.model import MemoryFormer
-from mf_train.parallel.engine import parameter_groups
+from mf_train.parallel.degrees import Degrees
+from mf_train.parallel.engine import Engine, parameter_groups
+from mf_train.parallel.groups import Groups, start_processes
+from mf_train.parallel.processes import find_process
 from tests.distributed import run_distributed
 from tests.parallel.worlds import (
     MODEL,
     OPTIMIZER,
     Case,
     Record,
+    batch_of,
     join,
     probe,
     run_worlds,
@@ -263,3 +267,35 @@ def test_parameter_groups(kind: str) -> None:
             assert group["weight_decay"] == (0.0 if small else 0.3), name
             assert group["learning_rate_multiplier"] == (2.5 if name.endswith(".tables") else 1.0), name
     assert sorted(seen) == sorted(names.values())
+
+
+def norms_with_z_loss(rank: int, world_size: int) -> list[tuple[float, float]]:
+    """Of each stage, a step's gradient norm, and by autograd that of the loss as it is written."""
+    start_processes(find_process(), torch.device("cpu"), 60)
+    groups, tokens, z_loss = Groups(Degrees(0, 1, 1), 60), batch_of(1), 1e-2
+    plain = MemoryFormer(MODEL)
+    logits = plain(tokens[:, :-1]).double()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    (losses + z_loss * logits.logsumexp(-1).square()).mean().backward()
+    expected = torch.cat([p.grad.double().flatten() for p in plain.parameters() if p.grad is not None]).norm()
+    found = []
+    for stage in (3, 1):
+        config = Config(
+            model=MODEL,
+            parallel=ParallelConfig(zero_stage=stage),
+            training=TrainingConfig(
+                z_loss=z_loss, global_batch_size=len(tokens), micro_batch_size=len(tokens)
+            ),
+        )
+        engine = Engine(MemoryFormer(MODEL), config, groups, torch.device("cpu"))
+        loss = engine.backward(tokens[:, :-1], tokens[:, 1:], share=1.0, last=True)
+        assert loss.item() == pytest.approx(losses.mean().item(), rel=1e-5)
+        found.append((engine.gradient_norm().item(), expected.item()))
+        engine.drop()
+        engine.close()
+    return found
+
+
+def test_z_loss() -> None:
+    for norm, expected in run_distributed(norms_with_z_loss, 1)[0]:
+        assert norm == pytest.approx(expected, rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -100,6 +101,9 @@ def train_case(case: Case, groups: Groups) -> Outcome:
     outcome = Outcome(own, size, torch.empty(0), {}, [], [])
     collectives = Collectives()
     for step in range(STEPS):
+        if step == 1:
+            drop_step(engine, not_a_number=case.precision == "float32")
+            assert engine.steps == step
         parts = batch_of(step)[degrees.data_rank :: degrees.data].tensor_split(engine.micro_batches)
         with collectives if step == STEPS - 1 else nullcontext():
             loss = backward_passes(engine, parts, BATCH)
@@ -116,6 +120,17 @@ def train_case(case: Case, groups: Groups) -> Outcome:
     outcome.state = {kind: whole(engine, kind) for kind in ("master", *MOMENTS)}
     engine.close()
     return outcome
+
+
+def drop_step(engine: Engine, *, not_a_number: bool) -> None:
+    """Another batch's gradients, which leave no trace in what follows."""
+    degrees = engine.groups.degrees
+    parts = batch_of(STEPS)[degrees.data_rank :: degrees.data].tensor_split(engine.micro_batches)
+    for index, rows in enumerate(parts):
+        share = math.nan if not_a_number else MICRO / BATCH
+        engine.backward(rows[:, :-1], rows[:, 1:], share=share, last=index == len(parts) - 1)
+    assert engine.gradient_norm().isfinite() == (not not_a_number)
+    engine.drop()
 
 
 @functools.cache

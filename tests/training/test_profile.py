@@ -46,6 +46,7 @@ LOOP = (
     "read batch",
     "agree on batch",
     "share batch",
+    "gradient norm",
     "optimizer",
     "report",
     "save",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -16,7 +17,9 @@ import yaml
 
 from mf_train.checkpoint.layout import list_checkpoints, resolve_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
+from mf_train.data.tokenizer import Tokenizer
 from tests.training.runs import (
+    TOKENIZER,
     complaints,
     has_steps,
     read_metrics,
@@ -107,6 +110,36 @@ def test_run_folder(reference: Path) -> None:
         recorded["versions"]["torch"] == torch.__version__.partition("+")[0] or recorded["versions"]["torch"]
     )
     assert list((reference / "tensorboard").glob("events.*"))
+
+
+def test_validation_sets(reference: Path, tmp_path: Path) -> None:
+    """One of them is the reference's, whose loss does not change; of the other, numbers by hand."""
+    other = write_text(tmp_path / "other.jsonl", 9)
+    tree = tree_beside(reference, tmp_path / "run")
+    tree["data"]["validation"] += [{"path": str(other), "name": "other", "weight": 0.75}]
+    tree["training"] |= {
+        "validation_interval": STEPS,
+        "validation_sequences": 9,
+    }  # 5, as the reference has, and 4
+    tree["checkpoint"] = {"resume": str(reference / "checkpoints" / "step-000000006")}
+    done = train(tree, "logging.tensorboard=true")
+    last, expected = (read_metrics(folder)[-1] for folder in (tmp_path / "run", reference))
+    first, second = last["validation"].values()
+    assert first == expected["validation"]["0"] and first["loss"] == expected["validation_loss"]
+    assert list(last["validation"]) == ["0", "other"] and second["loss"] != first["loss"]
+    assert last["validation_loss"] == pytest.approx((first["loss"] + 0.75 * second["loss"]) / 1.75, rel=1e-12)
+    tokenizer = Tokenizer(TOKENIZER)
+    ids = [i for text in map(json.loads, other.open()) for i in [*tokenizer.encode(text["text"]), 0]][
+        : 4 * 32 + 1
+    ]
+    size = len(tokenizer.decode([i for i in ids[1:] if i]).encode())
+    assert second["bits_per_byte"] == pytest.approx(second["loss"] * 4 * 32 / size / math.log(2), rel=1e-12)
+    assert second["perplexity"] == pytest.approx(math.exp(second["loss"]), rel=1e-12)
+    assert f"validation on other: 4 sequences, {4 * 32} tokens" in done.stdout
+    shown = f"other: loss {second['loss']:.4f}, perplexity {second['perplexity']:.2f}, "
+    assert f"{shown}{second['bits_per_byte']:.4f} bits a byte\n" in done.stdout
+    (events,) = (tmp_path / "run" / "tensorboard").glob("events.*")
+    assert b"validation/bits_per_byte/other" in events.read_bytes()
 
 
 def test_a_finished_run_started_again_does_nothing(reference: Path) -> None:
@@ -202,6 +235,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_save(reference: Path, 
 def test_a_nan_loss_stops_the_run(reference: Path, tmp_path: Path) -> None:
     tree = tree_beside(reference, tmp_path / "run")
     tree["optimizer"] = {"learning_rate": 1e30, "gradient_clip": 0.0}
+    tree["training"]["skip_nonfinite"] = 2
     done = train(tree, "checkpoint.interval=1", "schedule.warmup_steps=5", processes=2, expect=1)
     (line,) = complaints(done)
     metrics = read_metrics(tmp_path / "run")
@@ -210,7 +244,9 @@ def test_a_nan_loss_stops_the_run(reference: Path, tmp_path: Path) -> None:
     assert "is nan" in line or "is inf" in line
     assert f"last good checkpoint: {tmp_path}/run/checkpoints/step-{step - 1:09d}" in line
     assert "(batch " in line
-    assert all(math.isfinite(entry["loss"]) for entry in metrics)
+    assert ") after 2 skipped in a row; " in line
+    assert ["skipped" in entry for entry in metrics] == [entry["loss"] is None for entry in metrics]
+    assert [entry["loss"] is None for entry in metrics] == [False] * (len(metrics) - 2) + [True] * 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mf_train.config import ScheduleConfig
-from mf_train.training.schedule import learning_rate
+from mf_train.config import Config, OptimizerConfig, ScheduleConfig, TrainingConfig
+from mf_train.training.schedule import Rewarm, learning_rate, rate_of
 
 
 def test_cosine_with_warm_up() -> None:
@@ -69,3 +69,18 @@ def test_edges(kind: str) -> None:
     only_warm_up = ScheduleConfig(kind=kind, warmup_steps=5)  # type: ignore[arg-type]
     assert learning_rate(5, 5, 1.0, only_warm_up) == 1.0
     assert learning_rate(3, 5, 1.0, only_warm_up) == pytest.approx(0.6)
+
+
+def test_a_line_to_another_schedule() -> None:
+    schedule = ScheduleConfig(kind="cosine", warmup_steps=10)
+    config = Config(
+        schedule=schedule, training=TrainingConfig(steps=50), optimizer=OptimizerConfig(learning_rate=2.0)
+    )
+    for after in (3, 20, 45):  # the last one ends after the run
+        rates = [rate_of(config, step, Rewarm(after, 0.5)) for step in range(after, 61)]
+        end = learning_rate(after + 10, 50, 2.0, schedule)
+        assert rates[:11] == pytest.approx(np.linspace(0.5, end, 11))
+        assert rates[10:] == [learning_rate(step, 50, 2.0, schedule) for step in range(after + 10, 61)]
+    assert [rate_of(config, step) for step in (1, 50)] == [
+        learning_rate(step, 50, 2.0, schedule) for step in (1, 50)
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,22 @@ class ValidationBlocks:
         return float(-(shares * np.log(shares)).sum())
 
 
+def deal_blocks(blocks: int, weights: Sequence[float]) -> list[int]:
+    """So many blocks for sets of these weights: one for each, the rest by weight. Of 0, which stands for all, 0."""
+    if not blocks:
+        return [0] * len(weights)
+    sums = list(accumulate(weights, initial=0.0))
+    ends = [round((blocks - len(weights)) * end / sums[-1]) for end in sums]
+    return [1 + end - start for start, end in pairwise(ends)]
+
+
+def set_tokens(data: DataConfig, tokenizer: Tokenizer, sequence_length: int, limit: int) -> Iterator[Tokens]:
+    """`validation_tokens` of each set of `data.validation`, with its share of `limit`."""
+    limits = deal_blocks(limit, [each.weight for each in data.validation])
+    for index, (each, share) in enumerate(zip(data.validation, limits, strict=True)):
+        yield validation_tokens([each], data, tokenizer, sequence_length, share, first=index)
+
+
 def validation_tokens(
     sources: Sequence[SourceConfig],
     data: DataConfig,
@@ -64,16 +81,17 @@ def validation_tokens(
     sequence_length: int,
     limit: int = 0,
     key: str = "data.validation",
+    first: int = 0,
 ) -> Tokens:
     """Tokens of the first `limit` (0: all) validation blocks: the sources' documents in order, each with end of text.
 
-    `key` is named in errors. Weights do not matter here. Memory: 4 bytes a token.
+    `key` is named in errors, with numbers from `first`. Weights do not matter here. Memory: 4 bytes a token.
     Raises UserError or OSError when a source cannot be read, and UserError for fewer than two tokens.
     """
     wanted = limit * sequence_length + 1 if limit else None
     parts: list[Tokens] = []
     held = 0
-    for index, config in enumerate(sources):
+    for index, config in enumerate(sources, first):
         for tokens in _all_tokens(open_source(config, f"{key}[{index}]", data, tokenizer)):
             if wanted is not None and held >= wanted:
                 break

@@ -9,9 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mf_train.config import DataConfig, SourceConfig
+from mf_train.config import DataConfig, SourceConfig, ValidationConfig
 from mf_train.data.sources import open_text
-from mf_train.data.stream.validation import IGNORED, ValidationBlocks, validation_tokens
+from mf_train.data.stream.validation import (
+    IGNORED,
+    ValidationBlocks,
+    deal_blocks,
+    set_tokens,
+    validation_tokens,
+)
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from tests.data.texts import random_documents, write_json_lines
@@ -72,6 +78,26 @@ def test_limit(sources: tuple[list[SourceConfig], list[str]], tokenizer: Tokeniz
         np.testing.assert_array_equal(some[i], everything[i])
     assert some.num_bytes == tokenizer.token_bytes[some.tokens_t[1:]].sum()
     assert len(validation_blocks(sources[0], tokenizer, 16, limit=10**6)) == len(everything)
+
+
+def test_every_set_gets_its_share(
+    sources: tuple[list[SourceConfig], list[str]], tokenizer: Tokenizer
+) -> None:
+    assert deal_blocks(7, [0.3]) == [7] and deal_blocks(0, [1, 2]) == [0, 0]
+    assert deal_blocks(3, [1000, 1, 1]) == [1, 1, 1] and deal_blocks(10**9 + 2, [1, 3]) == [
+        25 * 10**7 + 1,
+        75 * 10**7 + 1,
+    ]
+    sets = tuple(
+        ValidationConfig(path=each.path, weight=weight)
+        for each, weight in zip(sources[0], (1, 3), strict=True)
+    )
+    tokens = list(set_tokens(DataConfig(validation=sets), tokenizer, 16, 6))
+    for each, found, share in zip(sources[0], tokens, (2, 4), strict=True):
+        np.testing.assert_array_equal(found, validation_tokens([each], DataConfig(), tokenizer, 16, share))
+    missing = DataConfig(validation=(sets[0], ValidationConfig(path="none.txt")))
+    with pytest.raises(UserError, match=r"data.validation\[1\]: none.txt does not exist"):
+        list(set_tokens(missing, tokenizer, 16, 2))
 
 
 def test_no_text_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

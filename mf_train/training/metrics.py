@@ -3,7 +3,6 @@
 import json
 import resource
 import sys
-import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from mf_train.files import replacing
 from mf_train.progress import ProgressLine
 from mf_train.run_folder import METRICS, TENSORBOARD, parse_record
 from mf_train.telemetry.alarms import alarm_lines
+from mf_train.text import time_left
 
 
 class Records:
@@ -115,7 +115,7 @@ class LiveLine(ProgressLine):
         if self.terminal or self.first or step % self.interval == 0 or step == self.steps:
             self.show(
                 f"step {step}/{self.steps}  loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
-                f"data wait {wait:.1f} %  {time.strftime('%H:%M:%S', time.gmtime(left))} left"
+                f"data wait {wait:.1f} %  {time_left(left)} left"
             )
         self.first = False
 

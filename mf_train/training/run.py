@@ -59,7 +59,7 @@ def train(config: Config, process: Process) -> int:
 
     Raises UserError, TrainingError or OSError on rank 0 for the first rank that failed, and PeerError on the others.
     """
-    stop = StopRequest().install()
+    stop = StopRequest().install(speak=process.rank == 0)
     check_degrees(config, process.world_size)
     degrees = Degrees(
         process.rank, process.world_size, config.parallel.tensor, process.local_rank, process.local_size

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from mf_train.checkpoint.checksum import crc_of_file, crc_of_piece
@@ -29,6 +28,7 @@ from mf_train.checkpoint.safetensors_file import TensorFile, bytes_of
 from mf_train.checkpoint.save import Extras, part_layouts, write_extras
 from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainingConfig
 from mf_train.config.loading import config_to_tree
+from mf_train.config.yaml_text import yaml_text
 from mf_train.errors import UserError
 from mf_train.files import write_synced
 from mf_train.model.sharding import ranks_of_span, slice_shape, split_dimension
@@ -66,7 +66,7 @@ def to_checkpoint(model: Path, output: Path, tensor: int) -> Iterator[str]:
         tokens = random_tokens(config.model)
         results = compute(streamed_model(config.model, weights), tokens)
         probe = probe_tensors(tokens, results.logits, results.codes, validation=False)
-        text = yaml.safe_dump(config_to_tree(config), sort_keys=False)
+        text = yaml_text(config_to_tree(config))
         manifest.files.update(write_extras(folder, Extras(_STATE, text, tokenizer, probe)))
         write_synced(folder / MANIFEST, manifest.to_json().encode())
     size = sum(path.stat().st_size for path in output.iterdir())

@@ -175,6 +175,9 @@ class LoggingConfig:
 
     interval: int = positive(10)  # steps between printed lines when the output is not a terminal
     tensorboard: bool = True
+    ranks_interval: int = not_negative(
+        100
+    )  # steps between comparisons of the ranks' times (docs/telemetry.md); 0: none
     telemetry_interval: int = not_negative(0)  # steps between reports on the tables (rows read, ...); 0: none
     # Warn about a table (docs/telemetry.md) when its rows read or its entropy fall below these fractions of what
     # uniformly random codes would give, or when its most-read row is this far (0 to 1) from the uniform share towards

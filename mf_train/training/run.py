@@ -40,6 +40,7 @@ from mf_train.training.garbage import GarbageCollection
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
 from mf_train.training.metrics import Records, process_peak
 from mf_train.training.probe import run_probe
+from mf_train.training.ranks import RankTimes
 from mf_train.training.resume import choose_checkpoint, look_ahead
 from mf_train.training.schedule import learning_rate
 from mf_train.training.stopping import StopRequest, find_deadline
@@ -202,6 +203,7 @@ class _Run:
         beside = config.checkpoint.interval and config.checkpoint.asynchronous
         self.deadline = find_deadline(os.environ, saves=2 if beside else 1)
         self.records = Records(config, self.degrees.rank)
+        self.ranks = RankTimes(config.logging.ranks_interval, device)
         self.profile: Profile | None = None
         self.garbage = GarbageCollection(config.training.gc_interval)
 
@@ -214,6 +216,7 @@ class _Run:
             if self.profile is not None:
                 self.profile.turn(self.step + 1)
             started = time.perf_counter()
+            self.ranks.begin()
             batch = self.batches.next(self.step + 1)
             if batch is None:
                 if self.step > self.saver.step:
@@ -226,6 +229,7 @@ class _Run:
             self.watch.entering(f"training step {self.step + 1}")
             metrics = self._train_step(batch)
             self._finish_metrics(metrics, time.perf_counter() - started)
+            self._compare_ranks(metrics)
             last = self.step == config.training.steps
             if self._due(config.training.validation_interval, last) and self.validation is not None:
                 self.watch.entering(f"validating after step {self.step}")
@@ -321,6 +325,12 @@ class _Run:
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         else:
             metrics["peak_memory_bytes"] = process_peak()
+
+    def _compare_ranks(self, metrics: dict[str, Any]) -> None:
+        found, line = self.ranks.end(self.step, metrics["data_wait_seconds"])
+        metrics |= found
+        if line:
+            self.records.say(line)
 
     def _should_stop(self) -> bool:
         """Whether this rank was asked to stop, or, as rank 0, finds that the job's time limit is near."""

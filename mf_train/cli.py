@@ -18,6 +18,7 @@ from mf_train.inspection.arguments import add_inspect
 from mf_train.launch.arguments import add_launch
 from mf_train.parallel.launcher import end_with_launcher
 from mf_train.planning.arguments import add_plan
+from mf_train.reporting.arguments import add_report
 from mf_train.standalone.arguments import add_convert, add_evaluate, add_generate
 from mf_train.study.arguments import add_study
 from mf_train.training.arguments import add_train
@@ -35,6 +36,7 @@ _COMMANDS = (
     add_inspect,
     add_launch,
     add_plan,
+    add_report,
     add_study,
 )
 

@@ -76,7 +76,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Learning rate over the steps: linear warm-up, then as `kind` says (mf_train/training/schedule.py)."""
+    """Learning rate over the steps: linear warm-up, then as `kind` says (mf_train/config/schedule.py)."""
 
     kind: Literal["cosine", "linear", "constant", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
     warmup_steps: int | None = not_negative(None)  # None: 1 % of training.steps

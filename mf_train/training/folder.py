@@ -13,13 +13,13 @@ from mf_train.checkpoint.layout import (
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree, load_config
+from mf_train.config.schedule import learning_rate
 from mf_train.config.yaml_text import yaml_text
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.files import write_whole
 from mf_train.run_folder import CHECKPOINTS
 from mf_train.run_folder import CONFIG as RUN_CONFIG
-from mf_train.training.schedule import learning_rate
 from mf_train.versions import package_versions
 
 

@@ -38,7 +38,8 @@ class Records:
         if self.config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD))
+            # what an earlier start wrote of later steps is dropped by whoever reads, as `cut_metrics` drops it
+            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Record and show one step. Where the file cannot be written, `failure` is set, for `check`."""

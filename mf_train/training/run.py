@@ -17,6 +17,7 @@ from mf_train.checkpoint.load import load_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import Config
+from mf_train.config.schedule import learning_rate
 from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.errors import PeerError, TrainingError
 from mf_train.exit_status import DONE, FAILED, STOPPED
@@ -42,7 +43,6 @@ from mf_train.training.metrics import Records, process_peak
 from mf_train.training.probe import run_probe
 from mf_train.training.ranks import RankTimes
 from mf_train.training.resume import choose_checkpoint, look_ahead
-from mf_train.training.schedule import learning_rate
 from mf_train.training.stopping import StopRequest, find_deadline
 from mf_train.training.summary import skipped_documents, summary
 from mf_train.training.telemetry import TableTelemetry
@@ -410,4 +410,6 @@ class _Run:
     def _report(self, metrics: dict[str, Any]) -> None:
         if self.step == self.started_at + 1 and (skipped := skipped_documents(self.inputs)):
             metrics["skipped_documents"] = skipped
+        if self.step == self.started_at + 1 and self.started_at:
+            metrics["resumed_after"] = self.started_at
         self.records.write(metrics | self.saver.take_metrics())

@@ -91,9 +91,7 @@ def test_a_run_records_it_with_the_same_losses(tmp_path: Path) -> None:
     metrics = read_metrics(tmp_path / "run")
     keys = set(compare([1.0, 2.0], [0.0, 0.0]))
     assert [keys <= set(entry) for entry in metrics] == [False, True, False, True]
-    assert (
-        0 < metrics[1]["rank_seconds_least"] <= metrics[1]["rank_seconds_most"]
-    )
+    assert 0 < metrics[1]["rank_seconds_least"] <= metrics[1]["rank_seconds_most"]
     tree["training"]["output_dir"] = str(tmp_path / "alone")
     train(tree, "training.steps=4", "logging.ranks_interval=2")
     alone = read_metrics(tmp_path / "alone")

@@ -12,8 +12,7 @@ Of step s of S, after W steps of warm-up, with the peak p, the lowest share m, a
 
 import math
 
-from mf_train.config import ScheduleConfig
-from mf_train.config.sections import decay_steps, warmup_steps
+from mf_train.config.sections import ScheduleConfig, decay_steps, warmup_steps
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mf_train.config import ScheduleConfig
-from mf_train.training.schedule import learning_rate
+from mf_train.config.schedule import learning_rate
 
 
 def test_cosine_with_warm_up() -> None:

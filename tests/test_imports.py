@@ -64,6 +64,7 @@ ONE_FILE_EACH = [
     "scipy",
     "matplotlib",
     "lm_eval",
+    "wandb",
 ]
 ONE_FOLDER_EACH = {
     "pandas": "study",

@@ -170,11 +170,21 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Where Weights & Biases gets the numbers that TensorBoard gets (docs/telemetry.md)."""
+
+    project: str = ""  # none: nowhere
+    entity: str | None = None  # the user or team whose project it is; None: the key's own
+    mode: Literal["online", "offline"] = "online"  # offline: into the run's folder, for 'wandb sync'
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """Lines, TensorBoard and reports on the tables: rank 0's output beside metrics.jsonl."""
 
     interval: int = positive(10)  # steps between printed lines when the output is not a terminal
     tensorboard: bool = True
+    wandb: WandbConfig = field(default_factory=WandbConfig)
     ranks_interval: int = not_negative(
         100
     )  # steps between comparisons of the ranks' times (docs/telemetry.md); 0: none

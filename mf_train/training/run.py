@@ -47,6 +47,7 @@ from mf_train.training.stopping import StopRequest, find_deadline
 from mf_train.training.summary import skipped_documents, summary
 from mf_train.training.telemetry import TableTelemetry
 from mf_train.training.validate import validation_loss
+from mf_train.training.wandb_run import check_wandb
 from mf_train.training.warm_up import compile_kernels
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     watch.entering("opening the data")
     if device.type == "cpu":
         keep_freed_memory()
+    if config.logging.wandb.project:
+        run_on_first(lambda: check_wandb(config), device)
     inputs = run_long_on_all(partial(open_inputs, config, degrees), device, stop.requested, watch.still_alive)
     if inputs is None:
         return _stopped("while text was prepared", degrees.rank)

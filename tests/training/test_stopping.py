@@ -124,12 +124,14 @@ def test_a_closed_terminal_saves(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_saves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_in_a_terminal_saves(processes: int, tmp_path: Path) -> None:
+    """torchrun takes it for its ranks, and has a status of its own."""
     tree = long_run(tmp_path)
-    process, terminal = in_a_terminal(tree)
+    process, terminal = in_a_terminal(tree, processes)
     wait_for(lambda: has_steps(tree, 3))
     os.write(terminal, b"\x03")
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=60) == (75 if processes == 1 else 1)
     said = os.read(terminal, 1 << 20).decode()
     assert said.count("Ctrl-C again ends at once") == 1
     assert f"stopped on request after step {len(read_metrics(tmp_path / 'run'))};" in said

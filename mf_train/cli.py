@@ -18,7 +18,8 @@ from mf_train.inspection.arguments import add_inspect
 from mf_train.launch.arguments import add_launch
 from mf_train.parallel.launcher import end_with_launcher
 from mf_train.planning.arguments import add_plan
-from mf_train.standalone.arguments import add_convert, add_evaluate, add_generate
+from mf_train.reporting.arguments import add_report
+from mf_train.standalone.arguments import add_average, add_convert, add_evaluate, add_generate
 from mf_train.study.arguments import add_study
 from mf_train.training.arguments import add_train
 
@@ -28,13 +29,13 @@ _COMMANDS = (
     add_train,
     add_tokenizer,
     add_data,
-    add_checkpoint,
     add_convert,
     add_generate,
     add_evaluate,
     add_inspect,
     add_launch,
     add_plan,
+    add_report,
     add_study,
 )
 
@@ -117,4 +118,5 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True, parser_class=CommandParser)
     for add in _COMMANDS:
         add(commands)
+    add_average(add_checkpoint(commands))
     return parser

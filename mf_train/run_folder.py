@@ -5,6 +5,7 @@ metrics.jsonl    a JSON object for each step (docs/telemetry.md)
 tensorboard/     the same numbers as event files
 checkpoints/     step-000000200/ ..., and `latest`, which names the newest (checkpoint/layout.py)
 profile/         what `training.profile` wrote (docs/profiling.md)
+report.html      what `memoryformer report` wrote
 launch/          what `memoryformer launch` keeps: job script, starts, logs
 """
 

@@ -23,6 +23,14 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def time_left(seconds: float) -> str:
+    """Seconds as 01:02:03 or, from a day on, to the minute: 2 d 07:33."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days:,} d {hour:02}:{minute:02}" if days else f"{hour:02}:{minute:02}:{second:02}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as 1:02:03 or, from a day on, 2-01:02:03, as SLURM writes it."""
     minutes, second = divmod(int(seconds), 60)

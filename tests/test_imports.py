@@ -36,6 +36,7 @@ LAYERS = {
     "planning": BASE | {"checkpoint", "drawing", "parallel", "model"},
     "training": BASE | {"telemetry", "planning", "checkpoint", "data", "parallel", "model", "kernels"},
     "launch": BASE | {"training", "checkpoint", "data", "parallel", "planning", "model"},
+    "reporting": BASE | {"launch", "checkpoint", "drawing"},
     "study": BASE | {"launch", "planning", "checkpoint", "parallel", "model", "drawing"},
     "standalone": BASE | {"checkpoint", "data", "model", "kernels"},
     "inspection": BASE | {"standalone", "telemetry", "checkpoint", "data", "model", "drawing"},
@@ -63,6 +64,7 @@ ONE_FILE_EACH = [
     "scipy",
     "matplotlib",
     "lm_eval",
+    "wandb",
 ]
 ONE_FOLDER_EACH = {
     "pandas": "study",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import pty
+import struct
+import termios
 
 import pytest
 
 from mf_train.progress import ProgressLine
-from mf_train.text import did_you_mean, first_line, human_bytes
+from mf_train.text import did_you_mean, first_line, human_bytes, time_left
 
 
 def test_nearest_word() -> None:
@@ -44,3 +49,35 @@ def test_a_line_is_rewritten_on_a_terminal_and_repeated_elsewhere() -> None:
         line.close()
         shown.append(stream.getvalue())
     assert shown == ["\ra\033[K\rb\033[K\nstays\n\rc\033[K\n", "a\nb\nstays\nc\n"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.9, "00:00:00"),
+        (86399, "23:59:59"),
+        (86400, "1 d 00:00"),
+        (55.5 * 3600 + 199, "2 d 07:33"),
+        (1e17, "1,157,407,407,407 d 09:46"),
+    ],
+)
+def test_the_time_that_is_left_has_days(seconds: float, text: str) -> None:
+    assert time_left(seconds) == text
+
+
+def test_a_line_is_cut_to_the_terminal_and_outlives_it() -> None:
+    """A terminal of 20 columns, then of a size that it does not tell, then closed."""
+    here, there = pty.openpty()
+    with open(there, "w") as stream:
+        line = ProgressLine(stream)
+        for columns in (20, 0):
+            fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+            line.show("0123456789" * 3)
+        line.say("0123456789" * 3)
+        shown = os.read(here, 1000).decode()
+        os.close(here)
+        line.show("nobody sees this")
+        line.say("nor this")
+    assert (
+        shown == f"\r{'0123456789' * 2}"[:20] + f"\033[K\r{'0123456789' * 3}\033[K\r\n{'0123456789' * 3}\r\n"
+    )

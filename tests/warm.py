@@ -113,16 +113,17 @@ class Running:
         while self.poll() is None:
             if time.monotonic() > deadline:
                 self.kill()
-                raise subprocess.TimeoutExpired("memoryformer", timeout, *map(str, self._read()))
+                raise subprocess.TimeoutExpired("memoryformer", timeout, *map(str, self.said()))
             alive = [rank for rank in self.ranks if rank.exitcode is None]
             if len(alive) < len(self.ranks) and not asked and any(rank.exitcode for rank in self.ranks):
                 asked = True
                 deadline = min(deadline, time.monotonic() + _SECONDS_TO_END)
                 self.send_signal(signal.SIGTERM)
             wait([rank.sentinel for rank in alive], timeout=1.0)
-        return self._read()
+        return self.said()
 
-    def _read(self) -> tuple[str, str]:
+    def said(self) -> tuple[str, str]:
+        """Standard output and error of all ranks so far."""
         out, error = (path.read_text() for path in self._outputs)
         return out, error
 
@@ -132,6 +133,7 @@ def _run(arguments: list[str], environment: dict[str, str], cwd: str, outputs: l
     from mf_train.cli import main
 
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may run where it is ignored
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

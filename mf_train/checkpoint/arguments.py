@@ -7,8 +7,8 @@ from typing import Any
 from mf_train.commands import add_command, add_verbs, print_lines
 
 
-def add_checkpoint(commands: Any) -> None:
-    """Add the command to the command line's parser."""
+def add_checkpoint(commands: Any) -> Any:
+    """Add the command to the command line's parser; returns what `add_command` takes to add another verb of it."""
     verbs = add_verbs(commands, "checkpoint", "look at a run's checkpoints")
     summary = "read checkpoints and compare every checksum"
     verb = add_command(verbs, "verify", summary, "checkpoint verify runs/quickstart", _verify)
@@ -18,6 +18,7 @@ def add_checkpoint(commands: Any) -> None:
     summary = "show a run's checkpoints: step, size, date"
     verb = add_command(verbs, "list", summary, "checkpoint list runs/quickstart", _list)
     verb.add_argument("run_folder", type=Path, metavar="RUN")
+    return verbs
 
 
 def _verify(given: argparse.Namespace) -> int:

@@ -20,6 +20,12 @@ class Bound(NamedTuple):
         return bounded
 
 
+def path(default: T) -> T:
+    """A field that holds a path, in which `~` and `$NAME` stand for what they do in a shell."""
+    found: T = field(default=default, metadata={"path": True})
+    return found
+
+
 positive = Bound(lambda value: 0 < value < math.inf, "it must be a number above 0")
 not_negative = Bound(lambda value: 0 <= value < math.inf, "it must be a number, 0 or more")
 fraction = Bound(lambda value: 0 <= value <= 1, "it must be in [0, 1]")

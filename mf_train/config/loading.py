@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 from mf_train.config.bounds import problem_of
+from mf_train.config.paths import expand_path
 from mf_train.config.sections import Config, TrainingConfig, schedule_problem, set_names
+from mf_train.config.yaml_text import parse_yaml
 from mf_train.errors import UserError
 from mf_train.text import did_you_mean
 
@@ -144,39 +146,20 @@ def _profile_problem(training: TrainingConfig) -> str:
 
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", error)).split())
         raise UserError(f"{origin}:{where} is not valid YAML ({problem})") from None
-    except ValueError as error:  # such as the date 2024-13-45
-        raise UserError(f"{origin}: is not valid YAML ({error})") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key stands once. `<<` merges of YAML 1.1 work."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    except ValueError:  # of int(), beyond 4,300 digits
+        raise UserError(f"{origin}: has a number of too many digits") from None
 
 
 def _convert(annotation: Any, value: Any, key: str, origin: str) -> Any:
     """`value` as the annotated type, or UserError.
 
-    Only int -> float and number-like text -> float convert (YAML 1.1 reads 3e-4 as text).
+    Only int -> float, number-like text -> float (3e-4 is text in YAML) and YAML 1.1's yes, no, on, off -> bool convert.
     """
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         kinds = typing.get_args(annotation)
@@ -200,6 +183,8 @@ def _convert(annotation: Any, value: Any, key: str, origin: str) -> Any:
             return float(value)
         except (TypeError, ValueError, OverflowError):
             pass
+    elif annotation is bool and str(value).lower() in _SWITCH:
+        return _SWITCH[str(value).lower()]
     elif isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
         return value
     raise UserError(f"{origin}: {key} is {value!r}: expected {_NAMES.get(annotation, annotation)}")
@@ -232,6 +217,8 @@ def _build(section: type, tree: Any, key: str, origin: str) -> Any:
             hint = did_you_mean(name, hints, f"known keys: {', '.join(hints)}")
             raise UserError(f"{origin}: unknown key {dotted!r}: {hint}")
         values[name] = _convert(hints[name], value, dotted, origin)
+        if "path" in fields[name].metadata and values[name]:
+            values[name] = expand_path(values[name], f"{origin}: {dotted}")
         if problem := problem_of(fields[name], values[name]):
             raise UserError(f"{origin}: {dotted} {problem}")
     try:
@@ -248,4 +235,5 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text, in quotes"}
+_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

@@ -16,7 +16,7 @@ OnError = Literal["raise", "skip"]
 class SourceConfig:
     """One source of documents: files (`path`: a file, folder, glob or URL) or a dataset of the hub (`hub`)."""
 
-    path: str | None = None  # text (JSONL, plain, Parquet), or token shards: .bin with its .idx
+    path: str | None = bounds.path(None)  # text (JSONL, plain, Parquet), or token shards: .bin with its .idx
     hub: str | None = None  # owner/name on the Hugging Face hub
     hub_config: str | None = None  # the dataset's configuration name, where it has several
     split: str = "train"  # of a hub dataset
@@ -47,7 +47,9 @@ class DataConfig:
     on_error: OnError = "raise"  # what a corrupt document or a truncated file does
     workers: int = not_negative(1)  # processes that read and tokenise for a data-parallel rank; 0: a thread
     timeout_seconds: int = positive(300)  # to read a batch, retries counted; then the run ends
-    cache: str | None = None  # folder for text of compressed and remote files; None: $XDG_CACHE_HOME/mf_train
+    cache: str | None = bounds.path(
+        None
+    )  # folder for text of compressed and remote files; None: $XDG_CACHE_HOME/mf_train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class TokenizerConfig:
     Without one, a run trains on token shards that another tokenizer made, and needs its `end_of_text_id`.
     """
 
-    path: str = ""
+    path: str = bounds.path("")
     end_of_text_id: int | None = None  # only where there is no path: the model says it itself
 
 
@@ -83,7 +85,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Learning rate over the steps: linear warm-up, then as `kind` says (mf_train/training/schedule.py)."""
+    """Learning rate over the steps: linear warm-up, then as `kind` says (mf_train/config/schedule.py)."""
 
     kind: Literal["cosine", "linear", "constant", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
     warmup_steps: int | None = not_negative(None)  # None: 1 % of training.steps
@@ -163,7 +165,7 @@ class TrainingConfig:
     seed: int = 0  # of the initial weights
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False  # repeat to the last bit on GPUs too; an operation that cannot ends the run
-    output_dir: str = "runs/default"
+    output_dir: str = bounds.path("runs/default")
     validation_interval: int = not_negative(0)  # steps between validations, also after the last; 0: none
     validation_sequences: int = not_negative(
         0
@@ -190,7 +192,18 @@ class CheckpointConfig:
     keep_every: int = not_negative(0)  # checkpoints of its multiples are kept as well, for studies; 0: none
     asynchronous: bool = True  # written beside the steps, from a copy in host memory (12 bytes a parameter)
     verify: bool = True  # checksums of what a run resumes from; sizes are always checked
-    resume: str = "auto"  # auto: the run folder's newest good one | never | a checkpoint's path to start from
+    resume: str = bounds.path(
+        "auto"
+    )  # auto: the run folder's newest good one | never | a checkpoint's path to start from
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Where Weights & Biases gets the numbers that TensorBoard gets (docs/telemetry.md)."""
+
+    project: str = ""  # none: nowhere
+    entity: str | None = None  # the user or team whose project it is; None: the key's own
+    mode: Literal["online", "offline"] = "online"  # offline: into the run's folder, for 'wandb sync'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +212,10 @@ class LoggingConfig:
 
     interval: int = positive(10)  # steps between printed lines when the output is not a terminal
     tensorboard: bool = True
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    ranks_interval: int = not_negative(
+        100
+    )  # steps between comparisons of the ranks' times (docs/telemetry.md); 0: none
     telemetry_interval: int = not_negative(0)  # steps between reports on the tables (rows read, ...); 0: none
     # Warn about a table (docs/telemetry.md) when its rows read or its entropy fall below these fractions of what
     # uniformly random codes would give, or when its most-read row is this far (0 to 1) from the uniform share towards

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mf_train.config import TokenizerConfig
+from mf_train.config.paths import expand_path
 from mf_train.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -168,7 +169,7 @@ def find_model(path: str | Path) -> Path:
             "tokenizer.path is not set: name a sentencepiece model or the folder of 'tokenizer.model' (or, for token "
             "shards of another tokenizer, set tokenizer.end_of_text_id)"
         )
-    found = Path(path).expanduser()
+    found = Path(expand_path(str(path), "tokenizer.path"))
     if found.is_dir():
         found = found / "tokenizer.model"
     if not found.is_file():

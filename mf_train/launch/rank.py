@@ -36,7 +36,7 @@ from mf_train.launch.logs import (
 from mf_train.parallel.launcher import end_with_launcher, end_with_parent
 from mf_train.parallel.processes import find_process
 
-_FORWARDED = (*STOP_SIGNALS, signal.SIGINT)
+_FORWARDED = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)
 # Between looks for LOGS/stop. Rank 0 is on the node of the job's script; ranks that train hear of it from rank 0.
 _LOOK_SECONDS_OF_FIRST, _LOOK_SECONDS = 0.2, 2.0
 

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import yaml
-
 from mf_train.config import Config
 from mf_train.config.loading import config_to_tree
+from mf_train.config.yaml_text import yaml_text
 from mf_train.errors import TrainingError, UserError
 from mf_train.launch import slurm
 from mf_train.launch.launch_folder import JOB, LOGS, SCRIPT, recorded_jobs, write_record
@@ -130,8 +129,7 @@ def _check_same(plan: Plan) -> None:
 
 
 def _config_text(config: Config) -> str:
-    text: str = yaml.safe_dump(config_to_tree(config), sort_keys=False, allow_unicode=True)
-    return text
+    return yaml_text(config_to_tree(config))
 
 
 def _script(plan: Plan, options: JobOptions) -> str:

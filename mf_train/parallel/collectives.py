@@ -6,8 +6,9 @@ every rank the same, whoever is late. So each call is counted, on every rank in 
     with collective("all-gather of codes", x.device):
         dist.all_gather_into_tensor(...)
 
-A CUDA event before the call and one behind it, on the stream that is current, tell how far the device has come. They
-are only asked, by the watch's thread, and nothing waits for them. A call with `async_op` is noted around its wait.
+A CUDA event before the call and one behind it, on the stream that is current, tell how far the device has come, and for
+how long it was in the call. They are only asked, and nothing waits for them. A call with `async_op` is noted around its
+wait.
 
 torch's flight recorder counts those of libraries, too, group by group. It is switched on by
 `training.environment.set_flight_recorder`.
@@ -15,6 +16,7 @@ torch's flight recorder counts those of libraries, too, group by group. It is sw
 
 import json
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,6 +48,7 @@ class Ledger:
         self._count = 0
         self._started = self._finished = Mark()
         self._pending: deque[_Pending] = deque()
+        self._seconds = 0.0
 
     @contextmanager
     def note(self, name: str, device: torch.device) -> Iterator[None]:
@@ -55,14 +58,17 @@ class Ledger:
             mark = Mark(self._count, name)
         if device.type != "cuda":
             self._started = mark
+            began = time.perf_counter()
             yield
             self._finished = mark
+            with self._lock:
+                self._seconds += time.perf_counter() - began
             return
         noted = len(self._pending) < _MOST_PENDING and not torch.cuda.is_current_stream_capturing()
-        reached = torch.cuda.current_stream(device).record_event() if noted else None
+        reached = _record(device) if noted else None
         yield
         if reached is not None:
-            done = torch.cuda.current_stream(device).record_event()
+            done = _record(device)
             with self._lock:
                 self._pending.append(_Pending(mark, reached, done))
                 self._look(most=2)  # so that the queue does not grow while the device keeps up
@@ -77,10 +83,24 @@ class Ledger:
                 self._started = mark
         return self._started, self._finished
 
+    def seconds(self) -> float:
+        """Time that this rank, on CUDA its current stream, has been in collectives that are finished."""
+        with self._lock:
+            self._look(most=_MOST_PENDING)
+            return self._seconds
+
     def _look(self, most: int) -> None:
         while most and self._pending and self._pending[0].done.query():
-            self._started = self._finished = self._pending.popleft().mark
+            mark, reached, done = self._pending.popleft()
+            self._started = self._finished = mark
+            self._seconds += reached.elapsed_time(done) / 1000
             most -= 1
+
+
+def _record(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    torch.cuda.current_stream(device).record_event(event)
+    return event
 
 
 class Recorded(NamedTuple):

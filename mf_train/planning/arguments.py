@@ -31,7 +31,9 @@ def add_plan(commands: Any) -> None:
         "--measured", type=Path, metavar="RUN", help="a run's folder: show what it measured beside the plan"
     )
     parser.add_argument("--cost-per-hour", type=_price, metavar="X", help="of one device, in any currency")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the scaling curves")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw the scaling curves and the learning rate"
+    )
     parser.add_argument(
         "--largest",
         metavar="GB,...",

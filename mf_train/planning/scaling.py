@@ -4,6 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from mf_train.config import Config
+from mf_train.config.schedule import learning_rate
+from mf_train.config.sections import decay_steps, warmup_steps
 from mf_train.errors import UserError
 from mf_train.parallel.degrees import micro_batch_sizes
 from mf_train.planning.devices import Device
@@ -61,10 +63,11 @@ def _point(config: Config, devices: int, per_node: int, batch: int, device: Devi
 
 
 def draw_scaling(config: Config, title: str, curves: dict[str, list[dict[str, Any]]]) -> bytes:
-    """Tokens a second over devices, as PNG: both curves, each with the line of a perfect one."""
+    """PNG: tokens a second over devices, both curves, each with the line of a perfect one; and the learning rate."""
     from mf_train.drawing import make_figure, make_png
 
-    figure, several = make_figure(2, (5.4, 4.4))
+    figure, (*several, last) = make_figure(3, (5.4, 4.4))
+    _draw_schedule(last, config)
     batch = config.training.global_batch_size
     names = {
         "strong": f"strong scaling: {batch:,} sequences a step, whatever the devices",
@@ -103,3 +106,26 @@ def draw_scaling(config: Config, title: str, curves: dict[str, list[dict[str, An
     below = "nothing overlaps; ring collectives; no stragglers, congestion, data or checkpoints: no point is measured"
     figure.suptitle(f"{title}\n{below}", fontsize=9)
     return make_png(figure)
+
+
+def schedule_points(config: Config, most: int = 2000) -> list[tuple[int, float]]:
+    """Steps of a run, at most so many and some more where the rate turns, with the learning rate of each."""
+    steps, schedule = config.training.steps, config.schedule
+    turns = {warmup_steps(schedule, steps), steps - decay_steps(schedule, steps), steps}
+    shown = {1 + place * (steps - 1) // (most - 1) for place in range(most)} | {
+        step for step in turns if step > 0
+    }
+    peak = config.optimizer.learning_rate
+    return [(step, learning_rate(step, steps, peak, schedule)) for step in sorted(shown) if step <= steps]
+
+
+def _draw_schedule(axes: Any, config: Config) -> None:
+    points, multiplier = schedule_points(config), config.optimizer.table_learning_rate_multiplier
+    lines = {"everything else": 1.0, "tables": multiplier} if multiplier != 1 else {"all": 1.0}
+    for name, scale in lines.items():
+        axes.plot([step for step, _ in points], [scale * rate for _, rate in points], label=name)
+    axes.set_title(f"learning rate: {config.schedule.kind}, {config.training.steps:,} steps", fontsize=9)
+    axes.set_xlabel("step")
+    axes.grid(True, alpha=0.3)
+    if multiplier != 1:
+        axes.legend(fontsize=7)

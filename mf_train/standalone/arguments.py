@@ -46,6 +46,18 @@ def add_convert(commands: Any) -> None:
     )
 
 
+def add_average(verbs: Any) -> None:
+    """Add `checkpoint average` to the verbs of `checkpoint`."""
+    summary = "a checkpoint of the mean of a run's weights at several steps"
+    example = "checkpoint average runs/base 140000 141000 142000 143000 base-mean"
+    verb = add_command(verbs, "average", summary, example, _average)
+    verb.add_argument("run_folder", type=Path, metavar="RUN")
+    verb.add_argument(
+        "steps", type=int, nargs="+", metavar="STEP", help="of checkpoints that the run has kept"
+    )
+    verb.add_argument("output", type=Path, metavar="OUT", help="a folder that does not exist yet")
+
+
 def add_generate(commands: Any) -> None:
     """Add the command to the command line's parser."""
     example = "generate quickstart-model 'The state of the Union'"
@@ -85,6 +97,12 @@ def add_evaluate(commands: Any) -> None:
     tasks.add_argument("--include-path", type=Path, metavar="DIR", help="task files, such as configs/eval")
     tasks.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N items of each task")
     tasks.add_argument("--output", type=Path, metavar="FILE", help="JSON with scores, versions and hashes")
+
+
+def _average(given: argparse.Namespace) -> int:
+    from mf_train.standalone.conversion.average import average
+
+    return print_lines(average(given.run_folder, given.steps, given.output))
 
 
 def _convert(given: argparse.Namespace) -> int:

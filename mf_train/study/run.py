@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-import yaml
-
 from mf_train.config.loading import config_to_tree
+from mf_train.config.yaml_text import yaml_text
 from mf_train.errors import UserError
 from mf_train.exit_status import STOPPED
 from mf_train.files import write_whole
@@ -52,7 +51,7 @@ def write_cells(study: Study, cells: Sequence[Cell]) -> None:
         path = folder / f"{cell.number}.yaml"
         if not path.exists():
             tree = config_to_tree(cell.config)
-            write_whole(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
+            write_whole(path, yaml_text(tree).encode())
 
 
 def run_here(study: Study, grid: Grid, at_once: int = 1, retry: bool = False) -> int:
@@ -158,9 +157,9 @@ def _run_all(study: Study, cells: Sequence[Cell], at_once: int, lock: int) -> bo
         for one in running:
             one.process.send_signal(signal.SIGTERM)
 
-    before = {
-        number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
+    listened = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # by nohup
+    before = {number: signal.signal(number, stop) for number in listened}
     try:
         while (waiting and not asked) or running:
             while waiting and len(running) < at_once and not asked:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mf_train.config.loading import convert_value, read_tree
+from mf_train.config.paths import expand_path
 from mf_train.errors import UserError
 from mf_train.planning.devices import Device, find_device
 from mf_train.planning.ladder import ladder_size
@@ -97,8 +98,8 @@ def load_study(path: str | Path) -> Study:
         )
     return Study(
         path=path,
-        base=tree["base"],
-        output_dir=tree["output_dir"],
+        base=expand_path(tree["base"], f"{path}: base"),
+        output_dir=expand_path(tree["output_dir"], f"{path}: output_dir"),
         axes=axes,
         settings=settings,
         processes=processes,

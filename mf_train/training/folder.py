@@ -4,8 +4,6 @@ from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
 
-import yaml
-
 from mf_train.checkpoint.layout import (
     CONFIG,
     TOKENIZER,
@@ -15,12 +13,13 @@ from mf_train.checkpoint.layout import (
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree, load_config
+from mf_train.config.schedule import Rewarm, rate_of, rewarm_end
+from mf_train.config.yaml_text import yaml_text
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.files import write_whole
 from mf_train.run_folder import CHECKPOINTS
 from mf_train.run_folder import CONFIG as RUN_CONFIG
-from mf_train.training.schedule import Rewarm, rate_of, rewarm_end
 from mf_train.versions import package_versions
 
 
@@ -45,7 +44,7 @@ def check_folder(config: Config) -> None:
 def resolved_yaml(config: Config) -> str:
     """The whole configuration as YAML, with the versions of the packages that matter."""
     tree = config_to_tree(config) | {"versions": package_versions()}
-    return yaml.safe_dump(tree, sort_keys=False)
+    return yaml_text(tree)
 
 
 def record_config(config: Config) -> None:

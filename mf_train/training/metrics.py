@@ -1,9 +1,8 @@
-"""A run's records: metrics.jsonl, TensorBoard, and the line that rank 0 shows."""
+"""A run's records: metrics.jsonl, TensorBoard, Weights & Biases, and the line that rank 0 shows."""
 
 import json
 import resource
 import sys
-import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,8 @@ from mf_train.files import replacing
 from mf_train.progress import ProgressLine
 from mf_train.run_folder import METRICS, TENSORBOARD, parse_record
 from mf_train.telemetry.alarms import alarm_lines
+from mf_train.text import time_left
+from mf_train.training.wandb_run import WandbRun
 
 
 class Records:
@@ -27,9 +28,10 @@ class Records:
         self.failure: TrainingError | None = None  # why the last step could not be written
         self._file: TextIO | None = None
         self._tensorboard: Any = None
+        self._wandb: WandbRun | None = None
 
     def open(self, step: int) -> None:
-        """Begin to record what comes after `step`. Raises OSError."""
+        """Begin to record what comes after `step`. Raises OSError, and UserError where Weights & Biases refuses."""
         if self.rank != 0:
             return
         folder = Path(self.config.training.output_dir)
@@ -38,7 +40,10 @@ class Records:
         if self.config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD))
+            # what an earlier start wrote of later steps is dropped by whoever reads, as `cut_metrics` drops it
+            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
+        if self.config.logging.wandb.project:
+            self._wandb = WandbRun(self.config, step)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Record and show one step. Where the file cannot be written, `failure` is set, for `check`."""
@@ -80,19 +85,27 @@ class Records:
                 self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def _add_scalars(self, metrics: dict[str, Any]) -> None:
-        if self._tensorboard is None:
-            return
         nested = {
             f"{kind}/{key}/{name}": value
             for kind in ("tables", "validation")
             for name, report in metrics.get(kind, {}).items()
             for key, value in report.items()
         }
-        for key, value in (metrics | nested).items():
-            if isinstance(value, int | float) and key != "step":
-                self._tensorboard.add_scalar(key, value, metrics["step"])
+        step = metrics["step"]
+        scalars = {
+            key: value
+            for key, value in (metrics | nested).items()
+            if isinstance(value, int | float) and key != "step"
+        }
+        if self._tensorboard is not None:
+            for key, value in scalars.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, scalars)
 
 
 def cut_metrics(folder: Path, step: int) -> None:
@@ -125,7 +138,7 @@ class LiveLine(ProgressLine):
             loss = "-" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
             self.show(
                 f"step {step}/{self.steps}  loss {loss}  {metrics['tokens_per_second']:,.0f} tokens/s  "
-                f"data wait {wait:.1f} %  {time.strftime('%H:%M:%S', time.gmtime(left))} left"
+                f"data wait {wait:.1f} %  {time_left(left)} left"
             )
         self.first = False
 

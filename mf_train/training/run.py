@@ -18,6 +18,7 @@ from mf_train.checkpoint.load import load_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import Config
+from mf_train.config.schedule import Rewarm, rate_of
 from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.errors import PeerError, TrainingError
 from mf_train.exit_status import DONE, FAILED, STOPPED
@@ -42,12 +43,13 @@ from mf_train.training.garbage import GarbageCollection
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
 from mf_train.training.metrics import Records, process_peak
 from mf_train.training.probe import run_probe
+from mf_train.training.ranks import RankTimes
 from mf_train.training.resume import choose_checkpoint, look_ahead
-from mf_train.training.schedule import Rewarm, rate_of
 from mf_train.training.stopping import StopRequest, find_deadline
 from mf_train.training.summary import skipped_documents, summary
 from mf_train.training.telemetry import TableTelemetry
 from mf_train.training.validate import validation_loss, validation_metrics
+from mf_train.training.wandb_run import check_wandb
 from mf_train.training.warm_up import compile_kernels
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def train(config: Config, process: Process) -> int:
 
     Raises UserError, TrainingError or OSError on rank 0 for the first rank that failed, and PeerError on the others.
     """
-    stop = StopRequest().install()
+    stop = StopRequest().install(speak=process.rank == 0)
     check_degrees(config, process.world_size)
     degrees = Degrees(
         process.rank, process.world_size, config.parallel.tensor, process.local_rank, process.local_size
@@ -96,6 +98,8 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     watch.entering("opening the data")
     if device.type == "cpu":
         keep_freed_memory()
+    if config.logging.wandb.project:
+        run_on_first(lambda: check_wandb(config), device)
     inputs = run_long_on_all(partial(open_inputs, config, degrees), device, stop.requested, watch.still_alive)
     if inputs is None:
         return _stopped("while text was prepared", degrees.rank)
@@ -210,6 +214,7 @@ class _Run:
         beside = config.checkpoint.interval and config.checkpoint.asynchronous
         self.deadline = find_deadline(os.environ, saves=2 if beside else 1)
         self.records = Records(config, self.degrees.rank)
+        self.ranks = RankTimes(config.logging.ranks_interval, device)
         self.profile: Profile | None = None
         self.garbage = GarbageCollection(config.training.gc_interval)
 
@@ -222,6 +227,7 @@ class _Run:
             if self.profile is not None:
                 self.profile.turn(self.step + 1)
             started = time.perf_counter()
+            self.ranks.begin()
             batch = self.batches.next(self.step + 1)
             if batch is None:
                 if self.step > self.saver.step:
@@ -234,6 +240,7 @@ class _Run:
             self.watch.entering(f"training step {self.step + 1}")
             metrics = self._train_step(batch)
             self._finish_metrics(metrics, time.perf_counter() - started)
+            self._compare_ranks(metrics)
             last = self.step == config.training.steps
             if self._due(config.training.validation_interval, last) and self.validation:
                 metrics |= self._validate()
@@ -352,6 +359,12 @@ class _Run:
         else:
             metrics["peak_memory_bytes"] = process_peak()
 
+    def _compare_ranks(self, metrics: dict[str, Any]) -> None:
+        found, line = self.ranks.end(self.step, metrics["data_wait_seconds"])
+        metrics |= found
+        if line:
+            self.records.say(line)
+
     def _should_stop(self) -> bool:
         """Whether this rank was asked to stop, or, as rank 0, finds that the job's time limit is near."""
         if self.stop.requested() or self.degrees.rank != 0:
@@ -433,4 +446,6 @@ class _Run:
     def _report(self, metrics: dict[str, Any]) -> None:
         if self.step == self.started_at + 1 and (skipped := skipped_documents(self.inputs)):
             metrics["skipped_documents"] = skipped
+        if self.step == self.started_at + 1 and self.started_at:
+            metrics["resumed_after"] = self.started_at
         self.records.write(metrics | self.saver.take_metrics())

@@ -1,38 +1,69 @@
 """Reasons to stop a run early: a signal, or a job's time limit that is nearer than the launcher's notice tells.
 
-SIGTERM and SIGUSR1 ask for a save at the next step boundary and an end with status 75.
+SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask for a save at the next step boundary and an end with status 75.
 """
 
 import math
+import os
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from types import FrameType
+
+from mf_train.exit_status import INTERRUPTED
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 _RESERVE_SECONDS, _RESERVE_SHARE = 10.0, 0.25  # storage is slower at times
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGUSR1 from `install` on; a second signal changes nothing."""
+    """Set by SIGTERM, SIGUSR1, SIGHUP or SIGINT (Ctrl-C) from `install` on.
+
+    More of them change nothing, but a second Ctrl-C ends the process at once, without saving.
+    """
 
     def __init__(self) -> None:
         self._requested = False
+        self._interrupted = False  # by Ctrl-C
+        self._words = b""
 
     def requested(self) -> bool:
         return self._requested
 
-    def install(self) -> "StopRequest":
+    def install(self, *, speak: bool = False) -> "StopRequest":
+        """Listen. With `speak` the first Ctrl-C is answered on standard error."""
+        if speak:
+            self._words = (
+                b"\nsaving after this step, then ending; Ctrl-C again ends at once, without saving\n"
+            )
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._set)
+        # nohup has SIGHUP ignored, and a shell that starts a command in the background SIGINT
+        for number in (signal.SIGHUP, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._set)
         return self
 
     def ignore_more(self) -> None:
         """From now on requests are ignored: while Python ends, it would end by them and not with its status."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) == self._set:
+                signal.signal(number, signal.SIG_IGN)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
+        if self._interrupted and number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
+            os._exit(INTERRUPTED)  # what torchrun makes of its second Ctrl-C
+        if number != signal.SIGINT:
+            return
+        self._interrupted = True
+        # the next one is the kernel's, which ends the process whatever it waits for
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._words:
+            with suppress(OSError):
+                os.write(2, self._words)  # past sys.stderr, whose lock the main program may hold
 
 
 class Deadline:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import pwd
 import random
 import typing
 from pathlib import Path
@@ -21,6 +23,7 @@ from mf_train.config import (
     ValidationConfig,
 )
 from mf_train.config.loading import config_to_tree, load_config, parse_config
+from mf_train.config.yaml_text import parse_yaml, yaml_text
 from mf_train.errors import UserError
 
 
@@ -78,6 +81,88 @@ def test_overrides_win_in_their_order(tmp_path: Path) -> None:
     assert config.schedule.warmup_steps is None
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0100", 100),
+        ("-007", -7),
+        ("08", 8),
+        ("1_000_000", 1_000_000),
+        ("0x1F", 31),
+        ("1000000000000000000", 10**18),
+        ("1.50", 1.5),
+        ("1.0e-05", 1e-5),
+        (".5", 0.5),
+        ("-.inf", -math.inf),
+        ("true", True),
+        ("FALSE", False),
+        ("~", None),
+        *(
+            (text, text)
+            for text in ("no", "on", "1:30", "1:30:00.5", "0o17", "0b1", "2024-11-30", "1e-3", "1.2.3")
+        ),
+    ],
+)
+def test_values_mean_what_they_look_like(text: str, value: object) -> None:
+    """YAML 1.1 has octal, base 60, dates and a Norwegian `no`."""
+    found = parse_yaml(f"a: {text}")["a"]
+    assert found == value and type(found) is type(value)
+    for again in (parse_yaml(yaml_text({"a": value})), yaml.safe_load(yaml_text({"a": value}))):
+        assert again == {"a": value}
+
+
+def test_a_switch_may_be_yes_or_no(tmp_path: Path) -> None:
+    logging = load(tmp_path, "logging: {tensorboard: No}\ntraining: {bind_cores: off}")
+    assert not logging.logging.tensorboard and not logging.training.bind_cores
+    assert load(tmp_path, "training: {deterministic: yes}").training.deterministic
+    assert (
+        load(tmp_path, "data: {train: [{hub: wikipedia, hub_config: no}]}").data.train[0].hub_config == "no"
+    )
+
+
+def test_home_and_variables_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of-mine")
+    monkeypatch.setenv("MF_PLACE", "/scratch/a b")
+    root = pwd.getpwuid(0).pw_dir
+    config = load(
+        tmp_path,
+        "data: {train: [{path: ~/corpus/*.gz}, {path: 's3://${MF_PLACE}/$'}], cache: $MF_PLACE/cache}",
+        "training.output_dir=~/runs/$MF_PLACE",
+        "tokenizer.path=~root/tokenizer",
+        "checkpoint.resume=$MF_PLACE",
+        "data.validation=[{path: a~b}]",
+        "model.norm=rmsnorm",
+    )
+    assert [source.path for source in config.data.train] == [
+        "/home/of-mine/corpus/*.gz",
+        "s3:///scratch/a b/$",
+    ]
+    assert config.data.cache == "/scratch/a b/cache" and config.data.validation[0].path == "a~b"
+    assert config.training.output_dir == "/home/of-mine/runs//scratch/a b"
+    assert config.tokenizer.path == f"{root}/tokenizer" and config.checkpoint.resume == "/scratch/a b"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "data.train=[{path: ~mf-nobody/x}]",
+            "data.train[0].path is '~mf-nobody/x': no home folder of a user 'mf-nobody' is known: write the whole "
+            "path, or ./~mf-nobody/x",
+        ),
+        ("data.cache=~mf-nobody", "data.cache is '~mf-nobody': no home folder of a user 'mf-nobody'"),
+        (
+            "training.output_dir=$MF_NOWHERE/run",
+            "training.output_dir is '$MF_NOWHERE/run': the environment variable MF_NOWHERE is not set: set it, or",
+        ),
+        ("checkpoint.resume=${MF_NOWHERE}", "the environment variable MF_NOWHERE is not set"),
+        ("tokenizer.path=a/$MF_NOWHERE", "the environment variable MF_NOWHERE is not set"),
+    ],
+)
+def test_paths_of_nobody(override: str, words: str, tmp_path: Path) -> None:
+    assert words in mistake(tmp_path, "", override)
+
+
 def test_a_run_s_own_config_loads_again(tmp_path: Path) -> None:
     assert load(tmp_path, "versions: {torch: 2.13.0}\ntraining: {steps: 5}").training.steps == 5
 
@@ -95,7 +180,7 @@ def test_round_trip(seed: int, tmp_path: Path) -> None:
     """A config with every value drawn at random comes back from YAML as it was."""
     config = random_config(random.Random(seed))
     assert parse_config(config_to_tree(config), "here") == config
-    assert load(tmp_path, yaml.safe_dump(config_to_tree(config), sort_keys=False)) == config
+    assert load(tmp_path, yaml_text(config_to_tree(config))) == config
 
 
 def random_config(dice: random.Random) -> Config:
@@ -141,7 +226,7 @@ def random_config(dice: random.Random) -> Config:
             return dice.choice([1.0, 1e-8, 3e-4, dice.uniform(0.1, 1e5)])
         if annotation in (int, int | None):
             return dice.randint(1, 10**6)
-        return dice.choice(["text", "3", "true", "null", "1e-3", "ä b: c #d", "'\""])
+        return dice.choice(["text", "3", "true", "null", "1e-3", "08", "1:30", "no", "ä b: c #d", "'\""])
 
     def section(kind: type) -> Any:
         hints = typing.get_type_hints(kind)
@@ -219,12 +304,18 @@ def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> Non
         ("training: {steps: true}", "training.steps is True: expected a whole number"),
         ("training: {steps: }", "training.steps is None: expected a whole number"),
         ("logging: {tensorboard: 1}", "logging.tensorboard is 1: expected true or false"),
-        ('logging: {tensorboard: "yes"}', "logging.tensorboard is 'yes': expected true or false"),
+        ('logging: {tensorboard: "ja"}', "logging.tensorboard is 'ja': expected true or false"),
+        ("training: {steps: 1:30}", "training.steps is '1:30': expected a whole number"),
+        ("training: {steps: 0o17}", "training.steps is '0o17': expected a whole number"),
+        ("training: {seed: 0b11}", "training.seed is '0b11': expected a whole number"),
+        ("training: {seed: 2024-11-30}", "training.seed is '2024-11-30': expected a whole number"),
+        ("optimizer: {learning_rate: 1:30.5}", "optimizer.learning_rate is '1:30.5': expected a number"),
+        ("training: {output_dir: 08}", "training.output_dir is 8: expected text, in quotes"),
         ("optimizer: {learning_rate: fast}", "optimizer.learning_rate is 'fast': expected a number"),
-        ("optimizer: {learning_rate: yes}", "optimizer.learning_rate is True: expected a number"),
+        ("optimizer: {learning_rate: yes}", "optimizer.learning_rate is 'yes': expected a number"),
         ("optimizer: {learning_rate: [1]}", "optimizer.learning_rate is [1]: expected a number"),
-        ("tokenizer: {path: 3}", "tokenizer.path is 3: expected text"),
-        ("checkpoint: {resume: false}", "checkpoint.resume is False: expected text"),
+        ("tokenizer: {path: 3}", "tokenizer.path is 3: expected text, in quotes"),
+        ("checkpoint: {resume: false}", "checkpoint.resume is False: expected text, in quotes"),
         ("data: {train: {path: a}}", "data.train is {'path': 'a'}: expected a list"),
         ("data: {train: [a.txt]}", "data.train[0] is 'a.txt': expected keys and values"),
         ("optimizer: {betas: [0.9]}", "optimizer.betas has 1 values: expected 2"),
@@ -348,7 +439,7 @@ def test_bad_overrides(override: str, words: str, tmp_path: Path) -> None:
         ("model: {}\n---\nmodel: {}", "line 2 is not valid YAML"),
         ("? [a]\n: b", "line 1 is not valid YAML (a key must be text)"),
         ("model: !!python/name:os.system", "line 1 is not valid YAML"),
-        ("model: 2024-13-45", "is not valid YAML (month"),
+        (f"model: {'9' * 5000}", "has a number of too many digits"),
         ("model: \0", "is not valid YAML (unacceptable character #x0000"),
         (b"model: \xff", "not UTF-8 text (invalid start byte at byte 7)"),
         ("model:\n".encode("utf-16"), "not UTF-8 text"),

@@ -36,14 +36,18 @@ class Device:
     events: int = 0
     fails: bool = False
 
-    def record_event(self) -> Device.Event:
+    def record_event(self, event: Device.Event) -> None:
         self.events += 1
-        return Device.Event(self, self.events)
+        event.number = self.events
 
     @dataclass
     class Event:
         stream: Device
-        number: int
+        number: int = 0
+
+        def elapsed_time(self, end: Device.Event) -> float:
+            """Milliseconds: an event comes every two seconds."""
+            return 2000.0 * (end.number - self.number)
 
         def query(self) -> bool:
             if self.stream.fails:
@@ -55,6 +59,7 @@ class Device:
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     stream = Device()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Device.Event(stream))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return stream
 
@@ -68,6 +73,7 @@ def test_on_a_gpu_what_the_device_has_come_to_counts(device: Device) -> None:
     expected = [(NONE, NONE), (a, NONE), (a, a), (b, a), (b, b), (c, b), (c, c)]
     for device.reached, marks in enumerate(expected):
         assert ledger.last() == marks
+        assert ledger.seconds() == 2 * (device.reached // 2)  # of those that are finished
     with ledger.note("d", GPU):
         pass
     device.fails = True

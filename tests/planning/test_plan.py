@@ -11,15 +11,17 @@ import pytest
 
 from mf_train.cli import main
 from mf_train.commands import CommandParser
-from mf_train.config import Config
+from mf_train.config import Config, ScheduleConfig, TrainingConfig
 from mf_train.config.loading import load_config
+from mf_train.config.schedule import learning_rate
+from mf_train.config.sections import decay_steps, warmup_steps
 from mf_train.errors import UserError
 from mf_train.launch.arguments import add_launch
 from mf_train.launch.limits import check_job
 from mf_train.launch.options import JobOptions
 from mf_train.planning.devices import find_device
 from mf_train.planning.plan import choose, frontier, lighten, make_layout, search
-from mf_train.planning.scaling import scaling
+from mf_train.planning.scaling import scaling, schedule_points
 from mf_train.planning.time import estimate_step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -272,6 +274,18 @@ def test_a_measured_run_is_shown_beside_the_plan(capsys: pytest.CaptureFixture[s
     assert json.loads(out)["measured"] == {"steps": 3, "step_seconds": 3.0, "peak_bytes": 10**9 + 5}
     code, _, error = run_plan(capsys, *given, "training.global_batch_size=16")
     assert code == 2 and "give the configuration that it ran" in error
+
+
+@pytest.mark.parametrize("steps", [1, 7, 10_000, 10**18])
+def test_the_drawn_schedule_has_its_turns(steps: int) -> None:
+    schedule = ScheduleConfig(kind="warmup_stable_decay", minimum_fraction=0.1)
+    config = Config(schedule=schedule, training=TrainingConfig(steps=steps))
+    points = dict(schedule_points(config))
+    assert points.keys() <= set(range(1, steps + 1)) if steps < 10**6 else len(points) <= 2003
+    turns = {1, warmup_steps(schedule, steps), steps - decay_steps(schedule, steps) or 1, steps}
+    assert turns <= points.keys() and list(points) == sorted(points)
+    for step, rate in points.items():
+        assert rate == learning_rate(step, steps, config.optimizer.learning_rate, schedule)
 
 
 def test_the_picture_is_a_png_and_nothing_is_left_beside_it(

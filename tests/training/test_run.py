@@ -285,6 +285,7 @@ def test_resume_in_bfloat16_is_exact_on_the_same_shape(reference: Path, tmp_path
     train(again, processes=2)
     ours, theirs = read_metrics(tmp_path / "again"), read_metrics(tmp_path / "whole")[2:]
     assert [entry["loss"] for entry in ours] == [entry["loss"] for entry in theirs]
+    assert [entry.get("resumed_after") for entry in theirs + ours] == [None, None, 2, None]
     assert_equal_checkpoints(tmp_path / "again", tmp_path / "whole")
 
 

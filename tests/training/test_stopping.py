@@ -1,16 +1,36 @@
-"""Stopping before a job's time limit: how early, the warning, and a real run that does it."""
+"""Stopping before a job's time limit: how early, the warning, a real run that does it; and at a terminal's signals."""
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
+import pty
 import re
+import signal
+import subprocess
+import termios
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mf_train.checkpoint.layout import resolve_checkpoint
+from mf_train.checkpoint.read import CheckpointReader
 from mf_train.training.stopping import Deadline, find_deadline
-from tests.training.runs import read_metrics, small_config, start, write_text
+from tests.training.runs import (
+    REPOSITORY,
+    command_line,
+    environment,
+    has_steps,
+    read_metrics,
+    small_config,
+    start,
+    wait_for,
+    write_config,
+    write_text,
+)
 
 
 def test_time_for_the_saves_a_step_and_a_reserve_is_kept() -> None:
@@ -54,8 +74,7 @@ def test_reads_the_job_s_limit() -> None:
 
 def test_a_run_stops_by_itself_before_the_limit(tmp_path: Path) -> None:
     """No signal comes; the notice is shorter than what a save needs."""
-    tree = small_config(tmp_path / "run", write_text(tmp_path / "text.jsonl"))
-    tree["training"]["steps"] = 100_000
+    tree = long_run(tmp_path)
     limit = time.time() + 25
     run = start(tree, SLURM_JOB_END_TIME=f"{limit:.0f}", MF_NOTICE_SECONDS="5")
     output, errors = run.communicate(timeout=120)
@@ -65,3 +84,76 @@ def test_a_run_stops_by_itself_before_the_limit(tmp_path: Path) -> None:
     last = read_metrics(tmp_path / "run")[-1]["step"]
     assert f"stopped on request after step {last};" in output
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == f"step-{last:09d}"
+
+
+def long_run(folder: Path) -> dict[str, Any]:
+    tree = small_config(folder / "run", write_text(folder / "text.jsonl"))
+    tree["training"]["steps"] = 100_000
+    return tree
+
+
+def in_a_terminal(tree: dict[str, Any], processes: int = 1) -> tuple[subprocess.Popen[bytes], int]:
+    """A run in a terminal of its own, and the terminal's other end."""
+    here, there = pty.openpty()
+    process = subprocess.Popen(
+        command_line(["train", write_config(tree)], processes),
+        stdin=there,
+        stdout=there,
+        stderr=there,
+        env=environment(),
+        cwd=REPOSITORY,
+        start_new_session=True,
+        preexec_fn=lambda: (
+            signal.signal(signal.SIGINT, signal.default_int_handler),
+            fcntl.ioctl(there, termios.TIOCSCTTY, 0),
+        ),
+    )
+    os.close(there)
+    return process, here
+
+
+def test_a_closed_terminal_saves(tmp_path: Path) -> None:
+    """SIGHUP to the trainer and its workers; what is printed from then on goes nowhere."""
+    tree = long_run(tmp_path)
+    process, terminal = in_a_terminal(tree)
+    wait_for(lambda: has_steps(tree, 3))
+    os.close(terminal)
+    assert process.wait(timeout=60) == 75
+    stopped = len(read_metrics(tmp_path / "run"))
+    assert CheckpointReader(resolve_checkpoint(tmp_path / "run")).manifest.step == stopped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_in_a_terminal_saves(processes: int, tmp_path: Path) -> None:
+    """torchrun takes it for its ranks, and has a status of its own."""
+    tree = long_run(tmp_path)
+    process, terminal = in_a_terminal(tree, processes)
+    wait_for(lambda: has_steps(tree, 3))
+    os.write(terminal, b"\x03")
+    assert process.wait(timeout=60) == (75 if processes == 1 else 1)
+    said = os.read(terminal, 1 << 20).decode()
+    assert said.count("Ctrl-C again ends at once") == 1
+    assert f"stopped on request after step {len(read_metrics(tmp_path / 'run'))};" in said
+    os.close(terminal)
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path: Path) -> None:
+    """On two ranks. What the first asked for is not there, or complete, when the second comes at once."""
+    tree = long_run(tmp_path)
+    run = start(tree, processes=2)
+    wait_for(lambda: has_steps(tree, 3))
+    run.send_signal(signal.SIGINT)
+    output, errors = run.communicate(timeout=60)
+    assert [rank.exitcode for rank in run.ranks] == [75, 75], output
+    stopped = len(read_metrics(tmp_path / "run"))
+    assert f"stopped on request after step {stopped};" in output
+    assert errors.count("Ctrl-C again ends at once") == 1
+    run = start(tree, processes=2)
+    wait_for(lambda: has_steps(tree, stopped + 3))
+    run.send_signal(signal.SIGINT)
+    wait_for(lambda: "Ctrl-C again" in run.said()[1], every=0.001)
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=60)
+    assert {rank.exitcode for rank in run.ranks} <= {75, -signal.SIGINT}
+    assert CheckpointReader(resolve_checkpoint(tmp_path / "run")).manifest.step >= stopped

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 def cache_folder(setting: str | Path | None) -> Path:
     """`data.cache`, or else mf_train in the user's cache ($XDG_CACHE_HOME, ~/.cache)."""
-    return user_cache() if setting is None else Path(setting).expanduser()
+    return user_cache() if setting is None else Path(setting)
 
 
 @contextmanager

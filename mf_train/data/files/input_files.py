@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
+from mf_train.config.paths import expand_path
 from mf_train.data.files.access import (
     file_system,
     has_magic,
@@ -121,7 +122,7 @@ def find_files(path: str, key: str) -> list[InputFile]:
 
 
 def _find_local(path: str, key: str) -> list[InputFile]:
-    expanded = Path(path).expanduser()
+    expanded = Path(expand_path(path, key))
     if expanded.is_dir():
         inside = (file.relative_to(expanded) for file in expanded.rglob("*") if file.is_file())
         visible = sorted(file for file in inside if not any(part.startswith(".") for part in file.parts))

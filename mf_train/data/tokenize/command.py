@@ -16,10 +16,10 @@ from shutil import rmtree
 from typing import Any
 
 import numpy as np
-import yaml
 
 from mf_train import __version__
 from mf_train.config import Config, OnError, SourceConfig
+from mf_train.config.yaml_text import yaml_text
 from mf_train.data.files.cache import try_lock
 from mf_train.data.files.input_files import InputFile, find_files, is_token_shard
 from mf_train.data.shards.shard import index_bytes, token_dtype
@@ -277,7 +277,7 @@ def _config_lines(sources: Sequence[SourceWork]) -> list[str]:
         if part == "train":
             entry["weight"] = source.config.weight
         data.setdefault(part, []).append(entry)
-    return yaml.safe_dump({"data": data}, sort_keys=False, allow_unicode=True, width=1000).splitlines()
+    return yaml_text({"data": data}, width=1000).splitlines()
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -20,6 +20,7 @@ from mf_train.data.shards.shard import TokenShardWriter, WrittenShard
 from mf_train.data.text.store import Part, parts_of
 from mf_train.data.tokenize.worker import Encode, Encoded, Prepare, Workers, open_prepared
 from mf_train.progress import ProgressLine
+from mf_train.text import time_left
 
 TEXT_FOLDER = ".text"  # prepared parts, each for as long as it is needed
 _RANGE_BYTES = 1 << 20  # of text, for one task: a little more, or a piece of a longer document
@@ -230,5 +231,5 @@ class _Progress(ProgressLine):
         if self._input > self._first_input:  # sizes are known, which a server need not say
             total = sum(self._sizes)
             left = seconds * (total - self._input) / (self._input - self._first_input)
-            line += f", {self._input / total:.0%}, {left / 60:,.0f} minutes left"
+            line += f", {self._input / total:.0%}, {time_left(left)} left"
         self.show(line)

@@ -28,7 +28,7 @@ USER_ERROR, OS_ERROR, OTHER_ERROR = 1, 2, 3  # kinds of messages that carry a te
 
 LEAST_PIPE_BYTES, MOST_PIPE_BYTES = 2**16, 2**20  # Linux' default, and the most it gives without privileges
 # A launcher or a terminal sends these to all processes at once: the parent decides what they mean.
-_LEFT_TO_THE_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+_LEFT_TO_THE_PARENT = {signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1}
 _STANDARD_ERROR = 2  # where the child's standard output goes, too: what a library prints is no message
 
 # The parent's own module path, whatever it was started by; -P keeps the working folder out until then.

@@ -3,41 +3,36 @@
 import hashlib
 import json
 import os
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from mf_train.checkpoint.checksum import crc_of_file, crc_of_piece
 from mf_train.checkpoint.layout import (
     FORMAT,
     MANIFEST,
     TOKENIZER,
-    FileRecord,
     Manifest,
     assign_parts,
-    part_name,
 )
 from mf_train.checkpoint.probe import probe_tensors, random_tokens
-from mf_train.checkpoint.safetensors_file import TensorFile, bytes_of
-from mf_train.checkpoint.save import Extras, part_layouts, write_extras
+from mf_train.checkpoint.safetensors_file import Region, TensorFile, bytes_of
+from mf_train.checkpoint.save import Extras, write_extras
 from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainingConfig
 from mf_train.config.loading import config_to_tree
+from mf_train.config.yaml_text import yaml_text
 from mf_train.errors import UserError
 from mf_train.files import write_synced
-from mf_train.model.sharding import ranks_of_span, slice_shape, split_dimension
+from mf_train.model.sharding import slice_shape
 from mf_train.model.sums import MAX_CHUNKS
+from mf_train.standalone.conversion.checkpoint_parts import write_parts
 from mf_train.standalone.conversion.convert import check_output, new_folder
-from mf_train.standalone.conversion.shard_writer import ShardWriter
 from mf_train.standalone.conversion.streamed_model import FolderWeights, compute, streamed_model
 from mf_train.standalone.conversion.tokenizer_files import tokenizer_files
-from mf_train.standalone.conversion.weights import SLICE_BYTES, Shape, in_threads, whole_rows
+from mf_train.standalone.conversion.weights import SLICE_BYTES, whole_rows
 from mf_train.standalone.exported.names import DOCUMENT_ATTENTION, PARAMETER_PREFIX
 from mf_train.standalone.folder import CERTIFICATE, read_config
 from mf_train.standalone.folder import CONFIG as MODEL_CONFIG
@@ -66,7 +61,7 @@ def to_checkpoint(model: Path, output: Path, tensor: int) -> Iterator[str]:
         tokens = random_tokens(config.model)
         results = compute(streamed_model(config.model, weights), tokens)
         probe = probe_tensors(tokens, results.logits, results.codes, validation=False)
-        text = yaml.safe_dump(config_to_tree(config), sort_keys=False)
+        text = yaml_text(config_to_tree(config))
         manifest.files.update(write_extras(folder, Extras(_STATE, text, tokenizer, probe)))
         write_synced(folder / MANIFEST, manifest.to_json().encode())
     size = sum(path.stat().st_size for path in output.iterdir())
@@ -141,47 +136,22 @@ def _write_weights(model: Path, weights: FolderWeights, config: Config, folder: 
     shapes, ranks = weights.shapes, config.parallel.tensor
     local = {name: torch.Size(slice_shape(name, shape, ranks)) for name, shape in shapes.items()}
     parts = assign_parts({name: 4 * shape.numel() for name, shape in local.items()})
-    layouts = {
-        part_name("master", rank, ranks, part): layout
-        for part, layout in part_layouts(local, parts).items()
-        for rank in range(ranks)
-    }
-    crcs = {
-        file: crc_of_piece(layout.header, layout.size - len(layout.header))
-        for file, layout in layouts.items()
-    }
-    certified, files, lock = _certified_hashes(model), weights.files, threading.Lock()
-    with ShardWriter(folder, layouts) as writer:
+    certified, files = _certified_hashes(model), weights.files
 
-        def copy(name: str, buffer: Tensor) -> None:
-            digest, outside = hashlib.sha256(), PARAMETER_PREFIX + name
-            places: Counter[int] = Counter()
-            for values, region in _read(files[outside], outside, buffer, digest):
-                for rank, data in _slices(values, region[split_dimension(name)], name, shapes[name], ranks):
-                    file = part_name("master", rank, ranks, parts[name])
-                    writer.write(file, name, places[rank], data)
-                    places[rank] += len(data)
-                    layout = layouts[file]
-                    mine = crc_of_piece(data, layout.size - layout.offsets[name] - places[rank])
-                    with lock:
-                        crcs[file] ^= mine
-            if certified is not None and certified.get(outside) != digest.hexdigest():
-                raise UserError(
-                    f"{files[outside].path}: tensor {outside} is not what {CERTIFICATE} says: restore the file, or "
-                    f"delete {CERTIFICATE} if the weights were changed on purpose"
-                )
+    def read(kind: str, name: str, buffer: Tensor) -> Iterator[tuple[Tensor, Region]]:
+        digest, outside = hashlib.sha256(), PARAMETER_PREFIX + name
+        yield from _read(files[outside], outside, buffer, digest)
+        if certified is not None and certified.get(outside) != digest.hexdigest():
+            raise UserError(
+                f"{files[outside].path}: tensor {outside} is not what {CERTIFICATE} says: restore the file, or "
+                f"delete {CERTIFICATE} if the weights were changed on purpose"
+            )
 
-        in_threads(shapes, copy)
-    records = {
-        file: FileRecord(layout.size, crc_of_file(crcs[file], layout.size))
-        for file, layout in layouts.items()
-    }
+    records = write_parts(folder, shapes, parts, ranks, ("master",), read)
     return Manifest(FORMAT, 0, ranks, ("master",), shapes, parts, records)
 
 
-def _read(
-    file: TensorFile, name: str, buffer: Tensor, digest: Any
-) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
+def _read(file: TensorFile, name: str, buffer: Tensor, digest: Any) -> Iterator[tuple[Tensor, Region]]:
     """Float32 slices of a tensor and their regions, in order; `digest` gets the bytes that are stored."""
     dtype, shape, _ = file.tensors[name]
     for region in whole_rows(shape, SLICE_BYTES // 4):
@@ -191,16 +161,6 @@ def _read(
         file.read(name, region, stored)
         digest.update(bytes_of(stored))
         yield buffer[:size].view(sizes).copy_(stored), region
-
-
-def _slices(
-    values: Tensor, span: slice, name: str, shape: Shape, ranks: int
-) -> Iterator[tuple[int, memoryview]]:
-    """Bytes of each rank's part of `values`, which covers `span` of the dimension that is split."""
-    dimension = split_dimension(name)
-    for rank, first, last in ranks_of_span(span, shape[dimension] // ranks):
-        part = values.narrow(dimension, first - span.start, last - first)
-        yield rank, bytes_of(part.contiguous())
 
 
 def _certified_hashes(model: Path) -> dict[str, str] | None:

@@ -155,7 +155,7 @@ def test_closing_ends_workers_that_hang(
 
 
 SIGNALLED = """
-numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+numbers = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1]
 for number in numbers:
     signal.signal(number, lambda number, frame: caught.append(number))
 

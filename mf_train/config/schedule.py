@@ -16,8 +16,7 @@ are on the straight line from r to the schedule's rate at c + W.
 import math
 from typing import NamedTuple
 
-from mf_train.config import Config, ScheduleConfig
-from mf_train.config.sections import decay_steps, warmup_steps
+from mf_train.config.sections import Config, ScheduleConfig, decay_steps, warmup_steps
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mf_train.config import Config, OptimizerConfig, ScheduleConfig, TrainingConfig
-from mf_train.training.schedule import Rewarm, learning_rate, rate_of
+from mf_train.config.schedule import Rewarm, learning_rate, rate_of
 
 
 def test_cosine_with_warm_up() -> None:

@@ -1,0 +1,1 @@
+"""`memoryformer report`: a page about one run."""

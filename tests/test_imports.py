@@ -29,7 +29,7 @@ LAYERS = {
     "config": {"errors", "text"},
     "kernels": {"files"},
     "model": {"kernels", "config"},
-    "parallel": BASE | {"model"},
+    "parallel": BASE | {"model", "kernels"},
     "checkpoint": BASE | {"parallel", "model"},
     "data": BASE | {"checkpoint"},
     "telemetry": {"model", "kernels", "config"},

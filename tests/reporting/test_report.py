@@ -49,7 +49,7 @@ def eventful(steps: int) -> list[dict[str, Any]]:
         more: dict[str, Any] = {}
         if step % 100 == 0:
             more["validation_loss"] = base + 0.1
-            more["validation_losses"] = {"books": base, "code": base + 0.2}
+            more["validation"] = {name: {"loss": base, "perplexity": 9.0} for name in ("books", "code")}
             more |= {"rank_seconds_least": 0.4, "rank_seconds_median": 0.41, "rank_seconds_most": 0.6}
             hashes = [f"blocks.{layer}.{name}" for layer in range(12) for name in ("hash_ffn", "hash_inner")]
             health = {"rows_read": 0.5, "entropy": 0.3, "largest_share": 0.1}
@@ -79,7 +79,7 @@ def test_curves_are_those_of_the_last_training(tmp_path: Path) -> None:
     assert list(loss.steps) == [step for step in range(1, 1001) if step != 508]
     np.testing.assert_array_equal(loss.values[:500], 9 - np.arange(1, 501) / 1000)
     np.testing.assert_array_equal(loss.values[-400:], 5 - np.arange(601, 1001) / 1000)
-    assert list(history.curves["validation_losses.code"].steps) == list(range(100, 1001, 100))
+    assert list(history.curves["validation.code.loss"].steps) == list(range(100, 1001, 100))
     assert list(history.curves["tables.blocks.3.hash_ffn.entropy"].steps) == list(range(100, 1001, 100))
     assert [(event.step, event.kind) for event in history.events] == [
         (300, "alarm"),

@@ -35,9 +35,11 @@ LAYOUT = (
 )
 # Kinds of moments that take less memory, in the order in which docs/memory.md says to switch them on
 LIGHTER = (
-    ("table_exp_avg_sq", "row"),
     ("table_exp_avg", "bfloat16"),
+    ("table_exp_avg_sq", "bfloat16"),
     ("table_exp_avg", "int8"),
+    ("table_exp_avg_sq", "int8"),
+    ("table_exp_avg_sq", "row"),
 )
 
 

@@ -96,14 +96,23 @@ LIGHT = [
     # what is chosen, and what is switched on one after the other
     (
         ("float32", "float32"),
-        [("table_exp_avg_sq", "row"), ("table_exp_avg", "bfloat16"), ("table_exp_avg", "int8")],
+        [
+            *(("table_exp_avg", "bfloat16"), ("table_exp_avg_sq", "bfloat16")),
+            *(("table_exp_avg", "int8"), ("table_exp_avg_sq", "int8"), ("table_exp_avg_sq", "row")),
+        ],
     ),
     (
         ("float32", "int8"),
         [("table_exp_avg", "bfloat16"), ("table_exp_avg", "int8"), ("table_exp_avg_sq", "row")],
     ),
-    (("bfloat16", "float32"), [("table_exp_avg_sq", "row"), ("table_exp_avg", "int8")]),
-    (("int8", "bfloat16"), [("table_exp_avg_sq", "row")]),
+    (
+        ("bfloat16", "float32"),
+        [
+            *(("table_exp_avg_sq", "bfloat16"), ("table_exp_avg_sq", "int8")),
+            *(("table_exp_avg_sq", "row"), ("table_exp_avg", "int8")),
+        ],
+    ),
+    (("int8", "bfloat16"), [("table_exp_avg_sq", "int8"), ("table_exp_avg_sq", "row")]),
     (("int8", "row"), []),
 ]
 

@@ -23,7 +23,7 @@ from mf_train.config import OptimizerConfig
 from mf_train.kernels import fast_adamw
 from mf_train.kernels.adamw import Draw, Rates
 from mf_train.parallel.fragment import Fragment
-from mf_train.parallel.kinds import KINDS, PIECE
+from mf_train.parallel.kinds import KINDS, MOMENTS, PIECE
 from mf_train.parallel.stored import Float32, Places, Row, cut
 
 
@@ -46,6 +46,11 @@ class Updated:
         """Whether everything is in float32."""
         return all(type(self.fragment.values[kind]) is Float32 for kind in KINDS)
 
+    @property
+    def compact(self) -> bool:
+        """Whether a moment takes fewer bytes."""
+        return any(type(self.fragment.values[kind]) is not Float32 for kind in MOMENTS)
+
 
 class AdamW:
     """The update of fragments. Those with compact numbers are cut at multiples of `alignment`, which units divide.
@@ -66,6 +71,12 @@ class AdamW:
         for each in updated:
             if each.plain:
                 plain.setdefault((each.weight_decay, each.multiplier), []).append(each)
+            elif each.compact and (kernel := fast_adamw(each.gradient)) is not None:
+                rate = learning_rate * each.multiplier
+                rates = Rates.of_step(rate, each.weight_decay, self.config.betas, self.config.eps, step)
+                draw = Draw(0, 0, 0, 1, 1, 0) if each.places is None else each.places.draw(self.seed, step, 0)
+                held = [each.fragment.values[kind] for kind in KINDS]
+                kernel.update(each.gradient, held[1].unit, *(numbers.held for numbers in held), rates, draw)
             else:
                 self._update_pieces(each, learning_rate * each.multiplier, step)
         for (weight_decay, multiplier), together in plain.items():
@@ -103,15 +114,6 @@ class AdamW:
 
     def _update_pieces(self, each: Updated, learning_rate: float, step: int) -> None:
         device = each.gradient.device
-        held = [each.fragment.values[kind] for kind in KINDS]
-        kernel = (
-            fast_adamw(each.gradient) if any(type(moment) is not Float32 for moment in held[1:]) else None
-        )
-        if kernel is not None:
-            draw = Draw(0, 0, 0, 1, 1, 0) if each.places is None else each.places.draw(self.seed, step, 0)
-            rates = Rates.of_step(learning_rate, each.weight_decay, self.config.betas, self.config.eps, step)
-            kernel.update(each.gradient, held[1].unit, *(numbers.held for numbers in held), rates, draw)
-            return
         for first, numel in cut(each.gradient.numel(), PIECE[device.type], self.alignment):
             gradient = each.gradient.narrow(0, first, numel)
             master, average, square = (each.fragment.values[kind].narrow(first, numel) for kind in KINDS)

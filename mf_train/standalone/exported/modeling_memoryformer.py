@@ -51,6 +51,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         for parameter in self.parameters():  # drawn already, but on the meta device
             parameter._is_hf_initialized = not parameter.is_meta  # type: ignore[attr-defined]
         self._fast_path = None if DECODING is None else DECODING.FastPath()
+        self.vocab_size = config.vocab_size
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -187,7 +188,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
             if self.config.table_dtype is not None:
                 raise ValueError("an int8 model keeps its tokens: resize the float model that it was made of")
             self.model.config = replace(self.model.config, vocab_size=size)
-            self.config.vocab_size = self.model.head.vocab_size = size
+            self.config.vocab_size = self.vocab_size = self.model.head.vocab_size = size
             for name in ("embedding", "head"):
                 self._resize_rows(f"{name}.weight", getattr(self.model, name), size, mean_resizing)
         return self.model.embedding
@@ -305,8 +306,16 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         return [] if hidden_states else None, [] if attentions else None
 
 
+# arguments of `generate` that it hands on to forward, with stop strings for one
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+
+
 def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
-    unknown = [name for name, value in arguments.items() if value is not None and value is not False]
+    unknown = [
+        name
+        for name, value in arguments.items()
+        if value is not None and value is not False and name not in _OF_GENERATE
+    ]
     if unknown:
         raise TypeError(f"forward does not know {', '.join(sorted(unknown))}: leave it out")
 

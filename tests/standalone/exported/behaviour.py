@@ -21,12 +21,14 @@ for module in PRELOADED:
 import torch  # noqa: E402 - after the modules that were asked for
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
+    AutoTokenizer,
     DynamicCache,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     StaticCache,
 )
 from transformers.cache_utils import StaticSlidingWindowLayer  # noqa: E402
+from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
 
 @cache
@@ -432,6 +434,65 @@ def check_whole_masks():
             held = model(ids[:, :5]).past_key_values
             rest = model(ids[:, 5:], attention_mask=blocks[..., 5:, :], past_key_values=held).logits
         same(rest, found[:, 5:], 1e-4)
+
+
+def check_batches():
+    """A text's tokens do not depend on what it is batched with, in which order, and on which side it is padded."""
+    model = load()
+    texts = [tokens(1, length, length)[0] for length in (3, 9, 5)]
+    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    for more in ({}, {"num_beams": 3}):
+        alone = [generate(model, text[None], **options | more)[0, len(text) :] for text in texts]
+        for order in ([0, 1, 2], [2, 0, 1]):
+            ids = torch.zeros(3, 9, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, which in enumerate(order):
+                ids[row, 9 - len(texts[which]) :] = texts[which]
+                mask[row, 9 - len(texts[which]) :] = 1
+            made = model.generate(ids, attention_mask=mask, **options | more)
+            for row, which in enumerate(order):
+                assert torch.equal(made[row, 9:], alone[which]), (more, order, which)
+    right, mask = torch.zeros(3, 9, dtype=torch.int64), torch.zeros(3, 9, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        right[row, : len(text)], mask[row, : len(text)] = text, 1
+    logits = model(right, attention_mask=mask).logits
+    for row, text in enumerate(texts):
+        same(logits[row, : len(text)], model(text[None]).logits[0], 1e-4)
+
+
+class Kept(BaseStreamer):
+    def __init__(self):
+        self.ids = []
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ids.append(None)
+
+
+def check_ways_of_generating():
+    model = load()
+    ids = tokens(1, 6)
+    plain = generate(model, ids)
+    streamer = Kept()
+    generate(model, ids, streamer=streamer)
+    assert streamer.ids == [*plain[0].tolist(), None]
+    repeated = torch.cat((ids, ids), 1)
+    assert torch.equal(generate(model, repeated, prompt_lookup_num_tokens=3), generate(model, repeated))
+    for assistant in (model, load("bfloat16")):
+        assert torch.equal(generate(model, ids, assistant_model=assistant), plain)
+    drawn = []
+    for seed, cached in ((1, True), (1, False), (2, True)):
+        torch.manual_seed(seed)
+        drawn.append(generate(model, ids, do_sample=True, temperature=2.0, use_cache=cached))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    whole = tokenizer.decode(plain[0, 6:])
+    stop = whole[len(whole) // 2 :][:4]
+    made = generate(model, ids, stop_strings=[stop], tokenizer=tokenizer, min_new_tokens=None)
+    text = tokenizer.decode(made[0, 6:])
+    assert whole.startswith(text) and stop in text and len(made[0]) < len(plain[0])
 
 
 def check_tied_weights_are_refused():

@@ -487,7 +487,7 @@ def check_ways_of_generating():
         torch.manual_seed(seed)
         drawn.append(generate(model, ids, do_sample=True, temperature=2.0, use_cache=cached))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
     whole = tokenizer.decode(plain[0, 6:])
     stop = whole[len(whole) // 2 :][:4]
     made = generate(model, ids, stop_strings=[stop], tokenizer=tokenizer, min_new_tokens=None)

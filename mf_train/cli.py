@@ -81,8 +81,10 @@ def _nobody_listens() -> bool:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides may stand anywhere after CONFIG, also behind options, where argparse alone does not take them."""
+    """Overrides and a prompt may stand behind options, where argparse alone does not take what may be absent."""
     options, rest = parser.parse_known_args(arguments)
+    if rest and getattr(options, "prompt", "") is None and not rest[0].startswith("-"):
+        options.prompt = rest.pop(0)
     if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

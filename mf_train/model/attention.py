@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
     The number of heads follows from the input, so a rank that holds some of the heads runs the same code.
     `mask` is boolean (True: attend) or added to the scores, or the lengths of the documents inside which attention is
-    causal; without one attention is causal in whole rows.
+    causal; without one attention is causal in whole rows. `attentions` gets the softmax, [B, H, S, T].
     """
 
     def __init__(self, head_size: int) -> None:
@@ -73,6 +73,7 @@ class Attention(nn.Module):
         layer: int,
         mask: Tensor | Lengths | None = None,
         cache: KeyValueCache | None = None,
+        attentions: list[Tensor] | None = None,
     ) -> Tensor:
         q, k, v = (x.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for x in (query, key, value))
         q, k = rotate_both(q, k, rotary)
@@ -80,8 +81,24 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, layer)
         if isinstance(mask, tuple):
             return attend_in_documents(q, k, v, mask)
+        if attentions is not None:
+            attentions.append(attention_weights(q, k, mask))
+            return (attentions[-1] @ v).transpose(1, 2).flatten(-2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
         return y.transpose(1, 2).flatten(-2)
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(head)), in float32 and rounded: [B, H, S, head] and [B, H, T, head] -> [B, H, S, T]."""
+    length, past = q.shape[2], k.shape[2] - q.shape[2]
+    if mask is None:
+        mask = torch.ones(length, past + length, dtype=torch.bool, device=q.device).tril(past)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if mask.dtype == torch.bool:  # a row that attends to nothing gets equal weights and no NaN
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    return scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
 
 
 def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> Tensor:
@@ -99,20 +116,37 @@ def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> Te
     return torch.cat(results).view(rows, length, -1)
 
 
-def causal_mask(length: int, past: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
+def causal_mask(
+    length: int,
+    past: int | Tensor,
+    padding: Tensor | None,
+    device: torch.device,
+    total: int | None = None,
+) -> Tensor | None:
     """Boolean mask [B or 1, 1, S, T] (True: attend) for S new positions after `past` ones, or None where plain
-    causal attention or attention to everything says the same. padding [B, T]: 0 where a position is padding.
+    causal attention or attention to everything says the same. padding [B, past + S]: 0 where a position is padding.
+
+    With `total` there always is a mask, and its T is that: of keys that are not all there yet.
     """
-    padded = padding is not None and not bool(padding.all())
-    if not padded and (past == 0 or length == 1):
-        return None
-    query = torch.arange(past, past + length, device=device).unsqueeze(-1)
-    mask = (torch.arange(past + length, device=device) <= query)[None, None]
+    # a look at the padding would end a graph that is compiled
+    padded = padding is not None and (torch.compiler.is_compiling() or not bool(padding.all()))
+    if total is None:
+        if not padded and (past == 0 or length == 1):
+            return None
+        total = int(past) + length
+    query = (torch.arange(length, device=device) + past).unsqueeze(-1)
+    key = torch.arange(total, device=device)
+    mask = (key <= query)[None, None]
     if padding is None or not padded:
         return mask
+    padding = F.pad(padding, (0, total - padding.shape[1]))
     # a padded query attends to itself, so that its softmax is not empty
-    own = torch.arange(past + length, device=device) == query
-    return (mask & padding[:, None, None, :].bool()) | own
+    return (mask & padding[:, None, None, :].bool()) | (key == query)
+
+
+def unpadded_positions(padding: Tensor, length: int) -> Tensor:
+    """Of the last `length` positions, counted from the first that is not padding: [B, T], 0 at padding -> [B, S]."""
+    return (padding.long().cumsum(-1) - 1).clamp_(min=0)[:, -length:]
 
 
 def document_numbers(token_ids: Tensor, end_of_text: int) -> Tensor:

@@ -36,10 +36,11 @@ class MemoryFormerBlock(nn.Module):
         rotary: Rotary,
         mask: Tensor | Lengths | None = None,
         cache: KeyValueCache | None = None,
+        attentions: list[Tensor] | None = None,
     ) -> Tensor:
         codes, weights = self.hash_attention(self.norm_attention(x))
         q, k, v = lookup_each(codes, weights, (self.query, self.key, self.value))
-        z = x + self.attention(q, k, v, rotary, self.layer, mask, cache)
+        z = x + self.attention(q, k, v, rotary, self.layer, mask, cache, attentions)
         m = self.activation(self.up(*self.hash_ffn(self.norm_ffn(z))))
         return z + self.down(*self.hash_inner(self.norm_inner(m)))
 
@@ -67,10 +68,11 @@ class DenseBlock(nn.Module):
         rotary: Rotary,
         mask: Tensor | Lengths | None = None,
         cache: KeyValueCache | None = None,
+        attentions: list[Tensor] | None = None,
     ) -> Tensor:
         h = self.norm_attention(x)
         q, k, v = self.query(h), self.key(h), self.value(h)
-        z = x + self.output(self.attention(q, k, v, rotary, self.layer, mask, cache))
+        z = x + self.output(self.attention(q, k, v, rotary, self.layer, mask, cache, attentions))
         return z + self.down(F.gelu(self.up(self.norm_ffn(z))))
 
 

@@ -45,8 +45,11 @@ class Lookup(nn.Module):
 
 
 def lookup_each(codes: Tensor, weights: Tensor, lookups: Sequence[nn.Module]) -> list[Tensor]:
-    """What each of several lookups of the same codes gives, in one pass over the codes where they are plain ones."""
-    plain = [module for module in lookups if isinstance(module, Lookup)]
+    """What each of several lookups of the same codes gives, in one pass over the codes where they are plain ones.
+
+    One whose `forward` was replaced, as libraries do that bring its tables from elsewhere, is called.
+    """
+    plain = [module for module in lookups if isinstance(module, Lookup) and "forward" not in module.__dict__]
     if len(plain) < len(lookups):
         return [module(codes, weights) for module in lookups]
     tables, biases = [module.tables for module in plain], [module.bias for module in plain]

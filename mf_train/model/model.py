@@ -1,5 +1,7 @@
 """The whole model on one device: embedding, blocks, final norm, head. Parallelism is applied from outside."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from mf_train.model.attention import (
     document_mask,
     document_positions,
     rotary_table,
+    unpadded_positions,
 )
 from mf_train.model.block import DenseBlock, MemoryFormerBlock
 from mf_train.model.head import Head
@@ -60,27 +63,34 @@ class MemoryFormer(nn.Module):
         embedded: Tensor | None = None,
         positions: Tensor | None = None,
         states: list[Tensor] | None = None,
+        attentions: list[Tensor] | None = None,
+        run: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, S, V], or with `targets` [B, S] the cross-entropy of each token in nats [B, S].
 
         A target of -100 has no loss. `attention_mask` [B, T] is 0 at padding; positions count from the first token
-        that is not padding. `cache` holds the keys and values of earlier positions and takes the new ones.
-        With `logits_to_keep` above 0 the head computes the logits of so many last positions only, or of those that a
-        tensor of indices names. `embedded` [B, S, D] stands for the embeddings of token ids, `positions` [B or 1, S]
-        for the positions of the rotary embedding. `states` gets the input of each block and what the head gets.
-        `documents_bs` [B, S] numbers the documents of packed rows, never decreasing along a row: every document gets
-        what it would get alone. Raises ValueError for another shape, or together with a padding mask or a cache.
+        that is not padding. One of [B or 1, H or 1, S, T] is the whole mask, as `Attention` takes it. `cache` holds the
+        keys and values of earlier positions and takes the new ones. With `logits_to_keep` above 0 the head computes the
+        logits of so many last positions only, or of those that a tensor of indices names. `embedded` [B, S, D] stands
+        for the embeddings of token ids, `positions` [B or 1, S] for the positions of the rotary embedding. `states`
+        gets the input of each block and what the head gets, `attentions` the softmax of each block's attention.
+        `run(block, *inputs)` stands for the call of each block. `documents_bs` [B, S] numbers the documents of packed
+        rows, never decreasing along a row: every document gets what it would get alone. Raises ValueError for another
+        shape, or together with a padding mask or a cache.
         """
         x = self.embedding(token_ids) if embedded is None else embedded
         if documents_bs is not None:
             _check_documents(documents_bs, x, attention_mask, cache)
         past = cache.get_seq_length() if cache is not None else 0
         length = x.shape[1]
-        mask: Tensor | Lengths | None = causal_mask(length, past, attention_mask, x.device)
+        whole = attention_mask is not None and attention_mask.dim() == 4
+        mask: Tensor | Lengths | None = attention_mask
+        if not whole:
+            mask = causal_mask(length, past, attention_mask, x.device)
         if positions is None:
             positions = torch.arange(past, past + length, device=x.device)
-            if mask is not None and attention_mask is not None:
-                positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)[:, past:]
+            if mask is not None and attention_mask is not None and not whole:
+                positions = unpadded_positions(attention_mask, length)
         if documents_bs is not None:
             positions = document_positions(documents_bs)
             compiling = torch.compiler.is_compiling()
@@ -89,7 +99,8 @@ class MemoryFormer(nn.Module):
         for block in self.blocks:
             if states is not None:
                 states.append(x)
-            x = block(x, rotary, mask, cache)
+            given = x, rotary, mask, cache, attentions
+            x = block(*given) if run is None else run(block, *given)
         if states is not None:
             states.append(self.final_norm(x))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

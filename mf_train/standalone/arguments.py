@@ -1,11 +1,14 @@
 """The arguments of `memoryformer convert`, `generate` and `evaluate`, and what they call."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from mf_train.commands import add_command, print_lines, refuse_with
 from mf_train.data.arguments import TEXT_FILES
+from mf_train.errors import UserError
 
 
 def add_convert(commands: Any) -> None:
@@ -63,10 +66,38 @@ def add_generate(commands: Any) -> None:
     example = "generate quickstart-model 'The state of the Union'"
     parser = add_command(commands, "generate", "continue a text with a standalone model", example, _generate)
     parser.add_argument("model", type=Path)
-    parser.add_argument("prompt")
+    parser.add_argument("prompt", nargs="?", help="the text to continue; without it, standard input")
+    parser.add_argument("--file", type=Path, metavar="FILE", help="the text to continue, in UTF-8")
+    parser.add_argument(
+        "--chat", action="store_true", help="the text is a message, in the tokenizer's chat template"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token each time"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw of the K likeliest tokens (default: of all)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw of the fewest likeliest tokens whose probabilities add up to P (default: 1, of all)",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: tokens that are in the text already become less likely (default: 1)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given several times",
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -123,10 +154,40 @@ def _convert(given: argparse.Namespace) -> int:
 def _generate(given: argparse.Namespace) -> int:
     from mf_train.standalone.use.generate import generate
 
-    for piece in generate(given.model, given.prompt, given.max_new_tokens, given.temperature, given.seed):
+    pieces = generate(
+        given.model,
+        _prompt(given.prompt, given.file),
+        given.max_new_tokens,
+        given.temperature,
+        given.seed,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        repetition_penalty=given.repetition_penalty,
+        stop=given.stop,
+        chat=given.chat,
+    )
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def _prompt(text: str | None, file: Path | None) -> str:
+    """The text of the command line, of a file, or of standard input up to its end. Raises UserError, OSError."""
+    if text is not None and file is not None:
+        raise UserError(f"PROMPT and --file {file} are two texts: leave one out")
+    if text is not None:
+        name, data = "PROMPT", os.fsencode(text)
+    elif file is not None:
+        name, data = f"--file {file}", file.read_bytes()
+    else:
+        name, data = "standard input", sys.stdin.buffer.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}: byte {error.start + 1}, 0x{data[error.start]:02x}, is not UTF-8: convert the text with iconv"
+        ) from None
 
 
 def _evaluate(given: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mf_train import kernels
 from mf_train.config import ModelConfig
 from mf_train.kernels import cpu, hash_codes, lookup, lookup_all
 from mf_train.model import MemoryFormer
@@ -312,10 +314,13 @@ def test_growing_holds_what_torch_cat_gives() -> None:
 
 
 def test_a_folder_uses_this_package_only_if_it_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert installed.decoding() is decoding and decoding.INTERFACE == installed.INTERFACE
+    assert installed.DECODING is decoding and decoding.INTERFACE == installed.INTERFACE
+    assert installed.KERNELS is kernels
     monkeypatch.setattr(decoding, "INTERFACE", installed.INTERFACE + 1)
-    monkeypatch.setattr(installed, "decoding", installed.decoding.__wrapped__)
-    assert installed.decoding() is None and installed.kernels.__wrapped__() is None
+    copied = importlib.util.spec_from_file_location("installed_copy", installed.__file__)
+    again = importlib.util.module_from_spec(copied)
+    copied.loader.exec_module(again)
+    assert again.DECODING is None and again.KERNELS is None
 
 
 class TestTransformers:

@@ -29,8 +29,10 @@ from mf_train.standalone.conversion.tokenizer_files import tokenizer_files
 from mf_train.standalone.conversion.weights import copy_weights
 from mf_train.standalone.exported.names import INT8
 from mf_train.standalone.folder import CARD, CERTIFICATE, DTYPES, check_layers
+from mf_train.standalone.folder import CONFIG as MODEL_CONFIG
 from mf_train.text import human_bytes
 
+_PARTIAL = ".partial"  # in an output folder that is there already: what is not complete yet
 _METRICS = ("loss", "validation_loss", "validation_step")
 
 
@@ -53,7 +55,7 @@ def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterato
     dtype = dtype or config.training.precision
     yield _describe_source(reader, config)
 
-    with new_folder(output) as folder:
+    with new_folder(output, last=MODEL_CONFIG) as folder:
         proof = _write_folder(reader, config, dtype, folder)
     yield from _describe_result(reader, config, output, dtype, proof, time.perf_counter() - started)
 
@@ -117,24 +119,35 @@ def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: 
 
 def check_output(output: Path) -> None:
     """Raises UserError where something is there already that is not an empty folder."""
-    if output.is_dir() and not any(output.iterdir()):
+    if output.is_dir() and {path.name for path in output.iterdir()} <= {_PARTIAL}:
         return
     if output.exists() or output.is_symlink():
         raise UserError(f"{output}: exists already; choose another output folder or delete it")
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder for the block to write, which becomes `output` when the block ends well, and is deleted otherwise."""
-    partial = output.with_name(f".{output.name}.partial")
+def new_folder(output: Path, last: str) -> Iterator[Path]:
+    """A folder for the block to write, which becomes `output` when the block ends well, and is deleted otherwise.
+
+    Where `output` is there already, a mount point or a link too, the files are written inside it and moved to their
+    place at the end: `last`, without which nothing loads, after all others.
+    """
+    there = output.is_dir()
+    partial = output / _PARTIAL if there else output.with_name(f".{output.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         for path in (*partial.iterdir(), partial):
             sync(path)
-        os.rename(partial, output)
-        sync(output.parent)
+        if there:
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
+                os.rename(path, output / path.name)
+            partial.rmdir()
+            sync(output)
+        else:
+            os.rename(partial, output)
+            sync(output.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

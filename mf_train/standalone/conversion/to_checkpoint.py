@@ -56,7 +56,7 @@ def to_checkpoint(model: Path, output: Path, tensor: int) -> Iterator[str]:
     check_output(output)
     config, tokenizer = _configuration(model, tensor)
     weights = FolderWeights(model)  # every tensor is there as config.json says
-    with new_folder(output) as folder:
+    with new_folder(output, last=MANIFEST) as folder:
         manifest = _write_weights(model, weights, config, folder)
         tokens = random_tokens(config.model)
         results = compute(streamed_model(config.model, weights), tokens)

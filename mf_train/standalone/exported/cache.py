@@ -33,10 +33,11 @@ class Growing:
     def append(self, new: Tensor) -> Tensor:
         """Add positions [B, H, S, head]; returns all of them."""
         before = self.held()
-        if new.requires_grad or (before is not None and not _fits(new, before)):
+        compiling = torch.compiler.is_compiling()  # which does not see memory, only tensors
+        if compiling or new.requires_grad or (before is not None and not _fits(new, before)):
             # autograd's, or of another dtype or shape: as torch.cat has it
             all_positions = new if before is None else torch.cat((before, new), dim=2)
-            self.hold(all_positions)
+            self.buffer, self.length = all_positions, all_positions.shape[2]
             return all_positions
         buffer = self.reserve((*new.shape[:2], new.shape[3]), new.shape[2], new.dtype, new.device)
         buffer[:, :, self.length : self.length + new.shape[2]] = new

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from mf_train.standalone.exported.cache import Growing
 
@@ -49,22 +49,30 @@ class GrowingLayer(DynamicLayer):
 
 
 def check_cache(cache: Any, layers: int) -> None:
-    """Raises ValueError for a cache whose layers give anything but all positions so far, or that is another model's."""
+    """Raises ValueError for a cache whose layers give anything but all positions, or that is another model's."""
     kind = type(cache).__name__
     found = getattr(cache, "layers", None)
     if not isinstance(cache, Cache) or found is None or any(not _gives_all(type(each)) for each in found):
-        raise ValueError(f"past_key_values is a {kind}: give a DynamicCache, or none for a new one")
+        raise ValueError(
+            f"past_key_values is a {kind}: give a DynamicCache or StaticCache, or none for a new one"
+        )
     replicated = cache.layer_class_to_replicate
     if len(found) > layers or (len(found) < layers and not (replicated and _gives_all(replicated))):
         raise ValueError(
             f"past_key_values has {len(found)} layers and the model {layers}: give this model's cache"
         )
-    if len(lengths := {each.get_seq_length() for each in found}) > 1:
+    if room_of(cache) is None and len(lengths := {each.get_seq_length() for each in found}) > 1:
         raise ValueError(f"past_key_values has layers of {sorted(lengths)} positions: give a whole cache")
 
 
 def _gives_all(layer: Any) -> bool:
-    return issubclass(layer, DynamicLayer) and not layer.is_sliding
+    return issubclass(layer, DynamicLayer | StaticLayer) and not layer.is_sliding
+
+
+def room_of(cache: Any) -> int | None:
+    """Positions that a static cache has room for, all of which its layers give; None for any other cache."""
+    layer = cache.layers[0] if cache is not None and cache.layers else None
+    return layer.max_cache_len if isinstance(layer, StaticLayer) else None
 
 
 def grow_in_place(cache: Any, layers: int) -> list[GrowingLayer] | None:

@@ -6,14 +6,12 @@ module's `FastPath` and on `hash_codes`, `lookup`, `lookup_all`, `lookup_int8`, 
 """
 
 import importlib
-from functools import cache
 from typing import Any
 
 INTERFACE = 2
 
 
-@cache
-def decoding() -> Any:
+def find_decoding() -> Any:
     """The module `mf_train.standalone.decoding`, or None."""
     try:
         found = importlib.import_module("mf_train.standalone.decoding")
@@ -22,7 +20,6 @@ def decoding() -> Any:
     return found if getattr(found, "INTERFACE", None) == INTERFACE else None
 
 
-@cache
-def kernels() -> Any:
-    """The module `mf_train.kernels`, or None."""
-    return None if decoding() is None else importlib.import_module("mf_train.kernels")
+# found once and held as plain names, through which torch.compile can look
+DECODING: Any = find_decoding()
+KERNELS: Any = None if DECODING is None else importlib.import_module("mf_train.kernels")

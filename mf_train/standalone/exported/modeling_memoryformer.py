@@ -1,20 +1,28 @@
 """The plain model as a `transformers` causal language model; a converted model carries a copy of this file."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mf_train.model.attention import causal_mask, unpadded_positions
 from mf_train.model.head import IGNORED
 from mf_train.model.initialise import initialise_parameter
 from mf_train.model.model import MemoryFormer
 from mf_train.model.quantized import use_int8
 from mf_train.standalone.exported.configuration_memoryformer import MemoryFormerConfig
-from mf_train.standalone.exported.growing_layer import GrowingLayer, check_cache, grow_in_place
-from mf_train.standalone.exported.installed import decoding
+from mf_train.standalone.exported.growing_layer import (
+    GrowingLayer,
+    check_cache,
+    grow_in_place,
+    room_of,
+)
+from mf_train.standalone.exported.installed import DECODING
 from mf_train.standalone.exported.names import INT8
 
 
@@ -25,17 +33,26 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["MemoryFormerBlock", "DenseBlock"]  # noqa: RUF012 - transformers' way
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = ["scales"]  # noqa: RUF012 - of int8 rows, whatever dtype is asked for
 
     def __init__(self, config: MemoryFormerConfig) -> None:
         super().__init__(config)
-        self.model = MemoryFormer(config.to_model_config())
+        if config.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings is true: embedding and LM head are two weights, leave it out"
+            )
+        meta = torch.get_default_device().type == "meta"  # where nothing is drawn
+        self.model = MemoryFormer(config.to_model_config(), seed=0 if meta else _draw_seed())
         if config.table_dtype == INT8:
             use_int8(self.model)
         for parameter in self.parameters():  # drawn already, but on the meta device
             parameter._is_hf_initialized = not parameter.is_meta  # type: ignore[attr-defined]
-        self._fast_path = decoding().FastPath() if decoding() else None
+        self._fast_path = None if DECODING is None else DECODING.FastPath()
+        self.vocab_size = config.vocab_size
+        self.gradient_checkpointing = False
         self.post_init()
 
     @classmethod
@@ -66,66 +83,60 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **others: Any,
     ) -> Any:
         """Logits [B, S, V] of token ids [B, S] or embeddings `inputs_embeds` [B, S, D].
 
-        attention_mask [B, T] is 0 at padding, T counting cached positions too. position_ids [B or 1, S] are those of
-        the rotary embedding, by default counted from the first token that is not padding. With `labels` [B, S] the loss
-        is the mean cross-entropy in nats of predicting labels[:, i + 1] at position i, -100 being left out; with
-        `shift_labels` of predicting shift_labels[:, i]; with `num_items_in_batch` the sum over that number.
-        `logits_to_keep` above 0 gives the logits of so many last positions only, and a tensor [N] of indices of those.
-        `output_hidden_states`: the input of each block and of the head, [B, S, D] each. A DynamicCache gets layers that
-        grow in place, and there is one unless `use_cache`, by default the configuration's, is false.
+        attention_mask [B, T] is 0 at padding, T counting cached positions too; one of [B or 1, H or 1, S, T], boolean
+        (True: attend) or added to the scores, says all, T being what a static cache has room for. position_ids
+        [B or 1, S] are those of the rotary embedding, by default counted from the first token that is not padding. With
+        `labels` [B, S] the loss is the mean cross-entropy in nats of predicting labels[:, i + 1] at position i, -100
+        being left out; with `shift_labels` of predicting shift_labels[:, i]; with `num_items_in_batch` the sum over
+        that number. `logits_to_keep` above 0 gives the logits of so many last positions only, and a tensor [N] of
+        indices of those. `output_hidden_states`: the input of each block and of the head, [B, S, D] each.
+        `output_attentions`: the softmax of each block's attention, [B, H, S, T]. A DynamicCache gets layers that grow
+        in place, and there is one unless `use_cache`, by default the configuration's, is false, or gradients are
+        checkpointed.
 
         Raises TypeError for an argument that it does not know, unless it is None or False, and ValueError for one of
-        another shape or another kind of cache, and for labels together with `logits_to_keep`.
+        another shape or another kind of cache, for labels together with `logits_to_keep`, for a cache where gradients
+        are checkpointed, and for `output_attentions` unless the model was loaded with attn_implementation="eager".
 
         One more token of each sequence on a CPU, without gradients or padding, is one call of the C++ library where
         the package that made this model is installed.
         """
         # not in the signature, where Trainer would take it for a label that every batch must have
         shift_labels = others.pop("shift_labels", None)
-        if unknown := sorted(
-            name for name, value in others.items() if value is not None and value is not False
-        ):
-            raise TypeError(f"forward does not know {', '.join(unknown)}: leave it out")
-        given = inputs_embeds if input_ids is None else input_ids
-        if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if given.dim() != (3 if input_ids is None else 2):
-            raise ValueError(f"input_ids [B, S] or inputs_embeds [B, S, D] has shape {tuple(given.shape)}")
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache()
-        if past_key_values is not None:
-            check_cache(past_key_values, self.config.num_hidden_layers)
+        _refuse_unknown(others)
+        given = _only_one(input_ids, inputs_embeds)
+        targets = _shifted(labels) if shift_labels is None else shift_labels
+        _check_kept(logits_to_keep, targets)
+        run = self._run_checkpointed if self.gradient_checkpointing and self.training else None
+        past_key_values = self._cache(past_key_values, use_cache, run is not None)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        room = room_of(past_key_values)
         batch, length = given.shape[:2]
-        _check_shape(
-            "attention_mask", attention_mask, (batch, past + length), "[B, T], cached positions included"
-        )
+        self._check_mask(attention_mask, batch, length, past, room)
         _check_shape("labels", labels, (batch, length), "the shape of input_ids")
         _check_shape("shift_labels", shift_labels, (batch, length), "the shape of input_ids")
         if position_ids is not None and len(position_ids) != 1:
             _check_shape("position_ids", position_ids, (batch, length), "[B, S] or [1, S]")
-        targets = _shifted(labels) if shift_labels is None else shift_labels
-        if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError(f"logits_to_keep is {logits_to_keep}: labels need the logits of all positions")
-        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep is {logits_to_keep}: give a number of positions, or 0 for all")
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        states: list[Tensor] | None = [] if output_hidden_states else None
+        states, attentions = self._records(output_hidden_states, output_attentions)
 
         layers = grow_in_place(past_key_values, self.config.num_hidden_layers)
         logits = None
-        # only on a CPU, since a look at positions or mask would wait for a GPU
-        one_more = length == 1 and targets is None and states is None
-        if one_more and layers is not None and input_ids is not None and input_ids.is_cpu:
-            if position_ids is None or bool((position_ids == past).all()):
+        one_more = length == 1 and targets is None and states is None and attentions is None
+        # only on a CPU, since a look at positions or mask would wait for a GPU, and end a graph that is compiled
+        if one_more and layers is not None and given.is_cpu and not torch.compiler.is_compiling():
+            if input_ids is not None and (position_ids is None or bool((position_ids == past).all())):
                 logits = self._decode(input_ids, attention_mask, layers)
         if logits is None:
+            if room is not None and (attention_mask is None or attention_mask.dim() == 2):
+                if position_ids is None:
+                    position_ids = _positions(attention_mask, past, given)
+                attention_mask = causal_mask(length, past, attention_mask, given.device, room)
             logits = self.model(
                 input_ids,
                 attention_mask=attention_mask,
@@ -134,14 +145,20 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
                 embedded=inputs_embeds,
                 positions=position_ids,
                 states=states,
+                attentions=attentions,
+                run=run,
             )
         loss = None if targets is None else self._loss(logits, targets, num_items_in_batch)
-        hidden = None if states is None else tuple(states)
+        parts = {
+            "loss": loss,
+            "logits": logits,
+            "past_key_values": past_key_values,
+            "hidden_states": None if states is None else tuple(states),
+            "attentions": None if attentions is None else tuple(attentions),
+        }
         if return_dict if return_dict is not None else self.config.return_dict:
-            return CausalLMOutputWithPast(
-                loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=hidden
-            )
-        return tuple(part for part in (loss, logits, past_key_values, hidden) if part is not None)
+            return CausalLMOutputWithPast(**parts)
+        return tuple(part for part in parts.values() if part is not None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
@@ -171,7 +188,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
             if self.config.table_dtype is not None:
                 raise ValueError("an int8 model keeps its tokens: resize the float model that it was made of")
             self.model.config = replace(self.model.config, vocab_size=size)
-            self.config.vocab_size = self.model.head.vocab_size = size
+            self.config.vocab_size = self.vocab_size = self.model.head.vocab_size = size
             for name in ("embedding", "head"):
                 self._resize_rows(f"{name}.weight", getattr(self.model, name), size, mean_resizing)
         return self.model.embedding
@@ -180,7 +197,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
     def _resize_rows(self, name: str, module: nn.Module, size: int, by_mean: bool) -> None:
         old: Any = module.weight
         new = nn.Parameter(old.new_empty(size, old.shape[1]), requires_grad=old.requires_grad)
-        initialise_parameter(name, new, self.model.config, seed=0)
+        initialise_parameter(name, new, self.model.config, _draw_seed())
         kept = min(size, len(old))
         if by_mean:
             new[kept:] = old.float().mean(0).to(old.dtype)
@@ -191,7 +208,8 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None, layers: list[GrowingLayer]
     ) -> Tensor | None:
         """Logits [B, 1, V] of one more token by the fast path, or None."""
-        if self._fast_path is None or (attention_mask is not None and not bool(attention_mask.all())):
+        padded = attention_mask is not None and (attention_mask.dim() == 4 or not bool(attention_mask.all()))
+        if self._fast_path is None or padded:
             return None
         keys, values = (
             [getattr(layer, name) for layer in layers] for name in ("growing_keys", "growing_values")
@@ -225,7 +243,109 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for parameter in module.parameters(recurse=False):
             if not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:
-                initialise_parameter(names[parameter], parameter, self.model.config, seed=0)
+                initialise_parameter(names[parameter], parameter, self.model.config, _draw_seed())
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """What transformers calls to switch it, for every n-th block."""
+        self.gradient_checkpointing = enable
+        self._checkpoint, self._every_n_layers = gradient_checkpointing_func, every_n_layers
+
+    def _run_checkpointed(self, block: Any, *inputs: Any) -> Any:
+        return block(*inputs) if block.layer % self._every_n_layers else self._checkpoint(block, *inputs)
+
+    def _cache(self, given: Any, use_cache: bool | None, checkpointed: bool) -> Any:
+        """The cache to use: that which was given, a new one, or none."""
+        if checkpointed and given is not None:
+            raise ValueError(
+                "past_key_values do not go with gradient checkpointing in training: leave them out"
+            )
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        if given is None:
+            return DynamicCache() if wanted and not checkpointed else None
+        check_cache(given, self.config.num_hidden_layers)
+        return given
+
+    def _check_mask(
+        self, mask: Tensor | None, batch: int, length: int, past: int | Tensor, room: int | None
+    ) -> None:
+        if mask is None:
+            return
+        if mask.dim() != 4:
+            # a static cache's length is a tensor, at which a compiler cannot look
+            if not (isinstance(past, Tensor) and torch.compiler.is_compiling()):
+                wanted = "[B, T], cached positions included, or the whole mask [B, H, S, T]"
+                _check_shape("attention_mask", mask, (batch, int(past) + length), wanted)
+            return
+        heads = self.config.num_attention_heads
+        rest = (length, int(past) + length if room is None else room)
+        if mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads) or mask.shape[2:] != rest:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, not ({batch} or 1, {heads} or 1, "
+                f"{rest[0]}, {rest[1]}): give the whole mask [B, H, S, T], or [B, T]"
+            )
+        if mask.dtype not in (torch.bool, self.dtype):
+            raise ValueError(
+                f"attention_mask is {mask.dtype}: give booleans (True: attend), or {self.dtype} to add to the scores"
+            )
+
+    def _records(
+        self, hidden_states: bool | None, attentions: bool | None
+    ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+        """Lists to be filled with what was asked for; None for what was not."""
+        if hidden_states is None:
+            hidden_states = self.config.output_hidden_states
+        if attentions is None:
+            attentions = self.config.output_attentions
+        if attentions and self.config._attn_implementation != "eager":
+            raise ValueError("output_attentions is true: load the model with attn_implementation='eager'")
+        return [] if hidden_states else None, [] if attentions else None
+
+
+# arguments of `generate` that it hands on to forward, with stop strings for one
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+
+
+def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    unknown = [
+        name
+        for name, value in arguments.items()
+        if value is not None and value is not False and name not in _OF_GENERATE
+    ]
+    if unknown:
+        raise TypeError(f"forward does not know {', '.join(sorted(unknown))}: leave it out")
+
+
+def _only_one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    given = inputs_embeds if input_ids is None else input_ids
+    if given is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    if given.dim() != (3 if input_ids is None else 2):
+        raise ValueError(f"input_ids [B, S] or inputs_embeds [B, S, D] has shape {tuple(given.shape)}")
+    return given
+
+
+def _check_kept(logits_to_keep: int | Tensor, targets: Tensor | None) -> None:
+    if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        raise ValueError(f"logits_to_keep is {logits_to_keep}: labels need the logits of all positions")
+    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep is {logits_to_keep}: give a number of positions, or 0 for all")
+
+
+def _positions(padding: Tensor | None, past: int | Tensor, given: Tensor) -> Tensor:
+    """[B or 1, S] for new positions after `past` ones."""
+    if padding is not None:
+        return unpadded_positions(padding, given.shape[1])
+    return (torch.arange(given.shape[1], device=given.device) + past)[None]
+
+
+def _draw_seed() -> int:
+    """Of torch's generator, so that weights follow torch.manual_seed."""
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def _shifted(labels: Tensor | None) -> Tensor | None:

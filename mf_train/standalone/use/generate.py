@@ -1,6 +1,6 @@
 """`memoryformer generate`: continues a text with a standalone model, a piece at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,25 +10,39 @@ from mf_train.errors import UserError
 from mf_train.model.model import MemoryFormer
 from mf_train.standalone.decoding import FastPath
 from mf_train.standalone.exported.cache import Cache
+from mf_train.standalone.use.chat import ChatTokenizer
 from mf_train.standalone.use.load import load_model
+from mf_train.standalone.use.sampling import Sampling
 
 _INCOMPLETE = "\ufffd"  # what bytes that are not yet a whole character decode to
 
 
 def generate(
-    model: Path, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    model: Path,
+    prompt: str,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    chat: bool = False,
 ) -> Iterator[str]:
     """Yield the prompt and then its continuation in pieces of text, up to the end of text or `max_new_tokens`.
 
-    Temperature 0 takes the likeliest token each time; else tokens are drawn from softmax(logits / temperature), the
-    same ones for the same seed. An empty prompt stands for the beginning of a document. Raises UserError.
+    The next four are `Sampling`'s; the same `seed` draws the same tokens. The continuation ends before the first text
+    of `stop`. An empty prompt stands for the beginning of a document. With `chat` the prompt is a user's message in the
+    tokenizer's template, and the answer alone is given. Raises UserError.
     """
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {max_new_tokens}: it must be at least 1")
-    if not temperature >= 0:
-        raise UserError(f"--temperature is {temperature}: it must be 0 or more")
+    if "" in stop:
+        raise UserError("--stop is empty: give the text to stop before, or leave it out")
     plain = load_model(model)
-    tokenizer = Tokenizer(model)
+    tokenizer = ChatTokenizer(model) if chat else Tokenizer(model)
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
     longest = plain.config.sequence_length
     if len(ids) + max_new_tokens > longest:
@@ -36,9 +50,17 @@ def generate(
             f"the prompt's {len(ids)} tokens and --max-new-tokens {max_new_tokens} are more than the {longest} "
             "positions that the model was trained on: shorten one"
         )
-    yield prompt
+    vocab_size = min(tokenizer.vocab_size, plain.config.vocab_size)
+    tokens = new_tokens(plain, ids, max_new_tokens, temperature, seed, vocab_size, sampling)
+    if not chat:
+        yield prompt
+    yield from before_any(_texts(tokens, tokenizer), stop)
+
+
+def _texts(tokens: Iterator[int], tokenizer: Tokenizer | ChatTokenizer) -> Iterator[str]:
+    """Of tokens up to the end of text, whole characters each time."""
     held: list[int] = []
-    for token in new_tokens(plain, ids, max_new_tokens, temperature, seed, tokenizer.vocab_size):
+    for token in tokens:
         if token == tokenizer.end_of_text_id:
             break
         held.append(token)
@@ -50,24 +72,52 @@ def generate(
     yield tokenizer.decode(held)
 
 
+def before_any(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The pieces up to the first place where one of `stops` begins. What may yet become one is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        places = [place for place in map(held.find, stops) if place >= 0]
+        if places:
+            yield held[: min(places)]
+            return
+        kept = max((_overlap(held, stop) for stop in stops), default=0)
+        yield held[: len(held) - kept]
+        held = held[len(held) - kept :]
+    yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of a text with which `stop` begins."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)
+
+
 @torch.no_grad()
 def new_tokens(
-    model: MemoryFormer, ids: list[int], count: int, temperature: float, seed: int, vocab_size: int
+    model: MemoryFormer,
+    ids: list[int],
+    count: int,
+    temperature: float,
+    seed: int,
+    vocab_size: int,
+    sampling: Sampling | None = None,
 ) -> Iterator[int]:
-    """`count` tokens after `ids`, each below `vocab_size`: a model may have rows that no text of its tokenizer uses."""
+    """`count` tokens after `ids`, each below `vocab_size`: a model may have rows that no text of its tokenizer uses.
+
+    They are chosen by `sampling`, by default that of the temperature alone.
+    """
+    sampling = sampling or Sampling(temperature)
     generator = torch.Generator().manual_seed(seed)
     cache = Cache(model.config.num_layers)
     fast = FastPath()
     step = torch.tensor(ids)
+    seen = list(ids)
     for _ in range(count):
         logits = fast.logits(model, step, cache.keys, cache.values) if len(step) == 1 else None
         if logits is None:
             logits = model(step.unsqueeze(0), cache=cache)[:, -1]
-        logits = logits[0, :vocab_size].float()
-        if temperature > 0:
-            probabilities = (logits / temperature).softmax(-1)
-            token = int(torch.multinomial(probabilities, 1, generator=generator))
-        else:
-            token = int(logits.argmax())
+        token = sampling.choose(logits[0, :vocab_size].float(), seen, generator)
         yield token
+        seen.append(token)
         step = torch.tensor([token])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,6 +206,38 @@ assert not torch.distributed.is_initialized()
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "step-000000007", SMALL, random_weights(SMALL, seed=1), tensor=2)
+
+
+def test_a_folder_that_is_there_is_filled_from_inside(checkpoint: Path, tmp_path: Path) -> None:
+    """A link, or a mount point, cannot be replaced, and what is beside it is on another disk; killed, nothing loads."""
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    real.mkdir(parents=True)
+    link.symlink_to(real)
+    beside = sorted(tmp_path.iterdir())
+    code = """
+import os, sys
+from pathlib import Path
+from mf_train.standalone.conversion.convert import new_folder
+moved = os.rename
+def rename(old, new):
+    moved(old, new)
+    os._exit(9)
+os.rename = rename
+with new_folder(Path(sys.argv[1]), last="config.json") as folder:
+    assert folder.parent == Path(sys.argv[1])
+    (folder / "config.json").write_text("{}")
+    if sys.argv[2] == "early":
+        os._exit(9)
+    (folder / "z").touch()
+"""
+    for moment in ("early", "moving"):
+        assert subprocess.run([sys.executable, "-c", code, link, moment]).returncode == 9
+        assert not (real / "config.json").exists() and sorted(tmp_path.iterdir()) == beside
+        (real / "z").unlink(missing_ok=True)
+    list(convert(checkpoint, link))  # what the first left does not stand in the way
+    load_model(link)
+    assert sorted(tmp_path.iterdir()) == beside and link.is_symlink() and os.listdir(real.parent) == ["real"]
+    assert not (real / ".partial").exists()
 
 
 def refused(

@@ -6,6 +6,7 @@ Each function `check_...` is one check. Writes OUTPUT, a JSON object of each one
 """
 
 import importlib
+import importlib.util
 import json
 import sys
 import traceback
@@ -20,11 +21,14 @@ for module in PRELOADED:
 import torch  # noqa: E402 - after the modules that were asked for
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
+    AutoTokenizer,
     DynamicCache,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     StaticCache,
 )
+from transformers.cache_utils import StaticSlidingWindowLayer  # noqa: E402
+from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
 
 @cache
@@ -171,9 +175,9 @@ def check_a_loop_by_hand():
 def check_caches_that_it_does_not_know():
     model = load()
     ids = tokens(2, 4)
-    static = StaticCache(config=model.config, max_cache_len=64)
-    raises(ValueError, "StaticCache: give a DynamicCache", model, ids, past_key_values=static)
-    raises(ValueError, "StaticCache", generate, model, ids, cache_implementation="static")
+    sliding = StaticCache(config=model.config, max_cache_len=64)
+    sliding.layers = [StaticSlidingWindowLayer(64, sliding_window=8) for _ in range(2)]
+    raises(ValueError, "StaticCache: give a DynamicCache", model, ids, past_key_values=sliding)
     pairs = [(torch.zeros(2, 4, 3, 12),) * 2] * 2
     raises(ValueError, "list: give a DynamicCache", model, ids, past_key_values=pairs)
     raises(ValueError, "has 3 layers", model, ids, past_key_values=DynamicCache([*pairs, pairs[0]]))
@@ -188,10 +192,16 @@ def check_nothing_unknown_gives_numbers():
     held = model(ids).past_key_values
     for error, words, options in (
         (TypeError, "does not know hidden", {"hidden": 1}),
-        (TypeError, "does not know output_attentions", {"output_attentions": True}),
+        (ValueError, "attn_implementation='eager'", {"output_attentions": True}),
         (ValueError, "attention_mask has shape (2, 3), not (2, 4)", {"attention_mask": ones[:, :3]}),
         (ValueError, "attention_mask has shape (1, 4)", {"attention_mask": ones[:1]}),
-        (ValueError, "attention_mask has shape (2, 1, 4, 4)", {"attention_mask": torch.ones(2, 1, 4, 4)}),
+        (ValueError, "not (2 or 1, 4 or 1, 4, 4)", {"attention_mask": torch.ones(2, 1, 4, 5)}),
+        (ValueError, "not (2 or 1, 4 or 1, 4, 4)", {"attention_mask": torch.ones(2, 3, 4, 4)}),
+        (
+            ValueError,
+            "attention_mask is torch.int64",
+            {"attention_mask": ones[None, None, :1].expand(2, 1, 4, 4)},
+        ),
         (ValueError, "not (2, 8)", {"attention_mask": ones, "past_key_values": held}),
         (ValueError, "labels has shape (2, 1)", {"labels": ids[:, :1]}),
         (ValueError, "position_ids has shape (2, 3)", {"position_ids": ids[:, :3]}),
@@ -229,8 +239,10 @@ def check_no_weight_is_left_unset():
 
 
 def check_a_new_models_weights_do_not_depend_on_defaults():
+    torch.manual_seed(5)
     model = type(load())(load().config)
     torch.set_default_dtype(torch.float64)
+    torch.manual_seed(5)
     try:
         other = type(load())(load().config)
     finally:
@@ -328,6 +340,212 @@ def check_training_arguments():
         )
         kept = torch.tensor([1, 4])
         same(model(ids, logits_to_keep=kept).logits.double(), logits[:, kept])
+
+
+def check_attentions():
+    """Against softmax(q k^T / sqrt(head)) v: the weights of each layer give what the model without them computes."""
+    ids = tokens(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for model in map(deepcopy, both()):
+        expected = model(ids, attention_mask=mask).logits
+        model.set_attn_implementation("eager")
+        out = model(ids, attention_mask=mask, output_attentions=True)
+        same(out.logits[mask.bool()], expected[mask.bool()], 1e-4)
+        assert [each.shape for each in out.attentions] == [(2, 4, 7, 7)] * 2
+        for each in out.attentions:
+            same(each.sum(-1), torch.ones(2, 4, 7))
+            assert not each[0, :, 3:, :3].any() and not each[1].triu(1).any()
+            assert (each[1, :, 6] > 0).all()
+        made = generate(model, ids, output_attentions=True, return_dict_in_generate=True)
+        assert [each[1].shape[-1] for each in made.attentions] == list(range(7, 23))
+        assert model(ids).attentions is None
+    quiet = AutoModelForCausalLM.from_pretrained(
+        FOLDER, trust_remote_code=True, attn_implementation="eager", output_attentions=True
+    )
+    assert len(quiet(ids, return_dict=False)[-1]) == 2
+
+
+def check_gradient_checkpointing():
+    ids = tokens(2, 7)
+    for model in map(deepcopy, both()):
+        model.train()
+        model(ids, labels=ids).loss.backward()
+        expected = [parameter.grad.clone() for parameter in model.parameters()]
+        for reentrant in (False, True):
+            model.zero_grad()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            out = model(ids, labels=ids)
+            out.loss.backward()
+            for parameter, gradient in zip(model.parameters(), expected, strict=True):
+                assert torch.equal(parameter.grad, gradient), reentrant
+            assert out.past_key_values is None
+        held = model.eval()(ids[:, :4]).past_key_values
+        same(model(ids[:, 4:], past_key_values=held).logits, model(ids).logits[:, 4:], 1e-4)
+    model = deepcopy(load()).train()
+    model.activation_checkpointing_enable(every_n_layers=2)
+    runs = []
+    for block in model.model.blocks:
+        block.register_forward_pre_hook(lambda block, _: runs.append(block.layer))
+    model(ids, labels=ids).loss.backward()
+    assert sorted(runs) == [0, 0, 1]
+    raises(ValueError, "gradient checkpointing", model, ids, past_key_values=DynamicCache())
+    model.gradient_checkpointing_disable()
+    assert model(ids).past_key_values.get_seq_length() == 7
+
+
+def check_static_caches():
+    ids = tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    options |= {"pad_token_id": 0}
+    for model in both():
+        expected = model.generate(ids, **options)
+        assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    model = load()
+    for padding in (None, mask):
+        whole = model(ids, attention_mask=padding).logits
+        held = StaticCache(config=model.config, max_cache_len=32)
+        parts = []
+        with torch.no_grad():
+            for start, end in ((0, 4), (4, 5), (5, 9)):
+                given = None if padding is None else padding[:, :end]
+                out = model(ids[:, start:end], attention_mask=given, past_key_values=held)
+                parts.append(out.logits)
+        same(torch.cat(parts, 1)[:, 3:], whole[:, 3:], 1e-4)
+        raises(ValueError, "not (2, 10)", model, ids[:, :1], attention_mask=mask, past_key_values=held)
+
+
+def check_whole_masks():
+    """[B, H, S, T]: causal ones change nothing, and blocks of one row are what they are alone."""
+    ids = tokens(2, 8)
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
+    blocks = causal.clone()
+    blocks[..., 5:, :5] = False
+    for model in both():
+        logits = model(ids).logits
+        for mask in (causal, causal.expand(2, 4, 8, 8), torch.zeros(1, 1, 8, 8).masked_fill(~causal, -1e30)):
+            same(model(ids, attention_mask=mask).logits, logits, 1e-4)
+        found = model(ids, attention_mask=blocks).logits
+        same(found[:, :5], logits[:, :5], 1e-4)
+        same(found[:, 5:], model(ids[:, 5:]).logits, 1e-4)  # distances alone count
+        with torch.no_grad():
+            held = model(ids[:, :5]).past_key_values
+            rest = model(ids[:, 5:], attention_mask=blocks[..., 5:, :], past_key_values=held).logits
+        same(rest, found[:, 5:], 1e-4)
+
+
+def check_batches():
+    """A text's tokens do not depend on what it is batched with, in which order, and on which side it is padded."""
+    model = load()
+    texts = [tokens(1, length, length)[0] for length in (3, 9, 5)]
+    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    for more in ({}, {"num_beams": 3}):
+        alone = [generate(model, text[None], **options | more)[0, len(text) :] for text in texts]
+        for order in ([0, 1, 2], [2, 0, 1]):
+            ids = torch.zeros(3, 9, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, which in enumerate(order):
+                ids[row, 9 - len(texts[which]) :] = texts[which]
+                mask[row, 9 - len(texts[which]) :] = 1
+            made = model.generate(ids, attention_mask=mask, **options | more)
+            for row, which in enumerate(order):
+                assert torch.equal(made[row, 9:], alone[which]), (more, order, which)
+    right, mask = torch.zeros(3, 9, dtype=torch.int64), torch.zeros(3, 9, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        right[row, : len(text)], mask[row, : len(text)] = text, 1
+    logits = model(right, attention_mask=mask).logits
+    for row, text in enumerate(texts):
+        same(logits[row, : len(text)], model(text[None]).logits[0], 1e-4)
+
+
+class Kept(BaseStreamer):
+    def __init__(self):
+        self.ids = []
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ids.append(None)
+
+
+def check_ways_of_generating():
+    model = load()
+    ids = tokens(1, 6)
+    plain = generate(model, ids)
+    streamer = Kept()
+    generate(model, ids, streamer=streamer)
+    assert streamer.ids == [*plain[0].tolist(), None]
+    repeated = torch.cat((ids, ids), 1)
+    assert torch.equal(generate(model, repeated, prompt_lookup_num_tokens=3), generate(model, repeated))
+    for assistant in (model, load("bfloat16")):
+        assert torch.equal(generate(model, ids, assistant_model=assistant), plain)
+    drawn = []
+    for seed, cached in ((1, True), (1, False), (2, True)):
+        torch.manual_seed(seed)
+        drawn.append(generate(model, ids, do_sample=True, temperature=2.0, use_cache=cached))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+    whole = tokenizer.decode(plain[0, 6:])
+    stop = whole[len(whole) // 2 :][:4]
+    made = generate(model, ids, stop_strings=[stop], tokenizer=tokenizer, min_new_tokens=None)
+    text = tokenizer.decode(made[0, 6:])
+    assert whole.startswith(text) and stop in text and len(made[0]) < len(plain[0])
+
+
+def check_tied_weights_are_refused():
+    options = {"trust_remote_code": True, "tie_word_embeddings": True}
+    raises(ValueError, "tie_word_embeddings", AutoModelForCausalLM.from_pretrained, FOLDER, **options)
+
+
+def check_new_weights_follow_the_seed():
+    for model in both():
+        made = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            made.append([type(model)(model.config).get_output_embeddings().weight for _ in range(2)])
+        first, again, other = made
+        assert all(map(torch.equal, first, again))
+        assert not torch.equal(*first) and not torch.equal(first[0], other[0])
+    state = torch.random.get_rng_state()
+    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def check_offloaded_weights():
+    """accelerate brings a module's weights before its forward, and takes them away after it."""
+    if importlib.util.find_spec("accelerate") is None:
+        return
+    import accelerate
+
+    ids = tokens(2, 6)
+    for model in map(deepcopy, (*both(), load("int8"))):
+        logits, made = model(ids).logits.detach(), generate(model, ids)
+        accelerate.cpu_offload(model, torch.device("cpu"))
+        assert next(model.parameters()).is_meta
+        same(model(ids).logits, logits, 0 if model.dtype == torch.float32 else 0.02)
+        assert model.dtype != torch.float32 or torch.equal(generate(model, ids), made)
+
+
+def check_one_graph():
+    """A compiled forward pass is one graph, with padding or without, and with either kind of cache."""
+    ids = tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    model = load()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for padding in (None, mask):
+        expected = model(ids, attention_mask=padding, use_cache=False).logits
+        same(compiled(ids, attention_mask=padding, use_cache=False).logits, expected, 1e-4)
+    whole = model(ids).logits
+    for held in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
+        with torch.no_grad():
+            model(ids[:, :4], past_key_values=held)
+            for i in (4, 5):
+                step = compiled(ids[:, i : i + 1], past_key_values=held)
+                same(step.logits[:, 0], whole[:, i], 1e-4)
 
 
 def main():

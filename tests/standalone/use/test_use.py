@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from mf_train.cli import main
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.standalone.use.evaluate import evaluate
-from mf_train.standalone.use.generate import generate, new_tokens
+from mf_train.standalone.use.generate import before_any, generate, new_tokens
 from mf_train.standalone.use.load import load_model
+from mf_train.standalone.use.sampling import Sampling
 from tests.standalone.conftest import VALIDATED_SEQUENCES, Trained
 from tests.training.runs import read_metrics
 
@@ -94,6 +97,74 @@ def test_sampling_follows_the_softmax(float32_two: Trained) -> None:
     assert abs(found - expected) < 5 * math.sqrt(expected) + 1
 
 
+def test_top_k_top_p_and_the_penalty_are_those_of_transformers() -> None:
+    from transformers.generation.logits_process import (
+        RepetitionPenaltyLogitsProcessor,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    generator = torch.Generator().manual_seed(0)
+    logits, seen = torch.randn(50, generator=generator) * 3, [4, 7, 7, 49]
+    for sampling in (Sampling(0.7, 5), Sampling(1.5, 0, 0.8), Sampling(1.0, 20, 0.5, 1.7), Sampling(2.0, 90)):
+        scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(
+            torch.tensor([seen]), logits[None].clone()
+        )
+        scores = scores / sampling.temperature
+        if sampling.top_k:
+            scores = TopKLogitsWarper(sampling.top_k)(None, scores)
+        expected = TopPLogitsWarper(sampling.top_p)(None, scores)[0].softmax(-1)
+        drawn = torch.tensor([sampling.choose(logits, seen, generator) for _ in range(3000)])
+        found = torch.bincount(drawn, minlength=50) / 3000
+        assert not found[expected == 0].any()
+        assert (found - expected).abs().max() < 5 * (0.25 / 3000) ** 0.5
+    greedy = Sampling(repetition_penalty=1e6).choose(logits, [int(logits.argmax())], generator)
+    assert greedy == int(logits.topk(2).indices[1])
+
+
+def test_a_text_ends_before_what_stops_it() -> None:
+    text = "one two\n\nthree two"
+    for cut in range(1, 8):
+        pieces = [text[i : i + cut] for i in range(0, len(text), cut)]
+        assert "".join(before_any(pieces, ["\n\n", "three"])) == "one two"
+        assert "".join(before_any(pieces, ["none", "two!"])) == text
+        assert "".join(before_any(pieces, [" two", "ne"])) == "o"
+        assert list(before_any(pieces, [])) == [*pieces, ""]
+
+
+def test_a_prompt_comes_from_a_file_or_standard_input(float32_two: Trained, tmp_path: Path) -> None:
+    model, prompt = str(float32_two.model), tmp_path / "prompt.txt"
+    prompt.write_bytes(PROMPT.encode())
+    expected = "".join(generate(float32_two.model, PROMPT, 8)) + "\n"
+
+    def run(*arguments: str | bytes, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "mf_train", "generate", model, "--max-new-tokens", "8", *arguments]
+        return subprocess.run(command, input=given, capture_output=True, timeout=300)
+
+    assert run(given=PROMPT.encode()).stdout.decode() == expected
+    assert run("--file", str(prompt)).stdout.decode() == expected
+    for wrong, words in (
+        (run(b"caf\xe9"), "PROMPT: byte 4, 0xe9, is not UTF-8"),
+        (run(given=b"caf\xe9"), "standard input: byte 4, 0xe9"),
+    ):
+        (line,) = wrong.stderr.decode().splitlines()
+        assert wrong.returncode == 2 and words in line
+
+
+def test_a_message_in_the_chat_template(float32_two: Trained, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no chat template: leave --chat out"):
+        list(generate(float32_two.model, "Hello", 4, chat=True))
+    for path in float32_two.model.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}model:"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    answer = "".join(generate(tmp_path, "Hello", 4, chat=True))
+    tokenizer, model = Tokenizer(tmp_path), load_model(tmp_path)
+    ids = [*tokenizer.encode("user: Hello"), 0, *tokenizer.encode("model:")]
+    expected = list(new_tokens(model, ids, 4, 0.0, 0, tokenizer.vocab_size))
+    assert 0 not in expected and answer == tokenizer.decode(expected)
+
+
 def test_bytes_of_a_character_are_not_shown_one_by_one(
     float32_two: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +197,11 @@ def test_mistakes_are_named(float32_two: Trained, tmp_path: Path) -> None:
         (lambda: generate(model, "x", 0), "--max-new-tokens is 0"),
         (lambda: generate(model, "x", 2, -1.0), "--temperature is -1.0"),
         (lambda: generate(model, "x", 2, math.nan), "--temperature is nan"),
+        (lambda: generate(model, "x", top_k=-1, temperature=1.0), "--top-k is -1"),
+        (lambda: generate(model, "x", top_p=0.0, temperature=1.0), "--top-p is 0.0"),
+        (lambda: generate(model, "x", top_k=5), "--top-k and --top-p choose among .*: give --temperature"),
+        (lambda: generate(model, "x", repetition_penalty=0.0), "--repetition-penalty is 0.0"),
+        (lambda: generate(model, "x", stop=[""]), "--stop is empty"),
         (lambda: generate(model, "x", 32), "1 tokens and --max-new-tokens 32 are more than the 32 pos"),
         (lambda: evaluate(tmp_path / "none", data), "none: no such folder"),
         (lambda: evaluate(model, [str(tmp_path / "*.txt")]), "--data.*: no file matches"),

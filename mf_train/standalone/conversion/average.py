@@ -56,7 +56,7 @@ def average(run: Path, steps: Sequence[int], output: Path) -> Iterator[str]:
     for reader, _ in found:
         if reader.shapes != last.shapes:
             raise UserError(f"{reader.checkpoint}: of another model than {last.checkpoint}; leave it out")
-    with new_folder(output) as folder:
+    with new_folder(output, last=MANIFEST) as folder:
         manifest = _write_weights(readers, folder)
         write_synced(folder / MANIFEST, manifest.to_json().encode())
         manifest.files.update(write_extras(folder, _extras(last, config, folder, sorted(steps))))

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -94,7 +94,8 @@ class Running:
     def send_signal(self, number: int) -> None:
         for rank in self.ranks:
             if rank.pid is not None and rank.exitcode is None:
-                os.kill(rank.pid, number)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(rank.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

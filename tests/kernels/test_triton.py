@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 FOLDER = Path(__file__).parent
 CASES = ("triton_cases.py", "triton_loss_cases.py", "triton_adamw_cases.py", "triton_rotary_cases.py")
+OTHER_TYPES = (("fp32", "i16"), ("fp16", "i32"), ("fp64", "i64"))
 COMPILE = FOLDER / "triton_compile.py"
 REPOSITORY = FOLDER.parents[1]
 
@@ -44,8 +45,8 @@ def test_cases(cases: str, marked: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "codes"),
     [
-        *(("bf16", "u8"), ("fp32", "i16")),
-        *(pytest.param(*types, marks=pytest.mark.slow) for types in (("fp16", "i32"), ("fp64", "i64"))),
+        ("bf16", "u8"),
+        *(pytest.param(*types, marks=pytest.mark.slow) for types in OTHER_TYPES),
     ],
 )
 def test_compiles_for_sm_90(value: str, codes: str, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def in_a_terminal(tree: dict[str, Any], processes: int = 1) -> tuple[subprocess.
         start_new_session=True,
         preexec_fn=lambda: (
             signal.signal(signal.SIGINT, signal.default_int_handler),
+            signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
             fcntl.ioctl(there, termios.TIOCSCTTY, 0),
         ),
     )

@@ -68,6 +68,7 @@ def test_a_mean_converts_and_is_trained_on(tmp_path: Path) -> None:
     # with a rate of nothing the next checkpoint has the same weights; moments and batches go on
     tree["checkpoint"] = {"resume": str(tmp_path / "mean")}
     tree["optimizer"] |= {"learning_rate": 1e-30, "weight_decay": 0.0}
+    tree["schedule"]["on_change"] = "follow"
     tree["training"] |= {"steps": 8, "output_dir": str(tmp_path / "on")}
     train(tree)
     on, before = read_metrics(tmp_path / "on"), read_metrics(tmp_path / "run")[6:]

@@ -96,14 +96,16 @@ def test_a_device_that_is_far_behind_costs_no_memory(device: Device) -> None:
 
 def count(rank: int, world_size: int) -> tuple[Mark, Recorded, bool]:
     before = recorded()
-    group = dist.new_group([0, 1])
-    exchange = Exchange(group)
-    for _ in range(3):
-        exchange.all_gather(torch.ones(2))
-    dist.all_reduce(torch.ones(2))  # not noted by us
-    deadline = time.monotonic() + 30
-    while (after := recorded()).complete < before.complete + 4 and time.monotonic() < deadline:
-        time.sleep(0.01)  # another thread notes it, after the call has returned
+    exchange = Exchange(dist.new_group([0, 1]))
+    for number, call in enumerate(
+        [exchange.all_gather] * 3 + [dist.all_reduce], start=1
+    ):  # the last is not ours
+        call(torch.ones(2))
+        # Another thread notes it, after the call has returned. Gloo has two such threads: were the next call made
+        # before, the two might note their numbers in the wrong order.
+        deadline = time.monotonic() + 30
+        while (after := recorded()).complete < before.complete + number and time.monotonic() < deadline:
+            time.sleep(0.01)
     return (
         ledger.last()[1],
         Recorded(after.called - before.called, after.complete - before.complete),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mf_train.files import user_cache
+from mf_train.stop_signals import STOP_SIGNALS
 from tests.environments import make_bare_environment
 
 with suppress(ImportError):  # on a machine that has what tests/gpu needs alone
@@ -73,8 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def same_signals() -> Iterator[None]:
     """A command that runs inside pytest leaves its handlers of signals: later forks would not end at SIGTERM."""
-    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         if signal.getsignal(number) is not handler and handler is not None:

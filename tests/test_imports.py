@@ -20,7 +20,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "mf_train"
 
 # Each part of the package, and the parts that it may import. It goes down only. BASE is for all but the lowest.
-BASE = {"errors", "exit_status", "files", "host_memory", "progress", "run_folder", "text", "versions"}
+BASE = {
+    "errors",
+    "exit_status",
+    "files",
+    "host_memory",
+    "progress",
+    "run_folder",
+    "stop_signals",
+    "text",
+    "versions",
+}
 BASE |= {"commands", "config"}
 LAYERS = {
     **{name: set() for name in (*sorted(BASE - {"errors", "commands", "config"}), "drawing")},

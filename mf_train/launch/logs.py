@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mf_train.exit_status import DONE, STOPPED
+from mf_train.stop_signals import BY_LAUNCHER
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00"  # whole, or the line was cut
 _ENDING = re.compile(
     r"^rank (?P<rank>\d+) on (?P<host>\S+) (?:ended with status (?P<status>\d+)|was killed by signal (?P<signal>\d+)"
@@ -41,7 +41,7 @@ class Ending(NamedTuple):
     @property
     def on_request(self) -> bool:
         """Whether a request to stop ended it by itself: it did not listen yet, and had nothing to save."""
-        return self.status - 128 in STOP_SIGNALS
+        return self.status - 128 in BY_LAUNCHER
 
     @property
     def failed(self) -> bool:

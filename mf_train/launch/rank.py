@@ -24,7 +24,6 @@ import mf_train
 from mf_train.errors import UserError
 from mf_train.exit_status import DONE, FAILED, MISTAKE, STOPPED
 from mf_train.launch.logs import (
-    STOP_SIGNALS,
     Ending,
     format_ending,
     format_head,
@@ -35,8 +34,8 @@ from mf_train.launch.logs import (
 )
 from mf_train.parallel.launcher import end_with_launcher, end_with_parent
 from mf_train.parallel.processes import find_process
+from mf_train.stop_signals import STOP_SIGNALS
 
-_FORWARDED = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)
 # Between looks for LOGS/stop. Rank 0 is on the node of the job's script; ranks that train hear of it from rank 0.
 _LOOK_SECONDS_OF_FIRST, _LOOK_SECONDS = 0.2, 2.0
 
@@ -73,7 +72,7 @@ def run_rank(folder: Path, action: Callable[[], None]) -> int:
         log = open_log(path)
     except OSError as error:
         raise OSError(f"{path}: the log of rank {rank} cannot be written on {host}: {error}") from None
-    signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
     parent, child = os.getpid(), os.fork()
     if child == 0:
         end_with_parent(parent)
@@ -98,9 +97,9 @@ def _wait_for(child: int, stop: Path, look: float, note: Callable[[int], None]) 
         number = None
         if not asked and os.path.exists(stop):
             number, asked = signal.SIGUSR1, True
-        elif taken := signal.sigtimedwait({*_FORWARDED, signal.SIGCHLD}, look):
+        elif taken := signal.sigtimedwait({*STOP_SIGNALS, signal.SIGCHLD}, look):
             number = signal.Signals(taken.si_signo)
-        if number in _FORWARDED:
+        if number in STOP_SIGNALS:
             os.kill(child, number)
             note(number)
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -116,7 +115,7 @@ def _work(log: int, rank: int, host: str, action: Callable[[], None]) -> NoRetur
     faulthandler.enable(2)  # type: ignore[arg-type]
     python = f"pid {os.getpid()}, python {platform.python_version()} ({sys.executable})"
     _write(log, format_head(rank, host, f"{python}, {Path(mf_train.__file__).parent}"))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_FORWARDED, signal.SIGCHLD})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
     status: object = FAILED
     try:
         action()

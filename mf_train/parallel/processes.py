@@ -1,7 +1,7 @@
 """Which process this is: alone, one of torchrun's, or one of srun's."""
 
 import os
-import subprocess
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,14 +36,18 @@ def find_process(environment: Mapping[str, str] = os.environ) -> Process:
             local_size=_number(environment, "LOCAL_WORLD_SIZE", 0),
         )
     if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+        tasks = _number(environment, "SLURM_STEP_NUM_TASKS")
+        if tasks == 1:  # others may train on the node beside it, each at a port of its own
+            return Process()
+        # steps beside each other in a job have ports of their own, too
+        number = _number(environment, "SLURM_JOB_ID") + 101 * _number(environment, "SLURM_STEP_ID", 0)
+        nodes = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in environment else "SLURM_JOB_NODELIST"
         return Process(
             rank=_number(environment, "SLURM_PROCID"),
-            world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
+            world_size=tasks,
             local_rank=_number(environment, "SLURM_LOCALID"),
-            master_address=environment.get("MASTER_ADDR") or _first_host(environment),
-            master_port=_number(
-                environment, "MASTER_PORT", 20000 + _number(environment, "SLURM_JOB_ID") % 20000
-            ),
+            master_address=environment.get("MASTER_ADDR") or _first_host(_text(environment, nodes)),
+            master_port=_number(environment, "MASTER_PORT", 20000 + number % 20000),
             local_size=_number(environment, "SLURM_NTASKS_PER_NODE", 0),
         )
     return Process()
@@ -65,14 +69,11 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
         raise UserError(f"environment: {name} is {text!r}: expected a whole number") from None
 
 
-def _first_host(environment: Mapping[str, str]) -> str:
-    hosts = _text(environment, "SLURM_JOB_NODELIST")
-    try:
-        listing = subprocess.run(
-            ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True, timeout=60
-        )
-    except (OSError, subprocess.SubprocessError) as error:
+def _first_host(nodes: str) -> str:
+    """The first of SLURM's list of nodes (`rack[0-1]n[08-11],login`), read here: a container may lack scontrol."""
+    entry = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodes)
+    if entry is None:
         raise UserError(
-            f"environment: the host of rank 0 in {hosts!r} could not be found ({error}): set MASTER_ADDR"
-        ) from None
-    return listing.stdout.split()[0]
+            f"environment: SLURM's list of nodes is {nodes!r}: set MASTER_ADDR to the host of rank 0"
+        )
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", entry[0])

@@ -20,6 +20,7 @@ from mf_train.errors import UserError
 from mf_train.exit_status import STOPPED
 from mf_train.files import write_whole
 from mf_train.launch.options import TASK, JobOptions
+from mf_train.stop_signals import listen
 from mf_train.study.cells import CELLS, Cell, Grid, cell_folder, describe_values
 from mf_train.study.state import DONE, FAILED, LOG, Outcome, State, cell_state, write_outcome
 from mf_train.study.study import Study
@@ -157,9 +158,7 @@ def _run_all(study: Study, cells: Sequence[Cell], at_once: int, lock: int) -> bo
         for one in running:
             one.process.send_signal(signal.SIGTERM)
 
-    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
-    listened = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # by nohup
-    before = {number: signal.signal(number, stop) for number in listened}
+    before = listen(stop)
     try:
         while (waiting and not asked) or running:
             while waiting and len(running) < at_once and not asked:

@@ -12,8 +12,7 @@ from contextlib import suppress
 from types import FrameType
 
 from mf_train.exit_status import INTERRUPTED
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+from mf_train.stop_signals import STOP_SIGNALS, listen
 
 _RESERVE_SECONDS, _RESERVE_SHARE = 10.0, 0.25  # storage is slower at times
 
@@ -38,12 +37,7 @@ class StopRequest:
             self._words = (
                 b"\nsaving after this step, then ending; Ctrl-C again ends at once, without saving\n"
             )
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._set)
-        # nohup has SIGHUP ignored, and a shell that starts a command in the background SIGINT
-        for number in (signal.SIGHUP, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._set)
+        listen(self._set)
         return self
 
     def ignore_more(self) -> None:

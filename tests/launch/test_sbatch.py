@@ -20,6 +20,7 @@ import pytest
 
 from tests.launch.cluster import Cluster
 from tests.launch.launching import stand_in
+from tests.training.runs import wait_for
 
 pytestmark = pytest.mark.slurm
 
@@ -303,6 +304,31 @@ def test_a_task_of_an_array_requeues_itself_alone(slurm_cluster: Cluster, tmp_pa
     for task in range(3):
         job = slurm_cluster.wait_for_end(f"{array}_{task}", 60)
         assert (job["JobState"], job["Restarts"]) == ("COMPLETED", str(int(task == last))), output(tmp_path)
+
+
+def test_a_job_that_a_task_of_an_array_submits_requeues_itself(
+    slurm_cluster: Cluster, tmp_path: Path
+) -> None:
+    """`sbatch` hands the array's variables on, as from an interactive shell in one of its tasks."""
+    waiting = tmp_path / "waiting.sh"
+    waiting.write_text("#!/bin/bash\nsleep 60\n")
+    array = slurm_cluster.submit("--array=3", waiting, cwd=tmp_path)
+    wait_for(lambda: slurm_cluster.job(array)["JobState"] == "RUNNING", seconds=30)
+    for outer in (array, 4_000_000):  # the second is long forgotten
+        folder = tmp_path / str(outer)
+        folder.mkdir()
+        number = slurm_cluster.submit(
+            *(SCRIPT, "config.yaml"),
+            cwd=folder,
+            MF_PYTHON=str(stand_in(folder, STOPPABLE)),
+            SLURM_ARRAY_JOB_ID=str(outer),
+            SLURM_ARRAY_TASK_ID="3",
+        )
+        wait_for_files(folder, {"started-0"})
+        slurm_cluster.run("scancel", "--batch", "--signal=USR1", str(number))
+        job = slurm_cluster.wait_for_end(number, 60)
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(folder)
+    slurm_cluster.run("scancel", str(array))
 
 
 def slurm_with(folder: Path, scontrol: str) -> str:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from mf_train.errors import UserError
@@ -75,20 +71,28 @@ def test_incomplete_environments_are_refused(environment: dict[str, str], expect
         find_process(environment)
 
 
-def test_srun_without_scontrol_asks_for_the_address() -> None:
-    """In a process whose PATH has no scontrol."""
-    code = (
-        "from mf_train.errors import UserError\n"
-        "from mf_train.parallel.processes import find_process\n"
-        "try: find_process()\n"
-        "except UserError as error: print(error)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PATH": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path), **SRUN},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.count("\n") == 1
-    assert "'node-[1-2]'" in result.stdout and result.stdout.endswith("set MASTER_ADDR\n")
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node-[1-2]", "node-1"),
+        ("gpu[007,009-012],gpu100", "gpu007"),
+        ("login,node[1-2]", "login"),
+        ("rack[2-3]n[08-11]", "rack2n08"),
+        ("n1.cluster.example", "n1.cluster.example"),
+    ],
+)
+def test_rank_0_of_a_step_is_on_its_first_node(nodes: str, first: str) -> None:
+    assert find_process(SRUN | {"SLURM_STEP_NODELIST": nodes}).master_address == first
+    assert find_process(SRUN | {"SLURM_JOB_NODELIST": nodes}).master_address == first
+
+
+def test_steps_beside_each_other_have_ports_of_their_own() -> None:
+    steps = [find_process(SRUN | {"SLURM_STEP_ID": str(step)}) for step in range(100)]
+    assert len({step.master_port for step in steps}) == 100
+    one_task = SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "MASTER_PORT": "29500"}
+    assert find_process(one_task).master_port == 0  # any that is free
+
+
+def test_a_list_without_nodes_asks_for_the_address() -> None:
+    with pytest.raises(UserError, match="nodes is '': set MASTER_ADDR"):
+        find_process(SRUN | {"SLURM_STEP_NODELIST": ""})

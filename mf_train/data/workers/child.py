@@ -23,12 +23,11 @@ from multiprocessing import Pipe
 from typing import Any
 
 from mf_train.errors import TrainingError, UserError
+from mf_train.stop_signals import STOP_SIGNALS
 
 USER_ERROR, OS_ERROR, OTHER_ERROR = 1, 2, 3  # kinds of messages that carry a text
 
 LEAST_PIPE_BYTES, MOST_PIPE_BYTES = 2**16, 2**20  # Linux' default, and the most it gives without privileges
-# A launcher or a terminal sends these to all processes at once: the parent decides what they mean.
-_LEFT_TO_THE_PARENT = {signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1}
 _STANDARD_ERROR = 2  # where the child's standard output goes, too: what a library prints is no message
 
 # The parent's own module path, whatever it was started by; -P keeps the working folder out until then.
@@ -47,8 +46,9 @@ class Child:
         with suppress(PermissionError, AttributeError):  # a user's pipes have a limit; Linux only
             size = min(max(pipe_bytes, LEAST_PIPE_BYTES), MOST_PIPE_BYTES)
             fcntl.fcntl(self.answers.fileno(), fcntl.F_SETPIPE_SZ, size)
-        # A blocked signal stays blocked in the process that is started: there is no moment when it could end it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_PARENT)
+        # A launcher or a terminal asks all processes at once: the parent decides what that means. A blocked signal
+        # stays blocked in the process that is started: there is no moment when it could end it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _COMMAND, module, str(theirs.fileno())],

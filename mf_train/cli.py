@@ -120,5 +120,5 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True, parser_class=CommandParser)
     for add in _COMMANDS:
         add(commands)
-    add_average(add_checkpoint(commands))
+    add_average(add_checkpoint(commands))  # which computes a probe: more than `checkpoint` may import
     return parser

@@ -71,14 +71,6 @@ def test_what_is_listed_and_how_many_in_a_row_end_a_run() -> None:
     assert [bool(bad and bad.ends) for bad in found] == [False] * SPIKES_IN_A_ROW + [True]
 
 
-MODEL = {
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "bits": 4,
-    "vocab_size": 4096,
-    "sequence_length": 32,
-}
 FIRST, LAST, LISTED, NAN = 8, 19, 10, 17  # steps; the checkpoint that runs start from is step 7's
 # as a run leaves them: the first norms, which are about 2.2, are above their bound
 BEFORE = {"losses": [9.9, 10.1] * 32, "norms": [1.9, 2.0] * 32}
@@ -91,7 +83,7 @@ def start_of_runs(folder: Path) -> Path:
         file.write(json.dumps({"text": "The zebra."}) + "\n")
     tokenizer = Tokenizer(TOKENIZER)
     rare = set(tokenizer.encode(" zebra")) - set(tokenizer.encode(text.read_text().replace("zebra", "")))
-    config = ModelConfig(**MODEL)
+    config = ModelConfig(**small_config(folder, text)["model"])
     weights = random_weights(config, 0)
     weights["embedding.weight"][sorted(rare)] = torch.nan
     checkpoint = write_checkpoint(folder / "checkpoint", config, weights, 2)

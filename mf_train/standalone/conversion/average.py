@@ -58,7 +58,7 @@ def average(run: Path, steps: Sequence[int], output: Path) -> Iterator[str]:
             raise UserError(f"{reader.checkpoint}: of another model than {last.checkpoint}; leave it out")
     with new_folder(output, last=MANIFEST) as folder:
         manifest = _write_weights(readers, folder)
-        write_synced(folder / MANIFEST, manifest.to_json().encode())
+        write_synced(folder / MANIFEST, manifest.to_json().encode())  # by which the probe reads the weights
         manifest.files.update(write_extras(folder, _extras(last, config, folder, sorted(steps))))
         write_synced(folder / MANIFEST, manifest.to_json().encode())
     size = sum(path.stat().st_size for path in output.iterdir())

@@ -1,13 +1,21 @@
 """Small pieces of the lines that users read."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def did_you_mean(word: object, known: Iterable[str], otherwise: str) -> str:
     """A question that names the nearest of the known words, or `otherwise` where none is near."""
     near = difflib.get_close_matches(str(word), list(known), n=1)
     return f"did you mean {near[0]!r}?" if near else otherwise
+
+
+def no_such_column(
+    what: str, wanted: str, columns: Sequence[str], setting: str = "the source's text_field"
+) -> str:
+    """The message about data that has other columns than the wanted one."""
+    shown = ", ".join(map(repr, columns[:8])) or "none"
+    return f"{what}: has no column {wanted!r} (it has {shown}): set {setting}"
 
 
 def human_bytes(size: float) -> str:

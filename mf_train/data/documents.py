@@ -46,6 +46,7 @@ class Source(Protocol):
     num_bytes: int | None  # UTF-8 bytes of the text, or None where only tokens are known
     num_tokens: int | None  # with one end of text a document, or None where they are not counted yet
     skipped: dict[str, int]  # documents left out of each damaged file (`data.on_error: skip`)
+    left_out: Sequence[str]  # files of its folder whose formats are not known
     starts_are_tokens: bool  # so that t tokens after a start is the start + t
 
     @property
@@ -69,6 +70,7 @@ class TextDocuments:
     files: int
     num_bytes: int
     skipped: dict[str, int]
+    left_out: Sequence[str] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -127,6 +129,7 @@ class TextSource:
         self.num_bytes: int | None = documents.num_bytes
         self.num_tokens: int | None = None
         self.skipped = documents.skipped
+        self.left_out = documents.left_out
         self.documents = documents
         self._tokenizer = tokenizer
         self._end_of_text = np.array([tokenizer.end_of_text_id], np.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -64,6 +64,8 @@ def _describe(
     yield f"{label} {source.name}: {', '.join(part for part in counts if part)}"
     for file, count in list(source.skipped.items())[:_SHOWN_ROWS]:
         yield f"  {file}: {count:,} documents left out"
+    if source.left_out:
+        yield f"  {len(source.left_out):,} files of formats that are not read: {_some(source.left_out)}"
     for document in range(min(_SHOWN_DOCUMENTS, source.num_documents)):
         tokens = source.read([document], 0, _SHOWN_CHARACTERS).tokens
         yield f"  document {document}: {_shorten(decode_row(tokens, tokenizer))}"
@@ -115,6 +117,11 @@ def _describe_batch(stream: TokenStream, tokenizer: Tokenizer, step: int) -> Ite
         yield f"  row {number}, train[{row.source}]: {_shorten(decode_row(row.tokens, tokenizer))}"
     if len(rows) > _SHOWN_ROWS:
         yield f"  ... and {len(rows) - _SHOWN_ROWS} more rows"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = [f"and {len(names) - _SHOWN_ROWS:,} more"] if len(names) > _SHOWN_ROWS else []
+    return ", ".join([*names[:_SHOWN_ROWS], *more])
 
 
 def _shorten(text: str) -> str:

@@ -22,7 +22,7 @@ def open_source(source: SourceConfig, key: str, data: DataConfig, tokenizer: Tok
             from mf_train.data.shards.fetch import local_files
             from mf_train.data.shards.token_files import open_token_files
 
-            return open_token_files(
+            shards = open_token_files(
                 local_files(files, data.cache),
                 tokenizer.end_of_text_id,
                 tokenizer.vocab_size,
@@ -31,6 +31,8 @@ def open_source(source: SourceConfig, key: str, data: DataConfig, tokenizer: Tok
                 key,
                 tokenizer.fingerprint,
             )
+            shards.left_out = files.left_out
+            return shards
     return TextSource(open_text(source, key, data), tokenizer)
 
 
@@ -50,6 +52,7 @@ def open_text(source: SourceConfig, key: str, data: DataConfig) -> TextDocuments
             raise UserError(f"{key}: {source.path} holds token shards: name files of text")
         name = str(source.path)
         documents = open_documents(files, source.text_field, data.on_error, data.cache, name, key)
+        documents.left_out = files.left_out
     if not len(documents):
         raise UserError(f"{key}: {documents.name} holds no text: remove the source or fill it")
     return documents

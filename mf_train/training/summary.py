@@ -47,6 +47,11 @@ def summary(
             f"data: {sum(skipped.values()):,} documents of {len(skipped)} files left out (data.on_error: skip); "
             "metrics.jsonl names the files"
         )
+    if inputs.stream is not None and (files := sum(len(each.left_out) for each in inputs.stream.sources)):
+        lines.append(
+            f"data: {files:,} files in the sources' folders are of formats that are not read; 'memoryformer data "
+            "inspect' names them"
+        )
     if saver.last is not None:
         lines.append(f"resumed after step {saver.step} from {saver.last}")
         lines += describe_changes(config, saver.last)

@@ -17,9 +17,11 @@ from tests.data.texts import random_documents, write_json_lines
 
 def test_inspect(tmp_path: Path, tokenizer: Tokenizer) -> None:
     parts = [random_documents(9, seed=1), [*random_documents(4, seed=2), "long " * 9000]]
-    first, second = (
-        SourceConfig(path=write_json_lines(tmp_path / f"{i}.jsonl", part)) for i, part in enumerate(parts)
-    )
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.md").touch()
+    first = SourceConfig(path=write_json_lines(tmp_path / "0.jsonl", parts[0]))
+    write_json_lines(tmp_path / "folder" / "1.jsonl", parts[1])
+    second = SourceConfig(path=str(tmp_path / "folder"))
     config = Config(
         model=ModelConfig(vocab_size=4096, sequence_length=32),
         data=DataConfig(train=(first, second), validation=(second,)),
@@ -41,6 +43,7 @@ def test_inspect(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert f"{size:,} bytes, about {tokens:,} tokens, {size / tokens:.2f} bytes a token, " in lines[1]
     assert f"document 0: {documents[0][:30]!r}"[:-1] in lines[2]
     assert f"validation[0] {second.path}" in shown
+    assert f"  1 files of formats that are not read: {second.path}/notes.md" in lines
     assert f"batch of step 3: 4 rows of 33 tokens (32 predicted), digest {batch_digest(batches[2])}" in shown
     text = "<|endoftext|>".join("".join(tokenizer.decode([t])) if t else "" for t in batches[2][0].tolist())
     assert text.replace("<|endoftext|>", "")[:5] in shown

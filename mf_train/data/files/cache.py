@@ -5,18 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from mf_train.errors import UserError
 from mf_train.files import user_cache
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_BUFFER_BYTES = 1 << 20
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds between looks at what other processes hold
 
 T = TypeVar("T")
@@ -36,11 +39,37 @@ def cache_errors(folder: Path) -> Iterator[None]:
         reason, wanted = error.strerror or str(error), "with enough free space"
         if error.errno in _FULL:
             reason = "it is full"
+        elif error.errno in _FORBIDDEN:
+            wanted = (
+                "that this user may write to; before its first use, chmod g+rwxs makes a folder its group's"
+            )
         elif error.errno in _NO_LOCKS:
             reason, wanted = f"flock: {reason}", "on a disk of the node, or on a file system that has flock"
         raise UserError(
             f"the cache {folder} cannot be used ({reason}): set data.cache to a folder {wanted}"
         ) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of the cache where there is none; one in a group's is the group's, whatever the umask."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    if _is_a_group_s(folder):
+        with suppress(PermissionError):  # another user's, who made it meanwhile
+            folder.chmod(folder.stat().st_mode | stat.S_IWGRP)
+
+
+def _is_a_group_s(folder: Path) -> bool:
+    """Whether what is made in it belongs to its group (chmod g+s), which new folders in it inherit on Linux."""
+    return bool(folder.stat().st_mode & stat.S_ISGID)
+
+
+def open_temporary(path: Path) -> BinaryIO:
+    """A new file of that name, in the place of one that a killed process has left, which may be another user's."""
+    path.unlink(missing_ok=True)
+    return open(path, "wb", buffering=_BUFFER_BYTES)
 
 
 @contextmanager
@@ -49,9 +78,10 @@ def try_lock(path: Path) -> Iterator[bool]:
     from filelock import FileLock, Timeout
 
     with cache_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
+        mode = 0o664 if _is_a_group_s(path.parent) else 0o644
         # a soft lock, where there is no flock, would stay for ever when its process is killed
-        lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+        lock = FileLock(path, mode=mode, thread_local=False, fallback_to_soft=False)
         try:
             lock.acquire(blocking=False)
         except Timeout:

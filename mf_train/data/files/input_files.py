@@ -5,9 +5,12 @@ from __future__ import annotations
 import glob
 import io
 import os
-from collections.abc import Callable
+import posixpath
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from mf_train.config.paths import expand_path
@@ -26,12 +29,21 @@ from mf_train.data.files.access import (
 from mf_train.errors import UserError
 
 JSON_LINES = (".jsonl", ".json")
+CSV = (".csv", ".tsv")
 TEXT = (".txt",)
-PARQUET = (".parquet",)
+ARROW = (".parquet", ".arrow")
 TOKENS = (".bin",)
-COMPRESSED = (".gz", ".zst")  # of JSON Lines and text
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")  # of JSON Lines, CSV and text
 
-KNOWN_FORMATS = ".jsonl, .json (one object a line), .txt (either also .gz or .zst), .parquet, .bin with .idx"
+_COMPRESSIBLE = {*JSON_LINES, *CSV, *TEXT}
+_FORMATS = {*_COMPRESSIBLE, *ARROW, *TOKENS}
+KNOWN_FORMATS = (
+    ".jsonl, .json (one object a line), .csv, .tsv, .txt (each also .gz, .zst, .xz or .bz2), .parquet, .arrow, "
+    ".bin with .idx"
+)
+# beside the .arrow files of a folder that `Dataset.save_to_disk` of HF datasets wrote
+_SAVED_STATE, _SAVED_SPLITS = "state.json", "dataset_dict.json"
+_SAVED_BESIDE = (_SAVED_STATE, "dataset_info.json")
 
 _BUFFER_BYTES = 1 << 20
 REMOTE_BLOCK_BYTES = 4 << 20
@@ -58,7 +70,12 @@ class InputFile:
     @property
     def identity(self) -> str:
         """The same for the same file under another relative path or through a link."""
-        return self.name if self.remote else os.path.realpath(self.name)
+        if self.remote:
+            return self.name
+        if os.path.islink(self.name):
+            return os.path.realpath(self.name)
+        folder, name = os.path.split(self.name)
+        return os.path.join(_real_folder(os.path.abspath(folder)), name)
 
     def open(self) -> BinaryIO:
         """The file's bytes, buffered and seekable where the server can. Transient errors are retried.
@@ -68,25 +85,30 @@ class InputFile:
         return io.BufferedReader(_ReopeningFile(self), _BUFFER_BYTES)
 
 
+@lru_cache(maxsize=1024)  # of 100,000 files
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
 def file_format(path: str | Path) -> str | None:
     """The extension that says how `path` is read, without the compression's; None when it is not known."""
-    suffixes = _suffixes(path)
-    if compression(path):
-        return suffixes[-2] if suffixes[-2:-1] and suffixes[-2] in JSON_LINES + TEXT else None
-    return suffixes[-1] if suffixes and suffixes[-1] in JSON_LINES + TEXT + PARQUET + TOKENS else None
+    *before, last = ["", *_suffixes(path)]
+    found, formats = (before[-1], _COMPRESSIBLE) if last in COMPRESSED and before else (last, _FORMATS)
+    return found if found in formats else None
 
 
 def compression(path: str | Path) -> str | None:
-    """.gz, .zst or None."""
-    suffixes = _suffixes(path)
-    return suffixes[-1] if suffixes and suffixes[-1] in COMPRESSED else None
+    """One of COMPRESSED, or None."""
+    last = _suffixes(path)[-1:]
+    return last[0] if last and last[0] in COMPRESSED else None
 
 
 def _suffixes(path: str | Path) -> list[str]:
     text = str(path)
     if text.startswith(("http://", "https://")):
         text = text.split("?")[0].split("#")[0]
-    return [suffix.lower() for suffix in PurePosixPath(text).suffixes]
+    name = text.rpartition("/")[2].lstrip(".")  # a hidden file's first dot begins no suffix
+    return [f".{suffix}" for suffix in name.lower().split(".")[1:]]
 
 
 def is_token_shard(file: InputFile) -> bool:
@@ -94,11 +116,22 @@ def is_token_shard(file: InputFile) -> bool:
     return file_format(file.name) in TOKENS
 
 
-def find_files(path: str, key: str) -> list[InputFile]:
-    """Sorted files that a `path` means: a file, a folder (its known files, recursively), a glob (also `**`), or a
-    URL of one of these that a driver of fsspec reads (s3://, gs://, https://, hf:// ...).
+class FoundFiles(list[InputFile]):
+    """The files of a source, sorted. `left_out`: names of the others in its folder, whose formats are not known."""
 
-    Token shards are given by their .bin; `path` may be Megatron's prefix of one, without .bin and .idx.
+    left_out: list[str]
+
+    def __init__(self, files: Iterable[InputFile], left_out: Iterable[str] = ()) -> None:
+        super().__init__(files)
+        self.left_out = list(left_out)
+
+
+def find_files(path: str, key: str) -> FoundFiles:
+    """Sorted files that a `path` means: a file, a folder (its known files, recursively, also behind links), a glob
+    (also `**`), or a URL of one of these that a driver of fsspec reads (s3://, gs://, https://, hf:// ...).
+
+    Of a folder that HF datasets' `save_to_disk` wrote these are the data. Token shards are given by their .bin; `path`
+    may be Megatron's prefix of one, without .bin and .idx.
     Raises UserError when there is none, a named file's format is not known, or text and shards are mixed, and
     OSError when the machine or the server fails, after retries.
     """
@@ -121,12 +154,18 @@ def find_files(path: str, key: str) -> list[InputFile]:
 # Local files ---------------------------------------------------------------------------------------------------------
 
 
-def _find_local(path: str, key: str) -> list[InputFile]:
+def _find_local(path: str, key: str) -> FoundFiles:
     expanded = Path(expand_path(path, key))
     if expanded.is_dir():
-        inside = (file.relative_to(expanded) for file in expanded.rglob("*") if file.is_file())
-        visible = sorted(file for file in inside if not any(part.startswith(".") for part in file.parts))
-        return _stat_all(_of_folder([str(expanded / file) for file in visible], path, key), key)
+        try:
+            found = (name.removeprefix("./") for name in _walk(str(expanded)))
+            names = sorted(found, key=lambda name: name.split("/"))
+        except OSError as error:
+            raise UserError(
+                f"{key}: {error.filename} cannot be listed ({error.strerror}): check its permissions"
+            ) from error
+        known, left_out = _of_folder(names, path, key)
+        return FoundFiles(_stat_all(known, key), left_out)
     if expanded.is_file():
         named = [str(expanded)]
     elif os.path.isfile(f"{expanded}.bin") and os.path.isfile(f"{expanded}.idx"):
@@ -140,7 +179,22 @@ def _find_local(path: str, key: str) -> list[InputFile]:
         raise UserError(
             f"{key}: no file matches {path}: check the pattern and the working folder {Path.cwd()}"
         )
-    return _stat_all(_known(_shards_once(named), key), key)
+    return FoundFiles(_stat_all(_known(_shards_once(named), key), key))
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Files below a folder, without hidden ones. Links are followed, but for those to a folder that they are in."""
+    status = os.stat(folder)
+    if (own := (status.st_dev, status.st_ino)) in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path, above | {own})
+            elif entry.is_file():
+                yield entry.path
 
 
 def _stat_all(paths: list[str], key: str) -> list[InputFile]:
@@ -154,14 +208,39 @@ def _stat_all(paths: list[str], key: str) -> list[InputFile]:
     return files
 
 
-def _of_folder(names: list[str], path: str, key: str) -> list[str]:
-    known = [name for name in names if file_format(name)]
-    if any(file_format(name) in TOKENS for name in known):
-        # what `data tokenize` writes beside its shards is no text
-        known = [name for name in known if PurePosixPath(name).name != "manifest.json"]
+def _of_folder(names: list[str], path: str, key: str) -> tuple[list[str], list[str]]:
+    """Those of a folder's files that are read, and those that are left out because their formats are not known."""
+    by_folder = defaultdict(set)
+    for name in names:
+        by_folder[posixpath.dirname(name)].add(posixpath.basename(name))
+    for folder, inside in by_folder.items():
+        if _SAVED_SPLITS in inside:
+            splits = sorted(
+                other[len(folder) + 1 :]
+                for other, its in by_folder.items()
+                if posixpath.dirname(other) == folder and _SAVED_STATE in its
+            )
+            raise UserError(
+                f"{key}: {folder} holds a dataset's splits ({', '.join(splits)}): name one of them, such as "
+                f"{folder}/{(splits or ['train'])[0]}"
+            )
+    formats = [file_format(name) for name in names]
+    shards = any(kind in TOKENS for kind in formats)
+    known, left_out = [], []
+    for name, kind in zip(names, formats, strict=True):
+        folder, own = posixpath.split(name)
+        beside = by_folder[folder]
+        if _SAVED_STATE in beside and (own in _SAVED_BESIDE or own.startswith("cache-")):
+            continue  # what HF datasets keeps for itself
+        if shards and own == "manifest.json":
+            continue  # what `data tokenize` writes beside them
+        if kind:
+            known.append(name)
+        elif not (own.endswith(".idx") and f"{own.removesuffix('.idx')}.bin" in beside):
+            left_out.append(name)
     if not known:
         raise UserError(f"{key}: folder {path} has no file of a known format: it needs {KNOWN_FORMATS}")
-    return known
+    return known, left_out
 
 
 def _shards_once(names: list[str]) -> list[str]:
@@ -188,19 +267,20 @@ def _known(names: list[str], key: str) -> list[str]:
 # Remote files --------------------------------------------------------------------------------------------------------
 
 
-def _find_remote(url: str, key: str) -> list[InputFile]:
+def _find_remote(url: str, key: str) -> FoundFiles:
     system, path = file_system(url, f"{key}: ")
     listing = metadata_or_none(lambda: list_url(system, path, url), url, f"{key}: ")
     if not listing:
         raise UserError(f"{key}: no file matches {url}: check the URL and that its credentials may read it")
     infos = {system.unstrip_protocol(name): info for name, info in listing.items()}
     names = sorted(infos, key=lambda name: name.split("/"))  # as local files are sorted
+    left_out: list[str] = []
     if has_magic(url) or listing.keys() <= {path, f"{path}.bin"}:
         names = _known(_shards_once(names), key)
     else:
         root = url.rstrip("/").count("/") + 1
         visible = [name for name in names if not any(p.startswith(".") for p in name.split("/")[root:])]
-        names = _of_folder(visible, url, key)
+        names, left_out = _of_folder(visible, url, key)
     files = []
     for name in names:
         if name not in infos or infos[name].get("size") is None:  # the .bin of a named .idx; an HTML listing
@@ -208,7 +288,7 @@ def _find_remote(url: str, key: str) -> list[InputFile]:
         if infos[name] is None:
             raise UserError(f"{key}: {name} does not exist: put it back or name other files")
         files.append(InputFile(name, size_of(infos[name]), stamp_of(infos[name])))
-    return files
+    return FoundFiles(files, left_out)
 
 
 def _info_or_none(system: Any, url: str, where: str = "") -> Any:
@@ -320,8 +400,8 @@ class _ReopeningFile(io.RawIOBase):
         return file
 
     def _block_bytes(self) -> int:
-        """0, a stream, where a server of HTTP need not know ranges: only Parquet is not read from beginning to end."""
-        sequential = file_format(self.name) not in PARQUET
+        """0, a stream, where a server of HTTP need not know ranges: only Arrow's formats are read at random."""
+        sequential = file_format(self.name) not in ARROW
         return 0 if sequential and self.name.startswith(("http://", "https://")) else REMOTE_BLOCK_BYTES
 
     def _drop(self) -> None:

@@ -10,6 +10,8 @@ from mf_train.data.files.cache import (
     cache_errors,
     cache_folder,
     do_each_once,
+    make_folder,
+    open_temporary,
     temporary_name,
     try_lock,
 )
@@ -45,7 +47,7 @@ def _fetch_if_free(file: InputFile, companions: list[InputFile], cache: str | Pa
             return None
         if not path.exists():
             with cache_errors(folder):
-                folder.mkdir(exist_ok=True)
+                make_folder(folder)
             for companion in companions:
                 _download(companion, folder)
             _download(file, folder)  # last: where it is, the others are
@@ -81,7 +83,7 @@ def _download(file: InputFile, folder: Path) -> None:
     try:
         with file.open() as source:
             with cache_errors(folder):
-                target = temporary.open("wb")
+                target = open_temporary(temporary)
             with target:
                 while piece := source.read(REMOTE_BLOCK_BYTES):
                     with cache_errors(folder):

@@ -65,6 +65,7 @@ class TokenFiles:
         self.num_stored_tokens = sum(shard.num_tokens for shard in shards)
         self.num_bytes = self.num_tokens = None
         self.skipped = skipped
+        self.left_out: Sequence[str] = ()
         self._shards = shards
         self._firsts = [0, *accumulate(shard.num_documents for shard in shards)]
         self._end_of_text_id = end_of_text_id

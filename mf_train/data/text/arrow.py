@@ -1,8 +1,8 @@
-"""Arrow: Parquet, zstd and text columns. The only file that imports pyarrow; imported when it is needed."""
+"""Parquet, Arrow's own formats, zstd and text columns. The only file that imports pyarrow, when it is needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mf_train.errors import UserError
+from mf_train.text import no_such_column
 
 ArrowError = pa.ArrowException
 
 _BATCH_BYTES = 8 << 20
+_ARROW_FILE = b"ARROW1"  # how Arrow's format for files begins
 
 
 def text_buffers(array: Any) -> tuple[npt.NDArray[np.integer[Any]], memoryview]:
@@ -51,18 +53,43 @@ def read_parquet_text(file: BinaryIO, name: str, text_field: str) -> Iterator[by
     with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as parquet:
         names = parquet.schema_arrow.names
         if text_field not in names:
-            columns = ", ".join(map(repr, names[:8]))
-            raise UserError(
-                f"{name}: has no column {text_field!r} (it has {columns}): set the source's text_field"
-            )
-        row = 0
-        for group in range(parquet.num_row_groups):
-            batch_size = _rows_of_batch(parquet.metadata.row_group(group), text_field)
-            batches = parquet.iter_batches(batch_size, row_groups=[group], columns=[text_field])
-            for batch in batches:
-                column = as_text(batch.column(0), f"{name}: column {text_field!r}", "the source's text_field")
-                yield from _utf8_values(column, f"{name}: row", row, text_field)
-                row += len(column)
+            raise UserError(no_such_column(name, text_field, names))
+        yield from _values_of(_parquet_batches(parquet, text_field), name, text_field)
+
+
+def _parquet_batches(parquet: pq.ParquetFile, text_field: str) -> Iterator[Any]:
+    for group in range(parquet.num_row_groups):
+        batch_size = _rows_of_batch(parquet.metadata.row_group(group), text_field)
+        yield from parquet.iter_batches(batch_size, row_groups=[group], columns=[text_field])
+
+
+def read_arrow_text(file: BinaryIO, name: str, text_field: str) -> Iterator[bytes | UserError]:
+    """As `read_parquet_text`, of Arrow's IPC formats: streams, which HF datasets writes, and files.
+
+    A batch of rows is read whole, as it was written.
+    """
+    reader = pa.ipc.open_stream
+    if file.read(len(_ARROW_FILE)) == _ARROW_FILE:
+        reader = pa.ipc.open_file
+    file.seek(0)
+    names = reader(file).schema.names
+    if text_field not in names:
+        raise UserError(no_such_column(name, text_field, names))
+    file.seek(0)
+    opened = reader(file, options=pa.ipc.IpcReadOptions(included_fields=[names.index(text_field)]))
+    batches = (
+        opened if reader is pa.ipc.open_stream else map(opened.get_batch, range(opened.num_record_batches))
+    )
+    yield from _values_of(batches, name, text_field)
+
+
+def _values_of(batches: Iterable[Any], name: str, text_field: str) -> Iterator[bytes | UserError]:
+    """The values of batches that have the text column alone."""
+    row = 0
+    for batch in batches:
+        column = as_text(batch.column(0), f"{name}: column {text_field!r}", "the source's text_field")
+        yield from _utf8_values(column, f"{name}: row", row, text_field)
+        row += len(column)
 
 
 def _rows_of_batch(group: Any, text_field: str) -> int:

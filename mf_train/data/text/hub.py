@@ -14,6 +14,7 @@ from mf_train.config import OnError, SourceConfig
 from mf_train.data.documents import TextDocuments
 from mf_train.data.text.arrow import as_text, text_buffers
 from mf_train.errors import UserError
+from mf_train.text import no_such_column
 
 
 class HubDocuments(TextDocuments):
@@ -69,10 +70,7 @@ def open_hub(source: SourceConfig, on_error: OnError, key: str) -> HubDocuments:
                 f"loaded: {reason}; check the name, hub_config, split and the network"
             ) from error
     if source.text_field not in dataset.column_names:
-        columns = ", ".join(map(repr, dataset.column_names[:8]))
-        raise UserError(
-            f"{what}: has no column {source.text_field!r} (it has {columns}): set {key}.text_field"
-        )
+        raise UserError(no_such_column(what, source.text_field, dataset.column_names, f"{key}.text_field"))
     column = dataset.data.column(source.text_field)
     column = as_text(column, f"{what}: column {source.text_field!r}", f"{key}.text_field")
     if column.null_count and on_error == "raise":

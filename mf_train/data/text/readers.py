@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import csv
 import errno
 import gzip
 import io
 import json
+import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Protocol
 
 from mf_train.data.files.input_files import (
+    ARROW,
+    CSV,
     JSON_LINES,
-    PARQUET,
     InputFile,
     UnreadableFileError,
     compression,
     file_format,
 )
 from mf_train.errors import UserError
-from mf_train.text import first_line
+from mf_train.text import first_line, no_such_column
 
 LONGEST_LINE_BYTES = 256_000_000  # of JSON: parsing a line takes some ten times the memory of its text
 PIECE_BYTES = 1 << 20  # of plain text, which is read in pieces
@@ -50,11 +54,12 @@ def read_documents(file: InputFile, text_field: str, sink: Sink) -> None:
     """Hand the documents of a file to `sink` in order, as UTF-8.
 
     JSON Lines: the value of `text_field` of each line's object (blank lines are skipped, other fields may be
-    anything). Parquet: the column `text_field`. Plain text: the whole file is one document.
+    anything). CSV and TSV, whose first line names the columns, Parquet and Arrow: the column `text_field`. Plain text:
+    the whole file is one document.
     A byte-order mark at the beginning is dropped; line ends stay as they are.
 
     Memory does not depend on the length of a text; a line of JSON is parsed as a whole and has at most 256 MB, its
-    end of line counted; a Parquet value is decoded with its page.
+    end of line counted; a value of Parquet is decoded with its page, one of Arrow with its batch of rows.
     `sink.bad` gets a UserError for every wrong line or row, naming the file, the line and what is wrong, and one
     for the rest of a truncated or damaged file, or one that is gone. What is no fault of the file is raised, whatever
     `sink.bad` does: UserError when it may not be read or changes meanwhile, OSError when the machine fails (after
@@ -64,8 +69,10 @@ def read_documents(file: InputFile, text_field: str, sink: Sink) -> None:
         with _damage_errors(file.name):
             with file.open() as raw:
                 kind = file_format(file.name)
-                if kind in PARQUET:
-                    _read_parquet(file.name, raw, text_field, sink)
+                if kind in ARROW:
+                    _read_arrow(file.name, raw, text_field, sink)
+                elif kind in CSV:
+                    _read_csv(file.name, _decompressed(file.name, raw), text_field, sink)
                 elif kind in JSON_LINES:
                     _read_json_lines(file.name, _decompressed(file.name, raw), text_field, sink)
                 else:
@@ -113,6 +120,10 @@ def _read_json_lines(name: str, file: BinaryIO, text_field: str, sink: Sink) -> 
             continue
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
+            if line.lstrip().startswith(b"["):
+                raise DamagedFileError(
+                    f"{name}: is a JSON array, not JSON Lines: write one object a line, as jq -c '.[]' does"
+                )
         if not line.strip():
             continue
         try:
@@ -160,11 +171,55 @@ def _json_text(where: str, line: bytes, text_field: str) -> bytes:
         ) from None
 
 
-# Parquet and compression ---------------------------------------------------------------------------------------------
+# CSV and TSV ---------------------------------------------------------------------------------------------------------
 
 
-def _read_parquet(name: str, raw: BinaryIO, text_field: str, sink: Sink) -> None:
-    for value in _parquet_values(name, raw, text_field):
+def _read_csv(name: str, file: BinaryIO, text_field: str, sink: Sink) -> None:
+    csv.field_size_limit(LONGEST_LINE_BYTES)
+    delimiter = "\t" if file_format(name) == ".tsv" else ","
+    rows = csv.reader(_decoded_lines(name, file), delimiter=delimiter, strict=True)
+    try:
+        columns = next(rows, [text_field])
+        if text_field not in columns:
+            raise DamagedFileError(no_such_column(name, text_field, columns))
+        place = columns.index(text_field)
+        for row in rows:
+            if len(row) == len(columns):
+                sink.write(row[place].encode())
+                sink.end()
+            elif row:  # else a blank line
+                sink.bad(
+                    UserError(
+                        f"{name}: line {rows.line_num} has {len(row)} columns, the first line {len(columns)}: put "
+                        "values that hold the delimiter or a line end in double quotes"
+                    )
+                )
+    except csv.Error as error:
+        raise DamagedFileError(
+            f"{name}: line {rows.line_num} is not CSV ({error}): put values that hold the delimiter, a line end or "
+            "double quotes, which are doubled, in double quotes"
+        ) from None
+
+
+def _decoded_lines(name: str, file: BinaryIO) -> Iterator[str]:
+    number = 0
+    while line := file.readline(LONGEST_LINE_BYTES + 1):
+        number += 1
+        if len(line) > LONGEST_LINE_BYTES:
+            raise DamagedFileError(
+                f"{name}: line {number} is longer than {LONGEST_LINE_BYTES / 1e6:g} MB, the most for a line of CSV"
+            )
+        try:
+            yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
+        except UnicodeDecodeError:
+            raise DamagedFileError(_not_utf8(name, number)) from None
+
+
+# Parquet, Arrow and compression --------------------------------------------------------------------------------------
+
+
+def _read_arrow(name: str, raw: BinaryIO, text_field: str, sink: Sink) -> None:
+    for value in _arrow_values(name, raw, text_field):
         if isinstance(value, UserError):
             sink.bad(value)
         else:
@@ -172,22 +227,23 @@ def _read_parquet(name: str, raw: BinaryIO, text_field: str, sink: Sink) -> None
             sink.end()
 
 
-def _parquet_values(name: str, raw: BinaryIO, text_field: str) -> Iterator[bytes | UserError]:
-    from mf_train.data.text.arrow import ArrowError, read_parquet_text
+def _arrow_values(name: str, raw: BinaryIO, text_field: str) -> Iterator[bytes | UserError]:
+    from mf_train.data.text.arrow import ArrowError, read_arrow_text, read_parquet_text
 
+    read = read_parquet_text if file_format(name) == ".parquet" else read_arrow_text
     try:
-        yield from read_parquet_text(raw, name, text_field)
+        yield from read(raw, name, text_field)
     except (UnreadableFileError, MemoryError):  # Arrow's own is an ArrowError, too
         raise
     except UserError as error:
         raise DamagedFileError(str(error)) from None
     except ArrowError as error:
-        raise _bad_parquet(name, error) from None
+        raise _bad_arrow(name, error) from None
 
 
 def _decompressed(name: str, raw: BinaryIO) -> BinaryIO:
-    if compression(name) == ".gz":
-        return io.BufferedReader(_Gunzipped(raw), PIECE_BYTES)
+    if opened := _BY_PYTHON.get(compression(name) or ""):
+        return io.BufferedReader(_Decompressed(opened(raw)), PIECE_BYTES)
     if compression(name) == ".zst":
         from mf_train.data.text.arrow import open_zstd
 
@@ -195,11 +251,18 @@ def _decompressed(name: str, raw: BinaryIO) -> BinaryIO:
     return raw
 
 
-class _Gunzipped(io.RawIOBase):
+_BY_PYTHON: dict[str, Callable[[BinaryIO], gzip.GzipFile | lzma.LZMAFile | bz2.BZ2File]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
+    ".xz": lzma.LZMAFile,
+    ".bz2": bz2.BZ2File,
+}
+
+
+class _Decompressed(io.RawIOBase):
     """Decompressed bytes, all of them that come before a damaged place (a GzipFile may drop the last it read)."""
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self._file = gzip.GzipFile(fileobj=raw, mode="rb")
+    def __init__(self, file: gzip.GzipFile | lzma.LZMAFile | bz2.BZ2File) -> None:
+        self._file = file
 
     def readable(self) -> bool:
         return True
@@ -221,10 +284,8 @@ def _damage_errors(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DamagedFileError(
-            f"{name}: truncated or damaged gzip ({first_line(error)[:200]}): copy or compress it again"
-        ) from None
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise _bad_compression(name, error) from None
     except MemoryError as error:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), name) from error
     except FileNotFoundError as error:
@@ -238,12 +299,15 @@ def _damage_errors(name: str) -> Iterator[None]:
         ) from None
     except OSError as error:
         if type(error) is OSError and error.errno is None:  # a decoder's: files' errors have a number
-            if compression(name) == ".zst":
-                raise DamagedFileError(
-                    f"{name}: truncated or damaged zstd ({first_line(error)[:200]}): copy or compress it again"
+            if compression(name) == ".zst" and "too much memory" in str(error):
+                raise UnreadableFileError(
+                    f"{name}: its zstd window is larger than 128 MiB, the most that is read: compress it again with "
+                    "--long=27 or less"
                 ) from None
-            if file_format(name) in PARQUET:
-                raise _bad_parquet(name, error) from None
+            if compression(name):
+                raise _bad_compression(name, error) from None
+            if file_format(name) in ARROW:
+                raise _bad_arrow(name, error) from None
         if error.errno is None or error.filename is None:
             raise OSError(
                 error.errno or errno.EIO, error.strerror or first_line(error)[:200], name
@@ -251,9 +315,16 @@ def _damage_errors(name: str) -> Iterator[None]:
         raise
 
 
-def _bad_parquet(name: str, error: Exception) -> DamagedFileError:
+def _bad_compression(name: str, error: Exception) -> DamagedFileError:
+    kind = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}[compression(name) or ""]
+    reason = first_line(error)[:200]
+    return DamagedFileError(f"{name}: truncated or damaged {kind} ({reason}): copy or compress it again")
+
+
+def _bad_arrow(name: str, error: Exception) -> DamagedFileError:
+    kind = "a Parquet" if file_format(name) == ".parquet" else "an Arrow"
     return DamagedFileError(
-        f"{name}: damaged or not a Parquet file ({first_line(error)[:200]}): write or copy it again"
+        f"{name}: damaged or not {kind} file ({first_line(error)[:200]}): write or copy it again"
     )
 
 

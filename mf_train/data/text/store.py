@@ -23,6 +23,7 @@ from mf_train.data.files.cache import (
     cache_errors,
     cache_folder,
     do_each_once,
+    open_temporary,
     temporary_name,
     try_lock,
 )
@@ -34,7 +35,6 @@ from mf_train.progress import ProgressLine
 
 _READER_VERSION = 2  # raise it when the same files give other documents: old caches are then not used
 _PART_BYTES = 64 << 20  # of input
-_BUFFER_BYTES = 1 << 20
 _ENDS_AT_ONCE = 1 << 16
 _BLOCK = 64  # neighbouring documents whose ends are read together
 _BLOCKS_KEPT = 2048
@@ -248,8 +248,8 @@ class _PartWriter:
             suffix: temporary_name(Path(f"{path}{suffix}")) for suffix in (".text", ".ends", ".meta")
         }
         with cache_errors(path.parent):
-            self._text_file = open(self._temporary[".text"], "wb", buffering=_BUFFER_BYTES)
-            self._ends_file = open(self._temporary[".ends"], "wb")
+            self._text_file = open_temporary(self._temporary[".text"])
+            self._ends_file = open_temporary(self._temporary[".ends"])
 
     def write(self, piece: bytes) -> None:
         try:
@@ -286,7 +286,7 @@ class _PartWriter:
         with cache_errors(self._path.parent):
             publish(self._text_file, Path(part.text))
             publish(self._ends_file, Path(part.ends))
-            with open(self._temporary[".meta"], "wb") as file:
+            with open_temporary(self._temporary[".meta"]) as file:
                 file.write(json.dumps(meta).encode())
                 publish(file, Path(f"{self._path}.meta"))
             sync(self._path.parent)

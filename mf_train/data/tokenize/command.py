@@ -89,7 +89,7 @@ def _find_sources(config: Config, output: Path, dtype: str, shard_bytes: int) ->
 
 def _find_inputs(source: SourceConfig, key: str, on_error: OnError) -> tuple[list[InputFile], str]:
     """The files, and a digest of what is read and how."""
-    files = []
+    files: list[InputFile] = []
     identity: list[Any] = [source.text_field, on_error]
     if source.hub is not None:
         documents = open_prepared(source, on_error, key)

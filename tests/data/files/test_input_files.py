@@ -46,9 +46,12 @@ def test_formats() -> None:
         "x.bin": ".bin",
         "x.idx": None,
         "a.parquet.gz": None,
-        "a.csv": None,
+        "a.csv.xz": ".csv",
         "jsonl": None,
-        "a.jsonl.bz2": None,
+        "a.jsonl.bz2": ".jsonl",
+        "data-00000-of-00002.arrow": ".arrow",
+        "a.arrow.gz": None,
+        "a.docx": None,
     }.items():
         assert file_format(name) == expected, name
     assert [compression(name) for name in ("a.txt.GZ", "https://h/a.json.zst?x=.gz", "a.txt")] == [
@@ -67,6 +70,30 @@ def test_files_are_found_in_sorted_order(tmp_path: Path, monkeypatch: pytest.Mon
     assert names("b/*0.jsonl") == ["b/10.jsonl"]
     assert names("**/[ab0-9]*.jsonl") == ["a.jsonl", "b/10.jsonl", "b/2.jsonl"]
     assert names("b/[x].jsonl") == ["b/[x].jsonl"]  # a file's own name comes before the pattern
+
+
+def test_a_folder_s_links_and_what_is_left_out(tmp_path: Path) -> None:
+    """The same files as `**` finds, and links to a folder that they are in end the way down."""
+    touch(
+        tmp_path,
+        "elsewhere/b.jsonl",
+        "corpus/a.jsonl",
+        "corpus/notes.md",
+        "corpus/deep/x.PDF",
+        "corpus/.git/y.md",
+    )
+    (tmp_path / "corpus/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus/c.jsonl").symlink_to(tmp_path / "elsewhere/b.jsonl")
+    expected = ["corpus/a.jsonl", "corpus/c.jsonl", "corpus/linked/b.jsonl"]
+    assert names(tmp_path / "corpus/**/*.jsonl", tmp_path) == expected
+    (tmp_path / "elsewhere/up").symlink_to(tmp_path / "corpus")
+    (tmp_path / "corpus/deep/loop").symlink_to(tmp_path / "corpus/deep")
+    assert names(tmp_path / "corpus", tmp_path) == expected
+    found = find_files(str(tmp_path / "corpus"), "k")
+    assert [name.removeprefix(f"{tmp_path}/") for name in found.left_out] == [
+        "corpus/deep/x.PDF",
+        "corpus/notes.md",
+    ]
 
 
 def test_token_shards(tmp_path: Path) -> None:
@@ -93,13 +120,13 @@ def test_size_and_stamp(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_named(tmp_path: Path, remote: type[FlakyFileSystem]) -> None:
-    touch(tmp_path, "a.csv", "a.parquet.gz", "empty/readme.md", "lonely.idx")
+    touch(tmp_path, "a.docx", "a.parquet.gz", "empty/readme.md", "lonely.idx")
     remote.contents["lonely.idx"] = b"x"
     for path, message in [
         (str(tmp_path / "a.jsonl"), r"data.train\[0\]: .*a.jsonl does not exist"),
         (str(tmp_path / "*.jsonl"), r"data.train\[0\]: no file matches .*\*.jsonl"),
         (str(tmp_path / "empty"), r"data.train\[0\]: folder .* has no file of a known format"),
-        (str(tmp_path / "a.csv"), r"data.train\[0\]: .*a.csv is not of a known format: use .jsonl"),
+        (str(tmp_path / "a.docx"), r"data.train\[0\]: .*a.docx is not of a known format: use .jsonl"),
         (str(tmp_path / "a.parquet.gz"), r"a.parquet.gz is not of a known format"),
         (str(tmp_path / "lonely.idx"), r"data.train\[0\]: .*lonely.bin does not exist"),
         ("flaky://lonely.idx", r"data.train\[0\]: flaky://lonely.bin does not exist"),

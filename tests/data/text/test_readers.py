@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
 import os
 import re
 import resource
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -74,6 +80,9 @@ def test_json_lines(tmp_path: Path) -> None:
         "a.jsonl.gz": gzip.compress(LINES),
         "two-members.jsonl.gz": gzip.compress(LINES[:40]) + gzip.compress(LINES[40:]),
         "A.JSONL.ZST": zstandard.compress(LINES),
+        "a.jsonl.xz": lzma.compress(LINES),
+        "two-streams.jsonl.xz": lzma.compress(LINES[:40]) + lzma.compress(LINES[40:]),
+        "a.json.bz2": bz2.compress(LINES[:40]) + bz2.compress(LINES[40:]),
         "two-frames.json.zst": zstandard.compress(LINES[:40]) + zstandard.compress(LINES[40:]),
     }
     for name, content in contents.items():
@@ -87,6 +96,57 @@ def test_plain_text_is_one_document_a_file(tmp_path: Path) -> None:
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "c.txt.zst").write_bytes(zstandard.compress(b"\xef\xbb\xbf" + text.encode()))
     assert read(tmp_path).documents == [text] * 3
+
+
+def test_csv(tmp_path: Path) -> None:
+    texts = [*TEXTS, 'a "word", and\r\na line\n', "tab\there", " spaces "]
+    for name, delimiter, end in (("a.csv", ",", "\n"), ("b.tsv", "\t", "\r\n"), ("c.csv.gz", ",", "\n")):
+        rows = io.StringIO(newline="")
+        writer = csv.writer(rows, delimiter=delimiter, lineterminator=end)
+        writer.writerows([["id", "text"], *enumerate(texts)])
+        content = b"\xef\xbb\xbf" + rows.getvalue().encode() + end.encode()  # a blank line at its end
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        assert read(tmp_path / name).documents == texts, name
+    (tmp_path / "empty.csv").write_bytes(b"")
+    assert read(tmp_path / "empty.csv").documents == []
+
+
+def test_arrow(tmp_path: Path) -> None:
+    columns = {
+        "n": pa.array(range(1000)),
+        "text": pa.array(TEXTS * 200),
+        "view": pa.array(TEXTS * 200, pa.string_view()),
+    }
+    for name, new in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
+        (tmp_path / f"{name}.arrow").write_bytes(_arrow(new, **columns))
+        for column in ("text", "view"):
+            assert read(tmp_path / f"{name}.arrow", column).documents == TEXTS * 200
+
+
+def test_a_dataset_that_was_saved_to_disk(tmp_path: Path) -> None:
+    """The folder of HF datasets' `save_to_disk`, with what its `map` keeps beside the data."""
+    split = datasets.Dataset.from_dict({"text": TEXTS * 50, "n": list(range(250))})
+    split.save_to_disk(tmp_path / "one", num_shards=2)
+    (tmp_path / "one" / "cache-0123.arrow").write_bytes(
+        _arrow(pa.ipc.new_stream, text=pa.array(["of a map"]))
+    )
+    assert read(tmp_path / "one").documents == TEXTS * 50
+    datasets.DatasetDict(train=split, test=split).save_to_disk(tmp_path / "several")
+    assert read(tmp_path / "several" / "train").documents == TEXTS * 50
+    message = r"several holds a dataset's splits \(test, train\): name one of them, such as .*several/test"
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "several")
+
+
+def test_a_zstd_window_that_is_too_large_is_no_damage(tmp_path: Path) -> None:
+    """A frame with a window of 2 GiB, as `zstd --long=31` writes: RFC 8878, 3.1.1; not left out with `skip`."""
+    frame = (
+        b"\x28\xb5\x2f\xfd\x00" + bytes([31 - 10 << 3]) + (len(LINES) << 3 | 1).to_bytes(3, "little") + LINES
+    )
+    (tmp_path / "a.jsonl.zst").write_bytes(frame)
+    for skip in (False, True):
+        with pytest.raises(UserError, match=r"window is larger than 128 MiB.*--long=27"):
+            read(tmp_path / "a.jsonl.zst", skip=skip)
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -118,10 +178,22 @@ def _parquet(**columns: pa.Array) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
+def _arrow(new: Any, **columns: pa.Array) -> bytes:
+    sink, table = pa.BufferOutputStream(), pa.table(columns)
+    with new(sink, table.schema) as writer:
+        writer.write_table(table, 30)
+    return bytes(sink.getvalue().to_pybytes())
+
+
 LONG_TEXTS = [os.urandom(2000).hex() for _ in range(50)]
 LONG = json_lines(LONG_TEXTS)
 GZ, ZST = gzip.compress(LONG), zstandard.compress(LONG)
 PARQUET = _parquet(text=pa.array(["a", "b"] * 50), n=pa.array(range(100)))
+XZ, BZ2 = lzma.compress(LONG), bz2.compress(LONG)
+ARROW_STREAM, ARROW_FILE = (
+    _arrow(new, n=pa.array(range(100)), text=pa.array(["a", "b"] * 50))
+    for new in (pa.ipc.new_stream, pa.ipc.new_file)
+)
 # name, content, message, and how many documents are kept when it is skipped (None: some)
 BAD_FILES: dict[str, tuple[str, bytes, str, int | None]] = {
     "truncated gz": ("a.jsonl.gz", GZ[:-9], "a.jsonl.gz: truncated or damaged gzip", None),
@@ -134,8 +206,41 @@ BAD_FILES: dict[str, tuple[str, bytes, str, int | None]] = {
     "not JSON": ("a.jsonl", LINES + b"{oops\n", "a.jsonl: line 6 is not JSON", 5),
     "cut JSON": ("a.jsonl", LINES[:-4], "a.jsonl: line 5 is not JSON", 4),
     "pretty JSON": ("a.json", b'{\n"text": "a"\n}\n', "a.json: line 1 is not JSON", 0),
-    "deep JSON": ("a.jsonl", b"[" * 200_000 + b"\n", "a.jsonl: line 1 is not JSON", 0),
-    "array": ("a.json", b'[{"text": "a"}]', "a.json: line 1 is an array, not a JSON object", 0),
+    "deep JSON": ("a.jsonl", b'{"a":' * 200_000 + b"\n", "a.jsonl: line 1 is not JSON", 0),
+    "an array": ("a.jsonl", LINES + b'["text"]\n', "a.jsonl: line 6 is an array, not a JSON object", 5),
+    "one array": (
+        "a.json",
+        b' [{"text": "a"},\n{"text": "b"}]',
+        "a.json: is a JSON array, not JSON Lines",
+        0,
+    ),
+    "truncated xz": ("a.jsonl.xz", XZ[:-9], "a.jsonl.xz: truncated or damaged xz", None),
+    "not an xz": ("a.csv.xz", LINES, "a.csv.xz: truncated or damaged xz", 0),
+    "damaged bz2": ("a.txt.bz2", BZ2[:200] + b"x" + BZ2[201:], "a.txt.bz2: truncated or damaged bzip2", 0),
+    "half a bz2": ("a.txt.bz2", BZ2[: len(BZ2) // 2], "a.txt.bz2: truncated or damaged bzip2", 0),
+    "no CSV column": ("a.csv", b"id,body\n1,a\n", "a.csv: has no column 'text' .it has 'id', 'body'.", 0),
+    "few CSV columns": (
+        "a.csv",
+        b"id,text\n1,a\n2\n3,c\n",
+        "a.csv: line 3 has 1 columns, the first line 2",
+        2,
+    ),
+    "many CSV columns": ("a.csv", b"text\na\nb, c\n", "a.csv: line 3 has 2 columns, the first line 1", 1),
+    "open quotes": ("a.csv", b'text\na\n"b\nc\n', "a.csv: line 4 is not CSV .unexpected end of data", 1),
+    "CSV not UTF-8": ("a.tsv", b"text\tn\na\t1\n\xff\t2\n", "a.tsv: line 3 is not valid UTF-8", 1),
+    "cut Arrow": (
+        "a.arrow",
+        ARROW_STREAM[: len(ARROW_STREAM) // 2],
+        "a.arrow: damaged or not an Arrow file",
+        30,
+    ),
+    "cut Arrow file": ("a.arrow", ARROW_FILE[:-9], "a.arrow: damaged or not an Arrow file", 0),
+    "no Arrow column": (
+        "a.arrow",
+        _arrow(pa.ipc.new_stream, body=pa.array(["a"])),
+        "no column 'text' .it has 'body'",
+        0,
+    ),
     "a string": ("a.jsonl", LINES + b"\n" + b'"text"\n', "a.jsonl: line 7 is text, not a JSON object", 5),
     "no field": (
         "a.jsonl",

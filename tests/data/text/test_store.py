@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -433,3 +434,49 @@ def test_a_line_over_the_limit_counts_as_left_out(tmp_path: Path, monkeypatch: p
     documents = open_documents(find_files(path, "k"), "text", "skip", tmp_path / "cache", path, "k")
     assert [documents.text(i) for i in range(len(documents))] == [b"a", b"c", b"e"]
     assert documents.skipped == {path: 2}
+
+
+def as_user(user: int, path: Path, cache: Path) -> str:
+    """What opening the path gives a member of group 2000: the number of documents, or the error."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.umask(0o022)
+        os.setgroups([])
+        os.setgid(2000)
+        os.setuid(user)
+        try:
+            said = str(len(open_path(path, cache)))
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(write, said.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        return pipe.read()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may be two users")
+def test_a_group_shares_a_cache() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        root = Path(name)
+        root.chmod(0o755)
+        for number in (1, 2):
+            write_json_lines(root / f"{number}.jsonl", TEXTS[:number])
+        for folder, mode in (("group", 0o2775), ("alone", 0o755)):
+            (root / folder).mkdir()
+            os.chown(root / folder, 1001, 2000)
+            (root / folder).chmod(mode)
+            assert as_user(1001, root / "1.jsonl", root / folder) == "1"
+            assert as_user(1002, root / "1.jsonl", root / folder) == "1"  # what is there can be read
+        (left,) = (root / "group" / "text").glob("*.text")
+        left.with_name(f"{left.name}.{socket.gethostname()}.tmp").write_bytes(b"of a process that was killed")
+        (root / "group" / "text" / f"{left.stem}.meta").unlink()
+        assert as_user(1002, root / "1.jsonl", root / "group") == "1"
+        assert as_user(1002, root / "2.jsonl", root / "group") == "2"
+        error = as_user(1002, root / "2.jsonl", root / "alone")
+        assert (
+            "alone/text cannot be used (Permission denied): set data.cache to a folder that this user may"
+            in error
+        )

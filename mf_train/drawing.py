@@ -1,6 +1,9 @@
-"""Pictures as PNG bytes, without matplotlib's global state; the only place that imports it."""
+"""Pictures as PNG bytes, and pages that hold them. The only place that imports matplotlib, without its global state."""
 
+import base64
 import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 _DPI = 110
@@ -28,3 +31,23 @@ def make_png(figure: Any) -> bytes:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=_DPI)
     return data.getvalue()
+
+
+def render_page(
+    template: Path,
+    pictures: Mapping[str, bytes],
+    filters: Mapping[str, Callable[..., str]] = {},
+    **values: Any,
+) -> str:
+    """An HTML page from a jinja2 template, to which `pictures` (PNG by title) come as URLs of their own data.
+
+    Nothing in the page is fetched from elsewhere.
+    """
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters.update(filters)
+    urls = {
+        title: f"data:image/png;base64,{base64.b64encode(data).decode()}" for title, data in pictures.items()
+    }
+    return environment.from_string(template.read_text(encoding="utf-8")).render(pictures=urls, **values)

@@ -41,7 +41,7 @@ LAYERS = {
     "model": {"kernels", "config"},
     "parallel": BASE | {"model", "kernels"},
     "checkpoint": BASE | {"parallel", "model"},
-    "data": BASE | {"checkpoint"},
+    "data": BASE | {"checkpoint", "drawing"},
     "telemetry": {"model", "kernels", "config"},
     "planning": BASE | {"checkpoint", "drawing", "parallel", "model"},
     "training": BASE | {"telemetry", "planning", "checkpoint", "data", "parallel", "model", "kernels"},

@@ -31,6 +31,10 @@ def add_data(commands: Any) -> None:
     add_config(verb)
     step = "the step whose batch is shown, from 1 as in metrics.jsonl (default: 1)"
     verb.add_argument("--step", type=int, default=1, help=step)
+    page = "write an HTML page instead: lengths of documents, duplicates, tokens a byte"
+    verb.add_argument("--page", type=Path, metavar="FILE", help=page)
+    documents = "with --page: how many of a source are read, evenly spread (default: 100,000)"
+    verb.add_argument("--documents", type=int, default=100_000, metavar="N", help=documents)
 
     summary, example = (
         "write text sources as token shards (Megatron's .bin/.idx)",
@@ -56,6 +60,10 @@ def _inspect(given: argparse.Namespace) -> int:
     from mf_train.data.show import inspect_data
 
     config = load_config(given.config, given.overrides)
+    if given.page is not None:
+        from mf_train.data.survey import write_survey
+
+        return print_lines(write_survey(config, given.page, given.documents))
     state = stream_state_before(Path(config.training.output_dir), given.step)
     return print_lines(inspect_data(config, given.step, state))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from mf_train.checkpoint.verify import list_lines
+from mf_train.drawing import render_page
 from mf_train.errors import UserError
 from mf_train.files import write_whole
 from mf_train.launch.launch_folder import read_starts
@@ -17,7 +17,7 @@ from mf_train.run_folder import CONFIG, METRICS
 from mf_train.text import time_left
 
 REPORT = "report.html"
-_TEMPLATE = "report.html.jinja"
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _MOST_EVENTS = 200  # the newest that are listed
 
 
@@ -39,15 +39,12 @@ def report(run: Path, output: Path | None = None) -> Iterator[str]:
 
 
 def render(run: Path, history: History) -> str:
-    """The page: nothing in it is fetched from elsewhere."""
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
-    template = environment.from_string(Path(__file__).with_name(_TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(
+    """The page."""
+    return render_page(
+        _TEMPLATE,
+        draw(history),
         run=run,
         facts=list(facts(history)),
-        pictures={title: base64.b64encode(data).decode() for title, data in draw(history).items()},
         events=history.events[-_MOST_EVENTS:],
         left_out=max(0, len(history.events) - _MOST_EVENTS),
         starts=read_starts(run),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mf_train.drawing import render_page
 from mf_train.files import write_whole
 from mf_train.study.analysis import LOSS, Series, analyse, measure
 from mf_train.study.bootstrap import LEVEL, LawFit
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 REPORT, FITS, PLOTS = "report.html", "fits.json", "plots"
-_TEMPLATE = "report.html.jinja"
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def fit_study(
@@ -126,18 +126,15 @@ def render(
     tables: Sequence[LossTable],
     pictures: Mapping[str, bytes],
 ) -> str:
-    """The report: nothing in it is fetched from elsewhere."""
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
-    environment.filters["five_digits"] = _five_digits
-    template = environment.from_string(Path(__file__).with_name(_TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(
+    """The report."""
+    return render_page(
+        _TEMPLATE,
+        pictures,
+        {"five_digits": _five_digits},
         name=name,
         notes=notes,
         lines=lines,
         level=f"{LEVEL:.0%}",
-        pictures={title: base64.b64encode(data).decode() for title, data in pictures.items()},
         table_note=NOTE,
         tables=tables,
         columns=["cell", "state", *(column for column in rows if column.startswith(AXIS)), *_SHOWN],

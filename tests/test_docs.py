@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from mf_train import __version__
 from mf_train.cli import _build_parser, _parse
 from mf_train.config import Config
 
@@ -134,6 +135,11 @@ def test_quoted_messages_are_the_code_s() -> None:
     for message in quoted:
         assert any(is_said(message, text) for text in texts), message
     assert not any(is_said("step ... has a loss that nobody likes", text) for text in texts)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert f"\nversion: {__version__}\n" in text_of(REPOSITORY / "CITATION.cff")
+    assert f"\n## {__version__} " in text_of(REPOSITORY / "CHANGELOG.md")
 
 
 def change(package: Path, diff: str) -> None:

@@ -18,6 +18,10 @@ import pytest
 from mf_train import __version__
 from mf_train.cli import _build_parser, _parse
 from mf_train.config import Config
+from mf_train.config.loading import parse_config
+from mf_train.config.yaml_text import parse_yaml
+from mf_train.model.counts import count_parameters
+from mf_train.parallel.degrees import check_degrees
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "mf_train"
@@ -102,6 +106,16 @@ def test_commands_are_accepted() -> None:
             _parse(_build_parser(), words)
         except SystemExit:
             pytest.fail(f"memoryformer {shlex.join(words)}")
+
+
+def test_the_tutorial_s_configuration_loads() -> None:
+    (content,) = re.findall(
+        r"^```yaml\n(.*?)^```$", text_of(REPOSITORY / "docs/tutorial.md"), re.DOTALL | re.MULTILINE
+    )
+    config = parse_config(parse_yaml(content), "my.yaml")
+    check_degrees(config, 2)
+    check_degrees(config, 8)
+    assert count_parameters(config.model).total == 14_689_664  # as the tutorial's output says
 
 
 def message_texts() -> list[str]:

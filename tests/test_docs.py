@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,9 +19,10 @@ import pytest
 from mf_train import __version__
 from mf_train.cli import _build_parser, _parse
 from mf_train.config import Config
-from mf_train.config.loading import parse_config
+from mf_train.config.loading import load_config, parse_config
 from mf_train.config.yaml_text import parse_yaml
-from mf_train.model.counts import count_parameters
+from mf_train.drawing import make_png
+from mf_train.model.counts import count_block_flops, count_parameters
 from mf_train.parallel.degrees import check_degrees
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -149,6 +151,23 @@ def test_quoted_messages_are_the_code_s() -> None:
     for message in quoted:
         assert any(is_said(message, text) for text in texts), message
     assert not any(is_said("step ... has a loss that nobody likes", text) for text in texts)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "base"])
+def test_the_table_of_models_is_counted(name: str) -> None:
+    model = load_config(REPOSITORY / f"configs/{name}.yaml").model
+    flops = [count_block_flops(replace(model, kind=kind)).layers / 1e9 for kind in ("dense", "memoryformer")]
+    row = [model.num_layers, model.hidden_size, model.num_heads, model.num_tables]
+    row += [f"{model.bits}, {model.expand_bits}", f"{count_parameters(model).tables / 1e9:.3f} B"]
+    row += [f"{flops[0]:.1f}, {flops[1]:.1f}"]
+    written = " | ".join(map(str, row))
+    assert f"| {name} | {written} |\n" in text_of(REPOSITORY / "docs/architecture.md"), written
+
+
+def test_the_pictures_can_be_drawn() -> None:
+    drawn = runpy.run_path(str(REPOSITORY / "docs/draw.py"))
+    for draw in (drawn["draw_layer"], drawn["draw_processes"]):
+        assert make_png(draw()).startswith(b"\x89PNG")
 
 
 def test_the_version_is_the_same_everywhere() -> None:

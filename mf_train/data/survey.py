@@ -128,8 +128,8 @@ def draw_lengths(surveys: Sequence[Survey]) -> bytes:
     figure, axes = make_figure(len(units))
     for unit, axis in zip(units, axes, strict=True):
         mine = [each for each in surveys if each.unit == unit]
-        longest = max(int(each.lengths.max(initial=1)) for each in mine)
-        bins = np.geomspace(1, max(2, longest) * 1.01, 61)
+        lengths = np.concatenate([each.lengths for each in mine])
+        bins = np.geomspace(max(1, lengths.min()), lengths.max() * 1.01 + 1, 61)
         for each in mine:
             weights = np.full(len(each.lengths), 100 / max(1, len(each.lengths)))
             axis.hist(each.lengths, bins, weights=weights, histtype="step", label=each.label)

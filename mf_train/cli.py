@@ -43,7 +43,7 @@ _COMMANDS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failure, 2 the user's mistake, 75 stopped on request after saving."""
     end_with_launcher()
-    options = _parse(_build_parser(), arguments)
+    options = _parse(build_parser(), arguments)
     try:
         status = options.run(options)
     except UserError as error:
@@ -111,7 +111,8 @@ def _speak(message: str) -> None:
     print(f"memoryformer: {message}", file=sys.stderr, flush=True)
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="memoryformer",
         description="Pretrain MemoryFormer language models, and use what comes out.",

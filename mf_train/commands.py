@@ -14,18 +14,18 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._with_verb = argparse.ArgumentParser(prog=self.prog)
+        self.with_verb = argparse.ArgumentParser(prog=self.prog)
         self._verbs: Any = None
 
     def add_verbs_beside(self) -> Any:
         """Returns what `add_command` takes to add a verb; the first word decides whether it is one."""
-        self._verbs = self._with_verb.add_subparsers(metavar="verb", required=True)
+        self._verbs = self.with_verb.add_subparsers(metavar="verb", required=True)
         return self._verbs
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse hands a command's words to this method of its parser."""
         if args and self._verbs is not None and args[0] in self._verbs.choices:
-            return self._with_verb.parse_known_args(args, namespace)
+            return self.with_verb.parse_known_args(args, namespace)
         return super().parse_known_args(args, namespace)
 
 

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from mf_train import __version__
-from mf_train.cli import _build_parser, _parse
+from mf_train.cli import _parse, build_parser
 from mf_train.config import Config
 from mf_train.config.loading import load_config, parse_config
 from mf_train.config.yaml_text import parse_yaml
@@ -105,7 +105,7 @@ def test_commands_are_accepted() -> None:
     assert len(commands()) > 50
     for words in commands():
         try:
-            _parse(_build_parser(), words)
+            _parse(build_parser(), words)
         except SystemExit:
             pytest.fail(f"memoryformer {shlex.join(words)}")
 
@@ -213,3 +213,8 @@ def test_the_examples_of_extending_run(tmp_path: Path) -> None:
         [sys.executable, "check.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_reference_is_the_code_s() -> None:
+    written = runpy.run_path(str(REPOSITORY / "docs" / "reference.py"))["render"]()
+    assert text_of(REPOSITORY / "docs" / "reference.md") == written, "run python docs/reference.py"

@@ -7,7 +7,7 @@ from typing import Any
 
 from mf_train.commands import add_command, add_config, add_verbs, print_lines
 
-TEXT_FILES = "text, JSONL or Parquet files; may be repeated"
+TEXT_FILES = "files of text (docs/data.md); may be repeated"
 
 
 def add_tokenizer(commands: Any) -> None:

@@ -24,6 +24,14 @@ help:
 	@echo "make gpu         prove and time everything on this machine's GPU, 8 minutes; sets nothing up"
 	@echo "make clean       remove .venv, caches and runs/quickstart"
 
+# pip's hundreds of lines: a line that is rewritten on a terminal, and the two parts that take time.
+define PIP_IN_FEW_WORDS
+/^Collecting/ { packages++; if (terminal) printf "\r\033[K[setup] fetching package %d: %s", packages, $$2 }
+/^Installing collected/ { printf "%s[setup] unpacking %d packages\n", terminal ? "\r\033[K" : "", packages }
+{ fflush() }
+endef
+export PIP_IN_FEW_WORDS
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -39,7 +47,9 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "[setup] creating $(VENV) with $$($$python --version)"; \
 	$$python -m venv $(VENV)
 	@echo "[setup] installing into $(VENV): torch, deepspeed, megatron-core and the rest (1 to 10 minutes)"
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@set -o pipefail; \
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' | \
+		awk -v terminal="$$([ -t 2 ] && echo 1)" "$$PIP_IN_FEW_WORDS"
 	@touch $@
 	@echo "[setup] done: $(VENV)/bin/memoryformer"
 

@@ -38,7 +38,7 @@ def _frontiers(series: Sequence[Series], x: str) -> bytes:
         axes.plot([m.x for m in edge], [m.mean for m in edge], color=colour, linewidth=0.8, alpha=0.5)
         if one.curve:
             _line(axes, one.curve.law, [m.x for m in edge], colour)
-    _label(axes, _NAMES.get(x, x.replace("_", " ")), "what no cheaper one beats, and its fit (dashed)")
+    _label(axes, _NAMES.get(x, x.replace("_", " ")), "Pareto frontier, and its fit (dashed)")
     return make_png(figure)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mf_train.config.model import NormKind
@@ -34,6 +35,26 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Normalise.apply(x, self.weight, self.bias, self.features, self.epsilon, self.gather)
         return y
+
+
+class HeadNorm(nn.Module):
+    """RMS normalisation of each attention head's features, with a gain of its own for each: [..., H * head] both ways.
+
+    y = x / sqrt(mean of the head's x^2 + epsilon) * weight, for queries and keys (Henry et al. 2020, arXiv 2010.04245;
+    ViT-22B, arXiv 2302.05442). Heads share no gain, as in Cohere's Command R+ and StableLM 2, so a rank that holds some
+    of the heads has their gains and normalises them by itself. Statistics as torch's rms_norm has them: in float32 for
+    narrower types.
+    """
+
+    def __init__(self, features: int, head_size: int, epsilon: float) -> None:
+        super().__init__()
+        self.head_size = head_size
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = F.rms_norm(x.unflatten(-1, (-1, self.head_size)), (self.head_size,), eps=self.epsilon)
+        return heads.flatten(-2) * self.weight
 
 
 class _Normalise(torch.autograd.Function):

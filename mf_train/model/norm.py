@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mf_train.config.model import NormKind
 from mf_train.kernels import fast_norm
-from mf_train.model.norm_steps import STEPS
+from mf_train.kernels.composition import column_sums
+from mf_train.model.norm_steps import STEPS, statistics_dtype
 from mf_train.model.sums import num_chunks
 
 Gather = Callable[[Tensor], Tensor]
@@ -54,7 +55,23 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         heads = F.rms_norm(x.unflatten(-1, (-1, self.head_size)), (self.head_size,), eps=self.epsilon)
-        return heads.flatten(-2) * self.weight
+        y: Tensor = _Gain.apply(heads.flatten(-2), self.weight)
+        return y
+
+
+class _Gain(torch.autograd.Function):
+    """x [..., D] times weight [D]; a column of the weight's gradient has the same bits beside any others."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        d_weight = column_sums(gradients[0].to(statistics_dtype(x.dtype)) * x)
+        return gradients[0] * weight, d_weight.to(weight.dtype)
 
 
 class _Normalise(torch.autograd.Function):

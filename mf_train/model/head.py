@@ -77,6 +77,16 @@ class Head(nn.Module):
         losses: Tensor = _CrossEntropy.apply(logits, targets, self, raw)
         return losses
 
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """The token with the largest logit, the first of several: [..., V / P] as `forward` returns them -> [...]."""
+        largest, place = logits.max(-1)
+        # places are exact in float32 up to 2^24
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        pairs = torch.stack((largest.to(wide), (place + self.first_token).to(wide)), dim=-1)
+        of_ranks = self.gather_sums(pairs)
+        first = of_ranks[..., 0, :].argmax(-1, keepdim=True)
+        return of_ranks[..., 1, :].gather(-1, first).squeeze(-1).long()
+
 
 class _Logits(torch.autograd.Function):
     """x [..., D] times each chunk of the weight's rows, written side by side: [..., V / P]."""

@@ -56,6 +56,9 @@ def test_loss_steps(lead: tuple[int, ...], size: int, dtype: torch.dtype, steps:
     taken = logits.clone()
     assert steps.gradient(taken, normaliser, factor, target, overwrite=True) is taken
     assert torch.equal(taken, d_logits)
+    d_logits = steps.gradient(logits, normaliser, factor, target, softcap=120.0)
+    exact *= 1 - (logits.double() / 120).square()
+    assert_close(d_logits, exact * factor.double().unsqueeze(-1), TOLERANCE[dtype])
 
 
 def test_loss_of_strided_logits() -> None:

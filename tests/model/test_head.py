@@ -104,7 +104,10 @@ def test_soft_cap(dtype: torch.dtype, tolerance: float, steps: str, monkeypatch:
 
     logits = head(x)
     torch.testing.assert_close(logits.double(), capped, rtol=tolerance, atol=tolerance)
-    for losses in (head.token_losses(logits, targets), head.token_losses(head(x, raw=True), targets, raw=True)):
+    for losses in (
+        head.token_losses(logits, targets),
+        head.token_losses(head(x, raw=True), targets, raw=True),
+    ):
         torch.testing.assert_close(losses.double(), expected, rtol=tolerance, atol=tolerance)
         gradients = torch.autograd.grad(losses, (x, head.weight), share.to(losses.dtype))
         for ours, theirs in zip(gradients, wanted, strict=True):

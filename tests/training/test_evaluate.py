@@ -76,15 +76,21 @@ def test_a_task_that_generates_is_refused_before_the_first_step(tmp_path: Path) 
     (tmp_path / "tasks" / "local_data.py").write_text((TASKS / "local_data.py").read_text())
     (tmp_path / "tasks" / "mf_last_word.jsonl").write_text((TASKS / "mf_last_word.jsonl").read_text())
     text = (TASKS / "mf_last_word.yaml").read_text()
-    text = text.replace("task: mf_last_word", "task: mf_writes").replace(": loglikelihood", ": generate_until")
+    text = text.replace("task: mf_last_word", "task: mf_writes").replace(
+        ": loglikelihood", ": generate_until"
+    )
     text = text[: text.index("  - metric: perplexity")].replace("metric: acc", "metric: exact_match")
     (tmp_path / "tasks" / "mf_writes.yaml").write_text(text)
     tree = tree_of(tmp_path, ["mf_writes"], tmp_path / "tasks")
     (line,) = complaints(train(tree, expect=2))
-    assert "training.evaluate_tasks mf_writes: its requests are generate_until, and a model in training" in line
+    assert (
+        "training.evaluate_tasks mf_writes: its requests are generate_until, and a model in training" in line
+    )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_an_interval_without_tasks_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluate_interval is 2 and training\.evaluate_tasks is empty: name"):
+    with pytest.raises(
+        UserError, match=r"evaluate_interval is 2 and training\.evaluate_tasks is empty: name"
+    ):
         parse_config(tree_of(tmp_path, []), "here")

@@ -85,7 +85,7 @@ def test_z_loss(dtype: torch.dtype, tolerance: float) -> None:
     ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str
 )
 def test_soft_cap(dtype: torch.dtype, tolerance: float, steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses and gradients of raw logits, which are capped and overwritten, and of capped ones; z-loss of the latter."""
+    """Losses and gradients of raw logits, capped and overwritten, and of capped ones; the z-loss of the latter."""
     if steps == "torch":
         monkeypatch.setattr("mf_train.model.head.fast_loss", lambda _: None)
     head = Head(6, 96, softcap=5.0).to(dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.tables import table
+from mf_train.config import ModelConfig
 from mf_train.model.attention import (
     Attention,
     Lengths,
@@ -43,7 +44,7 @@ def draw_documents(median: float, sigma: float) -> tuple[Lengths, Tensor]:
 def measure(dtype: torch.dtype, median: float, sigma: float) -> tuple[int, dict[str, float]]:
     """Number of documents, and seconds of a forward and backward pass each way."""
     lengths, numbers = draw_documents(median, sigma)
-    attention = Attention(HEAD)
+    attention = Attention(ModelConfig(hidden_size=HEADS * HEAD, num_heads=HEADS))
     inputs = [torch.randn(ROWS, LENGTH, HEADS * HEAD, dtype=dtype).requires_grad_() for _ in range(3)]
     gradient = torch.randn(ROWS, LENGTH, HEADS * HEAD, dtype=dtype)
 

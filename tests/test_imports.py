@@ -42,13 +42,15 @@ LAYERS = {
     "parallel": BASE | {"model", "kernels"},
     "checkpoint": BASE | {"parallel", "model"},
     "data": BASE | {"checkpoint", "drawing"},
+    "evaluation": {"errors", "text"},
     "telemetry": {"model", "kernels", "config"},
     "planning": BASE | {"checkpoint", "drawing", "parallel", "model"},
-    "training": BASE | {"telemetry", "planning", "checkpoint", "data", "parallel", "model", "kernels"},
+    "training": BASE
+    | {"evaluation", "telemetry", "planning", "checkpoint", "data", "parallel", "model", "kernels"},
     "launch": BASE | {"training", "checkpoint", "data", "parallel", "planning", "model"},
     "reporting": BASE | {"launch", "checkpoint", "drawing"},
     "study": BASE | {"launch", "planning", "checkpoint", "parallel", "model", "drawing"},
-    "standalone": BASE | {"checkpoint", "data", "model", "kernels"},
+    "standalone": BASE | {"evaluation", "checkpoint", "data", "model", "kernels"},
     "inspection": BASE | {"standalone", "telemetry", "checkpoint", "data", "model", "drawing"},
     "__main__": {"cli"},
 }

@@ -114,6 +114,11 @@ def _check_together(config: Config, origin: str) -> None:
             f"{origin}: training.validation_sequences is {training.validation_sequences} and data.validation has "
             f"{len(names)} sets: raise it, so that each set has one"
         )
+    if training.evaluate_interval and not training.evaluate_tasks:
+        raise UserError(
+            f"{origin}: training.evaluate_interval is {training.evaluate_interval} and training.evaluate_tasks is "
+            "empty: name the tasks, or leave it out"
+        )
     if config.parallel.master == "split" and config.training.precision == "float32":
         raise UserError(
             f"{origin}: parallel.master is 'split' and training.precision is float32, in which a weight lacks no bit "

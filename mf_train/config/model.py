@@ -37,6 +37,8 @@ class ModelConfig:
     ffn_inner_norm: NormKind = "layernorm"  # between the two memory layers of the FFN (Norm3)
     ffn_activation: Activation = "none"  # between the two memory layers (Table 6's ablation)
     norm_epsilon: float = 1e-5
+    qk_norm: bool = False  # queries and keys are normalised head by head, before the rotary embedding
+    logit_softcap: float = 0.0  # logits become cap tanh(logits / cap); 0: they stay as they are
     rotary_fraction: float = 0.25
     rotary_base: float = 10000.0
     vocab_size: int = 50304
@@ -79,6 +81,10 @@ class ModelConfig:
         for name in ("temperature", "norm_epsilon", "rotary_base"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be a number above 0")
+        if not 0 <= self.logit_softcap < math.inf:
+            raise ValueError(
+                f"model.logit_softcap is {self.logit_softcap}: it must be a number above 0, or 0 for none"
+            )
         if not 0 <= self.rotary_fraction <= 1:
             raise ValueError(f"model.rotary_fraction is {self.rotary_fraction}: it must be between 0 and 1")
         if self.hidden_size % self.num_heads:

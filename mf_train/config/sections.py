@@ -170,6 +170,11 @@ class TrainingConfig:
     validation_sequences: int = not_negative(
         0
     )  # of all validation sets: one each, the rest by weight; 0: all text
+    # tasks of lm-evaluation-harness that the model answers in training, and after the last step (docs/evaluation.md)
+    evaluate_tasks: tuple[str, ...] = ()
+    evaluate_interval: int = not_negative(0)  # steps between their evaluations; 0: only after the last
+    evaluate_limit: int = not_negative(0)  # of each task only the first so many items; 0: all
+    evaluate_include_path: str | None = bounds.path(None)  # a folder of task files, such as configs/eval
     # z of z log(Z)^2, added to a token's loss for its gradient, Z its sum of exp(logits); PaLM has 1e-4, 0: none
     z_loss: float = bounds.small(0.0)
     # updates in a row that are left out where loss or gradient norm is not finite; one more, and the run ends

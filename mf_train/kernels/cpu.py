@@ -78,7 +78,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ],
     ),
     "mf_loss_sums": (None, [_pointer, _int32, _pointer, *[_int64] * 3, _pointer, _int32]),
-    "mf_loss_gradient": (None, [_pointer, _int32, *[_pointer] * 3, _int64, _int64, _pointer, _int32]),
+    "mf_loss_gradient": (
+        None,
+        [_pointer, _int32, *[_pointer] * 3, _int64, _int64, _float, _pointer, _int32],
+    ),
     "mf_adamw": (
         _int32,
         [_pointer, *[_int32, _pointer, _pointer] * 3, _int64, _int64, _pointer, _pointer, _int32],

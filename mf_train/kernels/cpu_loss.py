@@ -22,11 +22,17 @@ def sums(logits: Tensor, target: Tensor, chunk: int) -> Tensor:
 
 
 def gradient(
-    logits: Tensor, normaliser: Tensor, factor: Tensor, target: Tensor, *, overwrite: bool = False
+    logits: Tensor,
+    normaliser: Tensor,
+    factor: Tensor,
+    target: Tensor,
+    *,
+    overwrite: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
     """(exp(logit - normaliser) - [at target]) * factor: [..., V] in logits' dtype, in logits' memory on request.
 
-    `overwrite` needs contiguous logits.
+    `overwrite` needs contiguous logits. With a `softcap` times 1 - (logit / softcap)^2.
     """
     assert logits.is_contiguous() or not overwrite
     logits, normaliser, factor, target = (t.contiguous() for t in (logits, normaliser, factor, target))
@@ -41,6 +47,7 @@ def gradient(
         factor,
         target,
         *_sizes(logits),
+        1 / softcap if softcap else 0.0,
         d_logits,
     )
     return d_logits

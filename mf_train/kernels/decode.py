@@ -8,6 +8,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,9 @@ class BlockTensors:
     value: LookupTensors
     up: LookupTensors
     down: LookupTensors
+    # gains [D] of the norms of each head's queries and keys (`model.qk_norm`); both or none
+    query_gain: Tensor | None = None
+    key_gain: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class ModelTensors:
     score: str
     activation: str
     norm_epsilon: float
+    softcap: float = 0.0  # of the logits; 0: none
 
 
 class _Norm(Structure):
@@ -81,6 +86,7 @@ class _Block(Structure):
     _fields_ = [
         *((name, _Norm) for name in ("norm_attention", "norm_ffn", "norm_inner")),
         *((name, _Lookup) for name in ("query", "key", "value", "up", "down")),
+        *((name, c_void_p) for name in ("query_gain", "key_gain")),
     ]
 
 
@@ -97,6 +103,7 @@ class _Model(Structure):
         *((name, c_int64) for name in (*_SIZES, "scaled", "activation")),
         ("epsilon", c_double),
         ("rate", c_double),
+        ("softcap", c_double),
     ]
 
 
@@ -209,6 +216,10 @@ class Decoder:
             ):
                 lookup = self._lookup(f"{name}.{part}", getattr(tensors, part), (tables, 2**bits, columns))
                 setattr(block, part, lookup)
+            if tensors.query_gain is not None and tensors.key_gain is not None:
+                gain = partial(address, dtype=self.dtype, shape=(self.features,))
+                block.query_gain = gain(f"{name}.query_gain", tensors.query_gain)
+                block.key_gain = gain(f"{name}.key_gain", tensors.key_gain)
             scaled = {getattr(tensors, part).scales is not None for part in ("query", "key", "value")}
             if len(scaled) > 1:
                 raise ValueError(f"{name}: query, key and value must all be int8, or none of them")
@@ -231,6 +242,7 @@ class Decoder:
             ACTIVATIONS[model.activation],
             model.norm_epsilon,
             -2 / model.temperature,
+            model.softcap,
         )
 
     def _norm(self, name: str, norm: NormTensors, features: int) -> _Norm:

@@ -55,6 +55,8 @@ def _gradient_kernel(
     target_ptr,
     out_ptr,
     vocabulary,
+    inverse_cap,
+    CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out may be logits: every logit is read and written by one lane."""
@@ -69,6 +71,9 @@ def _gradient_kernel(
     logit = tl.load(logits_ptr + place, mask=inside, other=0).to(tl.float32)
     gradient = tl.exp(logit - normaliser) * factor
     gradient = tl.where(column == target, gradient - factor, gradient)
+    if CAPPED:
+        share = logit * inverse_cap
+        gradient *= 1 - share * share
     tl.store(out_ptr + place, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -95,11 +100,18 @@ def sums(logits: Tensor, target: Tensor, chunk: int) -> Tensor:
 
 
 def gradient(
-    logits: Tensor, normaliser: Tensor, factor: Tensor, target: Tensor, *, overwrite: bool = False
+    logits: Tensor,
+    normaliser: Tensor,
+    factor: Tensor,
+    target: Tensor,
+    *,
+    overwrite: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
     """(exp(logit - normaliser) - [at target]) * factor: [..., V] in logits' dtype, in logits' memory on request.
 
-    normaliser and factor [...] float32; target as for `sums`. `overwrite` needs contiguous logits.
+    normaliser and factor [...] float32; target as for `sums`. `overwrite` needs contiguous logits. With a `softcap`
+    times 1 - (logit / softcap)^2.
     """
     assert logits.is_contiguous() or not overwrite
     out = logits if overwrite else torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -113,6 +125,8 @@ def gradient(
                 target.contiguous(),
                 out,
                 vocabulary,
+                1 / softcap if softcap else 0.0,
+                CAPPED=softcap > 0,
                 BLOCK=block(vocabulary),
                 num_warps=NUM_WARPS,
             )

@@ -1,4 +1,4 @@
-"""Causal attention with rotary embedding on the first part of each head, as in Pythia; it has no parameters."""
+"""Causal attention with rotary embedding on the first part of each head, as in Pythia."""
 
 from typing import Protocol
 
@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mf_train.config.model import ModelConfig
 from mf_train.kernels import fast_rotary
+from mf_train.model.norm import HeadNorm
 
 Rotary = tuple[Tensor, Tensor]
 # of documents that lie one behind another, row by row; none reaches over a row's end
@@ -55,14 +57,21 @@ def rotate_both(q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
 class Attention(nn.Module):
     """softmax(rope(q) rope(k)^T / sqrt(head)) v over whole heads: [B, S, H * head] three times -> the same shape.
 
-    The number of heads follows from the input, so a rank that holds some of the heads runs the same code.
+    The number of heads follows from the input, so a rank that holds some of the heads runs the same code. It has no
+    parameters but, with `model.qk_norm`, the gains of queries and keys, which are normalised before the rotation.
     `mask` is boolean (True: attend) or added to the scores, or the lengths of the documents inside which attention is
     causal; without one attention is causal in whole rows. `attentions` gets the softmax, [B, H, S, T].
     """
 
-    def __init__(self, head_size: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_size = head_size
+        self.head_size = config.head_size
+        self.query_norm: HeadNorm | None = None
+        self.key_norm: HeadNorm | None = None
+        if config.qk_norm:
+            sizes = config.hidden_size, config.head_size
+            self.query_norm = HeadNorm(*sizes, config.norm_epsilon)
+            self.key_norm = HeadNorm(*sizes, config.norm_epsilon)
 
     def forward(
         self,
@@ -75,6 +84,8 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
         attentions: list[Tensor] | None = None,
     ) -> Tensor:
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         q, k, v = (x.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for x in (query, key, value))
         q, k = rotate_both(q, k, rotary)
         if cache is not None:

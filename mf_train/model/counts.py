@@ -33,7 +33,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     def norm(features: int, kind: str) -> int:
         return features * (2 if kind == "layernorm" else 1)
 
-    small = 2 * norm(size, config.norm)
+    small = 2 * norm(size, config.norm) + (2 * size if config.qk_norm else 0)
     tables = dense = 0
     if config.kind == "memoryformer":
         rows, inner_rows = 2**config.bits, 2**config.inner_bits
@@ -68,7 +68,7 @@ def count_block_flops(config: ModelConfig, sequence_length: int | None = None) -
     """FLOPs of a block at a sequence length (default: the configuration's).
 
     Attention 2 S^2 D; dense layers 12 S D^2; memory layers 6 K S D (section 3.3 of the paper, which counts
-    the two FFN lookups as 3 K S D together whatever e is).
+    the two FFN lookups as 3 K S D together whatever e is). Norms are not counted, nor those of queries and keys.
     """
     s, d = sequence_length or config.sequence_length, config.hidden_size
     layers = 6 * config.num_tables * s * d if config.kind == "memoryformer" else 12 * s * d * d

@@ -12,6 +12,7 @@ from mf_train.model.loss_steps import STEPS
 from mf_train.model.sums import num_chunks, pairwise_sum
 
 IGNORED = -100  # a target without a loss, as in torch.nn.functional.cross_entropy
+_CAPPED_AT_ONCE = 2**22  # logits that are in float32 beside narrower ones
 
 
 class Head(nn.Module):
@@ -24,9 +25,10 @@ class Head(nn.Module):
     first_token = 0  # the vocabulary's index of this rank's first row
     z_loss = 0.0  # how much of log(sum of exp(logits))^2 is added to a token's loss for its gradient
 
-    def __init__(self, features: int, vocab_size: int) -> None:
+    def __init__(self, features: int, vocab_size: int, softcap: float = 0.0) -> None:
         super().__init__()
         self.vocab_size = vocab_size  # of the whole model, not of this rank's rows
+        self.softcap = softcap  # cap of cap tanh(logits / cap); 0: none
         self.weight = nn.Parameter(torch.empty(vocab_size, features))
 
     def gather_features(self, x: Tensor) -> Tensor:
@@ -41,8 +43,19 @@ class Head(nn.Module):
         """This rank's values [...] -> every rank's, in rank order [..., P]."""
         return sums.unsqueeze(-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of this rank's part of the vocabulary: [..., D] -> [..., V / P]."""
+    def forward(self, x: Tensor, *, raw: bool = False) -> Tensor:
+        """Logits of this rank's part of the vocabulary: [..., D] -> [..., V / P].
+
+        With a `softcap` they are cap tanh(logits / cap) (Gemma 2: arXiv 2408.00118, section 2), computed in float32
+        (float64 for float64) and rounded once; `raw` ones, for `token_losses`, are not capped yet.
+        """
+        logits = self.product(x)
+        if self.softcap and not raw:
+            logits = _SoftCap.apply(logits, self.softcap)
+        return logits
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., D] times each row of the weight: [..., V / P]."""
         logits: Tensor = _Logits.apply(x, self.weight, self)
         return logits
 
@@ -50,18 +63,29 @@ class Head(nn.Module):
         """Tokens of the vocabulary that are one chunk."""
         return self.vocab_size // num_chunks(self.vocab_size)
 
-    def token_losses(self, logits: Tensor, targets: Tensor, *, overwrite: bool = False) -> Tensor:
+    def token_losses(self, logits: Tensor, targets: Tensor, *, raw: bool = False) -> Tensor:
         """Cross-entropy of each token in nats, float32 (float64 for float64 logits); 0 where the target is -100.
 
-        logits [..., V / P] as `forward` returns them, targets [...] integers of the whole vocabulary. With `overwrite`
-        the backward pass puts the gradient where the logits are, and so runs once: for logits that nobody else reads.
+        logits [..., V / P] as `forward` returns them, targets [...] integers of the whole vocabulary. Logits that
+        `forward` returned with `raw`, which nobody else may read, are capped where they are, and the backward pass,
+        which then runs once, puts the gradient there.
 
-        The gradient is that of cross-entropy + `z_loss` log(Z)^2, Z the sum of exp(logits) (PaLM: Chowdhery et al.
-        2022, arXiv 2204.02311, section 5); the losses that are returned are the cross-entropy alone. Where log(Z) is
-        below -1 / (2 z_loss), the gradient is NaN.
+        The gradient is that of cross-entropy + `z_loss` log(Z)^2, Z the sum of exp(logits), capped ones where there is
+        a cap (PaLM: Chowdhery et al. 2022, arXiv 2204.02311, section 5); the losses that are returned are the
+        cross-entropy alone. Where log(Z) is below -1 / (2 z_loss), the gradient is NaN.
         """
-        losses: Tensor = _CrossEntropy.apply(logits, targets, self, overwrite)
+        losses: Tensor = _CrossEntropy.apply(logits, targets, self, raw)
         return losses
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """The token with the largest logit, the first of several: [..., V / P] as `forward` returns them -> [...]."""
+        largest, place = logits.max(-1)
+        # places are exact in float32 up to 2^24
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        pairs = torch.stack((largest.to(wide), (place + self.first_token).to(wide)), dim=-1)
+        of_ranks = self.gather_sums(pairs)
+        first = of_ranks[..., 0, :].argmax(-1, keepdim=True)
+        return of_ranks[..., 1, :].gather(-1, first).squeeze(-1).long()
 
 
 class _Logits(torch.autograd.Function):
@@ -100,11 +124,42 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
 
 
+def _soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap tanh(logits / cap) in the memory of contiguous logits, but where a compiler traces it."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if torch.compiler.is_compiling():
+        return ((logits.to(wide) / cap).tanh() * cap).to(logits.dtype)
+    for part in logits.view(-1).split(_CAPPED_AT_ONCE):
+        part.copy_(part.to(wide).div_(cap).tanh_().mul_(cap))
+    return logits
+
+
+class _SoftCap(torch.autograd.Function):
+    """cap tanh(logits / cap), whose derivative is 1 - (result / cap)^2."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, cap: float) -> Tensor:
+        capped = _soft_cap(logits, cap)
+        if capped is logits:
+            ctx.mark_dirty(logits)
+        ctx.save_for_backward(capped)
+        ctx.cap = cap
+        return capped
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (capped,) = ctx.saved_tensors
+        return gradients[0] * (1 - (capped / ctx.cap).square()), None
+
+
 class _CrossEntropy(torch.autograd.Function):
     """-log softmax(logits)[target]; the logits and one normaliser a token are all that is kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, head: Head, overwrite: bool) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, head: Head, raw: bool) -> Tensor:
+        ctx.softcap = head.softcap if raw else 0.0
+        if ctx.softcap:
+            logits = _soft_cap(logits, ctx.softcap)
         steps = fast_loss(logits) or STEPS
         local = targets - head.first_token
         local = torch.where((local >= 0) & (local < logits.shape[-1]), local, -1)
@@ -118,7 +173,7 @@ class _CrossEntropy(torch.autograd.Function):
         valid = targets != IGNORED
         ctx.save_for_backward(logits, local, valid, largest + log_total)
         ctx.z_loss = head.z_loss
-        ctx.overwrite = overwrite and not torch.compiler.is_compiling()
+        ctx.overwrite = raw and not torch.compiler.is_compiling()
         return torch.where(valid, log_total - shifted, 0)
 
     @staticmethod
@@ -129,7 +184,9 @@ class _CrossEntropy(torch.autograd.Function):
             # z log(Z)^2 adds 2 z log(Z) softmax: the softmax's factor 1 + 2 z log(Z) goes into its normaliser
             normaliser = normaliser - (2 * ctx.z_loss * normaliser).log1p()
         steps = fast_loss(logits) or STEPS
-        d_logits = steps.gradient(logits, normaliser, factor, local, overwrite=ctx.overwrite)
+        d_logits = steps.gradient(
+            logits, normaliser, factor, local, overwrite=ctx.overwrite, softcap=ctx.softcap
+        )
         # a second backward pass, or another that needs these logits, then gets torch's error
         if ctx.overwrite:
             torch.autograd.graph.increment_version(logits)

@@ -27,14 +27,23 @@ def sums(logits: Tensor, target: Tensor, chunk: int) -> Tensor:
 
 
 def gradient(
-    logits: Tensor, normaliser: Tensor, factor: Tensor, target: Tensor, *, overwrite: bool = False
+    logits: Tensor,
+    normaliser: Tensor,
+    factor: Tensor,
+    target: Tensor,
+    *,
+    overwrite: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
     """(exp(logit - normaliser) - [at target]) * factor: [..., V] in logits' dtype.
 
     normaliser and factor [...], of the type of `sums`; target as there. With `overwrite` the logits become the result.
+    With a `softcap` it is the gradient of what was capped to these logits: times 1 - (logit / softcap)^2.
     """
     d_logits = (logits.to(normaliser.dtype) - normaliser.unsqueeze(-1)).exp_()
     d_logits.mul_(factor.unsqueeze(-1))
     at_target = torch.where(target >= 0, -factor, 0).unsqueeze(-1)
     d_logits.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), at_target)
+    if softcap:
+        d_logits.mul_(1 - (logits.to(d_logits.dtype) / softcap).square_())
     return logits.copy_(d_logits) if overwrite else d_logits.to(logits.dtype)

@@ -47,7 +47,7 @@ class MemoryFormer(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.num_layers))
         self.final_norm = Norm(config.hidden_size, config.norm, config.norm_epsilon)
-        self.head = Head(config.hidden_size, config.vocab_size)
+        self.head = Head(config.hidden_size, config.vocab_size, config.logit_softcap)
         if not self.head.weight.is_meta:
             initialise(self, seed)
 
@@ -104,8 +104,8 @@ class MemoryFormer(nn.Module):
         if states is not None:
             states.append(self.final_norm(x))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits: Tensor = self.head(self.final_norm(x[:, kept]))
-        return logits if targets is None else self.head.token_losses(logits, targets, overwrite=True)
+        logits: Tensor = self.head(self.final_norm(x[:, kept]), raw=targets is not None)
+        return logits if targets is None else self.head.token_losses(logits, targets, raw=True)
 
 
 def _check_documents(

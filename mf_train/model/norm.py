@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mf_train.config.model import NormKind
 from mf_train.kernels import fast_norm
-from mf_train.model.norm_steps import STEPS
+from mf_train.kernels.composition import column_sums
+from mf_train.model.norm_steps import STEPS, statistics_dtype
 from mf_train.model.sums import num_chunks
 
 Gather = Callable[[Tensor], Tensor]
@@ -34,6 +36,42 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Normalise.apply(x, self.weight, self.bias, self.features, self.epsilon, self.gather)
         return y
+
+
+class HeadNorm(nn.Module):
+    """RMS normalisation of each attention head's features, with a gain of its own for each: [..., H * head] both ways.
+
+    y = x / sqrt(mean of the head's x^2 + epsilon) * weight, for queries and keys (Henry et al. 2020, arXiv 2010.04245;
+    ViT-22B, arXiv 2302.05442). Heads share no gain, as in Cohere's Command R+ and StableLM 2, so a rank that holds some
+    of the heads has their gains and normalises them by itself. Statistics as torch's rms_norm has them: in float32 for
+    narrower types.
+    """
+
+    def __init__(self, features: int, head_size: int, epsilon: float) -> None:
+        super().__init__()
+        self.head_size = head_size
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = F.rms_norm(x.unflatten(-1, (-1, self.head_size)), (self.head_size,), eps=self.epsilon)
+        y: Tensor = _Gain.apply(heads.flatten(-2), self.weight)
+        return y
+
+
+class _Gain(torch.autograd.Function):
+    """x [..., D] times weight [D]; a column of the weight's gradient has the same bits beside any others."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        d_weight = column_sums(gradients[0].to(statistics_dtype(x.dtype)) * x)
+        return gradients[0] * weight, d_weight.to(weight.dtype)
 
 
 class _Normalise(torch.autograd.Function):

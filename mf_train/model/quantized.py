@@ -67,14 +67,14 @@ class Int8Head(Head):
 
     def __init__(self, plain: Head) -> None:
         with torch.device("meta"):
-            super().__init__(1, plain.vocab_size)
+            super().__init__(1, plain.vocab_size, plain.softcap)
         weight, scales = quantize_rows(plain.weight.detach())
         del self.weight  # a parameter, which int8 cannot be
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [..., V] of x [..., D]. Raises ValueError where the scales are not float32 any more."""
+    def product(self, x: Tensor) -> Tensor:
+        """[..., V] of x [..., D]. Raises ValueError where the scales are not float32 any more."""
         if self.scales.dtype != torch.float32:
             raise ValueError(f"head.scales is {self.scales.dtype}: an int8 model's scales must stay float32")
         wide = x.float()

@@ -82,6 +82,14 @@ class Engine:
         output: Tensor = self._call(token_ids, targets)
         return output
 
+    def predictions(self, token_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each token [B, S] in nats, and the likeliest token in its place [B, S]; each row one text.
+
+        Collective over all ranks.
+        """
+        logits: Tensor = self._call(token_ids)
+        return self.model.head.token_losses(logits, targets), self.model.head.likeliest(logits)
+
     def losses(self, token_ids: Tensor, targets: Tensor) -> Tensor:
         """Loss of each token [B, S] of packed rows, in nats. Collective over all ranks."""
         documents = None if self.end_of_text is None else document_numbers(token_ids, self.end_of_text)

@@ -33,7 +33,7 @@ def shard_model(model: MemoryFormer, exchange: Exchange) -> MemoryFormer:
     """Turn a plain MemoryFormer into this rank's part of a tensor-parallel one, in place.
 
     1. Every parameter becomes its slice (`split_dimension`): columns of tables and embedding, rows of the head,
-       features of norms and biases. Nothing is replicated. Meta tensors stay meta.
+       features of norms and biases. Nothing is replicated. Meta tensors stay meta. A rank's features are whole heads.
     2. Norms exchange their sums. 3. Hashes exchange codes and weights. 4. The head gathers features.
     Names of modules and parameters do not change. The degrees must have passed `check_degrees`.
     """
@@ -70,7 +70,7 @@ class TensorParallelHead(Head):
 
     def __init__(self, plain: Head, exchange: Exchange) -> None:
         with torch.device("meta"):
-            super().__init__(1, plain.vocab_size)
+            super().__init__(1, plain.vocab_size, plain.softcap)
         self.weight = plain.weight
         self.exchange = exchange
         self.first_token = exchange.rank * plain.weight.shape[0]

@@ -144,13 +144,16 @@ def block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
 
     MemoryFormer: the inputs of both norms, what the hashes read, q, k and v after the rotation, attention's result, the
     inner norm's input and output, codes with weights, two float32 statistics of each norm, a softmax normaliser a head.
+    With `model.qk_norm` q and k before and after their norm as well, and a float32 statistic a head.
     """
     size, heads = model.hidden_size / tensor, model.num_heads / tensor
+    normalised = 4 * size * width + 2 * 4 * heads if model.qk_norm else 0
     if model.kind == "dense":
-        return (8 * size + 8 * size) * width + 2 * 8 + 4 * heads
+        return (8 * size + 8 * size) * width + 2 * 8 + 4 * heads + normalised
     inner = model.inner_size / tensor
     activation = inner * width if model.ffn_activation == "gelu" else 0
-    return (8 * size + 2 * inner) * width + activation + code_bytes(model, width) + 3 * 8 + 4 * heads
+    own = activation + normalised + code_bytes(model, width)
+    return (8 * size + 2 * inner) * width + own + 3 * 8 + 4 * heads
 
 
 def recomputed_block_bytes(model: ModelConfig, tensor: int, width: int) -> float:

@@ -93,19 +93,22 @@ def micro_batch_work(config: Config, tensor: int) -> list[PartWork]:
         # of each norm's features 8 passes in both directions, residual sums and their gradients 8
         PartWork("norms and sums", copy=layers * n * (features * 8 + size * 8) * b, launches=layers * 20),
         PartWork("head", copy=3 * logits * b, flops=TRAINING_FLOPS * logits * model.hidden_size, launches=6),
-        # read for the sums; read, and overwritten by their gradient
-        PartWork("loss", copy=3 * logits * b, launches=12),
+        # read for the sums; read, and overwritten by their gradient; with a cap read and written once more
+        PartWork("loss", copy=(5 if model.logit_softcap else 3) * logits * b, launches=12),
         PartWork("embedding", copy=4 * n * size * b + 2 * model.vocab_size * size * b, launches=4),
     ]
 
 
 def _attention(model: ModelConfig, n: float, b: int, tensor: int) -> PartWork:
-    """q, k, v and the result, forward; these, their gradients and the rotation's copies, backward: 12 passes."""
+    """q, k, v and the result, forward; these, their gradients and the rotation's copies, backward: 12 passes.
+
+    Where q and k are normalised, each is read and written twice forward, and in 6 passes backward.
+    """
     layers = model.num_layers
     products = layers * count_block_flops(model).attention / model.sequence_length * n / tensor
     return PartWork(
         "attention",
-        copy=layers * n * model.hidden_size / tensor * b * 12,
+        copy=layers * n * model.hidden_size / tensor * b * (12 + (20 if model.qk_norm else 0)),
         flops=2 * _CAUSAL * _ATTENTION_PASSES * products,
         launches=layers * 12,
     )
@@ -154,7 +157,7 @@ def recomputed_work(config: Config, tensor: int) -> list[PartWork]:
     parts = [
         PartWork(
             "attention again",
-            copy=layers * n * size * b * 4,
+            copy=layers * n * size * b * (4 + (8 if model.qk_norm else 0)),
             flops=2 * _CAUSAL * attended,
             launches=layers * 6,
         ),

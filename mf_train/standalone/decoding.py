@@ -27,7 +27,7 @@ from mf_train.kernels.decode import (
 )
 from mf_train.model.attention import rotary_table
 
-INTERFACE = 2
+INTERFACE = 3
 
 _PAGE = 4096
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
@@ -46,6 +46,7 @@ _LOOKUPS = ("query", "key", "value", "up", "down")
 _BLOCK_CLASSES = {"": {"MemoryFormerBlock"}, "attention": {"Attention"}}
 _BLOCK_CLASSES |= {name: {"Norm"} for name in _NORMS} | {name: {"Hash"} for name in _HASHES}
 _BLOCK_CLASSES |= {name: {"Lookup", "Int8Lookup"} for name in _LOOKUPS}
+_HEAD_NORMS = ("query_norm", "key_norm")  # of attention, with `model.qk_norm`
 _ACTIVATION_CLASSES = {"none": "Identity", "gelu": "GELU", "relu": "ReLU"}
 
 
@@ -215,6 +216,8 @@ def _is_plain(model: nn.Module, config: ModelConfig) -> bool:
     for index in range(config.num_layers):
         expected |= {f"blocks.{index}.{name}".rstrip("."): names for name, names in _BLOCK_CLASSES.items()}
         expected[f"blocks.{index}.activation"] = {_ACTIVATION_CLASSES[config.ffn_activation]}
+        if config.qk_norm:
+            expected |= {f"blocks.{index}.attention.{name}": {"HeadNorm"} for name in _HEAD_NORMS}
     found = dict(model.named_modules())
     return found.keys() == expected.keys() and all(
         type(module).__name__ in expected[name] and "forward" not in vars(module)
@@ -237,6 +240,7 @@ def _describe(model: Any, config: ModelConfig) -> ModelTensors:
         score=config.score,
         activation=config.ffn_activation,
         norm_epsilon=config.norm_epsilon,
+        softcap=model.head.softcap,
     )
 
 
@@ -244,7 +248,8 @@ def _describe_blocks(model: Any) -> Iterator[BlockTensors]:
     for block in model.blocks:
         norms: Any = {name: _norm(getattr(block, name)) for name in _NORMS}
         lookups: Any = {name: _lookup(getattr(block, name)) for name in _LOOKUPS}
-        yield BlockTensors(**norms, **lookups)
+        gains = [getattr(getattr(block.attention, name), "weight", None) for name in _HEAD_NORMS]
+        yield BlockTensors(**norms, **lookups, query_gain=gains[0], key_gain=gains[1])
 
 
 def _norm(norm: Any) -> NormTensors:

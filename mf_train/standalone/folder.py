@@ -21,6 +21,8 @@ CONFIG, CARD, CERTIFICATE = "config.json", "README.md", "certificate.json"
 # One file of weights, or the index of several.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 REMEDY = "convert the checkpoint again"
+# Keys of ModelConfig that came later: a model that was converted before has their defaults.
+_LATER = ("qk_norm", "logit_softcap")
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype, bool]:
@@ -47,7 +49,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype, bool]:
                 "convert the checkpoint again"
             )
         keys = {field.name: CONFIG_KEYS.get(field.name, field.name) for field in fields(ModelConfig)}
-        model = ModelConfig(**{name: tree[key] for name, key in keys.items()})
+        given = {name: key for name, key in keys.items() if key in tree or name not in _LATER}
+        model = ModelConfig(**{name: tree[key] for name, key in given.items()})
     except KeyError as error:
         raise UserError(f"{path}: has no key {error}; convert the checkpoint again") from None
     except (ValueError, TypeError, AttributeError) as error:

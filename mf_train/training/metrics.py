@@ -70,6 +70,12 @@ class Records:
                 bits = f", {found['bits_per_byte']:.4f} bits a byte" if found["bits_per_byte"] else ""
                 self.say(f"  {name}: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}{bits}")
 
+        for task, report in metrics.get("evaluate", {}).items():
+            values = ", ".join(
+                f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in report.items()
+            )
+            self.say(f"step {metrics['step']}: {task}: {values}")
+
     def check(self) -> None:
         """Raises TrainingError where the last step could not be written."""
         if self.failure is not None:
@@ -94,6 +100,11 @@ class Records:
             for kind in ("tables", "validation")
             for name, report in metrics.get(kind, {}).items()
             for key, value in report.items()
+        }
+        nested |= {
+            f"evaluate/{task}/{metric}": value
+            for task, report in metrics.get("evaluate", {}).items()
+            for metric, value in report.items()
         }
         step = metrics["step"]
         scalars = {

@@ -38,6 +38,7 @@ from mf_train.training.batches import Batch, SharedBatches
 from mf_train.training.binding import bind_cores
 from mf_train.training.device import check_host_memory, find_device, keep_freed_memory, make_deterministic
 from mf_train.training.environment import set_kernel_cache
+from mf_train.training.evaluate import LiveTasks, open_tasks
 from mf_train.training.folder import check_same_run, find_rewarm, record_config, resolved_yaml
 from mf_train.training.garbage import GarbageCollection
 from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
@@ -107,6 +108,12 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     validation = {}
     if config.training.validation_interval:
         validation = share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
+    tasks = None
+    if config.training.evaluate_tasks:
+        watch.entering("loading the tasks to evaluate")
+        tasks = open_tasks(config, inputs.tokenizer, device, stop.requested, watch.still_alive)
+        if tasks is None:
+            return _stopped("while tasks were loaded", degrees.rank)
     watch.entering("choosing a checkpoint")
     step = run_on_first(lambda: look_ahead(config, partial(_read_state, config, inputs, 0)), device)
     if step >= config.training.steps:
@@ -117,7 +124,7 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     chosen = choose_checkpoint(config, device, stop.requested, watch.still_alive)
     if chosen is None:
         return _stopped("while a checkpoint was verified", degrees.rank)
-    run = _Run(config, groups, device, inputs, validation, stop, watch, *chosen)
+    run = _Run(config, groups, device, inputs, validation, tasks, stop, watch, *chosen)
     try:
         return run.run()
     finally:
@@ -152,6 +159,7 @@ class _Run:
         device: torch.device,
         inputs: Inputs,
         validation: dict[str, ValidationBlocks],
+        tasks: LiveTasks | None,
         stop: StopRequest,
         watch: Watch,
         fence: Fence,
@@ -163,6 +171,7 @@ class _Run:
         self.device = device
         self.inputs = inputs
         self.validation = validation  # sets by name
+        self.tasks = tasks
         self.probed = next(iter(validation.values()), None)
         self.stop = stop
         self.watch = watch
@@ -245,6 +254,8 @@ class _Run:
             if self._due(config.training.validation_interval, last) and self.validation:
                 metrics |= self._validate()
                 self.progress |= {"validation_loss": metrics["validation_loss"], "validation_step": self.step}
+            if self.tasks is not None and (self._due(config.training.evaluate_interval, last) or last):
+                metrics |= self._evaluate(self.tasks)
             if "skipped" not in metrics:
                 self.progress |= {"loss": metrics["loss"]}
             self._report(metrics)
@@ -336,6 +347,11 @@ class _Run:
             losses, self.validation, [each.weight for each in self.config.data.validation]
         )
 
+    def _evaluate(self, tasks: LiveTasks) -> dict[str, Any]:
+        self.watch.entering(f"evaluating tasks after step {self.step}")
+        size = self.config.training.micro_batch_size
+        return {"evaluate": tasks.evaluate(self.engine, size, self.watch.still_alive)}
+
     def _fail(self, bad: Bad, step: int, digest: str) -> NoReturn:
         """All ranks raise, and rank 0 says why."""
         self.saver.finish()  # of an earlier step
@@ -389,6 +405,7 @@ class _Run:
                 (self.batches, "share", "share batch"),
                 (self.telemetry, "report", "telemetry"),
                 (self, "_validate", "validate"),
+                (self, "_evaluate", "evaluate"),
                 (self, "_report", "report"),
                 (self, "_save", "save"),
                 (self.saver, "advance", "save"),

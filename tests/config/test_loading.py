@@ -205,6 +205,7 @@ def random_config(dice: random.Random) -> Config:
         "master": "float32",  # split needs bfloat16
         "hub": None,
         "z_loss": dice.random() / 100,
+        "evaluate_tasks": ("text", "08"),  # its interval needs some
         "skip_steps": (dice.randint(1, 99), "100-101"),
         "profile": ProfileConfig(start=1, steps=dice.randrange(2), ranks=(0, dice.randint(1, 99))),
     }

@@ -84,6 +84,7 @@ struct Model {
         weights.activation = pick(0, 2);
         weights.epsilon = 1e-5;
         weights.rate = -2.0;
+        weights.softcap = double(pick(0, 1) * 20);
         const bool bias = pick(0, 1);
         int8 = pick(0, 2) == 0;
         const int64_t inner = weights.tables * weights.inner_bits;
@@ -107,6 +108,8 @@ struct Model {
             block.value = lookup(weights.bits, weights.features);
             block.up = lookup(weights.bits, inner);
             block.down = lookup(weights.inner_bits, weights.features);
+            block.query_gain = bias ? numbers(random, weights.features) : nullptr;
+            block.key_gain = bias ? numbers(random, weights.features) : nullptr;
             blocks.push_back(block);
         }
         weights.blocks = blocks.data();

@@ -27,8 +27,8 @@ void mf_norm_gradient_sums(const void*, const void*, int32_t, const float*, cons
 int32_t mf_norm_gradients(const void*, const void*, int32_t, const float*, const float*, const void*, int32_t,
                           const float*, int64_t, int64_t, int64_t, int64_t, int32_t, void*, float*, float*, int32_t);
 void mf_loss_sums(const void*, int32_t, const int64_t*, int64_t, int64_t, int64_t, float*, int32_t);
-void mf_loss_gradient(const void*, int32_t, const float*, const float*, const int64_t*, int64_t, int64_t, void*,
-                      int32_t);
+void mf_loss_gradient(const void*, int32_t, const float*, const float*, const int64_t*, int64_t, int64_t, float,
+                      void*, int32_t);
 }
 
 namespace {
@@ -160,7 +160,7 @@ void loss_once() {
     mf_loss_sums(logits.data, type, target.data(), tokens, vocabulary, chunk, sums.floats(), threads);
     for (void* out : {d_logits.data, logits.data}) {
         mf_loss_gradient(logits.data, type, normaliser.floats(), factor.floats(), target.data(), tokens, vocabulary,
-                         out, threads);
+                         out == logits.data ? 0.05f : 0.0f, out, threads);
     }
 }
 

@@ -85,6 +85,9 @@ def test_loss_steps(dtype: torch.dtype, size: int, lead: tuple[int, ...]) -> Non
     assert d_logits.dtype == dtype
     expected = loss_steps.gradient(logits.double(), normaliser.double(), factor.double(), target)
     assert_close(d_logits, expected, TOLERANCE[dtype])
+    d_logits = cpu_loss.gradient(logits, normaliser, factor, target, softcap=120.0)
+    expected *= 1 - (logits.double() / 120).square()
+    assert_close(d_logits, expected, TOLERANCE[dtype])
     for steps in (cpu_loss, loss_steps):
         taken = logits.clone()
         result = steps.gradient(taken, normaliser, factor, target, overwrite=True)

@@ -40,7 +40,9 @@ def compile_kernel(
     signature = {name: "constexpr" for name in kernel.arg_names}
     signature |= {f"{name}_ptr": "*" + element for name, element in pointers.items()}
     signature |= {name: "i32" for name in integers}
-    signature |= {name: "fp32" for name in ("keep", "rate", "root_of_share") if name in signature}
+    signature |= {
+        name: "fp32" for name in ("keep", "rate", "root_of_share", "inverse_cap") if name in signature
+    }
     aligned = [*(f"{name}_ptr" for name in pointers), "out_features", "first_column", "chunk", "width"]
     aligned += ["vocabulary"]
     attributes = {
@@ -157,8 +159,10 @@ def compile_loss(element: str) -> None:
     compiled = compile_kernel(triton_loss._sums_kernel, pointers, ["num_chunks", "chunk"], warps, constants)
     assert wide_loads(compiled["ptx"]) >= 2, "logits are not read 16 bytes a lane"
     pointers = {"logits": element, "normaliser": "fp32", "factor": "fp32", "target": "i64", "out": element}
-    compiled = compile_kernel(triton_loss._gradient_kernel, pointers, ["vocabulary"], warps, constants)
-    assert wide_loads(compiled["ptx"]) >= 2, "logits are not read 16 bytes a lane"
+    for capped in (False, True):
+        constants["CAPPED"] = capped
+        compiled = compile_kernel(triton_loss._gradient_kernel, pointers, ["vocabulary"], warps, constants)
+        assert wide_loads(compiled["ptx"]) >= 2, "logits are not read 16 bytes a lane"
 
 
 def compile_rotary(element: str) -> None:

@@ -56,6 +56,9 @@ def test_loss_steps(lead: tuple[int, ...], size: int, dtype: torch.dtype, steps:
     taken = logits.clone()
     assert steps.gradient(taken, normaliser, factor, target, overwrite=True) is taken
     assert torch.equal(taken, d_logits)
+    d_logits = steps.gradient(logits, normaliser, factor, target, softcap=120.0)
+    exact *= 1 - (logits.double() / 120).square()
+    assert_close(d_logits, exact * factor.double().unsqueeze(-1), TOLERANCE[dtype])
 
 
 def test_loss_of_strided_logits() -> None:
@@ -82,7 +85,7 @@ class Piece(Head):
 
 def losses_and_gradient(head: Head, logits: Tensor, targets: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     leaf = logits.clone().requires_grad_()
-    losses = head.token_losses(leaf * 1, targets, overwrite=True)
+    losses = head.token_losses(leaf * 1, targets, raw=True)
     (gradient,) = torch.autograd.grad(losses, leaf, share)
     return losses.detach(), gradient
 
@@ -178,7 +181,7 @@ def test_loss_of_logits_that_are_not_finite(
 def test_loss_that_takes_the_logits_runs_back_once(chosen_steps: ModuleType) -> None:
     logits, targets = random_logits(3, 4, 24)
     logits.requires_grad_()
-    losses = Head(1, 24).token_losses(logits * 1, targets.clamp(min=0), overwrite=True)
+    losses = Head(1, 24).token_losses(logits * 1, targets.clamp(min=0), raw=True)
     losses.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         losses.sum().backward()
@@ -207,7 +210,7 @@ def test_loss_takes_no_second_copy_of_the_logits() -> None:
     mine = logits * 1
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    losses = Head(1, 50304).token_losses(mine, targets, overwrite=True)
+    losses = Head(1, 50304).token_losses(mine, targets, raw=True)
     torch.autograd.grad(losses.sum(), mine)
     assert torch.cuda.max_memory_allocated() - before < 0.05 * mine.nbytes
 
@@ -223,7 +226,7 @@ def test_loss_moves_each_logit_three_times(dtype: torch.dtype, monkeypatch: pyte
     logits = torch.randn(tokens, size, generator=generator(9)).to(dtype).requires_grad_()
     mine, targets = logits.view(tokens, size), torch.randint(size, (tokens,), generator=generator(10))
     with count_traffic() as traffic:
-        losses = Head(1, size).token_losses(mine, targets, overwrite=True)
+        losses = Head(1, size).token_losses(mine, targets, raw=True)
         torch.autograd.grad(losses, mine, torch.ones(tokens))
     of_all_logits = [moved / logits.nbytes for moved in traffic.launches if 2 * moved > logits.nbytes]
     assert of_all_logits == pytest.approx([1, 2], rel=0.01)

@@ -27,7 +27,9 @@ def logits_of(weights: Weights, config: ModelConfig, token_ids: Tensor) -> Tenso
                 else dense_block(x, block, config)
             )
         x = norm(x, weights, "final_norm", config.norm, config.norm_epsilon)
-        rows.append(torch.einsum("sd,vd->sv", x, weights["head.weight"]))
+        logits = torch.einsum("sd,vd->sv", x, weights["head.weight"])
+        cap = config.logit_softcap
+        rows.append(cap * torch.tanh(logits / cap) if cap else logits)
     return torch.stack(rows)
 
 
@@ -44,6 +46,7 @@ def memory_block(x: Tensor, w: Weights, config: ModelConfig) -> Tensor:
     """Eq. 13. x [S, D]."""
     h = norm(x, w, "norm_attention", config.norm, config.norm_epsilon)
     q, k, v = (memory_layer(h, w, name, config.bits, config) for name in ("query", "key", "value"))
+    q, k = (head_norm(y, w, name, config) for y, name in ((q, "query"), (k, "key")))
     z = x + attention(q, k, v, config)
     m = memory_layer(norm(z, w, "norm_ffn", config.norm, config.norm_epsilon), w, "up", config.bits, config)
     if config.ffn_activation == "gelu":
@@ -62,6 +65,7 @@ def dense_block(x: Tensor, w: Weights, config: ModelConfig) -> Tensor:
 
     h = norm(x, w, "norm_attention", config.norm, config.norm_epsilon)
     q, k, v = (linear(h, name) for name in ("query", "key", "value"))
+    q, k = (head_norm(y, w, name, config) for y, name in ((q, "query"), (k, "key")))
     z = x + linear(attention(q, k, v, config), "output")
     h = norm(z, w, "norm_ffn", config.norm, config.norm_epsilon)
     return z + linear(gelu(linear(h, "up")), "down")
@@ -128,6 +132,20 @@ def norm(x: Tensor, w: Weights, name: str, kind: str, epsilon: float) -> Tensor:
             token * scale * w[f"{name}.weight"] + (w[f"{name}.bias"] if kind == "layernorm" else 0)
         )
     return torch.stack(outputs)
+
+
+def head_norm(x: Tensor, w: Weights, name: str, config: ModelConfig) -> Tensor:
+    """With `qk_norm` every head of every token of x [S, D] over its root mean square, times its gains."""
+    if not config.qk_norm:
+        return x
+    size = config.hidden_size // config.num_heads
+    gain = w[f"attention.{name}_norm.weight"]
+    tokens = []
+    for token in x:
+        heads = token.split(size)
+        scaled = [head / ((head * head).sum() / size + config.norm_epsilon).sqrt() for head in heads]
+        tokens.append(torch.cat(scaled) * gain)
+    return torch.stack(tokens)
 
 
 def gelu(x: Tensor) -> Tensor:

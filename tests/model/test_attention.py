@@ -64,11 +64,11 @@ def test_attention_against_the_definition(rotary_fraction: float) -> None:
     generator = torch.Generator().manual_seed(2)
     q, k, v = torch.randn(3, 2, 11, 48, generator=generator, dtype=torch.float64)
     rotary = rotary_table(torch.arange(11), config.rotary_size, config.rotary_base)
-    y = Attention(16)(q, k, v, rotary, 0)
+    y = Attention(config)(q, k, v, rotary, 0)
     expected = torch.stack([reference_attention(q[b], k[b], v[b], config) for b in range(2)])
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     # a rank that holds the last two heads gets their columns
-    part = Attention(16)(q[..., 16:], k[..., 16:], v[..., 16:], rotary, 0)
+    part = Attention(config)(q[..., 16:], k[..., 16:], v[..., 16:], rotary, 0)
     torch.testing.assert_close(part, y[..., 16:], rtol=1e-12, atol=1e-12)
 
 

@@ -82,6 +82,7 @@ def test_counts_are_those_of_the_built_model(kind: str, norm: str, inner_norm: s
         norm=norm,
         ffn_inner_norm=inner_norm,
         ffn_activation=activation,
+        qk_norm=activation == "gelu",
         vocab_size=77,
     )
     with torch.device("meta"):
@@ -116,6 +117,7 @@ def test_counts_of_random_models_are_those_built(kind: str) -> None:
             expand_bits=random.randint(0, 4),
             norm=random.choice(["layernorm", "rmsnorm"]),
             ffn_inner_norm=random.choice(["layernorm", "rmsnorm"]),
+            qk_norm=random.choice([False, True]),
             vocab_size=random.randint(2, 999),
         )
         with torch.device("meta"):

@@ -197,7 +197,7 @@ def test_attention_in_documents_is_the_masked_one(case: int) -> None:
     gradient = torch.randn(rows, length, 24, generator=generator, dtype=torch.float64)
     rotary, found = rotary_table(document_positions(documents), 4, 100.0), []
     for mask in (lengths, document_mask(documents, torch.float64)):
-        y = Attention(8)(*inputs, rotary, 0, mask)
+        y = Attention(ModelConfig(hidden_size=24, num_heads=3))(*inputs, rotary, 0, mask)
         found.append((y, *torch.autograd.grad(y, inputs, gradient)))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)

@@ -80,6 +80,56 @@ def test_z_loss(dtype: torch.dtype, tolerance: float) -> None:
     assert added.max() > 0.5 and (targets == -100).any()
 
 
+@pytest.mark.parametrize("steps", ["C++", "torch"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str
+)
+def test_soft_cap(dtype: torch.dtype, tolerance: float, steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and gradients of raw logits, capped and overwritten, and of capped ones; the z-loss of the latter."""
+    if steps == "torch":
+        monkeypatch.setattr("mf_train.model.head.fast_loss", lambda _: None)
+    head = Head(6, 96, softcap=5.0).to(dtype)
+    head.z_loss = 0.01
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        head.weight.normal_(generator=generator)
+    x = (torch.randn(4, 9, 6, generator=generator, dtype=torch.float64) * 2).to(dtype).requires_grad_()
+    _, targets, share = random_case(96, 1.0, dtype, 3)
+    wide_x, wide_weight = (each.detach().double().requires_grad_() for each in (x, head.weight))
+    capped = 5 * torch.tanh(wide_x @ wide_weight.t() / 5)
+    assert 4 < capped.abs().max() < 5
+    expected = torch_losses(capped, targets)
+    added = torch.where(targets == -100, 0, 0.01 * capped.logsumexp(-1).square())
+    wanted = torch.autograd.grad(((expected + added) * share).sum(), (wide_x, wide_weight))
+
+    logits = head(x)
+    torch.testing.assert_close(logits.double(), capped, rtol=tolerance, atol=tolerance)
+    for losses in (
+        head.token_losses(logits, targets),
+        head.token_losses(head(x, raw=True), targets, raw=True),
+    ):
+        torch.testing.assert_close(losses.double(), expected, rtol=tolerance, atol=tolerance)
+        gradients = torch.autograd.grad(losses, (x, head.weight), share.to(losses.dtype))
+        for ours, theirs in zip(gradients, wanted, strict=True):
+            assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_the_likeliest_token_of_all_ranks() -> None:
+    logits = torch.randint(3, (50, 24), generator=torch.Generator().manual_seed(1)).float()  # with equal ones
+    pairs: list[Tensor] = []
+
+    class Piece(Head):
+        def gather_sums(self, sums: Tensor) -> Tensor:
+            pairs.append(sums)
+            return torch.stack(pairs, -1)
+
+    head = Piece(4, 24)
+    for head.first_token in (0, 6, 12, 18):
+        found = head.likeliest(logits[:, head.first_token : head.first_token + 6])
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert found.tolist() == expected == Head(4, 24).likeliest(logits).tolist()
+
+
 def test_gradcheck() -> None:
     logits, targets, _ = random_case(24, 2.0, torch.float64, 1)
     head = Head(4, 24)

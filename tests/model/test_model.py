@@ -37,6 +37,8 @@ CASES = {
     "gelu": {"ffn_activation": "gelu", "expand_bits": 1, "num_heads": 4},
     "relu": {"ffn_activation": "relu", "score": "scaled_probability", "rotary_fraction": 0.0},
     "dense": {"kind": "dense"},
+    "regularisers": {"qk_norm": True, "logit_softcap": 2.0, "num_heads": 4, "rotary_fraction": 1.0},
+    "dense regularisers": {"kind": "dense", "qk_norm": True, "logit_softcap": 2.0},
     "dense rmsnorm": {"kind": "dense", "norm": "rmsnorm", "num_heads": 3, "rotary_base": 100.0},
 }
 

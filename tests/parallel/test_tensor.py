@@ -39,7 +39,13 @@ SIZES = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "released": {"norm": "rmsnorm", "score": "scaled_probability", "ffn_activation": "gelu"},
+    "released": {
+        "norm": "rmsnorm",
+        "score": "scaled_probability",
+        "ffn_activation": "gelu",
+        "qk_norm": True,
+        "logit_softcap": 3.0,
+    },
     # codes of 8 and 10 bits, as in the paper's models: one and two bytes
     "wide codes": {"bits": 8, "temperature": 0.7, "num_layers": 1},
     "documents": {},  # packed rows, attention inside their documents

@@ -30,7 +30,15 @@ from mf_train.training.validate import validation_loss
 Weights = dict[str, Tensor]
 
 MODEL = ModelConfig(
-    hidden_size=32, num_layers=2, num_heads=4, bits=4, expand_bits=2, vocab_size=128, sequence_length=16
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    bits=4,
+    expand_bits=2,
+    qk_norm=True,
+    logit_softcap=3.0,
+    vocab_size=128,
+    sequence_length=16,
 )
 # Clipping is active at every step; decay and the tables' multiplier are large enough to show in the weights.
 OPTIMIZER = OptimizerConfig(

@@ -49,8 +49,9 @@ def float32_one(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture(scope="session")
 def bfloat16_two(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Trained in bfloat16 by two processes, tables split over both."""
-    return _trained(tmp_path_factory, "bfloat16-two", 2, "bfloat16")
+    """Trained in bfloat16 by two processes, tables split over both, with the model's regularisers."""
+    regularisers = ("model.qk_norm=true", "model.logit_softcap=5", "training.z_loss=1e-4")
+    return _trained(tmp_path_factory, "bfloat16-two", 2, "bfloat16", *regularisers)
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,8 @@ CONFIGS = {
         norm="rmsnorm",
         score="scaled_probability",
         ffn_activation="gelu",
+        qk_norm=True,
+        logit_softcap=5.0,
     ),
     "other": ModelConfig(
         **SMALL,
@@ -78,6 +80,10 @@ def exactly_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(f"mf_train.model.memory.{name}", partial(function, backend=backend))
     monkeypatch.setattr("mf_train.model.norm.fast_norm", lambda _: None)
+    rms_norm = F.rms_norm
+    monkeypatch.setattr(
+        F, "rms_norm", lambda x, *sizes, **options: rms_norm(x.double(), *sizes, **options).to(x.dtype)
+    )
     in_dtype = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

@@ -52,24 +52,34 @@ void chunk_sums(const T* logits, const int64_t* target, int64_t tokens, int64_t 
     }
 }
 
-// (softmax - one at the target) * gradient; out may be logits. target < 0: the target is not among these logits.
+// (softmax - one at the target) * gradient; out may be logits. target < 0: the target is not among these logits. Where
+// they are soft-capped, inverse_cap is 1 / cap, else 0, and the result times the cap's derivative, 1 - (logit / cap)^2.
 template <typename T>
 void gradient(const T* logits, const float* normaliser, const float* factor, const int64_t* target, int64_t tokens,
-              int64_t vocabulary, T* out, int threads) {
+              int64_t vocabulary, float inverse_cap, T* out, int threads) {
+    const Vec inverse = broadcast(inverse_cap), one = broadcast(1.0f);
+    // a branch, since minus infinity times 0 is no number
+    const auto before_cap = [&](Vec gradient, Vec logit) {
+        if (inverse_cap == 0) return gradient;
+        const Vec share = mul(logit, inverse);
+        return mul(gradient, sub(one, mul(share, share)));
+    };
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < tokens; ++n) {
         const T* row = logits + n * vocabulary;
         T* result = out + n * vocabulary;
         const Vec shift = broadcast(normaliser[n]), scale = broadcast(factor[n]);
-        const Vec at_target = target[n] >= 0 ? sub(load(row + target[n], 1), shift) : zero();
+        const Vec target_logit = target[n] >= 0 ? load(row + target[n], 1) : zero();
         for (int64_t v = 0; v < vocabulary; v += kLanes) {
             const int64_t left = vocabulary - v;
-            const Vec value = mul(exp_nonpositive(sub(load_lanes(row + v, int(min(left, kLanes))), shift)), scale);
-            store_lanes(result + v, value, int(min(left, kLanes)));
+            const Vec logit = load_lanes(row + v, int(min(left, kLanes)));
+            const Vec value = mul(exp_nonpositive(sub(logit, shift)), scale);
+            store_lanes(result + v, before_cap(value, logit), int(min(left, kLanes)));
         }
         if (target[n] >= 0) {
             float lanes[kLanes];
-            store(lanes, sub(mul(exp_nonpositive(at_target), scale), scale));
+            const Vec value = sub(mul(exp_nonpositive(sub(target_logit, shift)), scale), scale);
+            store(lanes, before_cap(value, target_logit));
             from_float(lanes[0], result + target[n]);
         }
     }
@@ -88,12 +98,15 @@ void mf_loss_sums(const void* logits, int32_t type, const int64_t* target, int64
     });
 }
 
-// d logits: (exp(logit - normaliser) - [at target]) * factor, factor being the gradient of the token's loss.
+// d logits: (exp(logit - normaliser) - [at target]) * factor, factor being the gradient of the token's loss; with
+// inverse_cap = 1 / cap that of the logits before the cap.
 void mf_loss_gradient(const void* logits, int32_t type, const float* normaliser, const float* factor,
-                      const int64_t* target, int64_t tokens, int64_t vocabulary, void* out, int32_t threads) {
+                      const int64_t* target, int64_t tokens, int64_t vocabulary, float inverse_cap, void* out,
+                      int32_t threads) {
     mf::with_floats(type, logits, [&](auto* values) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(values)>>;
-        mf::gradient(values, normaliser, factor, target, tokens, vocabulary, static_cast<T*>(out), threads);
+        mf::gradient(values, normaliser, factor, target, tokens, vocabulary, inverse_cap, static_cast<T*>(out),
+                     threads);
     });
 }
 

@@ -306,11 +306,23 @@ private:
         for (int64_t b = 0; b < step_.batch; ++b) {
             for (int64_t h = heads.first; h < heads.last; ++h) {
                 float* q = qkv_ + b * layout_.features + h * head_;
+                if (block.query_gain) {
+                    normalise_head(q, typed(block.query_gain) + h * head_);
+                    normalise_head(q + stride, typed(block.key_gain) + h * head_);
+                }
                 attend_head(q, q + stride, q + 2 * stride, b, h, layer);
                 float* x = x_ + b * layout_.features + h * head_;
                 for (int64_t i = 0; i < head_; ++i) x[i] = rounded<T>(x[i] + q[i]);
             }
         }
+    }
+
+    // x / sqrt(mean of x^2 + epsilon), rounded as torch's rms_norm rounds it, times the gain.
+    void normalise_head(float* x, const T* gain) const {
+        double squares = 0;
+        for (int64_t i = 0; i < head_; ++i) squares += double(x[i]) * x[i];
+        const float rstd = float(1.0 / std::sqrt(squares / double(head_) + model_.epsilon));
+        for (int64_t i = 0; i < head_; ++i) x[i] = rounded<T>(rounded<T>(x[i] * rstd) * to_float(gain[i]));
     }
 
     void rotate(float* x) const {
@@ -471,6 +483,8 @@ private:
         auto multiply = [&](auto batch) {
             multiply_rows<batch.value>(matrix, model_.head_scales, mine, model_.features, x, layout_.features, y,
                                        model_.vocabulary);
+            if (model_.softcap == 0) return;
+            for (int64_t i = 0; i < batch.value; ++i) cap(y + i * model_.vocabulary, mine);
         };
         switch (min(kMaxTile, step_.batch - b)) {
             case 1: return multiply(std::integral_constant<int, 1>());
@@ -481,6 +495,14 @@ private:
             case 6: return multiply(std::integral_constant<int, 6>());
             case 7: return multiply(std::integral_constant<int, 7>());
             default: return multiply(std::integral_constant<int, 8>());
+        }
+    }
+
+    // The soft cap of a sequence's logits, cap tanh(logit / cap).
+    void cap(T* logits, Range mine) const {
+        const float softcap = float(model_.softcap);
+        for (int64_t v = mine.first; v < mine.last; ++v) {
+            from_float(softcap * std::tanh(to_float(logits[v]) / softcap), logits + v);
         }
     }
 

@@ -20,6 +20,7 @@ struct LookupWeights {
 struct BlockWeights {
     NormWeights norm_attention, norm_ffn, norm_inner;
     LookupWeights query, key, value, up, down;
+    const void *query_gain, *key_gain;  // T [D], of the norms of each head's queries and keys; both null for none
 };
 
 enum Activation : int64_t { kNone = 0, kGelu = 1, kRelu = 2 };
@@ -36,6 +37,7 @@ struct ModelWeights {
     int64_t activation;  // an Activation
     double epsilon;      // of the norms
     double rate;         // -2 / temperature of the hash
+    double softcap;      // of the logits; 0: none
 };
 
 struct DecodeStep {

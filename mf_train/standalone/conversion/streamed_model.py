@@ -225,15 +225,16 @@ class _StreamedEmbedding(nn.Module):
         return self.source.rows(self.name, rows)[0][place]
 
 
-class _StreamedHead(nn.Module):
+class _StreamedHead(Head):
     """A Head, or an Int8Head: [..., D] -> [..., V]."""
 
     def __init__(self, name: str, plain: Head, source: Weights) -> None:
-        super().__init__()
+        with torch.device("meta"):
+            super().__init__(1, plain.vocab_size, plain.softcap)
+        del self.weight  # it stays where it is
         self.name, self.source = f"{name}.weight", source
-        self.vocab_size = plain.vocab_size
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         x_nd = x.flatten(0, -2)
         logits_nv = x.new_empty(len(x_nd), self.vocab_size)
         # the plain head's chunks, whose bits depend on their size; a larger one is cut for the sake of memory

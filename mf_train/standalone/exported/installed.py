@@ -8,7 +8,7 @@ module's `FastPath` and on `hash_codes`, `lookup`, `lookup_all`, `lookup_int8`, 
 import importlib
 from typing import Any
 
-INTERFACE = 2
+INTERFACE = 3
 
 
 def find_decoding() -> Any:

@@ -4,11 +4,9 @@ The model is run by lm-eval's own `hf` model, as the `lm_eval` command runs it; 
 model, the software and the questions that a score belongs to.
 """
 
-import contextlib
 import hashlib
 import json
 import secrets
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +15,9 @@ from typing import Any
 import torch
 
 from mf_train.errors import UserError
+from mf_train.evaluation.harness import Keys, evaluate_folder, metric_values
 from mf_train.files import write_whole
 from mf_train.standalone.folder import CERTIFICATE, read_config
-from mf_train.text import did_you_mean
 
 SOFTWARE = ("lm_eval", "transformers", "torch", "tokenizers", "datasets")
 # Of the standard error of metrics that are no means, such as perplexity; lm-eval's own 100,000 take a minute.
@@ -42,12 +40,19 @@ def evaluate_tasks(
     for option, value in (("--batch-size", batch_size), ("--limit", limit)):
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}: it must be at least 1")
-    if include_path is not None and not include_path.is_dir():
-        raise UserError(f"--include-path {include_path}: no such folder")
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: {output.parent} is no folder")
     read_config(model)
-    results = _run(model, tasks, include_path, batch_size, limit)
+    results = evaluate_folder(
+        model,
+        tasks,
+        include_path,
+        Keys(tasks="--tasks", include_path="--include-path"),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        batch_size=batch_size,
+        limit=limit,
+        bootstrap_iterations=_BOOTSTRAP,
+    )
     record: dict[str, Any] = {
         "model": _model_tree(model),
         "versions": {name: version(name) for name in SOFTWARE},
@@ -59,7 +64,7 @@ def evaluate_tasks(
             "bootstrap_iterations": _BOOTSTRAP,
         },
         "tasks": {name: _task_tree(name, results) for name in sorted(results["samples"])},
-        "groups": {name: _metrics(values) for name, values in results.get("groups", {}).items()},
+        "groups": {name: metric_values(values) for name, values in results.get("groups", {}).items()},
     }
     if output is not None:
         write_whole(output, (json.dumps(record, indent=1) + "\n").encode(), secrets.token_hex(4))
@@ -72,47 +77,6 @@ def evaluate_tasks(
     for name, tree in record["tasks"].items():
         yield f"{name:24} {tree['items']} items, version {tree['version']}, requests {tree['requests_sha256'][:16]}"
     yield " ".join(f"{name} {number}" for name, number in record["versions"].items())
-
-
-def _run(
-    model: Path, tasks: Sequence[str], include_path: Path | None, batch_size: int, limit: int | None
-) -> dict[str, Any]:
-    """What lm-eval returns. Its progress goes to standard error."""
-    try:
-        import lm_eval
-        from lm_eval.models import huggingface  # noqa: F401 - its own extra is easily forgotten
-        from lm_eval.tasks import TaskManager
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--tasks needs lm-evaluation-harness ({error}): pip install 'mf-train[evaluation]'"
-        ) from None
-    own = (
-        None if include_path is None else TaskManager(include_path=str(include_path), include_defaults=False)
-    )
-    if own is not None and set(tasks) <= set(own.all_tasks):
-        manager = own  # to read lm-eval's ten thousand task files takes longer than a small task
-    else:
-        manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    for task in tasks:
-        if task not in manager.all_tasks:
-            hint = did_you_mean(task, manager.all_tasks, "'lm_eval ls tasks' lists them")
-            raise UserError(
-                f"--tasks {task}: no such task; {hint} --include-path names a folder of task files"
-            )
-    with contextlib.redirect_stdout(sys.stderr):
-        results: dict[str, Any] | None = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(model), "trust_remote_code": True},
-            tasks=list(tasks),
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            batch_size=batch_size,
-            limit=limit,
-            bootstrap_iters=_BOOTSTRAP,
-            task_manager=manager,
-            log_samples=True,
-        )
-    assert results is not None, "lm-eval returns results on rank 0, and there is one rank"
-    return results
 
 
 def _model_tree(model: Path) -> dict[str, str | None]:
@@ -132,17 +96,5 @@ def _task_tree(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
         "few_shot": results["n-shot"][name],
         "file_sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None,
         "requests_sha256": hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest(),
-        "metrics": _metrics(results["results"][name]),
+        "metrics": metric_values(results["results"][name]),
     }
-
-
-def _metrics(values: Mapping[str, Any]) -> dict[str, list[float | None]]:
-    """Value and standard error (None where lm-eval has none) of each metric; "acc,none" becomes "acc"."""
-    found: dict[str, list[float | None]] = {}
-    for key, value in values.items():
-        metric, comma, filtered = key.partition(",")
-        if comma and not metric.endswith("_stderr"):
-            error = values.get(f"{metric}_stderr,{filtered}")
-            name = metric if filtered == "none" else key
-            found[name] = [value, error if isinstance(error, float) else None]
-    return found

@@ -318,7 +318,11 @@ def check_hidden_states():
         states = out.hidden_states
         assert [state.shape for state in states] == [(2, 6, 48)] * 3
         assert torch.equal(states[0], model.get_input_embeddings()(ids))
-        same(states[-1] @ model.get_output_embeddings().weight.T, out.logits)
+        products, cap = (
+            states[-1] @ model.get_output_embeddings().weight.T,
+            getattr(model.config, "logit_softcap", 0),
+        )
+        same(cap * (products / cap).tanh() if cap else products, out.logits)
         assert model(ids).hidden_states is None
 
 

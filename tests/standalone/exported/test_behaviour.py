@@ -29,6 +29,8 @@ CONFIG = ModelConfig(
     bits=4,
     expand_bits=1,
     rotary_fraction=0.5,
+    qk_norm=True,
+    logit_softcap=2.0,
     vocab_size=4096,
     sequence_length=48,
 )

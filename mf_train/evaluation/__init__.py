@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness: run on a converted model, or asked of the model in training."""

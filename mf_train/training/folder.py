@@ -12,6 +12,7 @@ from mf_train.checkpoint.layout import (
 )
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config, ModelConfig
+from mf_train.config.groups import group_rules, groups_of
 from mf_train.config.loading import config_to_tree, load_config
 from mf_train.config.schedule import Rewarm, rate_of, rewarm_end
 from mf_train.config.yaml_text import yaml_text
@@ -130,11 +131,14 @@ def describe_changes(config: Config, checkpoint: Path) -> list[str]:
             f"the learning rate {how}, since it is not the checkpoint's (schedule.on_change: "
             f"{config.schedule.on_change})"
         )
-    there, here = (each.optimizer.table_learning_rate_multiplier for each in (before, config))
-    if step and there != here:
-        lines.append(
-            f"warning: optimizer.table_learning_rate_multiplier is {here:g} and was {there:g}: tables' rates jump"
-        )
+    there, here = (group_rules(each.optimizer, each.model.hidden_size) for each in (before, config))
+    jumps = [
+        f"{group} from {there[group].multiplier:g} to {here[group].multiplier:g}"
+        for group in groups_of(config.model.kind)
+        if there[group].multiplier != here[group].multiplier
+    ]
+    if step and jumps:
+        lines.append(f"warning: learning rate multipliers jump: {', '.join(jumps)}")
     return lines
 
 

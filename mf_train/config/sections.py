@@ -201,6 +201,8 @@ class TrainingConfig:
     # an update is left out where loss or gradient norm is so many standard deviations, estimated by medians, above the
     # last 128 updates' (mf_train/training/bad_steps.py); 6 is usual, 0: none is
     skip_spikes: float = not_negative(0.0)
+    # d of an exponential average of the weights, d average + (1 - d) weights after each update, in float32; 0: none
+    average_decay: float = bounds.decay(0.0)
     collective_timeout_seconds: int = positive(600)  # a collective that waits longer ends the run
     bind_cores: bool = True  # of a rank that nobody has bound: its GPU's NUMA node, or a share
     gc_interval: int = not_negative(100)  # steps between Python's garbage collections; 0: its own

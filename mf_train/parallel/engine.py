@@ -15,7 +15,7 @@ from mf_train.model.attention import document_numbers
 from mf_train.parallel.degrees import count_micro_batches
 from mf_train.parallel.fragment import Fragment
 from mf_train.parallel.groups import Groups
-from mf_train.parallel.kinds import MOMENTS
+from mf_train.parallel.kinds import MOMENTS, kept_kinds
 from mf_train.parallel.zero import Zero
 
 __all__ = ["MOMENTS", "Engine", "Fragment", "parameter_groups"]
@@ -59,6 +59,8 @@ class Engine:
         end_of_text: int | None = None,
     ) -> None:
         self.stage = config.parallel.zero_stage
+        # of the numbers that ranks keep of every parameter
+        self.kinds = kept_kinds(config.training.average_decay)
         self.groups = groups
         self.device = device
         self.end_of_text = end_of_text

@@ -5,6 +5,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from mf_train.checkpoint.layout import (
+    AVERAGE,
     CONFIG,
     TOKENIZER,
     list_checkpoints,
@@ -110,7 +111,7 @@ def _next_rates(config: Config, reader: CheckpointReader) -> tuple[float, float]
 
 def describe_changes(config: Config, checkpoint: Path) -> list[str]:
     """A line for each thing that a run does otherwise than the run of the checkpoint that it goes on from: how numbers
-    are held, and learning rates.
+    are held, the average of the weights, and learning rates.
     """
     before, reader = load_config(checkpoint / CONFIG), CheckpointReader(checkpoint)
     held = []
@@ -120,6 +121,11 @@ def describe_changes(config: Config, checkpoint: Path) -> list[str]:
             held.append(f"{key} {there} to {here}")
     lines = [f"converted what the checkpoint holds: {', '.join(held)}"] if held else []
     step = reader.manifest.step
+    held_average, average = AVERAGE in reader.manifest.kinds, bool(config.training.average_decay)
+    if average and not held_average:
+        lines.append(f"the average of the weights begins at those of step {step}: the checkpoint holds none")
+    if held_average and not average:
+        lines.append("the checkpoint's average of the weights is dropped: training.average_decay is 0")
     old, new = _next_rates(config, reader)
     if step and old != new:
         if (rewarm := find_rewarm(config, reader)) is None:

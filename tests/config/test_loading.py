@@ -350,6 +350,31 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
         ("training.micro_batch_size=-1", "training.micro_batch_size is -1: it must be a number above 0"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate is inf: it must be a number above 0"),
         ("optimizer.weight_decay=-0.1", "optimizer.weight_decay is -0.1: it must be a number, 0 or more"),
+        ("training.average_decay=1", "training.average_decay is 1.0: it must be in [0, 1)"),
+        ("optimizer.groups.head.weight_decay=-1", "optimizer.groups.head.weight_decay is -1.0: it must be a"),
+        (
+            "optimizer.groups.tabels.weight_decay=1",
+            "unknown key 'optimizer.groups.tabels': did you mean 'tables'",
+        ),
+        ("optimizer.groups=2", "optimizer.groups is 2: expected keys and values"),
+        ("optimizer.groups.tables=2", "optimizer.groups.tables is 2: expected keys and values"),
+        (
+            "optimizer.groups.matrices.weight_decay=0.5",
+            "optimizer.groups.matrices is set and a model of kind memoryformer has none: leave it out",
+        ),
+        (
+            "optimizer={table_learning_rate_multiplier: 2, groups: {tables: {learning_rate_multiplier: 3}}}",
+            "table_learning_rate_multiplier is 2 and optimizer.groups.tables.learning_rate_multiplier is 3: keep one",
+        ),
+        (
+            "optimizer.width_rule=mup",
+            "optimizer.width_rule is mup and optimizer.base_hidden_size is missing: give",
+        ),
+        (
+            "optimizer.base_hidden_size=64",
+            "base_hidden_size is 64 and optimizer.width_rule is none: set it to mup",
+        ),
+        ("optimizer.width_rule=sp", "optimizer.width_rule is 'sp': choose one of none, mup"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas is [0.9, 1.0]: each must be in [0, 1)"),
         ("logging.alarm_entropy=-1", "logging.alarm_entropy is -1.0: it must be in [0, 1]"),
         ("schedule.minimum_fraction=2", "schedule.minimum_fraction is 2.0: it must be in [0, 1]"),

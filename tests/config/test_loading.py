@@ -15,6 +15,7 @@ import yaml
 
 from mf_train.config import (
     Config,
+    GroupConfig,
     ModelConfig,
     OptimizerConfig,
     ProfileConfig,
@@ -205,6 +206,9 @@ def random_config(dice: random.Random) -> Config:
         "master": "float32",  # split needs bfloat16
         "hub": None,
         "z_loss": dice.random() / 100,
+        "average_decay": dice.random(),
+        **dict.fromkeys(("tables", "ffn_tables", "matrices"), GroupConfig()),  # which not every model has
+        "width_rule": "mup",
         "skip_steps": (dice.randint(1, 99), "100-101"),
         "profile": ProfileConfig(start=1, steps=dice.randrange(2), ranks=(0, dice.randint(1, 99))),
     }
@@ -222,7 +226,7 @@ def random_config(dice: random.Random) -> Config:
             return dice.choice(typing.get_args(annotation))
         if annotation is bool:
             return dice.random() < 0.5
-        if annotation is float:
+        if annotation in (float, float | None):
             return dice.choice([1.0, 1e-8, 3e-4, dice.uniform(0.1, 1e5)])
         if annotation in (int, int | None):
             return dice.randint(1, 10**6)

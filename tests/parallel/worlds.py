@@ -48,7 +48,7 @@ OPTIMIZER = OptimizerConfig(
     groups=GroupsConfig(
         ffn_tables=GroupConfig(learning_rate_multiplier=0.75, weight_decay=0.2),
         embedding=GroupConfig(weight_decay=0.1),
-        head=GroupConfig(learning_rate_multiplier=1.5),
+        head=GroupConfig(learning_rate_multiplier=0.7),
         norms=GroupConfig(learning_rate_multiplier=0.8, weight_decay=0.05),
     ),
     weight_decay=0.3,
@@ -318,7 +318,7 @@ def train_plainly(precision: str, documents: bool, device: torch.device = CPU) -
             {"params": tables, "lr": rate * 0.5},
             {"params": ffn_tables, "lr": rate * 0.75, "weight_decay": 0.2},
             {"params": [masters["embedding.weight"]], "weight_decay": 0.1},
-            {"params": [masters["head.weight"]], "lr": rate * 1.5},
+            {"params": [masters["head.weight"]], "lr": rate * 0.7},
             {"params": others, "lr": rate * 0.8, "weight_decay": 0.05},
         ],
         lr=rate,

@@ -9,6 +9,7 @@
       probe.safetensors                        tokens, and the trainer's logits and codes on them
       weights-0-of-2-part-000.safetensors      float32 master weights of tensor-parallel rank 0 of 2
       exp_avg-..., exp_avg_sq-...              AdamW's moments, laid out the same; absent where they are zero
+      average-...                              the weights' average, where the run keeps one: then this is format 3
 
 Each tensor is a tensor-parallel slice of a parameter under the parameter's name. The data-parallel degree and the
 ZeRO stage leave no trace: a part is as many parameters, in the model's order, as fit into `PART_BYTES`.
@@ -19,16 +20,17 @@ DeepSpeed's own formats are not used: see docs/checkpoints.md for what its unive
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mf_train.errors import UserError
+from mf_train.parallel.kinds import AVERAGE as AVERAGE
 from mf_train.parallel.kinds import KINDS as KINDS
 from mf_train.run_folder import CHECKPOINTS
 
-FORMAT = 2
+FORMAT, FORMAT_WITH_AVERAGE = 2, 3  # versions that know no average refuse the latter by its number
 MANIFEST, STATE, CONFIG, TOKENIZER, PROBE = (
     "manifest.json",
     "state.json",
@@ -56,7 +58,7 @@ class Manifest:
     format: int
     step: int
     tensor_parallel: int
-    kinds: tuple[str, ...]  # KINDS, or only "master" where the moments are zero
+    kinds: tuple[str, ...]  # KINDS, these and AVERAGE, or only "master" where the moments are zero
     parameters: dict[str, tuple[int, ...]]
     parts: dict[str, int]
     files: dict[str, FileRecord]
@@ -89,13 +91,18 @@ def _checksum(tree: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
 
 
+def format_of(kinds: Sequence[str]) -> int:
+    """The format of a checkpoint that holds these kinds."""
+    return FORMAT_WITH_AVERAGE if AVERAGE in kinds else FORMAT
+
+
 def step_name(step: int) -> str:
     """Folder name of a step's checkpoint."""
     return f"step-{step:09d}"
 
 
 def part_name(kind: str, tensor_rank: int, tensor_size: int, part: int) -> str:
-    """File name of a part; `kind` is one of KINDS."""
+    """File name of a part; `kind` is one of KINDS, or AVERAGE."""
     prefix = "weights" if kind == "master" else kind
     return f"{prefix}-{tensor_rank}-of-{tensor_size}-part-{part:03d}.safetensors"
 
@@ -177,5 +184,8 @@ def _check_format(path: Path, text: str) -> None:
     """Raises UserError for another version's manifest, and not for this one's with another number by damage."""
     tree = json.loads(text)
     checksum = tree.pop("crc32", None)
-    if tree["format"] != FORMAT and checksum in (None, _checksum(tree)):
-        raise UserError(f"{path}: format {tree['format']}, this version reads format {FORMAT}")
+    formats = FORMAT, FORMAT_WITH_AVERAGE
+    if tree["format"] not in formats and checksum in (None, _checksum(tree)):
+        raise UserError(
+            f"{path}: format {tree['format']}, this version reads formats {FORMAT} and {FORMAT_WITH_AVERAGE}"
+        )

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 
-from mf_train.checkpoint.layout import KINDS
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.errors import UserError
 from mf_train.model.sharding import whole_shape
 from mf_train.parallel.agreement import run_on_all
 from mf_train.parallel.engine import Engine
+from mf_train.parallel.kinds import AVERAGE
 
 
 def load_checkpoint(
     engine: Engine, reader: CheckpointReader, still_alive: Callable[[], None] = lambda: None
 ) -> None:
     """Set masters, moments and the count of updates of an engine. Collective; `still_alive` is called after each read.
+
+    An average of the weights that the checkpoint does not hold begins at its weights.
 
     Raises UserError where the checkpoint is of another model.
     """
@@ -26,11 +28,12 @@ def load_checkpoint(
 def _read_fragments(engine: Engine, reader: CheckpointReader, still_alive: Callable[[], None]) -> None:
     degrees = engine.groups.degrees
     for name, fragment in engine.fragments().items():
-        for kind in KINDS:
+        for kind in engine.kinds:
             held = fragment.held(kind)
+            source = "master" if kind == AVERAGE and kind not in reader.manifest.kinds else kind
             for first, numel in held.pieces():
                 start = fragment.start + first
-                values = reader.read_fragment(name, kind, degrees.tensor_rank, degrees.tensor, start, numel)
+                values = reader.read_fragment(name, source, degrees.tensor_rank, degrees.tensor, start, numel)
                 held.narrow(first, numel).write(values.to(held.tensors[0].device))
             still_alive()
 

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from mf_train.checkpoint.checksum import crc_of_file, crc_of_piece
 from mf_train.checkpoint.layout import (
+    AVERAGE,
     KINDS,
     MANIFEST,
     STATE,
     DamageError,
     Manifest,
+    format_of,
     list_checkpoints,
     part_name,
     read_manifest,
@@ -33,12 +35,15 @@ REMEDY = "use another checkpoint"
 class CheckpointReader:
     """An open checkpoint. A read touches only the slices it needs; threads may read at the same time.
 
+    `weights`: the kind that is read where none is named, which must be there: "master" or AVERAGE.
+
     Raises UserError (mostly DamageError) naming the file where one is missing, truncated or damaged, OSError where it
     cannot be read.
     """
 
-    def __init__(self, checkpoint: Path, *, check_sizes: bool = True) -> None:
+    def __init__(self, checkpoint: Path, *, check_sizes: bool = True, weights: str = "master") -> None:
         self.checkpoint = checkpoint
+        self.weights = weights
         self.manifest = read_manifest(checkpoint, check_sizes=check_sizes)
         self.shapes = {name: tuple(shape) for name, shape in self.manifest.parameters.items()}
         self._check_manifest()
@@ -72,7 +77,7 @@ class CheckpointReader:
     def read(
         self,
         name: str,
-        kind: str = "master",
+        kind: str | None = None,
         region: Region | None = None,
         buffer: Tensor | None = None,
         checksums: "Checksums | None" = None,
@@ -88,7 +93,7 @@ class CheckpointReader:
         size = math.prod(sizes)
         values = torch.empty(size, dtype=torch.float32) if buffer is None else buffer[:size]
         spare = None if buffer is None else buffer[size:]
-        self._read_into(values.view(sizes), name, kind, region, spare, checksums)
+        self._read_into(values.view(sizes), name, kind or self.weights, region, spare, checksums)
         return values.view(sizes)
 
     def read_fragment(
@@ -111,19 +116,19 @@ class CheckpointReader:
         return values
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        """Rows float32 [n, last] of a master parameter seen as [-1, last dimension]; `indices` int64 [n]."""
+        """Rows float32 [n, last] of the weights of a parameter seen as [-1, last dimension]; `indices` int64 [n]."""
         shape, split = self.shapes[name], split_dimension(name)
         ranks, width = self.manifest.tensor_parallel, shape[-1]
         values = torch.empty(len(indices), width, dtype=torch.float32)
         if split == len(shape) - 1:
             for rank, part in enumerate(values.split(width // ranks, 1)):
-                part.copy_(self._part(name, "master", rank).rows(name, indices))
+                part.copy_(self._part(name, self.weights, rank).rows(name, indices))
             return values
         assert split == 0, name
         height = math.prod(shape[:-1]) // ranks
         for rank in (indices // height).unique().tolist():
             mine = (indices // height == rank).nonzero().flatten()
-            values[mine] = self._part(name, "master", rank).rows(name, indices[mine] - rank * height)
+            values[mine] = self._part(name, self.weights, rank).rows(name, indices[mine] - rank * height)
         return values
 
     def _read_into(
@@ -190,7 +195,8 @@ class CheckpointReader:
             type(manifest.step) is int
             and type(ranks) is int
             and ranks > 0
-            and manifest.kinds in (KINDS, KINDS[:1])
+            and manifest.kinds in (KINDS, KINDS[:1], (*KINDS, AVERAGE))
+            and manifest.format == format_of(manifest.kinds)
             and isinstance(manifest.parts, dict)
             and manifest.parts.keys() == self.shapes.keys()
             and all(type(part) is int and part >= 0 for part in manifest.parts.values())

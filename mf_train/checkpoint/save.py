@@ -28,8 +28,6 @@ from mf_train.checkpoint.checksum import PIECE_BYTES, continue_crc, crc_of_file,
 from mf_train.checkpoint.fence import Fence
 from mf_train.checkpoint.layout import (
     CONFIG,
-    FORMAT,
-    KINDS,
     LATEST,
     MANIFEST,
     PROBE,
@@ -38,6 +36,7 @@ from mf_train.checkpoint.layout import (
     FileRecord,
     Manifest,
     assign_parts,
+    format_of,
     list_checkpoints,
     part_name,
     step_name,
@@ -115,13 +114,13 @@ class Saver:
         self.parameters = {name: whole_shape(name, shape, degrees.tensor) for name, shape in shapes.items()}
         self.sizes = {
             part_name(kind, rank, degrees.tensor, part): layout.size
-            for kind in KINDS
+            for kind in engine.kinds
             for rank in range(degrees.tensor)
             for part, layout in layouts.items()
         }
         self.headers = {
             part_name(kind, degrees.tensor_rank, degrees.tensor, part): layout.header
-            for kind in KINDS
+            for kind in engine.kinds
             for part, layout in layouts.items()
             if degrees.data_rank == 0
         }
@@ -284,10 +283,10 @@ class Saver:
     def _complete(self, records: dict[str, FileRecord]) -> None:
         folder, name = self.fence.folder, step_name(self.step)
         manifest = Manifest(
-            format=FORMAT,
+            format=format_of(self.engine.kinds),
             step=self.step,
             tensor_parallel=self.engine.groups.degrees.tensor,
-            kinds=KINDS,
+            kinds=self.engine.kinds,
             parameters=self.parameters,
             parts=self.parts,
             files=records,
@@ -341,7 +340,7 @@ class Saver:
                 first, last = (unit * (units * (degrees.data_rank + i) // degrees.data) for i in (0, 1))
             part = self.parts[name]
             offset = layouts[part].offsets[name] + 4 * (fragment.start + first)
-            for kind in KINDS if last > first else ():
+            for kind in self.engine.kinds if last > first else ():
                 file = part_name(kind, degrees.tensor_rank, degrees.tensor, part)
                 pieces.append(_Piece(kind, name, file, offset, first, last - first))
         return pieces

@@ -10,6 +10,7 @@ import torch
 
 from mf_train.checkpoint.checksum import crc_of_file, read_crcs
 from mf_train.checkpoint.layout import (
+    AVERAGE,
     CONFIG,
     KINDS,
     LATEST,
@@ -185,8 +186,10 @@ def _check_contents(
 
 
 def _describe(manifest: Manifest) -> str:
-    moments = "" if manifest.kinds == KINDS else ", without moments"
-    return f"step {manifest.step}, tensor-parallel {manifest.tensor_parallel}{moments}"
+    kinds = "" if manifest.kinds[: len(KINDS)] == KINDS else ", without moments"
+    if AVERAGE in manifest.kinds:
+        kinds += ", with an average of the weights"
+    return f"step {manifest.step}, tensor-parallel {manifest.tensor_parallel}{kinds}"
 
 
 def _brief(error: Exception) -> str:

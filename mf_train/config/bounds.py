@@ -30,6 +30,7 @@ positive = Bound(lambda value: 0 < value < math.inf, "it must be a number above 
 not_negative = Bound(lambda value: 0 <= value < math.inf, "it must be a number, 0 or more")
 fraction = Bound(lambda value: 0 <= value <= 1, "it must be in [0, 1]")
 small = Bound(lambda value: 0 <= value <= 0.01, "it must be in [0, 0.01]")
+decay = Bound(lambda value: 0 <= value < 1, "it must be in [0, 1)")
 betas = Bound(lambda values: all(0 <= value < 1 for value in values), "each must be in [0, 1)")
 steps = Bound(
     lambda values: _are_steps(values), "each must be a step, or the first and the last of several: 1200-1210"

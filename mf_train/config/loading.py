@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from mf_train.config.bounds import problem_of
+from mf_train.config.groups import groups_problem
 from mf_train.config.paths import expand_path
 from mf_train.config.sections import Config, TrainingConfig, schedule_problem, set_names
 from mf_train.config.yaml_text import parse_yaml
@@ -102,7 +103,8 @@ def _check_together(config: Config, origin: str) -> None:
     """Raises UserError where keys do not fit each other; what depends on the number of processes the trainer checks."""
 
     training = config.training
-    if problem := _profile_problem(training) or schedule_problem(config.schedule, training.steps):
+    problem = _profile_problem(training) or schedule_problem(config.schedule, training.steps)
+    if problem := problem or groups_problem(config):
         raise UserError(f"{origin}: {problem}")
     names = set_names(config.data)
     if twice := [name for name in names if names.count(name) > 1]:

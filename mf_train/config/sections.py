@@ -64,11 +64,35 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupConfig:
+    """What a group of parameters has of its own (`mf_train.config.groups`); None: what all have."""
+
+    learning_rate_multiplier: float | None = positive(None)  # its rate, as a multiple of learning_rate
+    weight_decay: float | None = not_negative(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupsConfig:
+    """The groups of parameters; each parameter is in one."""
+
+    tables: GroupConfig = field(default_factory=GroupConfig)  # of all layers, but for what ffn_tables says
+    ffn_tables: GroupConfig = field(default_factory=GroupConfig)  # of the FFN; None: what tables have
+    embedding: GroupConfig = field(default_factory=GroupConfig)
+    head: GroupConfig = field(default_factory=GroupConfig)
+    matrices: GroupConfig = field(default_factory=GroupConfig)  # of the dense peer's layers
+    norms: GroupConfig = field(default_factory=GroupConfig)  # norms and all biases; None: no decay
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW. Tables have their own learning rate: `learning_rate * table_learning_rate_multiplier`."""
+    """AdamW. `groups`: rates and decays of their own; `width_rule`: rates that follow the model's width."""
 
     learning_rate: float = positive(1e-3)
-    table_learning_rate_multiplier: float = positive(1.0)
+    table_learning_rate_multiplier: float = positive(1.0)  # of all tables, as in groups.tables
+    groups: GroupsConfig = field(default_factory=GroupsConfig)
+    # mup: rates of tables, head and matrices times base_hidden_size / model.hidden_size (docs/training.md)
+    width_rule: Literal["none", "mup"] = "none"
+    base_hidden_size: int | None = positive(None)  # of the model at which learning_rate was chosen
     betas: tuple[float, float] = bounds.betas((0.9, 0.95))
     eps: float = positive(1e-8)
     # how the moments of tables and of the embedding are held (docs/memory.md); everything else's are in float32
@@ -182,6 +206,8 @@ class TrainingConfig:
     # an update is left out where loss or gradient norm is so many standard deviations, estimated by medians, above the
     # last 128 updates' (mf_train/training/bad_steps.py); 6 is usual, 0: none is
     skip_spikes: float = not_negative(0.0)
+    # d of an exponential average of the weights, d average + (1 - d) weights after each update, in float32; 0: none
+    average_decay: float = bounds.decay(0.0)
     collective_timeout_seconds: int = positive(600)  # a collective that waits longer ends the run
     bind_cores: bool = True  # of a rank that nobody has bound: its GPU's NUMA node, or a share
     gc_interval: int = not_negative(100)  # steps between Python's garbage collections; 0: its own

@@ -7,6 +7,8 @@ piece, updated and held again, so that little is ever in float32 at once.
 With a second moment of one number a row (`Row`), the mean of a unit's squared gradients takes the place of each square,
 as recommender systems train their tables (row-wise Adam of FBGEMM, after the row-wise AdaGrad of Mudigere et al. 2022,
 arXiv 2104.05158).
+
+An exponential average of the masters (Polyak and Juditsky 1992) follows each update where a fragment keeps one.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from mf_train.config import OptimizerConfig
 from mf_train.kernels import fast_adamw
 from mf_train.kernels.adamw import Draw, Rates
 from mf_train.parallel.fragment import Fragment
-from mf_train.parallel.kinds import KINDS, MOMENTS, PIECE
-from mf_train.parallel.stored import Float32, Places, Row, cut
+from mf_train.parallel.kinds import AVERAGE, KINDS, MOMENTS, PIECE
+from mf_train.parallel.stored import Float32, Places, Row, Stored, cut
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,21 @@ class AdamW:
     """The update of fragments. Those with compact numbers are cut at multiples of `alignment`, which units divide.
 
     On CPUs torch rounds the last elements of a tensor otherwise where they fill no vector, so where bits matter lengths
-    and `alignment` are multiples of 64. `seed`: of random bits.
+    and `alignment` are multiples of 64. `seed`: of random bits. `average_decay`: d of d average + (1 - d) master.
     """
 
-    def __init__(self, config: OptimizerConfig, seed: int, alignment: int) -> None:
+    def __init__(
+        self, config: OptimizerConfig, seed: int, alignment: int, average_decay: float = 0.0
+    ) -> None:
         self.config = config
         self.seed = seed
         self.alignment = alignment
+        self.average_decay = average_decay
 
     @torch.no_grad()
     def update(self, updated: Iterable[Updated], learning_rate: float, step: int) -> None:
         """Update each in place; `step` counts from 1."""
+        updated = list(updated)
         plain: dict[tuple[float, float], list[Updated]] = {}
         for each in updated:
             if each.plain:
@@ -83,6 +89,14 @@ class AdamW:
             values = [[each.fragment.values[kind].read() for each in together] for kind in KINDS]
             gradients = [each.gradient for each in together]
             self._fused(gradients, values, learning_rate * multiplier, weight_decay, step)
+        for each in updated:
+            if (average := each.fragment.values.get(AVERAGE)) is not None:
+                self._follow(average.read(), each.fragment.values["master"])
+
+    def _follow(self, average: Tensor, master: Stored) -> None:
+        """Move an average, float32, towards the masters that were updated."""
+        for first, numel in cut(master.numel, PIECE[average.device.type], self.alignment):
+            average.narrow(0, first, numel).lerp_(master.narrow(first, numel).read(), 1 - self.average_decay)
 
     def _fused(
         self,

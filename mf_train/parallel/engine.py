@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from mf_train.config import Config, OptimizerConfig
+from mf_train.config.groups import Rule, group_of, group_rules
 from mf_train.model import MemoryFormer
 from mf_train.model.attention import document_numbers
 from mf_train.parallel.degrees import count_micro_batches
 from mf_train.parallel.fragment import Fragment
 from mf_train.parallel.groups import Groups
-from mf_train.parallel.kinds import MOMENTS
+from mf_train.parallel.kinds import MOMENTS, kept_kinds
 from mf_train.parallel.zero import Zero
 
 __all__ = ["MOMENTS", "Engine", "Fragment", "parameter_groups"]
@@ -58,6 +59,8 @@ class Engine:
         end_of_text: int | None = None,
     ) -> None:
         self.stage = config.parallel.zero_stage
+        # of the numbers that ranks keep of every parameter
+        self.kinds = kept_kinds(config.training.average_decay)
         self.groups = groups
         self.device = device
         self.end_of_text = end_of_text
@@ -154,20 +157,22 @@ class Engine:
         self._zero.close()
 
 
-def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups of AdamW: tables with their own learning rate, other matrices, and norms and biases without decay."""
-    tables, matrices, small = [], [], []
+def parameter_groups(model: MemoryFormer, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups of AdamW: parameters that have the same learning rate and decay (`mf_train.config.groups`).
+
+    Tables, other matrices, and norms and biases come in this order and are apart, also where they have the same: in
+    stage 3 the order and the ends of groups show in the last bits.
+    """
+    rules = group_rules(optimizer, model.config.hidden_size)
+    found: dict[tuple[int, Rule], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if name.endswith(".tables"):
-            tables.append(parameter)
-        elif parameter.dim() > 1:
-            matrices.append(parameter)
-        else:
-            small.append(parameter)
-    decay, multiplier = optimizer.weight_decay, optimizer.table_learning_rate_multiplier
-    groups = [(tables, decay, multiplier), (matrices, decay, 1.0), (small, 0.0, 1.0)]
+        rank = 0 if name.endswith(".tables") else 1 if parameter.dim() > 1 else 2
+        found.setdefault((rank, rules[group_of(name, parameter.dim())]), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay, "learning_rate_multiplier": scale}
-        for parameters, weight_decay, scale in groups
-        if parameters
+        {
+            "params": parameters,
+            "weight_decay": rule.weight_decay,
+            "learning_rate_multiplier": rule.multiplier,
+        }
+        for (_, rule), parameters in sorted(found.items(), key=lambda item: item[0][0])
     ]

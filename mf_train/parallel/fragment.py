@@ -12,8 +12,8 @@ from mf_train.parallel.stored import Stored
 class Fragment:
     """The part of one parameter whose master weights and moments this rank keeps.
 
-    `start` is its place in the parameter's own elements, in row-major order. `values` has each of KINDS; what lies
-    behind the first `numel` of them is padding.
+    `start` is its place in the parameter's own elements, in row-major order. `values` has each of `kept_kinds`; what
+    lies behind the first `numel` of them is padding.
     """
 
     start: int
@@ -22,5 +22,5 @@ class Fragment:
     gradient: Tensor | None = None  # float32, padding included; None under stage 3, which drops it
 
     def held(self, kind: str) -> Stored:
-        """One of KINDS, without padding."""
+        """One of `kept_kinds`, without padding."""
         return self.values[kind].narrow(0, self.numel)

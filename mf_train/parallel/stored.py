@@ -212,6 +212,11 @@ def zeros(kind: str, name: str, numel: int, unit: int, device: torch.device) -> 
     return classes[kind](tuple(tensors), numel, unit)
 
 
+def copy_of(master: Stored) -> Float32:
+    """The same numbers in float32, in memory of their own: an average begins so."""
+    return Float32((master.read().clone(),), master.numel)
+
+
 @dataclass(frozen=True)
 class Places:
     """Where a rank's units are in a whole parameter, for random bits that do not depend on the ranks.

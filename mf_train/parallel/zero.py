@@ -34,8 +34,9 @@ from mf_train.parallel.collectives import collective
 from mf_train.parallel.exchange import all_gather, all_to_all, reduce_scatter
 from mf_train.parallel.fragment import Fragment
 from mf_train.parallel.groups import Groups
+from mf_train.parallel.kinds import AVERAGE
 from mf_train.parallel.moments import Moments
-from mf_train.parallel.stored import Float32, Split, Stored
+from mf_train.parallel.stored import Float32, Split, Stored, copy_of
 
 _ALIGNMENT = 64  # elements: whole cache lines, and addresses that kernels may read in large words
 
@@ -109,6 +110,7 @@ class Zero:
         self.split = parallel.master == "split"
         self.reduce_dtype = getattr(torch, parallel.reduce_dtype)
         self.offload = parallel.offload == "optimizer"
+        self.average_decay = config.training.average_decay
         device = next(model.parameters()).device
         self._down = torch.cuda.Stream(device) if self.offload and device.type == "cuda" else None
         named = list(model.named_parameters())
@@ -127,7 +129,7 @@ class Zero:
         self._of_rank = {name: owned[name] for name, _ in named if name in owned}
         self.steps = 0  # updates so far, which the bias correction counts
         self._updated = self._find_updated(model, settings)
-        self._adamw = AdamW(config.optimizer, config.training.seed, self.alignment)
+        self._adamw = AdamW(config.optimizer, config.training.seed, self.alignment, self.average_decay)
         self._fresh = True  # no gradient of this step has been taken
         self._norm: Tensor | None = None  # of this step's, once it is known
         self._last = True  # the backward pass is the step's last
@@ -245,6 +247,8 @@ class Zero:
                 place = first - bucket.first
                 values = {"master": bucket.master.narrow(place, filled)}
                 values |= self.moments.zeros(slot.name, filled, held.device)
+                if self.average_decay:
+                    values[AVERAGE] = copy_of(values["master"])
                 gradient = bucket.beside_masters.narrow(0, place, filled)
                 fragments[slot.name] = Fragment(first - slot.start, numel, values, gradient)
         return fragments

@@ -21,8 +21,9 @@ from mf_train.config import Config
 from mf_train.parallel.adamw import AdamW, Updated
 from mf_train.parallel.fragment import Fragment
 from mf_train.parallel.groups import Groups
+from mf_train.parallel.kinds import AVERAGE
 from mf_train.parallel.moments import Moments
-from mf_train.parallel.stored import Float32
+from mf_train.parallel.stored import Float32, Stored, copy_of
 
 
 class Zero3:
@@ -140,7 +141,8 @@ class _AdamW(torch.optim.Optimizer):
     def __init__(self, settings: list[dict[str, Any]], config: Config, moments: Moments) -> None:
         super().__init__(settings, {"lr": 0.0})
         self.moments = moments
-        self.adamw = AdamW(config.optimizer, config.training.seed, math.lcm(*moments.units.values()))
+        alignment, self.average_decay = math.lcm(*moments.units.values()), config.training.average_decay
+        self.adamw = AdamW(config.optimizer, config.training.seed, alignment, self.average_decay)
         self.steps = 0
         self.idle = False  # a step that is called leaves everything as it is
         self.fragments: dict[str, Fragment] = {}
@@ -153,7 +155,9 @@ class _AdamW(torch.optim.Optimizer):
         if self.moments.compact or not parts:
             first, length = (offset, numel) if self.moments.compact else (0, flat.numel())
             master = Float32((flat.detach().narrow(0, first, length),), length)
-            values = {"master": master, **self.moments.zeros(name, length, flat.device)}
+            values: dict[str, Stored] = {"master": master, **self.moments.zeros(name, length, flat.device)}
+            if self.average_decay:
+                values[AVERAGE] = copy_of(master)
             parts.append((first, Fragment(start, length, values), name))
         first, updated, _ = parts[-1]
         values = {kind: held.narrow(offset - first, numel) for kind, held in updated.values.items()}

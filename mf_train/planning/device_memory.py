@@ -32,7 +32,7 @@ class RankMemory:
     """Bytes of one rank: what stays between steps, what a step adds, and its peak."""
 
     parameters: float  # as the forward pass reads them
-    optimizer: float  # masters, where they are apart, and both moments; 0 on a GPU where they are in the host's memory
+    optimizer: float  # masters, where they are apart, moments, average; 0 on a GPU where they are in the host's memory
     gradients: float  # those that all micro-batches are summed in
     activations: float  # kept for the backward pass of one micro-batch, codes and weights included
     codes: float  # of these: codes and weights of the hashes
@@ -109,7 +109,9 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Ran
         # each rank writes its own share: checkpoint/save.py
         host=states.host
         + (
-            (_weight_bytes(config) + _master_bytes(config) + moment_bytes(config)) * n / data
+            (_weight_bytes(config) + _master_bytes(config) + moment_bytes(config) + average_bytes(config))
+            * n
+            / data
             if saves_beside
             else 0
         ),
@@ -117,13 +119,13 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Ran
 
 
 def offloaded_bytes(config: Config, processes: int) -> float:
-    """What `parallel.offload` has in host memory for a rank: masters, moments, and the gradients that update them."""
+    """What `parallel.offload` has in host memory for a rank: masters, moments, average, and the gradients."""
     if config.parallel.offload == "none":
         return 0
     tensor = config.parallel.tensor
     n = count_parameters(config.model).total / tensor
     # a split master has its weight beside it, and so 4 bytes too
-    return (4 + moment_bytes(config) + 4) * _owned(config, n, processes // tensor)
+    return (4 + moment_bytes(config) + average_bytes(config) + 4) * _owned(config, n, processes // tensor)
 
 
 def peak_bytes(config: Config, processes: int, device: str | None = None) -> float:
@@ -182,7 +184,7 @@ def _states(config: Config, n: float, data: int, device: str) -> _States:
     scratch = _SCRATCH[device] if in_pieces and not (away and stage < 3) else 0
     w, offloaded = _weight_bytes(config), offloaded_bytes(config, data * config.parallel.tensor)
     masters = 4 if stage == 3 else _master_bytes(config)
-    state = offloaded or (masters + moment_bytes(config)) * _owned(config, n, data)
+    state = offloaded or (masters + moment_bytes(config) + average_bytes(config)) * _owned(config, n, data)
     optimizer, host = (0.0, state) if away else (state, 0.0)
     if stage == 3:
         if device == "cuda":  # on a CPU pages that nothing touches take no memory
@@ -251,6 +253,11 @@ def moment_bytes(config: Config) -> float:
     share = (counts.tables + counts.embedding) / counts.total
     kinds = (config.optimizer.table_exp_avg, config.optimizer.table_exp_avg_sq)
     return sum(share * held_bytes(kind, unit) + (1 - share) * 4 for kind in kinds)
+
+
+def average_bytes(config: Config) -> int:
+    """The average of the weights, bytes a parameter."""
+    return 4 if config.training.average_decay else 0
 
 
 def _largest_parameter(model: ModelConfig) -> int:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from mf_train.config import Config
+from mf_train.config.groups import group_rules, groups_of
 from mf_train.config.schedule import learning_rate
 from mf_train.config.sections import decay_steps, warmup_steps
 from mf_train.errors import UserError
@@ -119,13 +120,20 @@ def schedule_points(config: Config, most: int = 2000) -> list[tuple[int, float]]
     return [(step, learning_rate(step, steps, peak, schedule)) for step in sorted(shown) if step <= steps]
 
 
+def rate_lines(config: Config) -> dict[float, list[str]]:
+    """Groups of parameters by their rate, as a multiple of `optimizer.learning_rate`."""
+    rules, lines = group_rules(config.optimizer, config.model.hidden_size), dict[float, list[str]]()
+    for group in groups_of(config.model.kind):
+        lines.setdefault(rules[group].multiplier, []).append(group)
+    return lines
+
+
 def _draw_schedule(axes: Any, config: Config) -> None:
-    points, multiplier = schedule_points(config), config.optimizer.table_learning_rate_multiplier
-    lines = {"everything else": 1.0, "tables": multiplier} if multiplier != 1 else {"all": 1.0}
-    for name, scale in lines.items():
-        axes.plot([step for step, _ in points], [scale * rate for _, rate in points], label=name)
+    points, lines = schedule_points(config), rate_lines(config)
+    for scale, groups in lines.items():
+        axes.plot([step for step, _ in points], [scale * rate for _, rate in points], label=", ".join(groups))
     axes.set_title(f"learning rate: {config.schedule.kind}, {config.training.steps:,} steps", fontsize=9)
     axes.set_xlabel("step")
     axes.grid(True, alpha=0.3)
-    if multiplier != 1:
+    if len(lines) > 1:
         axes.legend(fontsize=7)

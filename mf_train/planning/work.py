@@ -23,7 +23,7 @@ from mf_train.config import Config, ModelConfig
 from mf_train.model.counts import count_block_flops, count_parameters
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import count_micro_batches
-from mf_train.planning.device_memory import LIVE, code_bytes, moment_bytes
+from mf_train.planning.device_memory import LIVE, average_bytes, code_bytes, moment_bytes
 from mf_train.planning.devices import Peak
 
 TRAINING_FLOPS = 6  # for each multiply-add of the forward pass: 2 for multiply and add, 3 for the passes
@@ -185,7 +185,8 @@ def update_work(config: Config, parameters: float) -> PartWork:
     # AdamW reads master, gradient and both moments, and writes all but the gradient
     adam = 4 + 2 * (4 + moment_bytes(config))
     weights = 0 if config.parallel.master == "split" else element_bytes(config)  # else part of the master
-    moved = adam + _AROUND_ADAM_BYTES + weights
+    # the average is read and written, and the master read once more
+    moved = adam + _AROUND_ADAM_BYTES + weights + 3 * average_bytes(config)
     return PartWork("update", copy=parameters * moved, launches=100)
 
 

@@ -47,6 +47,11 @@ def add_convert(commands: Any) -> None:
         "--dtype",
         help="of the weights: float32, bfloat16 or, for tables and LM head, int8 (default: the run's precision)",
     )
+    parser.add_argument(
+        "--average",
+        action="store_true",
+        help="the average of the weights that the run kept (training.average_decay) in place of the weights",
+    )
 
 
 def add_average(verbs: Any) -> None:
@@ -142,13 +147,13 @@ def _convert(given: argparse.Namespace) -> int:
     from mf_train.standalone.conversion.to_checkpoint import to_checkpoint
 
     if given.check:
-        refuse_with(given, "--check", dtype=None, to_checkpoint=False, tensor=None)
+        refuse_with(given, "--check", dtype=None, to_checkpoint=False, tensor=None, average=False)
         return print_lines(check_conversion(given.source, given.output))
     if given.to_checkpoint:
-        refuse_with(given, "--to-checkpoint", dtype=None)
+        refuse_with(given, "--to-checkpoint", dtype=None, average=False)
         return print_lines(to_checkpoint(given.source, given.output, given.tensor or 1))
     refuse_with(given, "a conversion to a standalone model", tensor=None)
-    return print_lines(convert(given.source, given.output, given.dtype))
+    return print_lines(convert(given.source, given.output, given.dtype, average=given.average))
 
 
 def _generate(given: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from mf_train.checkpoint.layout import (
+    AVERAGE,
     CONFIG,
     TOKENIZER,
     list_checkpoints,
@@ -12,6 +13,7 @@ from mf_train.checkpoint.layout import (
 )
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config, ModelConfig
+from mf_train.config.groups import group_rules, groups_of
 from mf_train.config.loading import config_to_tree, load_config
 from mf_train.config.schedule import Rewarm, rate_of, rewarm_end
 from mf_train.config.yaml_text import yaml_text
@@ -109,7 +111,7 @@ def _next_rates(config: Config, reader: CheckpointReader) -> tuple[float, float]
 
 def describe_changes(config: Config, checkpoint: Path) -> list[str]:
     """A line for each thing that a run does otherwise than the run of the checkpoint that it goes on from: how numbers
-    are held, and learning rates.
+    are held, the average of the weights, and learning rates.
     """
     before, reader = load_config(checkpoint / CONFIG), CheckpointReader(checkpoint)
     held = []
@@ -119,6 +121,11 @@ def describe_changes(config: Config, checkpoint: Path) -> list[str]:
             held.append(f"{key} {there} to {here}")
     lines = [f"converted what the checkpoint holds: {', '.join(held)}"] if held else []
     step = reader.manifest.step
+    held_average, average = AVERAGE in reader.manifest.kinds, bool(config.training.average_decay)
+    if average and not held_average:
+        lines.append(f"the average of the weights begins at those of step {step}: the checkpoint holds none")
+    if held_average and not average:
+        lines.append("the checkpoint's average of the weights is dropped: training.average_decay is 0")
     old, new = _next_rates(config, reader)
     if step and old != new:
         if (rewarm := find_rewarm(config, reader)) is None:
@@ -130,11 +137,14 @@ def describe_changes(config: Config, checkpoint: Path) -> list[str]:
             f"the learning rate {how}, since it is not the checkpoint's (schedule.on_change: "
             f"{config.schedule.on_change})"
         )
-    there, here = (each.optimizer.table_learning_rate_multiplier for each in (before, config))
-    if step and there != here:
-        lines.append(
-            f"warning: optimizer.table_learning_rate_multiplier is {here:g} and was {there:g}: tables' rates jump"
-        )
+    there, here = (group_rules(each.optimizer, each.model.hidden_size) for each in (before, config))
+    jumps = [
+        f"{group} from {there[group].multiplier:g} to {here[group].multiplier:g}"
+        for group in groups_of(config.model.kind)
+        if there[group].multiplier != here[group].multiplier
+    ]
+    if step and jumps:
+        lines.append(f"warning: learning rate multipliers jump: {', '.join(jumps)}")
     return lines
 
 

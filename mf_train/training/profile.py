@@ -20,7 +20,7 @@ from mf_train.checkpoint.layout import step_name
 from mf_train.config import Config
 from mf_train.files import beside, write_whole
 from mf_train.parallel.engine import Engine
-from mf_train.parallel.kinds import KINDS
+from mf_train.parallel.kinds import AVERAGE, MOMENTS
 from mf_train.run_folder import PROFILE
 from mf_train.training.metrics import process_peak
 from mf_train.training.profile_ranges import MODEL_PARTS, named_method, named_parts
@@ -178,15 +178,18 @@ class Profile:
 
 
 def _state_bytes(engine: Engine) -> dict[str, int]:
-    """Bytes that this rank holds between steps: parameters, sums of gradients, masters and moments."""
+    """Bytes that this rank holds between steps: parameters, sums of gradients, masters, moments and an average."""
     parameters = {p.data_ptr(): p.nbytes for p in engine.model.parameters()}
     weights = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
-    held = [(kind, fragment.values[kind]) for fragment in engine.fragments().values() for kind in KINDS]
+    held = [
+        (kind, fragment.values[kind]) for fragment in engine.fragments().values() for kind in engine.kinds
+    ]
     masters = [tensor for kind, stored in held if kind == "master" for tensor in stored.tensors]
     return {
         "parameters": sum(parameters.values()),
         "gradients": sum(sums.nbytes for sums in engine.gradient_sums()),
         # in float32 they lie in the weights themselves, split ones in part
         "masters": sum(m.nbytes for m in masters if m.untyped_storage().data_ptr() not in weights),
-        "moments": sum(stored.nbytes for kind, stored in held if kind != "master"),
+        "moments": sum(stored.nbytes for kind, stored in held if kind in MOMENTS),
+        "average": sum(stored.nbytes for kind, stored in held if kind == AVERAGE),
     }

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from mf_train.checkpoint.fence import Fence, claim
-from mf_train.checkpoint.layout import KINDS, step_name
+from mf_train.checkpoint.layout import AVERAGE, KINDS, step_name
 from mf_train.checkpoint.load import load_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.save import Extras, Saver
@@ -147,9 +147,9 @@ def train_step(engine: Engine, step: int) -> tuple[float, float]:
 
 @functools.cache
 def whole_tensors(checkpoint: Path, tensor: int) -> dict[str, Weights]:
-    """Whole masters and moments by kind, read by the safetensors library alone."""
+    """Whole tensors by kind, read by the safetensors library alone."""
     found = {}
-    for kind in KINDS:
+    for kind in (*KINDS, AVERAGE):
         prefix = "weights" if kind == "master" else kind
         ranks = []
         for rank in range(tensor):
@@ -164,7 +164,7 @@ def differing(engine: Engine, whole: dict[str, Weights]) -> list[str]:
     degrees = engine.groups.degrees
     wrong = []
     for name, fragment in engine.fragments().items():
-        for kind in KINDS:
+        for kind in (*KINDS, AVERAGE):
             held = fragment.held(kind)
             local = slice_of_rank(whole[kind][name], name, degrees.tensor_rank, degrees.tensor).reshape(-1)
             expected = replace(held, tensors=tuple(torch.empty_like(tensor) for tensor in held.tensors))

@@ -62,7 +62,7 @@ def test_another_json_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_another_format_is_named(tmp_path: Path) -> None:
     old = json.loads(dataclasses.replace(example(), format=1).to_json())
-    with pytest.raises(UserError, match=f"format 1, this version reads format {FORMAT}"):
+    with pytest.raises(UserError, match=f"format 1, this version reads formats {FORMAT} and 3"):
         read_manifest(write(tmp_path, json.dumps(old)))
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from mf_train.config import (
     Config,
+    GroupConfig,
     ModelConfig,
     OptimizerConfig,
     ProfileConfig,
@@ -206,6 +207,9 @@ def random_config(dice: random.Random) -> Config:
         "hub": None,
         "z_loss": dice.random() / 100,
         "evaluate_tasks": ("text", "08"),  # its interval needs some
+        "average_decay": dice.random(),
+        **dict.fromkeys(("tables", "ffn_tables", "matrices"), GroupConfig()),  # which not every model has
+        "width_rule": "mup",
         "skip_steps": (dice.randint(1, 99), "100-101"),
         "profile": ProfileConfig(start=1, steps=dice.randrange(2), ranks=(0, dice.randint(1, 99))),
     }
@@ -223,7 +227,7 @@ def random_config(dice: random.Random) -> Config:
             return dice.choice(typing.get_args(annotation))
         if annotation is bool:
             return dice.random() < 0.5
-        if annotation is float:
+        if annotation in (float, float | None):
             return dice.choice([1.0, 1e-8, 3e-4, dice.uniform(0.1, 1e5)])
         if annotation in (int, int | None):
             return dice.randint(1, 10**6)
@@ -351,6 +355,31 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
         ("training.micro_batch_size=-1", "training.micro_batch_size is -1: it must be a number above 0"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate is inf: it must be a number above 0"),
         ("optimizer.weight_decay=-0.1", "optimizer.weight_decay is -0.1: it must be a number, 0 or more"),
+        ("training.average_decay=1", "training.average_decay is 1.0: it must be in [0, 1)"),
+        ("optimizer.groups.head.weight_decay=-1", "optimizer.groups.head.weight_decay is -1.0: it must be a"),
+        (
+            "optimizer.groups.tabels.weight_decay=1",
+            "unknown key 'optimizer.groups.tabels': did you mean 'tables'",
+        ),
+        ("optimizer.groups=2", "optimizer.groups is 2: expected keys and values"),
+        ("optimizer.groups.tables=2", "optimizer.groups.tables is 2: expected keys and values"),
+        (
+            "optimizer.groups.matrices.weight_decay=0.5",
+            "optimizer.groups.matrices is set and a model of kind memoryformer has none: leave it out",
+        ),
+        (
+            "optimizer={table_learning_rate_multiplier: 2, groups: {tables: {learning_rate_multiplier: 3}}}",
+            "table_learning_rate_multiplier is 2 and optimizer.groups.tables.learning_rate_multiplier is 3: keep one",
+        ),
+        (
+            "optimizer.width_rule=mup",
+            "optimizer.width_rule is mup and optimizer.base_hidden_size is missing: give",
+        ),
+        (
+            "optimizer.base_hidden_size=64",
+            "base_hidden_size is 64 and optimizer.width_rule is none: set it to mup",
+        ),
+        ("optimizer.width_rule=sp", "optimizer.width_rule is 'sp': choose one of none, mup"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas is [0.9, 1.0]: each must be in [0, 1)"),
         ("logging.alarm_entropy=-1", "logging.alarm_entropy is -1.0: it must be in [0, 1]"),
         ("schedule.minimum_fraction=2", "schedule.minimum_fraction is 2.0: it must be in [0, 1]"),

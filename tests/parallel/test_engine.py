@@ -183,7 +183,7 @@ def test_gradients_of_the_first_step(case: Case, plain: Plain) -> None:
 @pytest.mark.parametrize("case", FLOAT32)
 def test_weights_and_moments_after_five_steps(case: Case, plain: Plain) -> None:
     # most of a key's bias adds the same to every score of a query: its gradient is rounding alone, which Adam follows
-    for kind in ("master", "exp_avg", "exp_avg_sq"):
+    for kind in ("master", "exp_avg", "exp_avg_sq", "average"):
         actual, expected = whole(records_of(case), kind), plain["float32", case.documents].state[kind]
         for names, bound in (
             ([name for name in expected if not name.endswith("key.bias")], 2e-5),
@@ -257,6 +257,7 @@ def test_parameter_groups(kind: str) -> None:
         ModelConfig(kind=kind, hidden_size=32, num_layers=2, num_heads=2, bits=4, vocab_size=32)
     )
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.3, table_learning_rate_multiplier=2.5))
+    assert len(groups) == (3 if kind == "memoryformer" else 2)
     names = {id(p): name for name, p in model.named_parameters()}
     seen = []
     for group in groups:
@@ -267,6 +268,9 @@ def test_parameter_groups(kind: str) -> None:
             assert group["weight_decay"] == (0.0 if small else 0.3), name
             assert group["learning_rate_multiplier"] == (2.5 if name.endswith(".tables") else 1.0), name
     assert sorted(seen) == sorted(names.values())
+    # in the order in which checkpoints of ZeRO 3 before there were groups were trained
+    matrices = [name for name, p in model.named_parameters() if p.dim() > 1 and not name.endswith(".tables")]
+    assert [names[id(p)] for p in groups[-2]["params"]] == matrices
 
 
 def norms_with_z_loss(rank: int, world_size: int) -> list[tuple[float, float]]:

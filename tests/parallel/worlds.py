@@ -12,7 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.micro_batches import backward_passes
-from mf_train.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from mf_train.config import (
+    Config,
+    GroupConfig,
+    GroupsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from mf_train.data.stream.validation import IGNORED, ValidationBlocks
 from mf_train.data.tokenizer import TokenIds
 from mf_train.model import MemoryFormer
@@ -23,6 +31,7 @@ from mf_train.parallel.degrees import Degrees, check_degrees
 from mf_train.parallel.engine import MOMENTS, Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import Groups, start_processes, stop_processes
+from mf_train.parallel.kinds import AVERAGE, KINDS
 from mf_train.parallel.processes import Process
 from mf_train.parallel.tensor import TensorParallelHead, build_model
 from mf_train.training.validate import validation_loss
@@ -40,11 +49,22 @@ MODEL = ModelConfig(
     vocab_size=128,
     sequence_length=16,
 )
-# Clipping is active at every step; decay and the tables' multiplier are large enough to show in the weights.
+# Clipping is active at every step; decays and multipliers are large enough to show in the weights.
 OPTIMIZER = OptimizerConfig(
-    learning_rate=3e-3, table_learning_rate_multiplier=0.5, weight_decay=0.3, gradient_clip=0.3
+    learning_rate=3e-3,
+    table_learning_rate_multiplier=0.5,
+    groups=GroupsConfig(
+        ffn_tables=GroupConfig(learning_rate_multiplier=0.75, weight_decay=0.2),
+        embedding=GroupConfig(weight_decay=0.1),
+        head=GroupConfig(learning_rate_multiplier=0.7),
+        norms=GroupConfig(learning_rate_multiplier=0.8, weight_decay=0.05),
+    ),
+    weight_decay=0.3,
+    gradient_clip=0.3,
 )
+AVERAGE_DECAY = 0.75
 STEPS, BATCH, MICRO = 10, 8, 2
+ATTENTION = ("query", "key", "value")
 END_OF_TEXT = 0  # a fifth of all tokens (see batch_of)
 CPU = torch.device("cpu")
 
@@ -78,7 +98,7 @@ class Record:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     gradients: Weights = field(default_factory=dict)  # of the first step, clipped
-    state: dict[str, Weights] = field(default_factory=dict)  # master and moments after step 5
+    state: dict[str, Weights] = field(default_factory=dict)  # all kinds after step 5
     codes: list[dict[str, Tensor]] = field(default_factory=list)  # of the probe after steps 1, 5 and the last
     probe_losses: dict[str, Tensor] = field(default_factory=dict)  # each row of the probe as one text
     validation: float = 0.0  # mean loss of the validation blocks after step 5
@@ -98,7 +118,12 @@ def case_config(case: Case) -> Config:
             master=master,
             offload="optimizer" if case.offload else "none",
         ),
-        training=TrainingConfig(global_batch_size=BATCH, micro_batch_size=MICRO, precision=case.precision),
+        training=TrainingConfig(
+            global_batch_size=BATCH,
+            micro_batch_size=MICRO,
+            precision=case.precision,
+            average_decay=AVERAGE_DECAY,
+        ),
     )
 
 
@@ -174,7 +199,7 @@ def run_case(case: Case, process: Process, device: torch.device = CPU) -> Record
             first = collect(engine, "exp_avg", last)
             record.gradients = {name: value / (1 - OPTIMIZER.betas[0]) for name, value in first.items()}
         if step == 5:
-            record.state = {kind: collect(engine, kind, last) for kind in ("master", *MOMENTS)}
+            record.state = {kind: collect(engine, kind, last) for kind in (*KINDS, AVERAGE)}
             record.probe_losses["as it is"] = probe_losses(engine)
             record.validation = validation_loss(engine, validation(), 2)
         if step in (1, 5, STEPS):
@@ -291,16 +316,18 @@ def train_plainly(precision: str, documents: bool, device: torch.device = CPU) -
         model.double()
     working = copy.deepcopy(model).to(torch.bfloat16) if precision == "bfloat16" else model
     masters = dict(model.named_parameters())
-    tables = [p for name, p in masters.items() if name.endswith(".tables")]
-    matrices = [masters["embedding.weight"], masters["head.weight"]]
+    tables = [p for n, p in masters.items() if n.split(".")[2:] in [[q, "tables"] for q in ATTENTION]]
+    ffn_tables = [p for n, p in masters.items() if n.split(".")[2:] in (["up", "tables"], ["down", "tables"])]
     others = [p for n, p in masters.items() if "norm" in n or n.endswith(".bias")]
-    assert len(tables) + len(matrices) + len(others) == len(masters)
+    assert len(tables) + len(ffn_tables) + 2 + len(others) == len(masters)
     rate = OPTIMIZER.learning_rate
     optimizer = torch.optim.AdamW(
         [
-            {"params": tables, "lr": rate * OPTIMIZER.table_learning_rate_multiplier},
-            {"params": matrices},
-            {"params": others, "weight_decay": 0.0},
+            {"params": tables, "lr": rate * 0.5},
+            {"params": ffn_tables, "lr": rate * 0.75, "weight_decay": 0.2},
+            {"params": [masters["embedding.weight"]], "weight_decay": 0.1},
+            {"params": [masters["head.weight"]], "lr": rate * 0.7},
+            {"params": others, "lr": rate * 0.8, "weight_decay": 0.05},
         ],
         lr=rate,
         betas=OPTIMIZER.betas,
@@ -308,6 +335,7 @@ def train_plainly(precision: str, documents: bool, device: torch.device = CPU) -
         weight_decay=OPTIMIZER.weight_decay,
     )
     record = Record()
+    averages = {name: p.detach().double() for name, p in masters.items()}
     for step in range(1, STEPS + 1):
         sums = {name: torch.zeros_like(p) for name, p in masters.items()}
         loss = 0.0
@@ -321,6 +349,8 @@ def train_plainly(precision: str, documents: bool, device: torch.device = CPU) -
         for name, parameter in masters.items():
             parameter.grad = sums[name] * min(1.0, OPTIMIZER.gradient_clip / norm)
         optimizer.step()
+        for name, p in masters.items():
+            averages[name] = AVERAGE_DECAY * averages[name] + (1 - AVERAGE_DECAY) * p.detach().double()
         record.losses.append(loss)
         record.norms.append(norm)
         if working is not model:
@@ -332,6 +362,9 @@ def train_plainly(precision: str, documents: bool, device: torch.device = CPU) -
         if step == 5:
             record.validation = plain_validation(working, documents)
             record.state["master"] = {name: copied(p) for name, p in masters.items()}
+            record.state[AVERAGE] = {
+                name: copied(mean.to(masters[name].dtype)) for name, mean in averages.items()
+            }
             for kind in MOMENTS:
                 record.state[kind] = {n: copied(optimizer.state[p][kind]) for n, p in masters.items()}
         if step in (1, 5, STEPS):

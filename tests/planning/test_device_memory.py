@@ -74,6 +74,18 @@ def test_what_is_offloaded_is_in_the_hosts_memory(held: tuple[str, str, str]) ->
     assert gone.host == pytest.approx(moved + extra)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_an_average_takes_four_bytes_of_what_a_rank_owns(stage: int) -> None:
+    config = make(TABLES, 2, 1, 1, stage, "bfloat16")
+    averaged = replace(config, training=replace(config.training, average_decay=0.999))
+    owned = count_parameters(TABLES).total / (2 if stage else 1)
+    for device, where in (("cpu", "peak"), ("cuda", "peak")):
+        before, after = (getattr(estimate_memory(each, 2, device), where) for each in (config, averaged))
+        assert after - before == pytest.approx(4 * owned)
+    before, after = (estimate_memory(offload(each), 2, "cuda").host for each in (config, averaged))
+    assert after - before == pytest.approx(4 * owned)
+
+
 def test_saving_beside_the_steps_takes_host_memory() -> None:
     config = make(TABLES, 2, 1, 1, 1, "float32")
     assert estimate_memory(config, 2).host == 0

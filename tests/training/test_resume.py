@@ -123,7 +123,7 @@ SITUATIONS = {
     ),
     "manifest-names": Situation("20", DAMAGED, in_manifest('"state.json"', '"../state.json"')),
     "format": Situation(
-        "step-000000030/manifest.json: format 1, this version reads format 2",
+        "step-000000030/manifest.json: format 1, this version reads formats 2 and 3",
         [],
         lambda path: (path / NEWEST / MANIFEST).write_text('{"format": 1}'),
     ),

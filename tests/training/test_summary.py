@@ -70,6 +70,6 @@ def test_another_learning_rate_at_a_resume(tmp_path: Path) -> None:
         [],
         [
             f"the learning rate jumps from 0.008 to 0.002 at step 8, {since}follow)",
-            "warning: optimizer.table_learning_rate_multiplier is 2 and was 1: tables' rates jump",
+            "warning: learning rate multipliers jump: tables from 1 to 2, ffn_tables from 1 to 2",
         ],
     ]

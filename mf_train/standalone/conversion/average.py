@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mf_train.checkpoint.layout import (
     CONFIG,
-    FORMAT,
     MANIFEST,
     TOKENIZER,
     Manifest,
+    format_of,
     list_checkpoints,
     step_of,
 )
@@ -100,7 +100,9 @@ def _write_weights(readers: Sequence[CheckpointReader], folder: Path) -> Manifes
     records = write_parts(folder, last.shapes, old.parts, old.tensor_parallel, old.kinds, read)
     for reader, sums in zip(readers, checksums, strict=True):
         sums.check(reader.manifest)
-    return Manifest(FORMAT, old.step, old.tensor_parallel, old.kinds, last.shapes, old.parts, records)
+    return Manifest(
+        format_of(old.kinds), old.step, old.tensor_parallel, old.kinds, last.shapes, old.parts, records
+    )
 
 
 def _extras(last: CheckpointReader, config: Config, folder: Path, steps: Sequence[int]) -> Extras:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mf_train import __version__
+from mf_train.checkpoint.layout import AVERAGE
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import Config
@@ -59,7 +60,7 @@ def check_conversion(checkpoint: Path, model: Path) -> Iterator[str]:
     reading fails.
     """
     certificate = read_certificate(model)
-    reader, config = open_checkpoint(checkpoint)
+    reader, config = open_checkpoint(checkpoint, average=certificate["source"].get("weights") == AVERAGE)
     source, dtype = source_tree(reader, config), certificate["dtype"]
     if certificate["source"]["step"] != source["step"]:
         raise UserError(
@@ -84,7 +85,7 @@ def check_conversion(checkpoint: Path, model: Path) -> Iterator[str]:
         problems.insert(0, str(error))
         upgraded = False
     else:
-        yield from describe_proof(proof, dtype)
+        yield from describe_proof(proof, dtype, reader.weights)
         expected = json.loads(json.dumps(certificate_tree(source, dtype, proof)))
         figures = list(differing_figures(expected, certificate))
         upgraded = upgraded and not figures

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mf_train.checkpoint.layout import CONFIG, TOKENIZER, resolve_checkpoint
+from mf_train.checkpoint.layout import AVERAGE, CONFIG, TOKENIZER, resolve_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
 from mf_train.config.loading import load_config
@@ -36,12 +36,15 @@ _PARTIAL = ".partial"  # in an output folder that is there already: what is not 
 _METRICS = ("loss", "validation_loss", "validation_step")
 
 
-def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterator[str]:
+def convert(
+    checkpoint: Path, output: Path, dtype: str | None = None, *, average: bool = False
+) -> Iterator[str]:
     """Write the standalone model of a checkpoint into `output`, which is complete or absent; yields lines to show.
 
     `dtype` is one of DTYPES, or None for the precision that the run trained in; "int8" is of tables and LM head, with
-    a float32 scale a row, and makes the rest bfloat16. What was written is read again and compared with the checkpoint
-    and with what the trainer recorded in it (see `prove`).
+    a float32 scale a row, and makes the rest bfloat16. With `average` the weights are the average that the run kept.
+    What was written is read again and compared with the checkpoint and with what the trainer recorded in it (see
+    `prove`).
 
     Raises UserError for a checkpoint or an output that cannot be used, TrainingError where the written model does not
     compute what the trainer did, OSError where writing fails. None of them leaves anything at `output`.
@@ -51,7 +54,7 @@ def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterato
         raise UserError(f"--dtype is {dtype!r}: it must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     output = Path(os.path.abspath(output))
     check_output(output)
-    reader, config = open_checkpoint(checkpoint)
+    reader, config = open_checkpoint(checkpoint, average=average)
     dtype = dtype or config.training.precision
     yield _describe_source(reader, config)
 
@@ -60,9 +63,16 @@ def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterato
     yield from _describe_result(reader, config, output, dtype, proof, time.perf_counter() - started)
 
 
-def open_checkpoint(path: Path) -> tuple[CheckpointReader, Config]:
-    """A checkpoint, its `latest` file or its run's folder, with its configuration. Raises UserError."""
-    reader = CheckpointReader(resolve_checkpoint(path))
+def open_checkpoint(path: Path, *, average: bool = False) -> tuple[CheckpointReader, Config]:
+    """A checkpoint, its `latest` file or its run's folder, with its configuration; `average`: that of its weights is
+    what is read. Raises UserError.
+    """
+    reader = CheckpointReader(resolve_checkpoint(path), weights=AVERAGE if average else "master")
+    if reader.weights not in reader.manifest.kinds:
+        raise UserError(
+            f"{reader.checkpoint}: holds no average of the weights: leave --average out, or train with "
+            "training.average_decay"
+        )
     reader.read_file(CONFIG)  # its checksum
     config = load_config(reader.checkpoint / CONFIG)
     check_layers(config.model, len(reader.shapes), reader.checkpoint / CONFIG)
@@ -92,6 +102,8 @@ def source_tree(reader: CheckpointReader, config: Config) -> dict[str, Any]:
     """What the certificate says of the checkpoint."""
     state = reader.state()
     metrics = state.get("metrics") or {}
+    if reader.weights == AVERAGE:
+        metrics = {}  # they are of other weights
     return {
         "checkpoint": reader.checkpoint.name,
         "step": reader.manifest.step,
@@ -100,7 +112,7 @@ def source_tree(reader: CheckpointReader, config: Config) -> dict[str, Any]:
         "device": state["device"],
         "tensor_parallel": reader.manifest.tensor_parallel,
         "metrics": {name: metrics[name] for name in _METRICS if name in metrics},
-    }
+    } | ({"weights": AVERAGE} if reader.weights == AVERAGE else {})
 
 
 def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: Path) -> Proof:
@@ -155,8 +167,9 @@ def new_folder(output: Path, last: str) -> Iterator[Path]:
 
 def _describe_source(reader: CheckpointReader, config: Config) -> str:
     counts = count_parameters(config.model)
+    which = "the average of the weights of a " if reader.weights == AVERAGE else ""
     return (
-        f"read {reader.checkpoint}: {config.model.kind} of {counts.total / 1e6:.1f} M parameters after step "
+        f"read {reader.checkpoint}: {which}{config.model.kind} of {counts.total / 1e6:.1f} M parameters after step "
         f"{reader.manifest.step}, trained in {config.training.precision}, tensor-parallel "
         f"{reader.manifest.tensor_parallel}"
     )
@@ -169,7 +182,7 @@ def _describe_result(
     shown = os.path.relpath(output) if output.is_relative_to(Path.cwd()) else str(output)
     written = "int8 (tables and LM head) and bfloat16" if dtype == INT8 else dtype
     yield f"wrote {shown}: {len(reader.shapes)} tensors in {written}, {human_bytes(size)} in all, {seconds:.1f} s"
-    yield from describe_proof(proof, dtype)
+    yield from describe_proof(proof, dtype, reader.weights)
     if dtype != config.training.precision:
         yield f"loss on text: memoryformer evaluate {shlex.quote(shown)} --data GLOB"
     if config.tokenizer.end_of_text_id is not None:
@@ -178,12 +191,12 @@ def _describe_result(
     yield f"try: memoryformer generate {shlex.quote(shown)} 'Once upon a time'"
 
 
-def describe_proof(proof: Proof, dtype: str) -> Iterator[str]:
-    """Lines that show it."""
-    probe = proof.probe
+def describe_proof(proof: Proof, dtype: str, weights: str) -> Iterator[str]:
+    """Lines that show it. `weights`: the reader's."""
+    probe, before = proof.probe, "the checkpoint's average" if weights == AVERAGE else "the trainer"
     text = "tokens of validation text" if proof.text == "validation" else "random tokens"
     yield (
-        f"certificate: on {len(proof.tokens)} {text} the largest logit difference from the trainer is "
+        f"certificate: on {len(proof.tokens)} {text} the largest logit difference from {before} is "
         f"{probe.largest_logit_difference:.3g}, and {probe.changed} of {probe.codes} codes changed"
     )
     if proof.replay.changed:
@@ -195,5 +208,5 @@ def describe_proof(proof: Proof, dtype: str) -> Iterator[str]:
     if dtype != proof.precision:
         yield (
             f"loss on {len(proof.tokens) - 1} of these {proof.text} tokens: {probe.loss:.4f} nats, "
-            f"{probe.loss_difference:+.4f} against the trainer; predictions diverge by {probe.divergence:.2g} nats"
+            f"{probe.loss_difference:+.4f} against {before}; predictions diverge by {probe.divergence:.2g} nats"
         )

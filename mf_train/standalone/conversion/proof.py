@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mf_train.checkpoint.layout import PROBE, DamageError
+from mf_train.checkpoint.layout import AVERAGE, PROBE, DamageError
 from mf_train.checkpoint.probe import CODES
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.safetensors_file import TensorFile
@@ -129,6 +129,8 @@ def read_probe(reader: CheckpointReader, config: Config) -> Probe:
 def prove(reader: CheckpointReader, config: Config, device: str, dtype: str, folder: Path) -> Proof:
     """Compare the trainer, the checkpoint and the written folder. `device` trained; `dtype` is `convert`'s.
 
+    The trainer has not computed with an average of its weights: what the checkpoint's gives here stands for it.
+
     Raises TrainingError where they are not the same model, UserError where a file is damaged.
     """
     probe, precision = read_probe(reader, config), config.training.precision
@@ -139,6 +141,8 @@ def prove(reader: CheckpointReader, config: Config, device: str, dtype: str, fol
             streamed_model(config.model, CheckpointWeights(reader, dtype)), recorded.tokens, forced
         )
 
+    if reader.weights == AVERAGE:
+        recorded, device = plain(precision), "cpu"
     native = plain(precision, recorded.codes)
     if {name: value.shape for name, value in native.codes.items()} != {
         name: value.shape for name, value in recorded.codes.items()

@@ -6,7 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mf_train.checkpoint.layout import AVERAGE
 from mf_train.config import Config, ModelConfig
+from mf_train.config.groups import group_rules, groups_of
 from mf_train.model.counts import count_parameters
 from mf_train.standalone.exported.names import CONFIG_KEYS, DOCUMENT_ATTENTION, INT8, TABLE_DTYPE
 
@@ -34,6 +36,15 @@ def model_card(config: Config, certificate: Mapping[str, Any]) -> bytes:
     weights, shares = certificate["dtype"], certificate["probe"]["changed_codes"]
     if weights == INT8:
         weights = "int8 in tables and LM head, with a float32 scale for each row, and bfloat16 elsewhere"
+    average = certificate["source"].get("weights") == AVERAGE
+    if average:
+        weights += f", the exponential average of the run's (decay {config.training.average_decay:g})"
+    rules = group_rules(config.optimizer, config.model.hidden_size)
+    usual = dict.fromkeys(rules, 1.0) | {"ffn_tables": rules["tables"].multiplier}
+    others = [group for group in groups_of(config.model.kind) if group != "tables"]
+    rates = {"tables": rules["tables"].multiplier} | {
+        group: rules[group].multiplier for group in others if rules[group].multiplier != usual[group]
+    }
     environment = jinja2.Environment(
         trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
@@ -45,6 +56,8 @@ def model_card(config: Config, certificate: Mapping[str, Any]) -> bytes:
             counts=count_parameters(config.model),
             settings=asdict(config.model),
             weights=weights,
+            rates=rates,
+            before="checkpoint's average" if average else "trainer",
             worst=max(shares, key=lambda name: shares[name], default=None),
         )
     except jinja2.UndefinedError as error:

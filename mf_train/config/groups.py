@@ -47,16 +47,15 @@ def group_rules(optimizer: OptimizerConfig, hidden_size: int) -> dict[str, Rule]
     width = (base or hidden_size) / hidden_size
     rules = {}
     for group in GROUPS:
-        given = [getattr(optimizer.groups, group)]
-        if group == "ffn_tables":
-            given.append(optimizer.groups.tables)
+        given = [optimizer.groups.tables] if group == "ffn_tables" else []
+        given.append(getattr(optimizer.groups, group))  # the last one that says something counts
         multiplier = optimizer.table_learning_rate_multiplier if group in ("tables", "ffn_tables") else 1.0
         decay = 0.0 if group == "norms" else optimizer.weight_decay
-        for each in reversed(given):
-            multiplier = (
-                multiplier if each.learning_rate_multiplier is None else each.learning_rate_multiplier
-            )
-            decay = decay if each.weight_decay is None else each.weight_decay
+        for each in given:
+            if each.learning_rate_multiplier is not None:
+                multiplier = each.learning_rate_multiplier
+            if each.weight_decay is not None:
+                decay = each.weight_decay
         scale = width if group in _BY_WIDTH else 1.0
         rules[group] = Rule(multiplier * scale, decay / scale)
     return rules

@@ -98,7 +98,7 @@ class OptimizerConfig:
     # how the moments of tables and of the embedding are held (docs/memory.md); everything else's are in float32
     table_exp_avg: Literal["float32", "bfloat16", "int8"] = "float32"
     table_exp_avg_sq: Literal["float32", "bfloat16", "int8", "row"] = "float32"
-    weight_decay: float = not_negative(0.1)  # of tables, embedding and head; norms and biases have none
+    weight_decay: float = not_negative(0.1)  # of all but norms and biases, where groups do not say otherwise
     gradient_clip: float = not_negative(1.0)  # largest global L2 norm of the gradient; 0: no clipping
 
     @property

@@ -94,7 +94,7 @@ class AdamW:
                 self._follow(average.read(), each.fragment.values["master"])
 
     def _follow(self, average: Tensor, master: Stored) -> None:
-        """Move an average, float32, towards the masters that were updated."""
+        """Move an average, float32, towards the masters that were updated; in pieces, since a split one is copied."""
         for first, numel in cut(master.numel, PIECE[average.device.type], self.alignment):
             average.narrow(0, first, numel).lerp_(master.narrow(first, numel).read(), 1 - self.average_decay)
 

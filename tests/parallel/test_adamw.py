@@ -16,8 +16,8 @@ from mf_train.kernels.adamw import Draw, Rates
 from mf_train.parallel import adamw
 from mf_train.parallel.adamw import AdamW, Updated
 from mf_train.parallel.fragment import Fragment
-from mf_train.parallel.kinds import KINDS
-from mf_train.parallel.stored import Float32, Places, Split, Stored, zeros
+from mf_train.parallel.kinds import AVERAGE, KINDS
+from mf_train.parallel.stored import Float32, Places, Split, Stored, copy_of, zeros
 
 CPU = torch.device("cpu")
 UNIT, UNITS, ALIGNMENT = 24, 32, 192
@@ -29,7 +29,7 @@ FIRST, SECOND, MASTERS = (
 EVERY = [*itertools.product(FIRST, SECOND, MASTERS)]
 COMPACT = [kinds for kinds in EVERY if kinds[:2] != ("float32", "float32")]  # those that kernels update
 CONFIG = OptimizerConfig(betas=(0.8, 0.97), eps=1e-8)
-RATE, DECAY, MULTIPLIER = 3e-2, 0.2, 0.5
+RATE, DECAY, MULTIPLIER, AVERAGE_DECAY = 3e-2, 0.2, 0.5, 0.75
 
 
 @dataclass
@@ -64,12 +64,14 @@ def fragment_of(first: str, second: str, master: str, values: Tensor) -> Fragmen
         name: zeros(kind, name, numel, UNIT, device)
         for name, kind in (("exp_avg", first), ("exp_avg_sq", second))
     }
-    return Fragment(0, numel, {"master": held, **moments}, torch.zeros(numel, device=device))
+    values_of = {"master": held, **moments, AVERAGE: copy_of(held)}
+    return Fragment(0, numel, values_of, torch.zeros(numel, device=device))
 
 
 def update(fragment: Fragment, step: int, seed: int = 0) -> None:
     places = Places("up.tables", UNIT, 8, 8, 0, 0)
-    AdamW(CONFIG, seed, ALIGNMENT).update([Updated(fragment, DECAY, MULTIPLIER, places)], RATE, step)
+    optimizer = AdamW(CONFIG, seed, ALIGNMENT, AVERAGE_DECAY)
+    optimizer.update([Updated(fragment, DECAY, MULTIPLIER, places)], RATE, step)
 
 
 def near(kind: str, exact: Tensor, largest: Tensor, moment: str) -> Tensor:
@@ -97,7 +99,10 @@ def check_steps(first: str, second: str, master: str, device: torch.device, step
         fragment.gradient.copy_(gradient)
         expected = Reference(*(fragment.held(kind).read().cpu().double() for kind in KINDS))
         expected.update(gradient.double(), step, by_row=second == "row")
+        mean = fragment.held(AVERAGE).read().cpu().double()
         update(fragment, step)
+        mean = AVERAGE_DECAY * mean + (1 - AVERAGE_DECAY) * fragment.held("master").read().cpu().double()
+        torch.testing.assert_close(fragment.held(AVERAGE).read().cpu().double(), mean, rtol=1e-6, atol=1e-7)
         for kind, exact in vars(expected).items():
             read = fragment.held(kind).read().cpu().double()
             largest = exact.abs().view(-1, UNIT).amax(1, keepdim=True).expand(-1, UNIT).flatten()

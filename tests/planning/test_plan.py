@@ -12,7 +12,7 @@ import pytest
 from mf_train.cli import main
 from mf_train.commands import CommandParser
 from mf_train.config import Config, ScheduleConfig, TrainingConfig
-from mf_train.config.loading import load_config
+from mf_train.config.loading import load_config, parse_config
 from mf_train.config.schedule import learning_rate
 from mf_train.config.sections import decay_steps, warmup_steps
 from mf_train.errors import UserError
@@ -21,7 +21,7 @@ from mf_train.launch.limits import check_job
 from mf_train.launch.options import JobOptions
 from mf_train.planning.devices import find_device
 from mf_train.planning.plan import choose, frontier, lighten, make_layout, search
-from mf_train.planning.scaling import scaling, schedule_points
+from mf_train.planning.scaling import rate_lines, scaling, schedule_points
 from mf_train.planning.time import estimate_step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -295,6 +295,12 @@ def test_the_drawn_schedule_has_its_turns(steps: int) -> None:
     assert turns <= points.keys() and list(points) == sorted(points)
     for step, rate in points.items():
         assert rate == learning_rate(step, steps, config.optimizer.learning_rate, schedule)
+
+
+def test_groups_that_have_one_rate_are_one_line() -> None:
+    optimizer = {"table_learning_rate_multiplier": 2, "groups": {"head": {"learning_rate_multiplier": 0.5}}}
+    lines = rate_lines(parse_config({"optimizer": optimizer}, "test"))
+    assert lines == {2.0: ["tables", "ffn_tables"], 1.0: ["embedding", "norms"], 0.5: ["head"]}
 
 
 def test_the_picture_is_a_png_and_nothing_is_left_beside_it(

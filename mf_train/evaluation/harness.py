@@ -86,14 +86,8 @@ class AskedTasks:
     ) -> None:
         manager = _task_manager(tasks, include_path, keys)
         self._limit = limit
-        with _quiet():
-            try:
-                self._loaded = manager.load(list(tasks))
-            except Exception as error:  # of lm-eval, datasets, or a task's own code
-                raise UserError(
-                    f"{keys.tasks} {list(tasks)}: cannot be loaded ({' '.join(str(error).split())}): mend the task, or "
-                    "leave it out"
-                ) from error
+        with _refused(tasks, keys), _quiet():
+            self._loaded = manager.load(list(tasks))
         for name, task in self._loaded["tasks"].items():
             if task.OUTPUT_TYPE not in ANSWERED:
                 raise UserError(
@@ -110,7 +104,8 @@ class AskedTasks:
             self.requests = requests
             return [(0.0, False)] * len(requests)
 
-        self._ask(_answering(encode, end_of_text, record))
+        with _refused(tasks, keys):
+            self._ask(_answering(encode, end_of_text, record))
         self._encode, self._end_of_text = encode, end_of_text
 
     def metrics(self, answers: Sequence[tuple[float, bool]]) -> dict[str, dict[str, float | None]]:
@@ -202,6 +197,18 @@ def _task_manager(tasks: Sequence[str], include_path: Path | None, keys: Keys) -
                 f"{keys.tasks} {task}: no such task; {hint} {keys.include_path} names a folder of task files"
             )
     return manager
+
+
+@contextlib.contextmanager
+def _refused(tasks: Sequence[str], keys: Keys) -> Iterator[None]:
+    """Within it whatever lm-eval, datasets or a task's own code raises is a UserError."""
+    try:
+        yield
+    except Exception as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{keys.tasks} {list(tasks)}: cannot be loaded ({words}): mend the task, or leave it out"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ ITEMS = 5
 
 def tree_of(folder: Path, tasks: list[str], include: Path = TASKS) -> dict[str, Any]:
     tree = small_config(folder / "run", write_text(folder / "text.jsonl"))
-    tree["model"] |= {"sequence_length": 48, "logit_softcap": 8.0}
+    tree["model"] |= {"sequence_length": 48, "qk_norm": True, "logit_softcap": 8.0}
     tree["optimizer"]["learning_rate"] = 0.03
     tree["training"] |= {
         "steps": 5,

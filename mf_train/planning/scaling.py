@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from mf_train.config import Config
-from mf_train.config.schedule import learning_rate
+from mf_train.config.phases import phases_of
+from mf_train.config.schedule import rate_of
 from mf_train.config.sections import decay_steps, warmup_steps
 from mf_train.errors import UserError
 from mf_train.parallel.degrees import micro_batch_sizes
@@ -110,13 +111,19 @@ def draw_scaling(config: Config, title: str, curves: dict[str, list[dict[str, An
 
 def schedule_points(config: Config, most: int = 2000) -> list[tuple[int, float]]:
     """Steps of a run, at most so many and some more where the rate turns, with the learning rate of each."""
-    steps, schedule = config.training.steps, config.schedule
-    turns = {warmup_steps(schedule, steps), steps - decay_steps(schedule, steps), steps}
-    shown = {1 + place * (steps - 1) // (most - 1) for place in range(most)} | {
-        step for step in turns if step > 0
-    }
-    peak = config.optimizer.learning_rate
-    return [(step, learning_rate(step, steps, peak, schedule)) for step in sorted(shown) if step <= steps]
+    steps = config.training.steps
+    shown = {1 + place * (steps - 1) // (most - 1) for place in range(most)} | {steps}
+    phases = phases_of(config)
+    for phase in phases:
+        schedule, over = phase.config.schedule, phase.schedule_steps
+        turns = warmup_steps(schedule, len(over)), len(over) - decay_steps(schedule, len(over))
+        shown |= {phase.first, phase.last, *(over[turn - 1] for turn in turns if 0 < turn <= len(over))}
+    return [
+        (step, rate_of(phase, step))
+        for phase in phases
+        for step in sorted(shown)
+        if phase.first <= step <= phase.last
+    ]
 
 
 def _draw_schedule(axes: Any, config: Config) -> None:

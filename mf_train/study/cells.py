@@ -13,6 +13,7 @@ from typing import Any
 
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree, load_config, parse_config, read_tree
+from mf_train.config.phases import phases_of
 from mf_train.config.sections import schedule_problem
 from mf_train.errors import UserError
 from mf_train.model.counts import count_parameters
@@ -157,8 +158,9 @@ def _resolve(study: Study, base: dict[str, Any], values: Sequence[Value]) -> Con
         raise UserError(
             f"schedule.warmup_steps {warmup} is not less than the {config.training.steps} steps: leave it out for 1 %"
         )
-    if problem := schedule_problem(config.schedule, config.training.steps):
-        raise UserError(problem)
+    for phase in phases_of(config, _PLACE):
+        if problem := schedule_problem(phase.config.schedule, len(phase.schedule_steps)):
+            raise UserError(problem)
     check_degrees(config, study.processes)
     budget = study.budget
     if budget.memory_gb:

@@ -8,8 +8,11 @@ run's last; without one the schedule before goes on.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 from mf_train.config.sections import (
@@ -84,8 +87,25 @@ def phases_of(config: Config, origin: str = "phases") -> tuple[Phase, ...]:
 
 
 def phase_at(config: Config, step: int) -> Phase:
-    """The phase of a step, from 1; the last one of a step after the run."""
-    return next(phase for phase in reversed(phases_of(config)) if phase.first <= step)
+    """The phase of a step, from 1; before and after the run's steps the first and the last."""
+    return next(phase for phase in reversed(phases_of(config)) if phase.first <= max(1, step))
+
+
+def changed_keys(before: Config, after: Config) -> list[str]:
+    """The keys that a phase may change and that are not the same, as section.key."""
+    keys = [f"{section}.{key}" for section, keys in CHANGEABLE.items() for key in keys]
+    return [key for key in keys if attrgetter(key)(before) != attrgetter(key)(after)]
+
+
+@contextmanager
+def named(phase: Phase) -> Iterator[None]:
+    """A UserError within says of which phase it is, but for the run's first steps."""
+    try:
+        yield
+    except UserError as error:
+        if phase.name == MAIN:
+            raise
+        raise UserError(f"phase {phase.name!r}: {error}") from None
 
 
 def _changed(tree: dict[str, Any], phase: PhaseConfig, origin: str) -> dict[str, Any]:

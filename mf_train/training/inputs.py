@@ -15,7 +15,6 @@ from mf_train.data.tokenizer import Tokenizer, open_tokenizer
 from mf_train.errors import PeerError, UserError
 from mf_train.exit_status import MISTAKE
 from mf_train.parallel.degrees import Degrees
-from mf_train.training.folder import check_folder
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,7 @@ class Inputs:
 
 
 def open_inputs(config: Config, degrees: Degrees) -> Inputs:
-    """Tokenizer, stream and validation text; UserError for any mistake in them or in the run's folder."""
-    if degrees.rank == 0:
-        check_folder(config)
+    """Tokenizer, stream and validation text of a phase; UserError for any mistake in them."""
     tokenizer = open_tokenizer(config.tokenizer, config.model.vocab_size)
     stream, validation = None, []
     if degrees.tensor_rank == 0:

@@ -56,8 +56,8 @@ def _inspect(given: argparse.Namespace) -> int:
     from mf_train.data.show import inspect_data
 
     config = load_config(given.config, given.overrides)
-    state = stream_state_before(Path(config.training.output_dir), given.step)
-    return print_lines(inspect_data(config, given.step, state))
+    saved = stream_state_before(Path(config.training.output_dir), given.step)
+    return print_lines(inspect_data(config, given.step, saved))
 
 
 def _tokenize(given: argparse.Namespace) -> int:

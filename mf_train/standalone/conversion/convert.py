@@ -16,6 +16,7 @@ from mf_train.checkpoint.layout import CONFIG, TOKENIZER, resolve_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
 from mf_train.config.loading import load_config
+from mf_train.config.phases import phase_at
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.files import sync
@@ -61,10 +62,10 @@ def convert(checkpoint: Path, output: Path, dtype: str | None = None) -> Iterato
 
 
 def open_checkpoint(path: Path) -> tuple[CheckpointReader, Config]:
-    """A checkpoint, its `latest` file or its run's folder, with its configuration. Raises UserError."""
+    """A checkpoint, its `latest` file or its run's folder, and its last step's configuration. Raises UserError."""
     reader = CheckpointReader(resolve_checkpoint(path))
     reader.read_file(CONFIG)  # its checksum
-    config = load_config(reader.checkpoint / CONFIG)
+    config = phase_at(load_config(reader.checkpoint / CONFIG), reader.manifest.step).config
     check_layers(config.model, len(reader.shapes), reader.checkpoint / CONFIG)
     with torch.device("meta"):
         model = MemoryFormer(config.model)

@@ -78,7 +78,7 @@ def _advance(
             done, state = 0, None  # of another run
     first = done + 1
     for phase in phases_of(config):
-        if phase.first > step or phase.last <= done:
+        if phase.first > step or (phase.last <= done and phase != target):
             continue
         here = stream if phase == target else _open_stream(phase, tokenizer)
         if state is not None and done < phase.first:

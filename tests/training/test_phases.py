@@ -9,7 +9,23 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import read_metrics, small_config, train, write_text
+from mf_train.checkpoint.read import CheckpointReader, stream_state_before
+from mf_train.config.loading import parse_config
+from mf_train.config.phases import phase_at
+from mf_train.config.schedule import Rewarm
+from mf_train.data.show import inspect_data
+from mf_train.data.tokenizer import Tokenizer
+from mf_train.errors import UserError
+from mf_train.standalone.conversion.convert import convert
+from mf_train.training.folder import check_same_run, find_rewarm
+from tests.training.runs import (
+    TOKENIZER,
+    complaints,
+    read_metrics,
+    small_config,
+    train,
+    write_text,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -89,7 +105,10 @@ def test_metrics_name_the_phase_and_count_on(whole: Path) -> None:
     assert state["step"] == 10 and state["stream"]["step"] == 2 and len(state["bad_steps"]["losses"]) == 2
 
 
-@pytest.mark.parametrize("step", [RAMP, RAMP + 2, ANNEAL])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("step", [RAMP, pytest.param(RAMP + 2, marks=SLOW), pytest.param(ANNEAL, marks=SLOW)])
 def test_the_same_shape_goes_on_to_the_last_bit(whole: Path, step: int) -> None:
     folder, said = go_on(whole, f"bits-{step}", step, phased(whole))
     assert f"resumed after step {step} from" in said
@@ -102,9 +121,10 @@ def test_the_same_shape_goes_on_to_the_last_bit(whole: Path, step: int) -> None:
 @pytest.mark.parametrize(
     ("step", "processes", "parallel"),
     [
-        (RAMP, 2, {"tensor": 2, "zero_stage": 1}),
-        (ANNEAL, 2, {"tensor": 1, "zero_stage": 3}),
-        (RAMP + 2, 3, {"tensor": 1, "zero_stage": 2}),
+        (RAMP + 2, 2, {"tensor": 2, "zero_stage": 1}),
+        pytest.param(RAMP, 3, {"tensor": 1, "zero_stage": 3}, marks=SLOW),
+        pytest.param(ANNEAL, 4, {"tensor": 2, "zero_stage": 2}, marks=SLOW),
+        pytest.param(RAMP, 2, {"tensor": 1, "zero_stage": 0}, marks=SLOW),
     ],
 )
 def test_another_shape_goes_on_with_the_same_batches(
@@ -116,3 +136,73 @@ def test_another_shape_goes_on_with_the_same_batches(
         for key in ("loss", "grad_norm"):
             assert here.pop(key) == pytest.approx(there.pop(key), rel=2e-5)
         assert here == there
+
+
+@pytest.mark.parametrize("step", [RAMP, RAMP + 1, ANNEAL + 2, STEPS + 2])
+def test_data_inspect_shows_the_batch_of_a_phase(whole: Path, step: int) -> None:
+    """From the checkpoint before, and without one through the phases before."""
+    config = parse_config(phased(whole), "here")
+    shown = [list(inspect_data(config, step, saved)) for saved in (stream_state_before(whole, step), None)]
+    assert shown[0] == shown[1]
+    assert f"phase {phase_at(config, step).name!r}: steps " in shown[0][0]
+    if step <= STEPS:
+        assert any(line.endswith(read_metrics(whole)[step - 1]["batch_digest"]) for line in shown[0])
+
+
+def test_a_converted_model_has_the_rows_of_the_last_phase(whole: Path, tmp_path: Path) -> None:
+    for step, length in ((ANNEAL, 32), (ANNEAL + 2, 48)):
+        lines = list(convert(whole / "checkpoints" / f"step-{step:09d}", tmp_path / str(step)))
+        assert any("largest logit difference from the trainer is 0" in line for line in lines)
+        made = json.loads((tmp_path / str(step) / "config.json").read_text())
+        assert made["max_position_embeddings"] == length
+
+
+def test_what_a_checkpoint_of_a_run_with_phases_resumes_as(whole: Path) -> None:
+    tokenizer = Tokenizer(TOKENIZER)
+
+    def resume(step: int, tree: dict[str, Any]) -> object:
+        reader, config = (
+            CheckpointReader(whole / "checkpoints" / f"step-{step:09d}"),
+            parse_config(tree, "here"),
+        )
+        check_same_run(config, tokenizer, reader)
+        return find_rewarm(config, reader)
+
+    tree = phased(whole)
+    main, (ramp, anneal) = tree | {"phases": []}, tree["phases"]
+    for step in (RAMP, RAMP + 2, ANNEAL, ANNEAL + 2):
+        assert resume(step, tree) is None
+    for step, phases in (
+        (RAMP + 2, []),  # dropped
+        (RAMP + 2, [anneal]),
+        (RAMP + 2, [ramp | {"start": RAMP}]),  # moved
+        (RAMP + 2, [ramp, anneal | {"start": RAMP + 2}]),  # behind what was trained
+        (ANNEAL + 2, [ramp]),
+    ):
+        with pytest.raises(
+            UserError, match=r"phases began at \[.*\] there and at \[.*\] in this configuration: leave"
+        ):
+            resume(step, main | {"phases": phases})
+    # what comes may change, but not the rate on the way to it
+    later = {"name": "later", "start": RAMP + 3, "training": {"z_loss": 1e-4}}
+    resume(RAMP + 2, main | {"phases": [ramp, later, anneal]})
+    resume(ANNEAL, main | {"phases": [ramp, anneal | {"schedule": {"kind": "constant"}}]})
+    with pytest.raises(UserError, match="the learning rate of step 7 would be"):
+        resume(RAMP + 2, main | {"phases": [ramp]})
+    with pytest.raises(UserError, match="the learning rate of step 11 would be"):
+        resume(ANNEAL + 2, main | {"phases": [ramp, anneal | {"schedule": {"kind": "constant"}}]})
+    follow = {"schedule": tree["schedule"] | {"on_change": "rewarm"}}
+    assert resume(RAMP + 2, main | follow | {"phases": [ramp]}) == Rewarm(
+        RAMP + 2, pytest.approx(3e-3 * (0.01 + 0.99 / 4))
+    )
+
+
+def test_a_mistake_of_the_last_phase_shows_before_the_first_step(whole: Path, tmp_path: Path) -> None:
+    tree = phased(whole)
+    tree["training"]["output_dir"] = str(tmp_path / "run")
+    tree["phases"][1]["data"] = {"train": [{"path": str(tmp_path / "none.jsonl")}]}
+    assert "phase 'anneal': data.train[0]" in complaints(train(tree, expect=2))[0]
+    assert not (tmp_path / "run").exists()
+    tree["phases"][1] = {"name": "small", "start": 9, "training": {"global_batch_size": 1}}
+    done = train(tree, processes=2, expect=2)
+    assert "phase 'small': training.global_batch_size 1 leaves some of 2 data" in complaints(done)[0]

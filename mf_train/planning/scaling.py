@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from mf_train.config import Config
-from mf_train.config.phases import phases_of
+from mf_train.config.phases import Phase, phases_of
 from mf_train.config.schedule import rate_of
 from mf_train.config.sections import decay_steps, warmup_steps
 from mf_train.errors import UserError
@@ -63,12 +63,12 @@ def _point(config: Config, devices: int, per_node: int, batch: int, device: Devi
     }
 
 
-def draw_scaling(config: Config, title: str, curves: dict[str, list[dict[str, Any]]]) -> bytes:
-    """PNG: tokens a second over devices, both curves, each with the line of a perfect one; and the learning rate."""
+def draw_scaling(config: Config, run: Config, title: str, curves: dict[str, list[dict[str, Any]]]) -> bytes:
+    """PNG: tokens a second over devices, both curves, each with the line of a perfect one; and `run`'s rates."""
     from mf_train.drawing import make_figure, make_png
 
     figure, (*several, last) = make_figure(3, (5.4, 4.4))
-    _draw_schedule(last, config)
+    _draw_schedule(last, run)
     batch = config.training.global_batch_size
     names = {
         "strong": f"strong scaling: {batch:,} sequences a step, whatever the devices",
@@ -109,8 +109,11 @@ def draw_scaling(config: Config, title: str, curves: dict[str, list[dict[str, An
     return make_png(figure)
 
 
-def schedule_points(config: Config, most: int = 2000) -> list[tuple[int, float]]:
-    """Steps of a run, at most so many and some more where the rate turns, with the learning rate of each."""
+def schedule_points(config: Config, most: int = 2000, *, tables: bool = False) -> list[tuple[int, float]]:
+    """Steps of a run, at most so many and some more where the rate turns, with the learning rate of each.
+
+    `tables`: the rate of tables, rather than that of everything else.
+    """
     steps = config.training.steps
     shown = {1 + place * (steps - 1) // (most - 1) for place in range(most)} | {steps}
     phases = phases_of(config)
@@ -118,8 +121,12 @@ def schedule_points(config: Config, most: int = 2000) -> list[tuple[int, float]]
         schedule, over = phase.config.schedule, phase.schedule_steps
         turns = warmup_steps(schedule, len(over)), len(over) - decay_steps(schedule, len(over))
         shown |= {phase.first, phase.last, *(over[turn - 1] for turn in turns if 0 < turn <= len(over))}
+
+    def scale(phase: Phase) -> float:
+        return phase.config.optimizer.table_learning_rate_multiplier if tables else 1.0
+
     return [
-        (step, rate_of(phase, step))
+        (step, scale(phase) * rate_of(phase, step))
         for phase in phases
         for step in sorted(shown)
         if phase.first <= step <= phase.last
@@ -127,12 +134,14 @@ def schedule_points(config: Config, most: int = 2000) -> list[tuple[int, float]]
 
 
 def _draw_schedule(axes: Any, config: Config) -> None:
-    points, multiplier = schedule_points(config), config.optimizer.table_learning_rate_multiplier
-    lines = {"everything else": 1.0, "tables": multiplier} if multiplier != 1 else {"all": 1.0}
-    for name, scale in lines.items():
-        axes.plot([step for step, _ in points], [scale * rate for _, rate in points], label=name)
-    axes.set_title(f"learning rate: {config.schedule.kind}, {config.training.steps:,} steps", fontsize=9)
+    lines = {"everything else": schedule_points(config), "tables": schedule_points(config, tables=True)}
+    apart = lines["everything else"] != lines["tables"]
+    for name, points in lines.items():
+        if apart or name != "tables":
+            axes.plot(*zip(*points, strict=True), label=name)
+    kinds = ", then ".join(dict.fromkeys(phase.config.schedule.kind for phase in phases_of(config)))
+    axes.set_title(f"learning rate: {kinds}, {config.training.steps:,} steps", fontsize=9)
     axes.set_xlabel("step")
     axes.grid(True, alpha=0.3)
-    if multiplier != 1:
+    if apart:
         axes.legend(fontsize=7)

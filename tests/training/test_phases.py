@@ -16,7 +16,7 @@ from mf_train.config.schedule import Rewarm
 from mf_train.data.show import inspect_data
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
-from mf_train.standalone.conversion.convert import convert
+from mf_train.standalone.conversion.convert import convert, open_checkpoint
 from mf_train.training.folder import check_same_run, find_rewarm
 from tests.training.runs import (
     TOKENIZER,
@@ -138,6 +138,17 @@ def test_another_shape_goes_on_with_the_same_batches(
         assert here == there
 
 
+@SLOW
+def test_a_run_that_is_done_gets_another_phase(whole: Path) -> None:
+    """As if it had had it from the start: the first schedule ends where the next begins, and ended there before."""
+    tree = phased(whole)
+    tree["training"]["output_dir"] = str(whole.parent / "done")
+    train(tree | {"training": tree["training"] | {"steps": ANNEAL}, "phases": tree["phases"][:1]})
+    said = train(tree).stdout
+    assert "phase 'anneal': steps 9 to 11; learning rate 3e-05 to 0.0006667" in said and "jumps" not in said
+    assert numbers(whole.parent / "done") == numbers(whole)
+
+
 @pytest.mark.parametrize("step", [RAMP, RAMP + 1, ANNEAL + 2, STEPS + 2])
 def test_data_inspect_shows_the_batch_of_a_phase(whole: Path, step: int) -> None:
     """From the checkpoint before, and without one through the phases before."""
@@ -150,11 +161,12 @@ def test_data_inspect_shows_the_batch_of_a_phase(whole: Path, step: int) -> None
 
 
 def test_a_converted_model_has_the_rows_of_the_last_phase(whole: Path, tmp_path: Path) -> None:
-    for step, length in ((ANNEAL, 32), (ANNEAL + 2, 48)):
-        lines = list(convert(whole / "checkpoints" / f"step-{step:09d}", tmp_path / str(step)))
-        assert any("largest logit difference from the trainer is 0" in line for line in lines)
-        made = json.loads((tmp_path / str(step) / "config.json").read_text())
-        assert made["max_position_embeddings"] == length
+    lines = list(convert(whole, tmp_path / "model"))
+    assert any("largest logit difference from the trainer is 0" in line for line in lines)
+    made = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert made["max_position_embeddings"] == 48
+    _, config = open_checkpoint(whole / "checkpoints" / f"step-{ANNEAL:09d}")
+    assert config.model.sequence_length == 32 and config.training.global_batch_size == 12
 
 
 def test_what_a_checkpoint_of_a_run_with_phases_resumes_as(whole: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mf_train.config.phases import Phase, phases_of
+from mf_train.config.phases import Phase, phases_of, resolve_phases
 from mf_train.config.sections import Config, schedule_problem, set_names
 from mf_train.config.typed import build, convert
 from mf_train.config.yaml_text import parse_yaml
@@ -55,9 +55,10 @@ def parse_config(tree: dict[str, Any], origin: str) -> Config:
     config: Config = build(Config, tree, key="", origin=origin)
     if problem := _profile_problem(config):
         raise UserError(f"{origin}: {problem}")
-    for index, phase in enumerate(phases_of(config, origin)):
+    phases = phases_of(config, origin)
+    for index, phase in enumerate(phases):
         _check_together(phase, origin if index == 0 else f"{origin}: phases[{index - 1}]")
-    return config
+    return resolve_phases(config, phases)
 
 
 def config_to_tree(config: Config) -> dict[str, Any]:

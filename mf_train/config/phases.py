@@ -8,20 +8,14 @@ run's last; without one the schedule before goes on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
-from mf_train.config.sections import (
-    Config,
-    DataConfig,
-    OptimizerConfig,
-    PhaseConfig,
-    ScheduleConfig,
-)
+from mf_train.config.sections import Config, DataConfig, OptimizerConfig, PhaseConfig, ScheduleConfig
 from mf_train.config.typed import build
 from mf_train.errors import UserError
 from mf_train.text import did_you_mean
@@ -89,6 +83,20 @@ def phases_of(config: Config, origin: str = "phases") -> tuple[Phase, ...]:
 def phase_at(config: Config, step: int) -> Phase:
     """The phase of a step, from 1; before and after the run's steps the first and the last."""
     return next(phase for phase in reversed(phases_of(config)) if phase.first <= max(1, step))
+
+
+def resolve_phases(config: Config, phases: Sequence[Phase]) -> Config:
+    """The configuration with its phases' values as `phases_of` has read them: typed, and with paths expanded, as what
+    is recorded must not depend on who reads it.
+    """
+    trees = [dataclasses.asdict(phase.config) for phase in phases[1:]]
+    found = []
+    for phase, tree in zip(config.phases, trees, strict=True):
+        sections: dict[str, Any] = {
+            name: {key: tree[name][key] for key in getattr(phase, name)} for name in CHANGEABLE
+        }
+        found.append(replace(phase, **sections))
+    return replace(config, phases=tuple(found))
 
 
 def changed_keys(before: Config, after: Config) -> list[str]:

@@ -254,6 +254,5 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    phases: tuple[
-        PhaseConfig, ...
-    ] = ()  # ascending by `start`; before the first, the keys above hold as they are
+    # ascending by `start`; before the first of them the sections hold as they are
+    phases: tuple[PhaseConfig, ...] = ()

@@ -130,7 +130,7 @@ def _next_rates(config: Config, reader: CheckpointReader) -> tuple[float, float]
 def describe_phase(config: Config, checkpoint: Path | None) -> list[str]:
     """A line on the phase in which a run goes on from a checkpoint, and, where it begins there, on what changes.
 
-    None where the run has no phases.
+    No line where the run has no phases.
     """
     if not config.phases:
         return []

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,12 +21,11 @@ from mf_train.checkpoint.load import load_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import Config
-from mf_train.config.phases import Phase, named, phase_at, phases_of
+from mf_train.config.phases import named, phase_at, phases_of
 from mf_train.config.schedule import Rewarm, rate_of
-from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.errors import PeerError, TrainingError
 from mf_train.exit_status import DONE, FAILED, STOPPED
-from mf_train.parallel.agreement import run_long_on_all, run_on_all, run_on_first
+from mf_train.parallel.agreement import any_rank, run_on_all, run_on_first
 from mf_train.parallel.degrees import Degrees, check_degrees
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
@@ -52,7 +51,7 @@ from mf_train.training.folder import (
     resolved_yaml,
 )
 from mf_train.training.garbage import GarbageCollection
-from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
+from mf_train.training.inputs import PhaseInputs, open_phases
 from mf_train.training.metrics import Records, process_peak
 from mf_train.training.probe import run_probe
 from mf_train.training.ranks import RankTimes
@@ -117,13 +116,6 @@ class _Shared:
     records: Records
 
 
-class _Opened(NamedTuple):
-    """What a phase reads."""
-
-    inputs: Inputs
-    validation: dict[str, ValidationBlocks]  # sets by name
-
-
 def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopRequest, watch: Watch) -> int:
     watch.entering("making process groups")
     groups = Groups(degrees, config.training.collective_timeout_seconds + _WATCH_SPEAKS_FIRST_SECONDS)
@@ -135,9 +127,9 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     if config.logging.wandb.project:
         run_on_first(lambda: check_wandb(config), device)
     shared = _Shared(config, groups, device, stop, watch, Records(config, degrees.rank))
-    opened: dict[str, _Opened] = {}  # by the phase's name
-    step = run_on_first(lambda: _first_look(config), device)
-    if not _open_phases(shared, opened, step):
+    opened: dict[str, PhaseInputs] = {}
+    open_rest = partial(open_phases, config, opened, degrees, device, stop.requested, watch.still_alive)
+    if not open_rest(run_on_first(lambda: _first_look(config), device)):
         return _stopped("while text was prepared", degrees.rank)
     watch.entering("choosing a checkpoint")
     step = run_on_first(lambda: look_ahead(config, partial(_read_state, config, opened, 0)), device)
@@ -151,7 +143,7 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
         return _stopped("while a checkpoint was verified", degrees.rank)
     fence, checkpoint = chosen
     # where the newest one was damaged, that may be one of an earlier phase
-    if not _open_phases(shared, opened, 0 if checkpoint is None else checkpoint.manifest.step):
+    if not open_rest(0 if checkpoint is None else checkpoint.manifest.step):
         return _stopped("while text was prepared", degrees.rank)
     try:
         return _train_phases(shared, opened, fence, checkpoint)
@@ -165,37 +157,8 @@ def _first_look(config: Config) -> int:
     return look_ahead(config, lambda checkpoint: None)
 
 
-def _open_phases(shared: _Shared, opened: dict[str, _Opened], step: int) -> bool:
-    """Open what the phases after a step read, all at the start: a mistake in the last one must not show after weeks.
-
-    False where the run is to stop. Collective.
-    """
-    config, degrees, device = shared.config, shared.groups.degrees, shared.device
-    first = phase_at(config, step + 1).first
-    for phase in phases_of(config):
-        if phase.first < first or phase.name in opened:
-            continue
-        inputs = run_long_on_all(
-            partial(_open_inputs, phase, degrees), device, shared.stop.requested, shared.watch.still_alive
-        )
-        if inputs is None:
-            return False
-        with named(phase):
-            check_same_sources(inputs.stream, phase.config, degrees.rank, device)
-        validation = {}
-        if phase.config.training.validation_interval:
-            validation = share_validation(inputs.validation_tokens, inputs.tokenizer, phase.config, device)
-        opened[phase.name] = _Opened(inputs, validation)
-    return True
-
-
-def _open_inputs(phase: Phase, degrees: Degrees) -> Inputs:
-    with named(phase):
-        return open_inputs(phase.config, degrees)
-
-
 def _read_state(
-    config: Config, opened: Mapping[str, _Opened], rank: int, checkpoint: CheckpointReader
+    config: Config, opened: Mapping[str, PhaseInputs], rank: int, checkpoint: CheckpointReader
 ) -> dict[str, Any]:
     """A checkpoint's state, to which the stream of the next step's phase is set.
 
@@ -218,7 +181,7 @@ def _read_state(
 
 
 def _train_phases(
-    shared: _Shared, opened: dict[str, _Opened], fence: Fence, checkpoint: CheckpointReader | None
+    shared: _Shared, opened: dict[str, PhaseInputs], fence: Fence, checkpoint: CheckpointReader | None
 ) -> int:
     """Train to the last step. A phase ends with a checkpoint, and the next one goes on from it as a restart would."""
     last: Path | None = None  # the checkpoint that ended a phase
@@ -253,7 +216,7 @@ class _Run:
     def __init__(
         self,
         shared: _Shared,
-        opened: Mapping[str, _Opened],
+        opened: Mapping[str, PhaseInputs],
         fence: Fence,
         checkpoint: CheckpointReader | None,
         *,
@@ -341,10 +304,7 @@ class _Run:
                 if self.step > self.saver.step:
                     self._save(last=True)
                 self.saver.finish()
-                self.records.say(
-                    f"stopped on request after step {self.step}; run the same command again to go on"
-                )
-                return STOPPED
+                return self._stopped()
             self.watch.entering(f"training step {self.step + 1}")
             metrics = self._train_step(batch)
             self._finish_metrics(metrics, time.perf_counter() - started)
@@ -367,7 +327,15 @@ class _Run:
             self.records.say(
                 f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saver.last}"
             )
+        elif any_rank([self._should_stop()], self.device)[
+            0
+        ]:  # the next phase would ask after its first batch only
+            return self._stopped()
         return DONE
+
+    def _stopped(self) -> int:
+        self.records.say(f"stopped on request after step {self.step}; run the same command again to go on")
+        return STOPPED
 
     def close(self) -> None:
         self.garbage.close()

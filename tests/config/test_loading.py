@@ -207,9 +207,7 @@ def random_config(dice: random.Random) -> Config:
         "hub": None,
         "z_loss": dice.random() / 100,
         "skip_steps": (dice.randint(1, 99), "100-101"),
-        "phases": (
-            PhaseConfig(name="0: 'a'", start=2, data={"train": [{"path": "1:30"}]}, optimizer={"eps": 1e-9}),
-        ),
+        "phases": (PhaseConfig(name="0: 'a'", start=2, data={"cache": "1:30"}, optimizer={"eps": 1e-9}),),
         "profile": ProfileConfig(start=1, steps=dice.randrange(2), ranks=(0, dice.randint(1, 99))),
     }
 

@@ -49,6 +49,20 @@ def test_a_phase_builds_upon_the_one_before() -> None:
     ]
 
 
+def test_what_is_recorded_does_not_depend_on_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORPUS", "/data")
+    phase = {
+        "name": "a",
+        "start": 11,
+        "data": {"train": [{"path": "$CORPUS/a"}]},
+        "optimizer": {"eps": "1e-9"},
+    }
+    tree = config_to_tree(make(phase))
+    monkeypatch.delenv("CORPUS")
+    assert phases_of(parse_config(tree, "again"))[1].config.data.train == (SourceConfig(path="/data/a"),)
+    assert tree["phases"][0]["optimizer"] == {"eps": 1e-9}
+
+
 def test_a_run_without_phases_is_one() -> None:
     config = make()
     assert phases_of(config) == (Phase("main", 1, 100, config, range(1, 101)),)

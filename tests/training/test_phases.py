@@ -18,6 +18,7 @@ from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.standalone.conversion.convert import convert, open_checkpoint
 from mf_train.training.folder import check_same_run, find_rewarm
+from tests.standalone.checkpoints import flip
 from tests.training.runs import (
     TOKENIZER,
     complaints,
@@ -136,6 +137,19 @@ def test_another_shape_goes_on_with_the_same_batches(
         for key in ("loss", "grad_norm"):
             assert here.pop(key) == pytest.approx(there.pop(key), rel=2e-5)
         assert here == there
+
+
+@SLOW
+@pytest.mark.parametrize("damaged", [[10], [ANNEAL, 10]])
+def test_a_damaged_checkpoint_goes_back_over_a_border(whole: Path, damaged: list[int]) -> None:
+    """To a border whose phase was looked at after its second batch, and to a phase that was not looked at."""
+    copy = whole.parent / f"damaged-{len(damaged)}"
+    shutil.copytree(whole, copy)
+    for step in damaged:
+        flip(copy / "checkpoints" / f"step-{step:09d}" / "weights-0-of-1-part-000.safetensors")
+    folder, said = go_on(copy, f"{copy.name}-on", 10, phased(whole))
+    assert f"resumed after step {min(damaged) - 2} from" in said
+    assert numbers(folder) == numbers(whole)
 
 
 @SLOW

@@ -210,13 +210,13 @@ class CheckpointReader:
             raise DamageError(self.checkpoint / MANIFEST, "damaged")
 
 
-def stream_state_before(run: Path, step: int) -> dict[str, Any] | None:
-    """The token stream's state in a run's newest checkpoint of a step before `step`; None where there is none."""
+def stream_state_before(run: Path, step: int) -> tuple[int, dict[str, Any]] | None:
+    """Step and token stream's state of a run's newest checkpoint before `step`; None where there is none."""
     for checkpoint in reversed(list_checkpoints(run / CHECKPOINTS)):
         reader = CheckpointReader(checkpoint)
         if reader.manifest.step < step:
-            state: dict[str, Any] = reader.state()["stream"]
-            return state
+            state = reader.state()["stream"]
+            return None if state is None else (reader.manifest.step, state)
     return None
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mf_train.config.bounds import problem_of
 from mf_train.config.groups import groups_problem
-from mf_train.config.paths import expand_path
-from mf_train.config.sections import Config, TrainingConfig, schedule_problem, set_names
+from mf_train.config.phases import Phase, phases_of, resolve_phases
+from mf_train.config.sections import Config, schedule_problem, set_names
+from mf_train.config.typed import build, convert
 from mf_train.config.yaml_text import parse_yaml
 from mf_train.errors import UserError
 from mf_train.text import did_you_mean
@@ -54,9 +53,13 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
 def parse_config(tree: dict[str, Any], origin: str) -> Config:
     """Typed Config of a parsed YAML tree. `origin` is named in errors. Raises UserError."""
-    config: Config = _build(Config, tree, key="", origin=origin)
-    _check_together(config, origin)
-    return config
+    config: Config = build(Config, tree, key="", origin=origin)
+    if problem := _profile_problem(config):
+        raise UserError(f"{origin}: {problem}")
+    phases = phases_of(config, origin)
+    for index, phase in enumerate(phases):
+        _check_together(phase, origin if index == 0 else f"{origin}: phases[{index - 1}]")
+    return resolve_phases(config, phases)
 
 
 def config_to_tree(config: Config) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def convert_value(key: str, value: Any, origin: str) -> Any:
         annotation = known[part]
     if dataclasses.is_dataclass(annotation):
         raise UserError(f"{origin}: {key} is a section: name one of its keys")
-    return _convert(annotation, value, key, origin)
+    return convert(annotation, value, key, origin)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -99,12 +102,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = _parse_yaml(value, f"override {override!r}")
 
 
-def _check_together(config: Config, origin: str) -> None:
+def _check_together(phase: Phase, origin: str) -> None:
     """Raises UserError where keys do not fit each other; what depends on the number of processes the trainer checks."""
-
-    training = config.training
-    problem = _profile_problem(training) or schedule_problem(config.schedule, training.steps)
-    if problem := problem or groups_problem(config):
+    config, training = phase.config, phase.config.training
+    if problem := schedule_problem(config.schedule, len(phase.schedule_steps)) or groups_problem(config):
         raise UserError(f"{origin}: {problem}")
     names = set_names(config.data)
     if twice := [name for name in names if names.count(name) > 1]:
@@ -135,9 +136,9 @@ def _check_together(config: Config, origin: str) -> None:
                 )
 
 
-def _profile_problem(training: TrainingConfig) -> str:
+def _profile_problem(config: Config) -> str:
     """An error about `training.profile`, beyond the bounds of its keys; empty where it fits."""
-    profile = training.profile
+    training, profile = config.training, config.training.profile
     if not profile.steps:
         return ""
     last = profile.start + profile.steps - 1
@@ -146,6 +147,12 @@ def _profile_problem(training: TrainingConfig) -> str:
             f"training.profile asks for steps {profile.start} to {last} and training.steps is {training.steps}: lower "
             "training.profile.start or training.profile.steps"
         )
+    for phase in config.phases:
+        if profile.start < phase.start <= last:
+            return (
+                f"training.profile asks for steps {profile.start} to {last} and phase {phase.name!r} begins at step "
+                f"{phase.start}: profile steps of one phase"
+            )
     if not profile.ranks or min(profile.ranks) < 0 or len(set(profile.ranks)) < len(profile.ranks):
         return f"training.profile.ranks is {list(profile.ranks)}: name at least one rank, each once, counted from 0"
     return ""
@@ -163,84 +170,9 @@ def _parse_yaml(text: str, origin: str) -> Any:
         raise UserError(f"{origin}: has a number of too many digits") from None
 
 
-def _convert(annotation: Any, value: Any, key: str, origin: str) -> Any:
-    """`value` as the annotated type, or UserError.
-
-    Only int -> float, number-like text -> float (3e-4 is text in YAML) and YAML 1.1's yes, no, on, off -> bool convert.
-    """
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        kinds = typing.get_args(annotation)
-        if type(value) in kinds:  # None too
-            return value
-        annotation, *others = (kind for kind in kinds if kind is not type(None))
-        if others:
-            names = " or ".join(_NAMES[kind] for kind in (annotation, *others))
-            raise UserError(f"{origin}: {key} is {value!r}: expected {names}")
-    if dataclasses.is_dataclass(annotation):
-        return _build(typing.cast(type, annotation), value, key, origin)
-    if typing.get_origin(annotation) is tuple:
-        return _convert_tuple(annotation, value, key, origin)
-    if typing.get_origin(annotation) is typing.Literal:
-        if value not in typing.get_args(annotation):
-            choices = ", ".join(map(str, typing.get_args(annotation)))
-            raise UserError(f"{origin}: {key} is {value!r}: choose one of {choices}")
-        return value
-    if annotation is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    elif annotation is bool and str(value).lower() in _SWITCH:
-        return _SWITCH[str(value).lower()]
-    elif isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
-        return value
-    raise UserError(f"{origin}: {key} is {value!r}: expected {_NAMES.get(annotation, annotation)}")
-
-
-def _convert_tuple(annotation: Any, value: Any, key: str, origin: str) -> tuple[Any, ...]:
-    arguments = typing.get_args(annotation)
-    if not isinstance(value, list | tuple):
-        raise UserError(f"{origin}: {key} is {value!r}: expected a list")
-    if arguments[-1] is Ellipsis:
-        arguments = (arguments[0],) * len(value)
-    if len(arguments) != len(value):
-        raise UserError(f"{origin}: {key} has {len(value)} values: expected {len(arguments)}")
-    return tuple(
-        _convert(a, v, f"{key}[{i}]", origin) for i, (a, v) in enumerate(zip(arguments, value, strict=True))
-    )
-
-
-def _build(section: type, tree: Any, key: str, origin: str) -> Any:
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{origin}: {key} is {tree!r}: expected keys and values")
-    hints = typing.get_type_hints(section)
-    fields = {field.name: field for field in dataclasses.fields(section)}
-    values = {}
-    for name, value in tree.items():
-        dotted = f"{key}.{name}" if key else str(name)
-        if name not in hints:
-            hint = did_you_mean(name, hints, f"known keys: {', '.join(hints)}")
-            raise UserError(f"{origin}: unknown key {dotted!r}: {hint}")
-        values[name] = _convert(hints[name], value, dotted, origin)
-        if "path" in fields[name].metadata and values[name]:
-            values[name] = expand_path(values[name], f"{origin}: {dotted}")
-        if problem := problem_of(fields[name], values[name]):
-            raise UserError(f"{origin}: {dotted} {problem}")
-    try:
-        return section(**values)
-    except ValueError as error:
-        raise UserError(f"{origin}: {error}") from None
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text, in quotes"}
-_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

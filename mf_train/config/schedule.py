@@ -9,6 +9,8 @@ Of step s of S, after W steps of warm-up, with the peak p, the lowest share m, a
                          p (1 - (1 - m) (s - S + D) / D)           as in Hägele et al. 2024, arXiv 2405.18392
     inverse_sqrt         p sqrt(W / s), W at least 1               Vaswani et al. 2017, arXiv 1706.03762
 
+In a phase with a schedule of its own (mf_train/config/phases.py), s and S count from the phase's first step.
+
 A run that goes on with another schedule after step c, whose rate was r, may warm up again: up to step c + W its rates
 are on the straight line from r to the schedule's rate at c + W.
 """
@@ -16,7 +18,8 @@ are on the straight line from r to the schedule's rate at c + W.
 import math
 from typing import NamedTuple
 
-from mf_train.config.sections import Config, ScheduleConfig, decay_steps, warmup_steps
+from mf_train.config.phases import Phase
+from mf_train.config.sections import ScheduleConfig, decay_steps, warmup_steps
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
@@ -46,15 +49,19 @@ class Rewarm(NamedTuple):
     rate: float
 
 
-def rewarm_end(config: Config, rewarm: Rewarm) -> int:
+def rewarm_end(phase: Phase, rewarm: Rewarm) -> int:
     """The first step that has the schedule's rate again."""
-    return rewarm.step + warmup_steps(config.schedule, config.training.steps)
+    return rewarm.step + warmup_steps(phase.config.schedule, len(phase.schedule_steps))
 
 
-def rate_of(config: Config, step: int, rewarm: Rewarm | None = None) -> float:
-    """The rate of a run's step."""
-    steps, peak = config.training.steps, config.optimizer.learning_rate
-    if rewarm is None or step >= (end := rewarm_end(config, rewarm)):
-        return learning_rate(step, steps, peak, config.schedule)
-    rise = learning_rate(end, steps, peak, config.schedule) - rewarm.rate
+def rate_of(phase: Phase, step: int, rewarm: Rewarm | None = None) -> float:
+    """The rate of a step by the schedule and the peak of a phase; also of the step after the phase, had it gone on."""
+    if rewarm is None or step >= (end := rewarm_end(phase, rewarm)):
+        return _scheduled(phase, step)
+    rise = _scheduled(phase, end) - rewarm.rate
     return rewarm.rate + rise * (step - rewarm.step) / (end - rewarm.step)
+
+
+def _scheduled(phase: Phase, step: int) -> float:
+    steps, config = phase.schedule_steps, phase.config
+    return learning_rate(step - steps.start + 1, len(steps), config.optimizer.learning_rate, config.schedule)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from mf_train.config import bounds
 from mf_train.config.bounds import fraction, not_negative, positive
@@ -138,7 +138,7 @@ def decay_steps(schedule: ScheduleConfig, steps: int) -> int:
 
 
 def schedule_problem(schedule: ScheduleConfig, steps: int) -> str:
-    """An error about a schedule in a run of `steps`, beyond the bounds of its keys; empty where it fits."""
+    """An error about a schedule that goes over `steps`, beyond the bounds of its keys; empty where it fits."""
     if schedule.on_change == "rewarm" and warmup_steps(schedule, steps) == 0:
         return "schedule.on_change is rewarm and schedule.warmup_steps, over which it goes, is 0: raise it"
     if schedule.kind != "warmup_stable_decay":
@@ -149,7 +149,7 @@ def schedule_problem(schedule: ScheduleConfig, steps: int) -> str:
     if warmup + decay <= steps:
         return ""
     return (
-        f"schedule has {warmup} steps of warm-up and {decay} of decay, and training.steps is {steps}: lower "
+        f"schedule has {warmup} steps of warm-up and {decay} of decay, and it goes over {steps} steps: lower "
         "schedule.warmup_steps, schedule.decay_steps or schedule.decay_fraction"
     )
 
@@ -257,6 +257,22 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """The steps of the run from `start` on, to the next phase or the end, with other values of some keys.
+
+    Sections as at the top level, of the keys that change (mf_train/config/phases.py says which may).
+    """
+
+    name: str = ""  # in the metrics
+    start: int = positive(1)  # its first step
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole training configuration: what a YAML file in configs/ describes."""
 
@@ -269,3 +285,5 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    # ascending by `start`; before the first of them the sections hold as they are
+    phases: tuple[PhaseConfig, ...] = ()

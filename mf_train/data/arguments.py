@@ -64,8 +64,8 @@ def _inspect(given: argparse.Namespace) -> int:
         from mf_train.data.survey import write_survey
 
         return print_lines(write_survey(config, given.page, given.documents))
-    state = stream_state_before(Path(config.training.output_dir), given.step)
-    return print_lines(inspect_data(config, given.step, state))
+    saved = stream_state_before(Path(config.training.output_dir), given.step)
+    return print_lines(inspect_data(config, given.step, saved))
 
 
 def _tokenize(given: argparse.Namespace) -> int:

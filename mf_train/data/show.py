@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mf_train.config import Config, SourceConfig
+from mf_train.config.phases import Phase, phase_at, phases_of
 from mf_train.data.documents import Source, Tokens
 from mf_train.data.sources import open_source
 from mf_train.data.stream.digest import batch_digest
@@ -23,18 +24,21 @@ _SAMPLE_TOKENS = 8192  # of each at least, where it has so many
 _SLOW_SECONDS = 2.0
 
 
-def inspect_data(config: Config, step: int = 1, state: State | None = None) -> Iterator[str]:
+def inspect_data(config: Config, step: int = 1, saved: tuple[int, State] | None = None) -> Iterator[str]:
     """Lines of text: tokenizer, sources, and the global batch of a step with its digest.
 
-    Steps count from 1, as in metrics.jsonl. The batches before it are made, too, to get there, from `state` on if
-    that is the state of this stream after an earlier step; the last line says so where it took long.
+    Steps count from 1, as in metrics.jsonl; sources are those of the step's phase. The batches before it are made, too,
+    to get there, from `saved` on if that is an earlier step and the state after it of this run's stream; the last line
+    says so where it took long.
     Raises UserError as TokenStream and Tokenizer do, and for a step below 1.
     """
     if step < 1:
         raise UserError(f"--step {step}: the first step is 1")
     tokenizer = open_tokenizer(config.tokenizer, config.model.vocab_size)
-    data = config.data
-    stream = TokenStream(data, tokenizer, config.model.sequence_length, config.training.global_batch_size)
+    phase = phase_at(config, step)
+    data, stream = phase.config.data, _open_stream(phase, tokenizer)
+    if config.phases:
+        yield f"phase {phase.name!r}: steps {phase.first} to {phase.last}"
     yield f"tokenizer {tokenizer.path}: {tokenizer.vocab_size} ids, end of text {tokenizer.end_of_text_id}"
     total = sum(source.weight for source in data.train)
     for index, (settings, source) in enumerate(zip(data.train, stream.sources, strict=True)):
@@ -44,15 +48,48 @@ def inspect_data(config: Config, step: int = 1, state: State | None = None) -> I
         source = open_source(settings, f"data.validation[{index}]", data, tokenizer)
         yield from _describe(f"validation[{index}]", settings, source, tokenizer, "")
     started = time.monotonic()
-    if state is not None and state["identity"] == stream.identity():
-        stream.load_state_dict(state)
-    first = stream.step
-    while stream.step < step - 1:
-        stream.next_batch()
+    first = _advance(stream, config, step, tokenizer, saved)
     yield from _describe_batch(stream, tokenizer, step)
     seconds = time.monotonic() - started
     if seconds > _SLOW_SECONDS:
-        yield f"(making the batches of steps {first + 1} to {step - 1} before it took {seconds:.0f} s)"
+        yield f"(making the batches of steps {first} to {step - 1} before it took {seconds:.0f} s)"
+
+
+def _open_stream(phase: Phase, tokenizer: Tokenizer) -> TokenStream:
+    config = phase.config
+    return TokenStream(
+        config.data, tokenizer, config.model.sequence_length, config.training.global_batch_size
+    )
+
+
+def _advance(
+    stream: TokenStream, config: Config, step: int, tokenizer: Tokenizer, saved: tuple[int, State] | None
+) -> int:
+    """Bring a new stream of the step's phase before its batch, through earlier phases if need be.
+
+    Returns the first step whose batch was made.
+    """
+    target = phase_at(config, step)
+    done, state = saved or (0, None)
+    if state is not None:
+        before = phase_at(config, done)
+        of = stream if before == target else _open_stream(before, tokenizer)
+        if state["identity"] != of.identity() or state["step"] != done - before.first + 1:
+            done, state = 0, None  # of another run
+    first = done + 1
+    for phase in phases_of(config):
+        if phase.first > step or (phase.last <= done and phase != target):
+            continue
+        here = stream if phase == target else _open_stream(phase, tokenizer)
+        if state is not None and done < phase.first:
+            here.follow(state)
+        elif state is not None:
+            here.load_state_dict(state)
+        done = step - 1 if phase == target else phase.last
+        while here.step < done - phase.first + 1:
+            here.next_batch()
+        state = here.state_dict()
+    return first
 
 
 def _describe(

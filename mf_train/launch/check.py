@@ -63,7 +63,7 @@ def check(config: Config, options: JobOptions) -> int:
 def _kept(config: Config) -> int:
     """Checkpoints that the run's folder holds at most, with the one that is being written."""
     steps, saving = config.training.steps, config.checkpoint
-    made = max(1, steps // saving.interval) if saving.interval else 1
+    made = (max(1, steps // saving.interval) if saving.interval else 1) + len(config.phases)
     studied = steps // saving.keep_every if saving.keep_every else 0
     return min(saving.keep or made, made) + studied + 1
 

@@ -9,11 +9,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mf_train.config import Config
 from mf_train.config.loading import config_to_tree, load_config, parse_config
+from mf_train.config.phases import named, phases_of
 from mf_train.errors import UserError
 from mf_train.launch import slurm
 from mf_train.launch.limits import check_job, left_out, memory_warnings, notice_seconds, warnings
@@ -52,16 +54,18 @@ def make_plan(config_path: str, overrides: Sequence[str], options: JobOptions) -
     memory = _check_partition(options)
     usable, notice, found = None, 0, []
     for run in runs:
-        counts = check_job(run.config, options, memory)
-        usable = counts if usable is None else [count for count in usable if count in counts]
+        for phase in phases_of(run.config):
+            with named(phase):
+                counts = check_job(phase.config, options, memory)
+            usable = counts if usable is None else [count for count in usable if count in counts]
+            found += memory_warnings(phase.config, options, counts[-1], memory)
         notice = max(notice, notice_seconds(run.config, options))
         found += warnings(run.config, options)
-        found += memory_warnings(run.config, options, counts[-1], memory)
         found += _check_inputs(run.config, later=options.dependency is not None)
     assert usable is not None
     if not usable:
         raise UserError(
-            "no number of nodes of --elastic works for all tasks of --array: make their degrees agree"
+            "no number of nodes of --elastic works for all phases, and tasks of --array: make their degrees agree"
         )
     if out := left_out(options, usable):
         found.append(
@@ -164,10 +168,11 @@ def _check_tokenizer(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    for name in ("train", "validation"):
-        for index, source in enumerate(getattr(config.data, name)):
+    for phase, name in product(phases_of(config), ("train", "validation")):
+        for index, source in enumerate(getattr(phase.config.data, name)):
             if source.path and "://" not in source.path:
-                _find_data(source.path, f"data.{name}[{index}].path")
+                with named(phase):
+                    _find_data(source.path, f"data.{name}[{index}].path")
 
 
 @cache  # the tasks of an array mostly read the same

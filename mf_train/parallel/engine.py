@@ -153,7 +153,7 @@ class Engine:
         self._zero.refresh_parameters()
 
     def close(self) -> None:
-        """Leave the model without hooks."""
+        """Leave the model without hooks, so that all memory goes with the last reference. The last call."""
         self._zero.close()
 
 

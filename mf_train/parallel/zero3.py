@@ -114,8 +114,15 @@ class Zero3:
             weights.copy_(fragment.held("master").read())
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the model."""
+        """Take DeepSpeed's hooks off the model, which has no weights any more, and give all memory back."""
         self.engine.destroy()
+        # the engine stays alive by hooks of autograd that Python's collector does not see through, so what takes memory
+        # is taken from it
+        zero, self.engine.optimizer = self.engine.optimizer, None
+        for holder in (zero, self.optimizer, *self.model.parameters()):
+            vars(holder).clear()
+        for parameter in self.model.parameters():
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.device)
 
     def _places(self) -> Iterator[tuple[str, Tensor, int, int, int]]:
         """Of each parameter that this rank has a part of: its name, the flat tensor of masters that holds the part, the

@@ -75,12 +75,12 @@ def _plan(given: argparse.Namespace) -> int:
     device = find_device(given.device or "h100")
     config = load_config(given.config, given.overrides)
     nodes, per_node = given.nodes, given.gpus_per_node
-    measured = read_measured(given.measured, config) if given.measured else None
     plan = make_plan(given.config, given.overrides, config, nodes, per_node, device)
+    measured = read_measured(given.measured, plan.config) if given.measured else None
     curves = scaling(plan.base, nodes, per_node, device)
     if given.plot is not None:
         title = f"{given.config} on {device.name}, nodes of {per_node}"
-        _write(given.plot, draw_scaling(plan.base, title, curves))
+        _write(given.plot, draw_scaling(plan.base, config, title, curves))
     if given.json:
         return print_lines([json.dumps(report.plan_tree(plan, curves, measured, given.cost_per_hour))])
     return print_lines(report.plan_lines(plan, curves, measured, given.cost_per_hour, given.rows))

@@ -13,9 +13,11 @@ What exists at each is that of `parallel.zero` and, under stage 3, of DeepSpeed 
 from dataclasses import dataclass
 
 from mf_train.config import Config, ModelConfig
+from mf_train.config.phases import Phase, phases_of
+from mf_train.errors import UserError
 from mf_train.model.counts import count_parameters
 from mf_train.model.sums import num_chunks
-from mf_train.parallel.degrees import count_micro_batches, micro_batch_sizes
+from mf_train.parallel.degrees import check_degrees, count_micro_batches, micro_batch_sizes
 from mf_train.parallel.kinds import PIECE, held_bytes
 
 LIVE = 1_000_000_000  # elements that stage 3 keeps gathered, or a larger table: stage3_max_live_parameters
@@ -132,6 +134,19 @@ def peak_bytes(config: Config, processes: int, device: str | None = None) -> flo
     """Peak memory of a rank. `device` None: as `training.device`, where auto counts as a CPU, which takes less."""
     kind = device or ("cuda" if config.training.device == "cuda" else "cpu")
     return estimate_memory(config, processes, kind).peak
+
+
+def heaviest_phase(config: Config, processes: int, device: str | None = None) -> Phase:
+    """The phase of a run with the highest `peak_bytes` of those whose degrees can work; the first of equals."""
+
+    def peak(phase: Phase) -> float:
+        try:
+            check_degrees(phase.config, processes)
+        except UserError:
+            return 0.0
+        return peak_bytes(phase.config, processes, device)
+
+    return max(phases_of(config), key=peak)
 
 
 def code_bytes(model: ModelConfig, width: int) -> int:

@@ -9,7 +9,7 @@ from mf_train.config import Config
 from mf_train.errors import UserError
 from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import check_degrees
-from mf_train.planning.device_memory import RankMemory, estimate_memory
+from mf_train.planning.device_memory import RankMemory, estimate_memory, heaviest_phase
 from mf_train.planning.devices import find_device
 from mf_train.planning.ladder import WIDTH, shared_size
 from mf_train.planning.plan import USABLE, with_values
@@ -87,6 +87,7 @@ def find_largest(config: Config, nodes: int, per_node: int, memories: dict[str, 
 
     A size fits where the predicted peak of a GPU's rank is within USABLE of the memory.
     """
+    config = heaviest_phase(config, nodes * per_node, "cuda").config
     found, ladders, problems = [], {}, []
     for tensor in sorted({1, max(tensor for tensor in (1, 2, 4, 8) if per_node % tensor == 0)}):
         ladders[tensor], problem = _ladder(config, tensor, nodes * per_node)

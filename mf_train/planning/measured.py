@@ -22,22 +22,27 @@ class MeasuredRun:
 
 
 def read_measured(run: Path, config: Config) -> MeasuredRun:
-    """From the run folder's metrics.jsonl. Raises UserError where there is none, or its steps have another size."""
+    """From the run folder's metrics.jsonl: of the steps that have as many tokens as the configuration says.
+
+    Raises UserError where there is none.
+    """
     path = run / METRICS
     if not path.is_file():
         raise UserError(f"--measured {run}: {path} does not exist: give a run's folder")
-    records = []
+    steps, before = [], 0
     for record in read_metrics(run):
         try:
-            records.append((float(record["step_seconds"]), record["tokens"] / record["step"], record))
-        except (ValueError, KeyError, TypeError, ZeroDivisionError):
+            steps.append((float(record["step_seconds"]), record["tokens"] - before, record))
+            before = record["tokens"]
+        except (ValueError, KeyError, TypeError):
             continue  # not a step's
-    if not records:
+    if not steps:
         raise UserError(f"--measured {run}: {path} has no step yet")
     tokens = step_tokens(config)
-    if records[-1][1] != tokens:
+    records = [each for each in steps if each[1] == tokens]
+    if not records:
         raise UserError(
-            f"--measured {run}: its steps have {records[-1][1]:,.0f} tokens and the configuration's {tokens:,}: give "
+            f"--measured {run}: its steps have {steps[-1][1]:,.0f} tokens and the configuration's {tokens:,}: give "
             "the configuration that it ran"
         )
     counted = records[_WARM_UP:] or records

@@ -14,9 +14,10 @@ from itertools import product
 from typing import Any
 
 from mf_train.config import Config
+from mf_train.config.phases import Phase
 from mf_train.errors import UserError
 from mf_train.parallel.degrees import check_degrees
-from mf_train.planning.device_memory import RankMemory, estimate_memory, moment_bytes
+from mf_train.planning.device_memory import RankMemory, estimate_memory, heaviest_phase, moment_bytes
 from mf_train.planning.devices import Device
 from mf_train.planning.time import StepTime, estimate_step
 
@@ -226,7 +227,8 @@ class Plan:
 
     path: str
     overrides: Sequence[str]
-    config: Config  # what the file and the overrides say
+    run: Config  # what the file and the overrides say
+    phase: Phase  # of the run, the one that takes the most memory: what is planned are its steps
     nodes: int
     per_node: int
     device: Device
@@ -238,6 +240,11 @@ class Plan:
     lighter: Lighter | None
 
     @property
+    def config(self) -> Config:
+        """That of the planned steps."""
+        return self.phase.config
+
+    @property
     def base(self) -> Config:
         """The configuration where it can be run, or else the one that comes first."""
         return self.config if self.configured else (self.best or self.layouts[0]).config
@@ -246,7 +253,9 @@ class Plan:
 def make_plan(
     path: str, overrides: Sequence[str], config: Config, nodes: int, per_node: int, device: Device
 ) -> Plan:
-    """Raises UserError where no layout works."""
+    """A plan for a run's `config`. Raises UserError where no layout works."""
+    run, phase = config, heaviest_phase(config, nodes * per_node, device.kind)
+    config = phase.config
     try:
         configured, refusal = make_layout(config, nodes, per_node, device), ""
     except UserError as error:
@@ -259,7 +268,9 @@ def make_plan(
     if best is None or best.config.parallel.offload != "none":
         lighter = lighten(config, nodes, per_node, device)
     shown = frontier(layouts)
-    return Plan(path, overrides, config, nodes, per_node, device, configured, refusal, shown, best, lighter)
+    return Plan(
+        path, overrides, run, phase, nodes, per_node, device, configured, refusal, shown, best, lighter
+    )
 
 
 def launch_line(plan: Plan, layout: PlannedLayout) -> str:

@@ -5,13 +5,15 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from mf_train.config import Config
+from mf_train.config.phases import phases_of
+from mf_train.errors import UserError
 from mf_train.model.counts import count_parameters
 from mf_train.planning.devices import Device
 from mf_train.planning.measured import MeasuredRun
-from mf_train.planning.plan import HELD, USABLE, Plan, PlannedLayout, launch_line, stages
+from mf_train.planning.plan import HELD, USABLE, Plan, PlannedLayout, launch_line, make_layout, stages
 from mf_train.planning.scaling import MODELLED, NOT_MODELLED
 from mf_train.planning.time import estimate_step
-from mf_train.planning.work import model_flops, step_bytes, step_tokens
+from mf_train.planning.work import run_work, step_tokens
 
 Curves = dict[str, list[dict[str, Any]]]  # of `planning.scaling`
 
@@ -25,7 +27,8 @@ def plan_tree(
         "measured_rates": plan.device.measured,
         "nodes": plan.nodes,
         "gpus_per_node": plan.per_node,
-        "model": model_tree(plan.config),
+        "model": model_tree(plan.run),
+        "phase": plan.phase.name,
         "configured": plan.configured.to_tree(price) if plan.configured else {"refused": plan.refusal},
         "measured": asdict(measured) if measured else None,
         "best": plan.best.to_tree(price) if plan.best else None,
@@ -48,7 +51,8 @@ def plan_lines(
     """The plan as text, with a line for each of the first `shown` layouts."""
     configured, best, device = plan.configured, plan.best, plan.device
     yield f"{plan.path} on {plan.nodes} x {plan.per_node} {device.name}: predicted, nothing was run"
-    yield from head_lines(plan.config, device)
+    yield from head_lines(plan.run, device)
+    yield from phase_lines(plan)
     yield ""
     yield f"as configured: {configured.name if configured else plan.refusal}"
     if configured:
@@ -78,13 +82,13 @@ def plan_lines(
 
 def head_lines(config: Config, device: Device) -> Iterator[str]:
     """The model, the budget, the checkpoint, and where the rates come from."""
-    counts, tokens = count_parameters(config.model), step_tokens(config)
-    budget = config.training.steps * tokens
+    counts, work = count_parameters(config.model), run_work(config)
+    of_each = "" if config.phases else f" x {step_tokens(config):,} tokens"
     yield f"model     {config.model.kind}: {counts.total:,} parameters, {counts.tables:,} of them in tables"
-    yield f"budget    {config.training.steps:,} steps x {tokens:,} tokens = {budget / 1e9:.4g} billion tokens"
+    yield f"budget    {config.training.steps:,} steps{of_each} = {work.tokens / 1e9:.4g} billion tokens"
     yield (
-        f"work      {budget * model_flops(config.model):.3g} model FLOPs and "
-        f"{config.training.steps * step_bytes(config):.3g} bytes moved in all (docs/planning.md says what is counted)"
+        f"work      {work.flops:.3g} model FLOPs and "
+        f"{work.bytes_moved:.3g} bytes moved in all (docs/planning.md says what is counted)"
     )
     each, keep = counts.checkpoint_bytes, config.checkpoint.keep
     kept = f"{keep} kept and one being written: {(keep + 1) * each / 1e9:,.4g} GB" if keep else "all kept"
@@ -92,16 +96,38 @@ def head_lines(config: Config, device: Device) -> Iterator[str]:
     yield f"device    {device.name}, {device.memory / 1e9:.0f} GB; {rates_text(device)}"
 
 
+def phase_lines(plan: Plan) -> Iterator[str]:
+    """A line for each phase, where the run has several, and which of them the rest of the plan is about."""
+    if not plan.run.phases:
+        return
+    yield ""
+    for phase in phases_of(plan.run):
+        training, length = phase.config.training, phase.config.model.sequence_length
+        steps = f"steps {phase.first:,} to {phase.last:,}, {training.global_batch_size:,} x {length:,} tokens"
+        try:
+            layout = make_layout(phase.config, plan.nodes, plan.per_node, plan.device)
+        except UserError as error:
+            yield f"phase {phase.name!r}: {steps}; {error}"
+            continue
+        days = layout.time.seconds * (phase.last - phase.first + 1) / 86400
+        yield (
+            f"phase {phase.name!r}: {steps}; as configured {layout.time.seconds:.3f} s a step, {days:.2f} days, peak "
+            f"{layout.memory.peak / 1e9:.2f} GB a rank{'' if layout.fits else ': DOES NOT FIT'}"
+        )
+    why = ", which takes the most memory" if plan.configured else ""
+    yield f"below: as if all steps were of phase {plan.phase.name!r}{why}"
+
+
 def model_tree(config: Config) -> dict[str, Any]:
     """The model's size and the budget, for JSON."""
-    counts, tokens = count_parameters(config.model), step_tokens(config)
+    counts, work = count_parameters(config.model), run_work(config)
     return {
         "parameters": counts.total,
         "table_parameters": counts.tables,
         "steps": config.training.steps,
-        "tokens": config.training.steps * tokens,
-        "model_flops": config.training.steps * tokens * model_flops(config.model),
-        "bytes_moved": config.training.steps * step_bytes(config),
+        "tokens": work.tokens,
+        "model_flops": work.flops,
+        "bytes_moved": work.bytes_moved,
         "checkpoint_bytes": counts.checkpoint_bytes,
     }
 

@@ -1,11 +1,13 @@
 """Weak and strong scaling at 8 to 4096 devices, as `planning.time` models it; nothing is measured."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from mf_train.config import Config
 from mf_train.config.groups import group_rules, groups_of
-from mf_train.config.schedule import learning_rate
+from mf_train.config.phases import phases_of
+from mf_train.config.schedule import rate_of
 from mf_train.config.sections import decay_steps, warmup_steps
 from mf_train.errors import UserError
 from mf_train.parallel.degrees import micro_batch_sizes
@@ -63,12 +65,12 @@ def _point(config: Config, devices: int, per_node: int, batch: int, device: Devi
     }
 
 
-def draw_scaling(config: Config, title: str, curves: dict[str, list[dict[str, Any]]]) -> bytes:
-    """PNG: tokens a second over devices, both curves, each with the line of a perfect one; and the learning rate."""
+def draw_scaling(config: Config, run: Config, title: str, curves: dict[str, list[dict[str, Any]]]) -> bytes:
+    """PNG: tokens a second over devices, both curves, each with the line of a perfect one; and `run`'s rates."""
     from mf_train.drawing import make_figure, make_png
 
     figure, (*several, last) = make_figure(3, (5.4, 4.4))
-    _draw_schedule(last, config)
+    _draw_schedule(last, run)
     batch = config.training.global_batch_size
     names = {
         "strong": f"strong scaling: {batch:,} sequences a step, whatever the devices",
@@ -109,31 +111,44 @@ def draw_scaling(config: Config, title: str, curves: dict[str, list[dict[str, An
     return make_png(figure)
 
 
-def schedule_points(config: Config, most: int = 2000) -> list[tuple[int, float]]:
-    """Steps of a run, at most so many and some more where the rate turns, with the learning rate of each."""
-    steps, schedule = config.training.steps, config.schedule
-    turns = {warmup_steps(schedule, steps), steps - decay_steps(schedule, steps), steps}
-    shown = {1 + place * (steps - 1) // (most - 1) for place in range(most)} | {
-        step for step in turns if step > 0
-    }
-    peak = config.optimizer.learning_rate
-    return [(step, learning_rate(step, steps, peak, schedule)) for step in sorted(shown) if step <= steps]
+def schedule_points(
+    config: Config, multipliers: Sequence[float] | None = None, most: int = 2000
+) -> list[tuple[int, float]]:
+    """Steps of a run, at most so many and some more where the rate turns, with the learning rate of each.
+
+    `multipliers`: of the rate in each phase; None: 1.
+    """
+    steps = config.training.steps
+    shown = {1 + place * (steps - 1) // (most - 1) for place in range(most)} | {steps}
+    phases = phases_of(config)
+    for phase in phases:
+        schedule, over = phase.config.schedule, phase.schedule_steps
+        turns = warmup_steps(schedule, len(over)), len(over) - decay_steps(schedule, len(over))
+        shown |= {phase.first, phase.last, *(over[turn - 1] for turn in turns if 0 < turn <= len(over))}
+    return [
+        (step, scale * rate_of(phase, step))
+        for phase, scale in zip(phases, multipliers or [1.0] * len(phases), strict=True)
+        for step in sorted(shown)
+        if phase.first <= step <= phase.last
+    ]
 
 
-def rate_lines(config: Config) -> dict[float, list[str]]:
-    """Groups of parameters by their rate, as a multiple of `optimizer.learning_rate`."""
-    rules, lines = group_rules(config.optimizer, config.model.hidden_size), dict[float, list[str]]()
+def rate_lines(config: Config) -> dict[tuple[float, ...], list[str]]:
+    """Groups of parameters by their rates, each as a multiple of `optimizer.learning_rate` in every phase."""
+    size = config.model.hidden_size
+    rules = [group_rules(phase.config.optimizer, size) for phase in phases_of(config)]
+    lines: dict[tuple[float, ...], list[str]] = {}
     for group in groups_of(config.model.kind):
-        lines.setdefault(rules[group].multiplier, []).append(group)
+        lines.setdefault(tuple(each[group].multiplier for each in rules), []).append(group)
     return lines
 
 
 def _draw_schedule(axes: Any, config: Config) -> None:
-    points, lines = schedule_points(config), rate_lines(config)
-    for scale, groups in lines.items():
-        axes.plot([step for step, _ in points], [scale * rate for _, rate in points], label=", ".join(groups))
-    axes.set_title(f"learning rate: {config.schedule.kind}, {config.training.steps:,} steps", fontsize=9)
+    for multipliers, groups in rate_lines(config).items():
+        axes.plot(*zip(*schedule_points(config, multipliers), strict=True), label=", ".join(groups))
+    kinds = ", then ".join(dict.fromkeys(phase.config.schedule.kind for phase in phases_of(config)))
+    axes.set_title(f"learning rate: {kinds}, {config.training.steps:,} steps", fontsize=9)
     axes.set_xlabel("step")
     axes.grid(True, alpha=0.3)
-    if len(lines) > 1:
+    if len(axes.lines) > 1:
         axes.legend(fontsize=7)

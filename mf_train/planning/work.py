@@ -18,8 +18,10 @@ of an all-reduce twice that. Collectives of single numbers (the loss, the gradie
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mf_train.config import Config, ModelConfig
+from mf_train.config.phases import phases_of
 from mf_train.model.counts import count_block_flops, count_parameters
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import count_micro_batches
@@ -53,6 +55,14 @@ class PartWork:
     launches: float = 0
 
 
+class RunWork(NamedTuple):
+    """What a run costs, of all ranks together."""
+
+    tokens: int
+    flops: float  # `model_flops`
+    bytes_moved: float  # `step_bytes`
+
+
 def paper_flops(model: ModelConfig) -> float:
     """Multiply-adds of a token in the forward pass of all blocks, as in Table 1 of the paper; no LM head."""
     return model.num_layers * count_block_flops(model).total / model.sequence_length
@@ -77,6 +87,16 @@ def step_bytes(config: Config) -> float:
     micro_batches = config.training.global_batch_size / config.training.micro_batch_size
     once = sum(work.copy + work.gather for work in micro_batch_work(config, 1))
     return micro_batches * once + update_work(config, count_parameters(config.model).total).copy
+
+
+def run_work(config: Config) -> RunWork:
+    """Of all steps of a run, through its phases."""
+    each = [(phase.last - phase.first + 1, phase.config) for phase in phases_of(config)]
+    return RunWork(
+        tokens=sum(steps * step_tokens(here) for steps, here in each),
+        flops=float(sum(steps * step_tokens(here) * model_flops(here.model) for steps, here in each)),
+        bytes_moved=float(sum(steps * step_bytes(here) for steps, here in each)),
+    )
 
 
 def micro_batch_work(config: Config, tensor: int) -> list[PartWork]:

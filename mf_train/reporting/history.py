@@ -16,7 +16,7 @@ class Event(NamedTuple):
     """Something that happened at a step."""
 
     step: int
-    kind: str  # resumed, skipped or alarm
+    kind: str  # phase, resumed, skipped or alarm
     text: str
 
 
@@ -58,6 +58,10 @@ def read_history(run: Path) -> History:
                 history.events = [event for event in history.events if event.step < step]
                 for curve in history.curves.values():
                     curve.cut(step)
+                history.last = {}
+            phase = record.get("phase")
+            if phase != history.last.get("phase", phase):
+                history.events.append(Event(step, "phase", f"phase {phase} begins"))
             newest, history.last = step, record
             for name, value in _numbers(record):
                 curve = history.curves.setdefault(name, Curve())

@@ -14,7 +14,7 @@ from mf_train.reporting.history import Curve, Event, History
 
 _MOST_POINTS = 1000  # of a curve; more are drawn as the mean, least and most of as many spans of steps
 _MOST_NAMES = 8  # in a legend
-_COLOURS = {"resumed": "C2", "skipped": "C3"}
+_COLOURS = {"phase": "C4", "resumed": "C2", "skipped": "C3"}
 
 
 class Panel(NamedTuple):

@@ -13,14 +13,15 @@ from typing import Any
 
 from mf_train.config import Config, ModelConfig
 from mf_train.config.loading import config_to_tree, load_config, parse_config, read_tree
+from mf_train.config.phases import phases_of
 from mf_train.config.sections import schedule_problem
 from mf_train.errors import UserError
 from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import check_degrees
-from mf_train.planning.device_memory import peak_bytes
+from mf_train.planning.device_memory import heaviest_phase, peak_bytes
 from mf_train.planning.plan import USABLE
 from mf_train.planning.time import estimate_step
-from mf_train.planning.work import model_flops, step_bytes, step_tokens
+from mf_train.planning.work import model_flops, run_work, step_tokens
 from mf_train.run_folder import METRICS
 from mf_train.study.study import LENGTHS, Study, Value
 from mf_train.text import human_bytes
@@ -127,12 +128,9 @@ def make_grid(study: Study) -> Grid:
 
 def run_cost(config: Config) -> Cost:
     """Cost of all steps of a run."""
-    counts = count_parameters(config.model)
-    tokens = config.training.steps * step_tokens(config)
+    counts, work = count_parameters(config.model), run_work(config)
     return Cost(
-        tokens=tokens,
-        flops=float(tokens * model_flops(config.model)),
-        bytes_moved=float(config.training.steps * step_bytes(config)),
+        **work._asdict(),
         parameters=counts.total,
         table_parameters=counts.tables,
         block_parameters=counts.total - counts.embedding - counts.head,
@@ -157,9 +155,10 @@ def _resolve(study: Study, base: dict[str, Any], values: Sequence[Value]) -> Con
         raise UserError(
             f"schedule.warmup_steps {warmup} is not less than the {config.training.steps} steps: leave it out for 1 %"
         )
-    if problem := schedule_problem(config.schedule, config.training.steps):
-        raise UserError(problem)
-    check_degrees(config, study.processes)
+    for phase in phases_of(config, _PLACE):
+        check_degrees(phase.config, study.processes)
+        if problem := schedule_problem(phase.config.schedule, len(phase.schedule_steps)):
+            raise UserError(problem)
     budget = study.budget
     if budget.memory_gb:
         limit, owner = 1e9 * budget.memory_gb, "budget.memory_gb"
@@ -177,7 +176,8 @@ def _resolve(study: Study, base: dict[str, Any], values: Sequence[Value]) -> Con
 def _peak_bytes(study: Study, config: Config) -> float:
     """Predicted peak of one process, on the budget's device where there is one."""
     device = study.budget.device
-    return peak_bytes(config, study.processes, device.kind if device else None)
+    kind = device.kind if device else None
+    return peak_bytes(heaviest_phase(config, study.processes, kind).config, study.processes, kind)
 
 
 def _predict_seconds(study: Study, config: Config) -> float | None:
@@ -186,12 +186,19 @@ def _predict_seconds(study: Study, config: Config) -> float | None:
     if budget.device is None:
         return None
     per_node = budget.processes_per_node or next(n for n in range(8, 0, -1) if study.processes % n == 0)
-    step = estimate_step(config, study.processes // per_node, per_node, budget.device)
-    return config.training.steps * step.seconds
+    return sum(
+        (phase.last - phase.first + 1)
+        * estimate_step(phase.config, study.processes // per_node, per_node, budget.device).seconds
+        for phase in phases_of(config)
+    )
 
 
 def _with_length(config: Config, axis: str, length: float) -> Config:
     """The configuration with as many whole steps as come nearest to the length."""
+    if config.phases:
+        raise UserError(
+            f"axis {axis} sets training.steps, in which phases have their places: leave one of them out"
+        )
     if axis == "flops":
         tokens = length / model_flops(config.model)
     else:

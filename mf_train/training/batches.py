@@ -53,6 +53,8 @@ class SharedBatches:
     A batch is read one step ahead: `look_ahead` while the device computes, then `agree`, together with what else ranks
     tell each other at the end of a step, so that a step waits for the device once.
 
+    The stream's first batch is that of step `first`.
+
     `stop` says whether this rank was asked to stop. `before_failing` is called on all ranks where one has no batch,
     before they raise. All calls but `look_ahead` and `close` are collective.
     """
@@ -64,6 +66,7 @@ class SharedBatches:
         groups: Groups,
         device: torch.device,
         *,
+        first: int,
         stop: Callable[[], bool],
         before_failing: Callable[[], None],
         entering: Callable[[str], None],
@@ -73,6 +76,7 @@ class SharedBatches:
         self.config = config
         self.groups = groups
         self.device = device
+        self.first = first
         self.stop = stop
         self.before_failing = before_failing
         self.entering = entering
@@ -135,7 +139,7 @@ class SharedBatches:
         if ahead is None:
             return torch.zeros(0, dtype=torch.float64)
         if ahead.rows is not None and self.reader is not None and self.stream is not None:
-            digest = rows_digest(self.stream.row_numbers(ahead.step - 1), ahead.rows.numpy())
+            digest = rows_digest(self.stream.row_numbers(ahead.step - self.first), ahead.rows.numpy())
             documents = self.reader.documents()
         flags = [int(self.stop()), int(ahead.failure is not None)]
         return torch.tensor([*to_limbs(digest), *flags, *documents], dtype=torch.float64)
@@ -171,7 +175,7 @@ class SharedBatches:
         """Rows as they were read [read, S+1] -> those of this rank, in the order of the batch. For ranks that read."""
         batch, streams = self.config.training.global_batch_size, self.config.data.logical_streams
         me, ranks = self.groups.degrees.data_rank, self.groups.degrees.data
-        reader = reading_ranks(step - 1, batch, streams, ranks)
+        reader = reading_ranks(step - self.first, batch, streams, ranks)
         read = [row for row in range(batch) if reader[row] == me]
         mine = rows_of_rank(self.config, me, ranks)
         # by the rank that a row goes to, or comes from; the batch's order among equals
@@ -206,10 +210,8 @@ class SharedBatches:
         )
         if self.groups.degrees.rank != 0:
             return None
-        identity = self.stream.identity()
-        return merge_states(
-            [{"step": step, "identity": identity, "streams": streams} for streams in positions]
-        )
+        read = {"step": step - self.first + 1, "identity": self.stream.identity()}
+        return merge_states([{**read, "streams": streams} for streams in positions])
 
     def close(self) -> None:
         if self.reader is not None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mf_train.config import Config
+from mf_train.config.phases import phases_of
 from mf_train.data.stream.validation import IGNORED
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
@@ -76,7 +77,8 @@ def open_tasks(
 
 
 def _load(config: Config, tokenizer: Tokenizer) -> AskedTasks:
-    training, longest = config.training, config.model.sequence_length
+    training = config.training
+    longest = min(phase.config.model.sequence_length for phase in phases_of(config))
     if not tokenizer.model_bytes:
         raise UserError(
             f"{_KEYS.tasks} asks about text and there is no tokenizer: set tokenizer.path to the one that made the "

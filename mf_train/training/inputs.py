@@ -1,21 +1,25 @@
-"""A run's tokenizer, token stream and validation text, and the check that all ranks read the same."""
+"""The tokenizer, token stream and validation text of a run's phases, and the check that all ranks read the same."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from mf_train.config import Config
+from mf_train.config.phases import Phase, named, phase_at, phases_of
 from mf_train.config.sections import set_names
 from mf_train.data.stream.stream import TokenStream
 from mf_train.data.stream.validation import ValidationBlocks, set_tokens
 from mf_train.data.tokenizer import Tokenizer, open_tokenizer
 from mf_train.errors import PeerError, UserError
 from mf_train.exit_status import MISTAKE
+from mf_train.parallel.agreement import run_long_on_all
 from mf_train.parallel.degrees import Degrees
-from mf_train.training.folder import check_folder
 
 
 @dataclass(frozen=True)
@@ -27,25 +31,62 @@ class Inputs:
     validation_tokens: list[torch.Tensor]  # of each validation set, on rank 0
 
 
-def open_inputs(config: Config, degrees: Degrees) -> Inputs:
-    """Tokenizer, stream and validation text; UserError for any mistake in them or in the run's folder."""
-    if degrees.rank == 0:
-        check_folder(config)
-    tokenizer = open_tokenizer(config.tokenizer, config.model.vocab_size)
-    stream, validation = None, []
-    if degrees.tensor_rank == 0:
-        stream = TokenStream(
-            config.data,
-            tokenizer,
-            config.model.sequence_length,
-            config.training.global_batch_size,
-            degrees.data_rank,
-            degrees.data,
-        )
-        stream.identity()  # looks into every source, so that what is wrong with one shows here
-    if degrees.rank == 0 and config.training.validation_interval:
-        length, limit = config.model.sequence_length, config.training.validation_sequences
-        validation = [torch.from_numpy(each) for each in set_tokens(config.data, tokenizer, length, limit)]
+class PhaseInputs(NamedTuple):
+    """What a phase reads."""
+
+    inputs: Inputs
+    validation: dict[str, ValidationBlocks]  # sets by name
+
+
+def open_phases(
+    config: Config,
+    opened: dict[str, PhaseInputs],
+    degrees: Degrees,
+    device: torch.device,
+    stop: Callable[[], bool],
+    still_alive: Callable[[], None],
+    step: int,
+) -> bool:
+    """Open what the phases of a run after `step` read, into `opened` by their names, unless it is there.
+
+    All are opened before the first step: a mistake in the last one must not show after weeks. False where `stop()` was
+    set on any rank. Collective over all ranks; raises UserError or OSError on rank 0, and PeerError on the others.
+    """
+    phases = phases_of(config)
+    for phase in phases[phases.index(phase_at(config, step + 1)) :]:
+        if phase.name in opened:
+            continue
+        inputs = run_long_on_all(partial(_open_inputs, phase, degrees), device, stop, still_alive)
+        if inputs is None:
+            return False
+        with named(phase):
+            check_same_sources(inputs.stream, phase.config, degrees.rank, device)
+        validation = {}
+        if phase.config.training.validation_interval:
+            validation = share_validation(inputs.validation_tokens, inputs.tokenizer, phase.config, device)
+        opened[phase.name] = PhaseInputs(inputs, validation)
+    return True
+
+
+def _open_inputs(phase: Phase, degrees: Degrees) -> Inputs:
+    """Tokenizer, stream and validation text of a phase; UserError for any mistake in them."""
+    config, validation, stream = phase.config, [], None
+    length, limit = config.model.sequence_length, config.training.validation_sequences
+    with named(phase):
+        tokenizer = open_tokenizer(config.tokenizer, config.model.vocab_size)
+        if degrees.tensor_rank == 0:
+            stream = TokenStream(
+                config.data,
+                tokenizer,
+                length,
+                config.training.global_batch_size,
+                degrees.data_rank,
+                degrees.data,
+            )
+            stream.identity()  # looks into every source, so that what is wrong with one shows here
+        if degrees.rank == 0 and config.training.validation_interval:
+            found = set_tokens(config.data, tokenizer, length, limit)
+            validation = [torch.from_numpy(each) for each in found]
     return Inputs(tokenizer, stream, validation)
 
 

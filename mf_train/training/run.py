@@ -1,10 +1,13 @@
 """One training run, from its configuration to its last checkpoint; reads from top to bottom."""
 
+import gc
 import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,11 +21,11 @@ from mf_train.checkpoint.load import load_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.save import Extras, Saver
 from mf_train.config import Config
+from mf_train.config.phases import named, phase_at, phases_of
 from mf_train.config.schedule import Rewarm, rate_of
-from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.errors import PeerError, TrainingError
 from mf_train.exit_status import DONE, FAILED, STOPPED
-from mf_train.parallel.agreement import run_long_on_all, run_on_all, run_on_first
+from mf_train.parallel.agreement import any_rank, run_on_all, run_on_first
 from mf_train.parallel.degrees import Degrees, check_degrees
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
@@ -39,9 +42,17 @@ from mf_train.training.binding import bind_cores
 from mf_train.training.device import check_host_memory, find_device, keep_freed_memory, make_deterministic
 from mf_train.training.environment import set_kernel_cache
 from mf_train.training.evaluate import LiveTasks, open_tasks
-from mf_train.training.folder import check_same_run, find_rewarm, record_config, resolved_yaml
+from mf_train.training.folder import (
+    check_folder,
+    check_same_run,
+    describe_changes,
+    describe_phase,
+    find_rewarm,
+    record_config,
+    resolved_yaml,
+)
 from mf_train.training.garbage import GarbageCollection
-from mf_train.training.inputs import Inputs, check_same_sources, open_inputs, share_validation
+from mf_train.training.inputs import PhaseInputs, open_phases
 from mf_train.training.metrics import Records, process_peak
 from mf_train.training.probe import run_probe
 from mf_train.training.ranks import RankTimes
@@ -65,7 +76,9 @@ def train(config: Config, process: Process) -> int:
     Raises UserError, TrainingError or OSError on rank 0 for the first rank that failed, and PeerError on the others.
     """
     stop = StopRequest().install(speak=process.rank == 0)
-    check_degrees(config, process.world_size)
+    for phase in phases_of(config):
+        with named(phase):
+            check_degrees(phase.config, process.world_size)
     degrees = Degrees(
         process.rank, process.world_size, config.parallel.tensor, process.local_rank, process.local_size
     )
@@ -92,30 +105,42 @@ def train(config: Config, process: Process) -> int:
     return status
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """What the phases of a run have in common."""
+
+    config: Config  # the run's, with its phases
+    groups: Groups
+    device: torch.device
+    tasks: LiveTasks | None
+    stop: StopRequest
+    watch: Watch
+    records: Records
+
+
 def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopRequest, watch: Watch) -> int:
     watch.entering("making process groups")
     groups = Groups(degrees, config.training.collective_timeout_seconds + _WATCH_SPEAKS_FIRST_SECONDS)
-    run_on_all(lambda: check_host_memory(config, degrees), device)
+    for phase in phases_of(config):
+        run_on_all(partial(check_host_memory, phase.config, degrees), device)
     watch.entering("opening the data")
     if device.type == "cpu":
         keep_freed_memory()
     if config.logging.wandb.project:
         run_on_first(lambda: check_wandb(config), device)
-    inputs = run_long_on_all(partial(open_inputs, config, degrees), device, stop.requested, watch.still_alive)
-    if inputs is None:
+    opened: dict[str, PhaseInputs] = {}
+    open_rest = partial(open_phases, config, opened, degrees, device, stop.requested, watch.still_alive)
+    if not open_rest(run_on_first(lambda: _first_look(config), device)):
         return _stopped("while text was prepared", degrees.rank)
-    check_same_sources(inputs.stream, config, degrees.rank, device)
-    validation = {}
-    if config.training.validation_interval:
-        validation = share_validation(inputs.validation_tokens, inputs.tokenizer, config, device)
     tasks = None
     if config.training.evaluate_tasks:
         watch.entering("loading the tasks to evaluate")
-        tasks = open_tasks(config, inputs.tokenizer, device, stop.requested, watch.still_alive)
+        tokenizer = next(iter(opened.values())).inputs.tokenizer
+        tasks = open_tasks(config, tokenizer, device, stop.requested, watch.still_alive)
         if tasks is None:
             return _stopped("while tasks were loaded", degrees.rank)
     watch.entering("choosing a checkpoint")
-    step = run_on_first(lambda: look_ahead(config, partial(_read_state, config, inputs, 0)), device)
+    step = run_on_first(lambda: look_ahead(config, partial(_read_state, config, opened, 0)), device)
     if step >= config.training.steps:
         if degrees.rank == 0:
             folder = config.training.output_dir
@@ -124,23 +149,68 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
     chosen = choose_checkpoint(config, device, stop.requested, watch.still_alive)
     if chosen is None:
         return _stopped("while a checkpoint was verified", degrees.rank)
-    run = _Run(config, groups, device, inputs, validation, tasks, stop, watch, *chosen)
+    fence, checkpoint = chosen
+    # where the newest one was damaged, that may be one of an earlier phase
+    if not open_rest(0 if checkpoint is None else checkpoint.manifest.step):
+        return _stopped("while text was prepared", degrees.rank)
+    shared = _Shared(config, groups, device, tasks, stop, watch, Records(config, degrees.rank))
     try:
-        return run.run()
+        return _train_phases(shared, opened, fence, checkpoint)
     finally:
-        run.close()
+        shared.records.close()
 
 
-def _read_state(config: Config, inputs: Inputs, rank: int, checkpoint: CheckpointReader) -> dict[str, Any]:
-    """A checkpoint's state, to which the stream is set. Raises UserError, on rank 0 also where it is of another run."""
+def _first_look(config: Config) -> int:
+    """The step that the run seems to go on from."""
+    check_folder(config)
+    return look_ahead(config, lambda checkpoint: None)
+
+
+def _read_state(
+    config: Config, opened: Mapping[str, PhaseInputs], rank: int, checkpoint: CheckpointReader
+) -> dict[str, Any]:
+    """A checkpoint's state, to which the stream of the next step's phase is set.
+
+    Raises UserError, on rank 0 also where it is of another run.
+    """
+    step = checkpoint.manifest.step
+    phase = phase_at(config, step + 1)
+    inputs = opened[phase.name].inputs
     if rank == 0:
         check_same_run(config, inputs.tokenizer, checkpoint)
     state = checkpoint.state()
     if rank == 0:
         state["rewarm"] = find_rewarm(config, checkpoint)
     if inputs.stream is not None and state["stream"] is not None:
-        inputs.stream.load_state_dict(state["stream"])
+        if step + 1 == phase.first > 1:
+            inputs.stream.follow(state["stream"])
+        else:
+            inputs.stream.load_state_dict(state["stream"])
     return state
+
+
+def _train_phases(
+    shared: _Shared, opened: dict[str, PhaseInputs], fence: Fence, checkpoint: CheckpointReader | None
+) -> int:
+    """Train to the last step. A phase ends with a checkpoint, and the next one goes on from it as a restart would."""
+    last: Path | None = None  # the checkpoint that ended a phase
+    while True:
+        run = _Run(shared, opened, fence, checkpoint, continued=last is not None)
+        try:
+            status = run.run()
+        finally:
+            run.close()
+        if status != DONE or run.step == shared.config.training.steps:
+            return status
+        last = run.saver.last
+        run.engine.close()
+        opened.pop(run.phase.name)
+        del run  # weights, moments and buffers, before those of the next phase are made
+        gc.collect()
+        if shared.device.type == "cuda":
+            torch.cuda.empty_cache()
+        assert last is not None
+        checkpoint = run_on_all(partial(CheckpointReader, last, check_sizes=False), shared.device)
 
 
 def _stopped(when: str, rank: int) -> int:
@@ -150,40 +220,41 @@ def _stopped(when: str, rank: int) -> int:
 
 
 class _Run:
-    """The state of a run and its loop."""
+    """A run in one phase: its state and its loop. `continued`: these processes have trained the phase before."""
 
     def __init__(
         self,
-        config: Config,
-        groups: Groups,
-        device: torch.device,
-        inputs: Inputs,
-        validation: dict[str, ValidationBlocks],
-        tasks: LiveTasks | None,
-        stop: StopRequest,
-        watch: Watch,
+        shared: _Shared,
+        opened: Mapping[str, PhaseInputs],
         fence: Fence,
         checkpoint: CheckpointReader | None,
+        *,
+        continued: bool,
     ) -> None:
-        self.config = config
-        self.groups = groups
+        self.whole = shared.config
+        self.groups = groups = shared.groups
         self.degrees = groups.degrees
-        self.device = device
-        self.inputs = inputs
-        self.validation = validation  # sets by name
-        self.tasks = tasks
-        self.probed = next(iter(validation.values()), None)
-        self.stop = stop
-        self.watch = watch
+        self.device = device = shared.device
+        self.tasks = shared.tasks
+        self.stop = stop = shared.stop
+        self.watch = watch = shared.watch
+        self.records = shared.records
         self.fence = fence
+        self.continued = continued
         state: dict[str, Any] = {}
         if checkpoint is not None:
-            state = run_on_all(lambda: _read_state(config, inputs, self.degrees.rank, checkpoint), device)
+            state = run_on_all(lambda: _read_state(self.whole, opened, self.degrees.rank, checkpoint), device)
+        self.phase = phase_at(self.whole, state.get("step", 0) + 1)
+        self.config = config = self.phase.config
+        self.inputs, self.validation = inputs, _ = opened[self.phase.name]
+        self.probed = next(iter(self.validation.values()), None)
         self.rewarm: Rewarm | None = run_on_first(lambda: state.get("rewarm"), device)
         self.step: int = state.get("step", 0)
         self.tokens: int = state.get("tokens", 0)
         self.skipped: int = state.get("skipped_steps", 0)
-        self.bad_steps = BadSteps(config, state.get("bad_steps", {}))
+        # what the steps of another phase are like says nothing of those of this one
+        begins = self.step + 1 == self.phase.first
+        self.bad_steps = BadSteps(config, {} if begins else state.get("bad_steps", {}))
         self.progress: dict[str, Any] = state.get("metrics", {})
         self.started_at = self.step
         self.batches = SharedBatches(
@@ -191,6 +262,7 @@ class _Run:
             config,
             groups,
             device,
+            first=self.phase.first,
             stop=self._should_stop,
             before_failing=lambda: self.saver.finish(),  # of an earlier step
             entering=watch.entering,
@@ -222,17 +294,17 @@ class _Run:
             run_on_all(partial(self.telemetry.resume, checkpoint), device)
         beside = config.checkpoint.interval and config.checkpoint.asynchronous
         self.deadline = find_deadline(os.environ, saves=2 if beside else 1)
-        self.records = Records(config, self.degrees.rank)
         self.ranks = RankTimes(config.logging.ranks_interval, device)
         self.profile: Profile | None = None
         self.garbage = GarbageCollection(config.training.gc_interval)
 
     def run(self) -> int:
+        """To the phase's last step, or until a signal; returns the exit status."""
         config = self.config
         run_on_all(self._open_folder, self.device)
         self._open_profile()
         self.garbage.start()
-        while self.step < config.training.steps:
+        while self.step < self.phase.last:
             if self.profile is not None:
                 self.profile.turn(self.step + 1)
             started = time.perf_counter()
@@ -242,19 +314,17 @@ class _Run:
                 if self.step > self.saver.step:
                     self._save(last=True)
                 self.saver.finish()
-                self.records.say(
-                    f"stopped on request after step {self.step}; run the same command again to go on"
-                )
-                return STOPPED
+                return self._stopped()
             self.watch.entering(f"training step {self.step + 1}")
             metrics = self._train_step(batch)
             self._finish_metrics(metrics, time.perf_counter() - started)
             self._compare_ranks(metrics)
-            last = self.step == config.training.steps
+            last = self.step == self.phase.last
             if self._due(config.training.validation_interval, last) and self.validation:
                 metrics |= self._validate()
                 self.progress |= {"validation_loss": metrics["validation_loss"], "validation_step": self.step}
-            if self.tasks is not None and (self._due(config.training.evaluate_interval, last) or last):
+            end = self.step == config.training.steps
+            if self.tasks is not None and (end or self._due(config.training.evaluate_interval, end)):
                 metrics |= self._evaluate(self.tasks)
             if "skipped" not in metrics:
                 self.progress |= {"loss": metrics["loss"]}
@@ -266,17 +336,25 @@ class _Run:
             self.garbage.after(self.step)
         if self.profile is not None:
             self.profile.turn(self.step + 1)
-        self.records.say(
-            f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saver.last}"
-        )
+        if self.step == config.training.steps:
+            self.records.say(
+                f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saver.last}"
+            )
+        elif any_rank([self._should_stop()], self.device)[
+            0
+        ]:  # the next phase would ask after its first batch only
+            return self._stopped()
         return DONE
+
+    def _stopped(self) -> int:
+        self.records.say(f"stopped on request after step {self.step}; run the same command again to go on")
+        return STOPPED
 
     def close(self) -> None:
         self.garbage.close()
         if self.profile is not None:
             self.profile.close()
         self.batches.close()
-        self.records.close()
 
     # one step
 
@@ -288,13 +366,13 @@ class _Run:
         if trained:
             loss = self._backward(batch)
             gradient_norm = self.engine.gradient_norm()
-        if step < config.training.steps:
+        if step < self.phase.last:
             self.batches.look_ahead(step + 1, self.records.failure)
         # the only wait for the device in a step: what comes after it goes on beside the update
         loss_sum, norm = self.batches.agree(loss.view(1), gradient_norm.view(1))
         mean = loss_sum / self.degrees.tensor  # every tensor-parallel rank has the loss
         self.watch.entering(f"training step {step}")
-        rate = rate_of(config, step, self.rewarm)
+        rate = rate_of(self.phase, step, self.rewarm)
         bad = self.bad_steps.judge(step, mean, norm)  # on all ranks the same: they have the same numbers
         if bad is None:
             self.engine.update(rate)
@@ -307,6 +385,7 @@ class _Run:
         self.tokens += step_tokens(config)
         metrics: dict[str, Any] = {
             "step": step,
+            **({"phase": self.phase.name} if self.whole.phases else {}),
             "tokens": self.tokens,
             "loss": mean if math.isfinite(mean) else None,
             "grad_norm": norm if math.isfinite(norm) else None,
@@ -396,7 +475,8 @@ class _Run:
 
     def _open_profile(self) -> None:
         """Where steps are to be profiled; without, nothing of it is imported."""
-        if self.config.training.profile.steps:
+        wanted = self.config.training.profile
+        if wanted.steps and not (self.continued and wanted.start < self.phase.first):
             from mf_train.training.profile import Profile
 
             parts: list[Part] = [  # methods, and what the profile calls the time in them
@@ -419,11 +499,16 @@ class _Run:
         if self.degrees.rank != 0:
             return
         self.fence.check()  # a newer start's files are not this one's to replace
-        record_config(self.config)
-        self.records.open(self.step)
-        self.records.say(
-            summary(self.config, self.degrees, self.device, self.inputs, self.validation, self.saver)
-        )
+        lines = []
+        if not self.continued:
+            record_config(self.whole)
+            self.records.open(self.step)
+            lines += summary(self.config, self.degrees, self.device, self.inputs, self.validation, self.saver)
+        lines += describe_phase(self.whole, self.saver.last)
+        if self.saver.last is not None:
+            lines += describe_changes(self.whole, self.saver.last)
+        if lines:
+            self.records.say("\n".join(lines))
 
     def _save(self, *, last: bool) -> None:
         """Save beside the steps, or wait for it if this is the `last` time."""
@@ -455,7 +540,7 @@ class _Run:
                 "metrics": self.progress | {"checkpoint_seconds": self.saver.seconds},
                 "stream": stream,
             },
-            config_yaml=resolved_yaml(self.config),
+            config_yaml=resolved_yaml(self.whole),
             tokenizer=self.inputs.tokenizer.model_bytes,
             probe=probe,
         )
@@ -463,6 +548,6 @@ class _Run:
     def _report(self, metrics: dict[str, Any]) -> None:
         if self.step == self.started_at + 1 and (skipped := skipped_documents(self.inputs)):
             metrics["skipped_documents"] = skipped
-        if self.step == self.started_at + 1 and self.started_at:
+        if self.step == self.started_at + 1 and self.started_at and not self.continued:
             metrics["resumed_after"] = self.started_at
         self.records.write(metrics | self.saver.take_metrics())

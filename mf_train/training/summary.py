@@ -10,7 +10,6 @@ from mf_train.config import Config
 from mf_train.data.stream.validation import ValidationBlocks
 from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import Degrees
-from mf_train.training.folder import describe_changes
 from mf_train.training.inputs import Inputs
 
 
@@ -21,8 +20,11 @@ def summary(
     inputs: Inputs,
     validation: Mapping[str, ValidationBlocks],
     saver: Saver,
-) -> str:
-    """Lines on the model, the processes, the kernels, the data, and the checkpoint that the run resumes from."""
+) -> list[str]:
+    """Lines on the model, the processes, the kernels, the data, and the checkpoint that the run resumes from.
+
+    `config`: of the phase that comes.
+    """
     counts = count_parameters(config.model)
     processes = "1 process" if degrees.world_size == 1 else f"{degrees.world_size} processes"
     lines = [
@@ -54,8 +56,7 @@ def summary(
         )
     if saver.last is not None:
         lines.append(f"resumed after step {saver.step} from {saver.last}")
-        lines += describe_changes(config, saver.last)
-    return "\n".join(lines)
+    return lines
 
 
 def skipped_documents(inputs: Inputs) -> dict[str, int]:

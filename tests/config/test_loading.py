@@ -18,6 +18,7 @@ from mf_train.config import (
     GroupConfig,
     ModelConfig,
     OptimizerConfig,
+    PhaseConfig,
     ProfileConfig,
     ScheduleConfig,
     SourceConfig,
@@ -211,6 +212,7 @@ def random_config(dice: random.Random) -> Config:
         **dict.fromkeys(("tables", "ffn_tables", "matrices"), GroupConfig()),  # which not every model has
         "width_rule": "mup",
         "skip_steps": (dice.randint(1, 99), "100-101"),
+        "phases": (PhaseConfig(name="0: 'a'", start=2, data={"cache": "1:30"}, optimizer={"eps": 1e-9}),),
         "profile": ProfileConfig(start=1, steps=dice.randrange(2), ranks=(0, dice.randint(1, 99))),
     }
 
@@ -396,7 +398,7 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
         ),
         (
             "schedule={kind: warmup_stable_decay, decay_fraction: 1.0}",
-            "1000 of decay, and training.steps is 1000",
+            "1000 of decay, and it goes over 1000 steps",
         ),
         ("schedule.decay_steps=0", "schedule.decay_steps is 0: it must be a number above 0"),
         ("schedule.on_change=jump", "schedule.on_change is 'jump': choose one of refuse, follow, rewarm"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mf_train.config import Config, OptimizerConfig, ScheduleConfig, TrainingConfig
+from mf_train.config.phases import phases_of
 from mf_train.config.schedule import Rewarm, learning_rate, rate_of
 
 
@@ -76,11 +77,12 @@ def test_a_line_to_another_schedule() -> None:
     config = Config(
         schedule=schedule, training=TrainingConfig(steps=50), optimizer=OptimizerConfig(learning_rate=2.0)
     )
+    (phase,) = phases_of(config)
     for after in (3, 20, 45):  # the last one ends after the run
-        rates = [rate_of(config, step, Rewarm(after, 0.5)) for step in range(after, 61)]
+        rates = [rate_of(phase, step, Rewarm(after, 0.5)) for step in range(after, 61)]
         end = learning_rate(after + 10, 50, 2.0, schedule)
         assert rates[:11] == pytest.approx(np.linspace(0.5, end, 11))
         assert rates[10:] == [learning_rate(step, 50, 2.0, schedule) for step in range(after + 10, 61)]
-    assert [rate_of(config, step) for step in (1, 50)] == [
+    assert [rate_of(phase, step) for step in (1, 50)] == [
         learning_rate(step, 50, 2.0, schedule) for step in (1, 50)
     ]

@@ -32,8 +32,8 @@ def test_inspect(tmp_path: Path, tokenizer: Tokenizer) -> None:
     batches = [stream.next_batch() for _ in range(3)]
     state = TokenStream(config.data, tokenizer, 32, 4).state_dict()
     lines = list(inspect_data(config, step=3))
-    assert list(inspect_data(config, 3, state)) == lines
-    assert list(inspect_data(config, 3, {**state, "identity": "of another stream", "step": 2})) == lines
+    assert list(inspect_data(config, 3, (0, state))) == lines
+    assert list(inspect_data(config, 3, (2, {**state, "identity": "of another stream", "step": 2}))) == lines
     shown = "\n".join(lines)
     assert "4096 ids, end of text 0" in lines[0]
     documents = [text for text in random_documents(9, seed=1) if text]

@@ -7,6 +7,8 @@ start of 4 processes (tests/parallel/worlds.py).
 from __future__ import annotations
 
 import functools
+import gc
+import math
 from typing import Any
 
 import pytest
@@ -303,3 +305,42 @@ def norms_with_z_loss(rank: int, world_size: int) -> list[tuple[float, float]]:
 def test_z_loss() -> None:
     for norm, expected in run_distributed(norms_with_z_loss, 1)[0]:
         assert norm == pytest.approx(expected, rel=1e-5)
+
+
+def kept_after_closing(rank: int, world_size: int) -> list[int]:
+    """Bytes of the tensors that are there after an engine of each stage has gone, less those of before."""
+    start_processes(find_process(), torch.device("cpu"), 60)
+    groups, tokens = Groups(Degrees(0, 1, 1), 60), batch_of(1)
+    found = []
+    for stage in EVERY:
+        before = tensor_bytes()
+        config = Config(
+            model=MODEL,
+            parallel=ParallelConfig(zero_stage=stage),
+            training=TrainingConfig(global_batch_size=len(tokens), micro_batch_size=len(tokens)),
+        )
+        engine = Engine(MemoryFormer(MODEL), config, groups, torch.device("cpu"))
+        engine.backward(tokens[:, :-1], tokens[:, 1:], share=1.0, last=True)
+        engine.update(1e-3)
+        assert tensor_bytes() > before + 12 * sum(math.prod(shape) for shape in engine_shapes(engine))
+        engine.close()
+        del engine
+        found.append(tensor_bytes() - before)
+    return found
+
+
+def engine_shapes(engine: Engine) -> list[torch.Size]:
+    return [engine.local_shape(parameter) for parameter in engine.model.parameters()]
+
+
+def tensor_bytes() -> int:
+    """Of all storages that Python's tensors hold."""
+    gc.collect()
+    storages = [each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def test_a_closed_engine_keeps_no_memory() -> None:
+    """The next phase of a run makes another one in the same process."""
+    for kept in run_distributed(kept_after_closing, 1)[0]:
+        assert kept < 1000

@@ -13,16 +13,19 @@ from mf_train.cli import main
 from mf_train.commands import CommandParser
 from mf_train.config import Config, ScheduleConfig, TrainingConfig
 from mf_train.config.loading import load_config, parse_config
-from mf_train.config.schedule import learning_rate
+from mf_train.config.phases import phase_at, phases_of
+from mf_train.config.schedule import learning_rate, rate_of
 from mf_train.config.sections import decay_steps, warmup_steps
 from mf_train.errors import UserError
 from mf_train.launch.arguments import add_launch
 from mf_train.launch.limits import check_job
 from mf_train.launch.options import JobOptions
+from mf_train.planning.device_memory import peak_bytes
 from mf_train.planning.devices import find_device
 from mf_train.planning.plan import choose, frontier, lighten, make_layout, search
 from mf_train.planning.scaling import rate_lines, scaling, schedule_points
 from mf_train.planning.time import estimate_step
+from mf_train.planning.work import model_flops, step_tokens
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASE, H100 = load_config(CONFIGS / "base.yaml"), find_device("h100")
@@ -285,6 +288,41 @@ def test_a_measured_run_is_shown_beside_the_plan(capsys: pytest.CaptureFixture[s
     assert code == 2 and "give the configuration that it ran" in error
 
 
+PHASES = (
+    "phases=[{name: ramp, start: 101, training: {global_batch_size: 16}}, {name: long, start: 251, model: "
+    "{sequence_length: 512}, optimizer: {table_learning_rate_multiplier: 3}, schedule: {kind: linear}}]"
+)
+
+
+def test_every_phase_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    given = [str(CONFIGS / "quickstart.yaml"), PHASES, "--gpus-per-node", "2", "--device", "cpu"]
+    sizes = [8 * 256] * 100 + [16 * 256] * 150 + [16 * 512] * 50
+    totals = [sum(sizes[: step + 1]) for step in range(len(sizes))]
+    records = [
+        {"step": step, "tokens": tokens, "step_seconds": size / 1e3}
+        for step, (tokens, size) in enumerate(zip(totals, sizes, strict=True), 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    code, out, _ = run_plan(capsys, *given, "--measured", str(tmp_path))
+    assert code == 0 and f"300 steps = {sum(sizes) / 1e9:.4g} billion tokens" in out
+    for line in ("'main': steps 1 to 100, 8 x 256", "'ramp': steps 101 to 250, 16 x 256"):
+        assert f"phase {line} tokens; as configured" in out
+    assert "below: as if all steps were of phase 'long', which takes the most memory" in out
+    assert f"MEASURED {16 * 512 / 1e3:.3f} s a step" in out
+    tree = json.loads(run_plan(capsys, *given, "--json")[1])
+    config = load_config(given[0], [PHASES])
+    each = [(phase.last - phase.first + 1, phase.config) for phase in phases_of(config)]
+    assert tree["model"]["tokens"] == sum(sizes) and tree["phase"] == "long"
+    assert tree["model"]["model_flops"] == pytest.approx(
+        sum(steps * step_tokens(here) * model_flops(here.model) for steps, here in each)
+    )
+    assert tree["configured"]["bytes"]["peak"] == max(round(peak_bytes(here, 2, "cpu")) for _, here in each)
+    (of_tables,) = [scales for scales, groups in rate_lines(config).items() if "tables" in groups]
+    rates, tables = dict(schedule_points(config)), dict(schedule_points(config, of_tables))
+    assert rates == {step: rate_of(phase_at(config, step), step) for step in (rates.keys())}
+    assert {tables[step] / rates[step] for step in (1, 250)} == {1} and tables[251] == 3 * rates[251]
+
+
 @pytest.mark.parametrize("steps", [1, 7, 10_000, 10**18])
 def test_the_drawn_schedule_has_its_turns(steps: int) -> None:
     schedule = ScheduleConfig(kind="warmup_stable_decay", minimum_fraction=0.1)
@@ -300,7 +338,7 @@ def test_the_drawn_schedule_has_its_turns(steps: int) -> None:
 def test_groups_that_have_one_rate_are_one_line() -> None:
     optimizer = {"table_learning_rate_multiplier": 2, "groups": {"head": {"learning_rate_multiplier": 0.5}}}
     lines = rate_lines(parse_config({"optimizer": optimizer}, "test"))
-    assert lines == {2.0: ["tables", "ffn_tables"], 1.0: ["embedding", "norms"], 0.5: ["head"]}
+    assert lines == {(2.0,): ["tables", "ffn_tables"], (1.0,): ["embedding", "norms"], (0.5,): ["head"]}
 
 
 def test_the_picture_is_a_png_and_nothing_is_left_beside_it(

@@ -157,3 +157,13 @@ def test_mistakes(
     message = capsys.readouterr().err
     assert end.value.code == 2 and words in message and message.count("\n") == 1
     assert {path.name for path in tmp_path.rglob("*")} == {"run", "empty", "config.yaml", "metrics.jsonl"}
+
+
+def test_the_first_steps_of_phases_are_events(tmp_path: Path) -> None:
+    names = ["main"] * 3 + ["ramp"] * 2 + ["anneal"] * 2
+    records = [record(step, 2.0, phase=name) for step, name in enumerate(names, 1)]
+    run = write_run(tmp_path / "run", records[:5] + records[4:])  # the fifth was trained again
+    assert [tuple(event) for event in read_history(run).events] == [
+        (4, "phase", "phase ramp begins"),
+        (6, "phase", "phase anneal begins"),
+    ]

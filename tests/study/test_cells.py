@@ -45,6 +45,15 @@ def test_lengths_become_steps(tmp_path: Path) -> None:
     assert "less than one step of 256 tokens" in made.left_out[0].reason
 
 
+def test_phases_are_counted_and_stay_at_their_steps(tmp_path: Path) -> None:
+    ramp = {"phases": [{"name": "ramp", "start": 3, "training": {"global_batch_size": 16}}]}
+    made = grid(tmp_path, {"training.steps": [2, 4]}, settings=ramp)
+    assert [cell.cost.tokens for cell in made.cells] == [2 * 256 + 2 * 512]
+    assert "phases[0].start is 3" in made.left_out[0].reason
+    made = grid(tmp_path, {"tokens": [5000]}, settings=ramp)
+    assert "axis tokens sets training.steps, in which phases have their places" in made.left_out[0].reason
+
+
 def test_flops_are_shared_by_sizes(tmp_path: Path) -> None:
     made = grid(tmp_path, {"size": {"depths": [1, 2, 4], "width": 16, "head_size": 8}, "flops": [3e10]})
     steps = [cell.config.training.steps for cell in made.cells]

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from mf_train.errors import UserError
 State = dict[str, Any]
 
 _STATE_VERSION = 2
+_CONTENT = ("documents", "bytes", "tokens", "fingerprint")  # of a source's identity
 _LEAST_READ = 16384  # tokens that a cursor asks its source for at once
 
 
@@ -195,6 +197,24 @@ class TokenStream:
         for number, stream in self._streams.items():
             stream.load([Position(*position) for position in state["streams"][str(number)]])
         self._turn_to(state["step"])
+
+    def follow(self, state: State) -> None:
+        """Begin after another stream, of which `state` is a merged state.
+
+        Steps and shares of the sources are counted anew. A source whose documents the other one read in the same order
+        (the same documents under the same number of `data.train`, `data.seed`, logical streams, blocks and windows)
+        goes on at its place, so that none comes again before the others; any other source begins.
+        """
+        saved, here = state["identity"], self.identity()
+        sizes = ("training.global_batch_size", "model.sequence_length", "sources")
+        same = all(saved.get(key) == value for key, value in here.items() if key not in sizes)
+        pairs = zip_longest(saved["sources"][: len(here["sources"])], here["sources"])
+        kept = [same and before is not None and not _changes(before, now, _CONTENT) for before, now in pairs]
+        for number, stream in self._streams.items():
+            before = state["streams"][str(number)] if same else []
+            places = zip_longest(before[: len(kept)], kept)
+            stream.load([Position(*place)._replace(rows=0) if keep else Position() for place, keep in places])
+        self._turn_to(0)
 
     def _turn_to(self, step: int) -> None:
         self.step, self._row = step, 0
@@ -366,7 +386,7 @@ def _check_identity(saved: State, here: State) -> None:
             f"{len(here['sources'])} now: put them back, or start a new run"
         )
     for index, (before, now) in enumerate(zip(saved["sources"], here["sources"], strict=True)):
-        changed = _changes(before, now, ("weight", "documents", "bytes", "tokens", "fingerprint"))
+        changed = _changes(before, now, ("weight", *_CONTENT))
         if changed:
             raise UserError(
                 f"data.train[{index}] ({now['name']}) is not the source of the saved data state: {changed}; "

@@ -16,6 +16,7 @@ from mf_train.checkpoint.layout import AVERAGE, CONFIG, TOKENIZER, resolve_check
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
 from mf_train.config.loading import load_config
+from mf_train.config.phases import phase_at
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.files import sync
@@ -64,8 +65,8 @@ def convert(
 
 
 def open_checkpoint(path: Path, *, average: bool = False) -> tuple[CheckpointReader, Config]:
-    """A checkpoint, its `latest` file or its run's folder, with its configuration; `average`: that of its weights is
-    what is read. Raises UserError.
+    """A checkpoint, its `latest` file or its run's folder, and its last step's configuration; `average`: that of its
+    weights is what is read. Raises UserError.
     """
     reader = CheckpointReader(resolve_checkpoint(path), weights=AVERAGE if average else "master")
     if reader.weights not in reader.manifest.kinds:
@@ -74,7 +75,7 @@ def open_checkpoint(path: Path, *, average: bool = False) -> tuple[CheckpointRea
             "training.average_decay"
         )
     reader.read_file(CONFIG)  # its checksum
-    config = load_config(reader.checkpoint / CONFIG)
+    config = phase_at(load_config(reader.checkpoint / CONFIG), reader.manifest.step).config
     check_layers(config.model, len(reader.shapes), reader.checkpoint / CONFIG)
     with torch.device("meta"):
         model = MemoryFormer(config.model)

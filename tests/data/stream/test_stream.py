@@ -312,3 +312,58 @@ def test_states_that_do_not_belong_together_are_refused(data: DataConfig, tokeni
 
 
 GOLDEN_STREAM = ["8e57052ea7a496d0", "f74fa9157f729703", "e54be87c79aa526b"]
+
+
+def rows_of_source(stream: TokenStream, rows: int, wanted: int = 0) -> dict[int, list[int]]:
+    """The tokens that predict others, in the next rows, of one source by logical stream."""
+    found: dict[int, list[int]] = {number: [] for number in range(STREAMS)}
+    for _ in range(rows):
+        row = stream.next_row()
+        if row.source == wanted:
+            found[row.stream] += row.tokens[:-1].tolist()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_stream_that_follows_reads_on(ranks: int, data: DataConfig, tokenizer: Tokenizer) -> None:
+    """Other rows, batches, weights and sources: what stays is read on without a gap, and the rest begins."""
+    first = make_ranks(data, tokenizer, 1)[0]
+    steps, long = 20, 31
+    read = rows_of_source(first, steps * BATCH)
+    changed = replace(data, train=(replace(data.train[0], weight=0.2), data.train[2]))
+    state = make_ranks(data, tokenizer, ranks)
+    for stream in state:
+        for _ in range(steps):
+            stream.next_batch()
+    followers = [TokenStream(changed, tokenizer, long, 12, rank, 2) for rank in range(2)]
+    for follower in followers:
+        follower.next_batch()  # what it has read before does not count
+        follower.follow(merged(state))
+    on = [rows_of_source(follower, 60) for follower in followers]
+    whole = TokenStream(replace(data, train=data.train[:1]), tokenizer, 4000, STREAMS)
+    for row in (whole.next_row() for _ in range(STREAMS)):
+        tokens = read[row.stream] + on[row.stream % 2][row.stream]
+        assert 0 < len(read[row.stream]) < len(tokens) < 4000
+        assert tokens == row.tokens[: len(tokens)].tolist()
+    # the source that is now under another number, and all of another order, begin
+    new = TokenStream(changed, tokenizer, long, 12)
+    new.follow(merged(state))
+    fresh = TokenStream(changed, tokenizer, long, 12)
+    assert rows_of_source(new, 60, 1) == rows_of_source(fresh, 60, 1)
+    for other in (replace(data, seed=6), replace(data, logical_streams=STREAMS // 2), data):
+        one, two = (TokenStream(other, tokenizer, SEQUENCE, BATCH) for _ in range(2))
+        one.follow(merged(state))
+        same = all(bool((one.next_batch() == two.next_batch()).all()) for _ in range(5))
+        assert same == (other != data)
+
+
+def test_a_stream_that_followed_resumes(data: DataConfig, tokenizer: Tokenizer) -> None:
+    before = make_ranks(data, tokenizer, 1)
+    next_global(before)
+    follower, again = (TokenStream(data, tokenizer, 31, 12) for _ in range(2))
+    follower.follow(merged(before))
+    for _ in range(3):
+        follower.next_batch()
+    again.load_state_dict(merged([follower]))
+    assert again.step == 3
+    np.testing.assert_array_equal(again.next_batch(), follower.next_batch())

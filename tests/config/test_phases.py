@@ -76,8 +76,9 @@ def test_schedules_count_from_their_phase_to_the_next_schedule() -> None:
         schedule={"kind": "warmup_stable_decay", "warmup_steps": 10, "decay_steps": 5, "on_change": "follow"},
         optimizer={"learning_rate": 1.0},
     )
-    rates = [rate_of(phase_at(config, step), step) for step in range(1, 101)]
-    main, _, anneal, longer = (each.config.schedule for each in phases_of(config))
+    phases = phases_of(config)
+    rates = [rate_of(phase, step) for phase in phases for step in range(phase.first, phase.last + 1)]
+    main, _, anneal, longer = (each.config.schedule for each in phases)
     assert rates[:60] == [learning_rate(step, 60, 1.0, main) for step in range(1, 61)]
     assert rates[60:80] == [learning_rate(step, 40, 1.0, anneal) for step in range(1, 21)]
     assert rates[80:] == [learning_rate(step, 40, 0.5, longer) for step in range(21, 41)]

@@ -32,19 +32,18 @@ def render() -> str:
     return HEAD + "\n".join([*key_lines(Config, ""), "## Commands\n", *command_lines(build_parser())])
 
 
-def key_lines(section: type, prefix: str) -> Iterator[str]:
-    """A table of a section's keys, then those of the sections in it."""
-    inner = []
-    rows = []
+def key_lines(section: type, prefix: str, names: str = "") -> Iterator[str]:
+    """A table of a section's keys, then those of the sections in it; `names`: what `prefix` stands for."""
     hints, comments = get_type_hints(section), comments_of(section)
     inherited = {field.name for base in section.__bases__ if is_dataclass(base) for field in fields(base)}
+    rows, inner = [], dict[type, list[str]]()
     for field in fields(section):
         if field.name in inherited:
             continue
         kind = hints[field.name]
         nested = element_of(kind) or kind
         if is_dataclass(nested):
-            inner.append((nested, f"{prefix}{field.name}{'[]' if element_of(kind) else ''}."))
+            inner.setdefault(nested, []).append(f"{field.name}{'[]' if element_of(kind) else ''}")
         if not is_dataclass(kind):
             meaning = comments.get(field.name, "").replace("None:", "null:")
             values = ", ".join(filter(None, (words_of(kind), bound_of(field))))
@@ -52,13 +51,21 @@ def key_lines(section: type, prefix: str) -> Iterator[str]:
             rows.append(f"| {' | '.join(cell.replace('|', 'or') for cell in cells)} |")
     if prefix:
         yield f"## {prefix.rstrip('.')}\n"
-        yield f"{(inspect.getdoc(section) or '').partition(f'{PARAGRAPH}Raises')[0]}\n"
+        yield f"{(inspect.getdoc(section) or '').partition(f'{PARAGRAPH}Raises')[0]}{names}\n"
         if inherited:
             yield "Its other keys are those of a source of training text.\n"
-    if rows:
-        yield "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
-    for nested, where in inner:
-        yield from key_lines(nested, where)
+        if rows:
+            yield "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
+    for nested, where in inner.items():
+        if len(where) == 1:
+            yield from key_lines(nested, f"{prefix}{where[0]}.")
+        else:
+            listed = ", ".join(
+                f"`{name}` ({comments[name]})" if comments.get(name) else f"`{name}`" for name in where
+            )
+            yield from key_lines(
+                nested, f"{prefix}NAME.", f"{PARAGRAPH}NAME: {listed.replace('None:', 'null:')}."
+            )
 
 
 def comments_of(section: type) -> dict[str, str]:
@@ -97,6 +104,8 @@ def words_of(kind: Any) -> str:
         return ", ".join(f"`{value}`" for value in get_args(kind))
     if get_origin(kind) is tuple:
         return f"list of {len(get_args(kind))} {words_of(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return "mapping"
     if arguments := get_args(kind):
         return " or ".join(words_of(each) for each in arguments)
     names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}

@@ -25,24 +25,26 @@ class ModelConfig:
     Raises ValueError when a value is out of range or the sizes do not divide.
     """
 
-    kind: Kind = "memoryformer"
-    hidden_size: int = 512
-    num_layers: int = 6
-    num_heads: int = 8
-    bits: int = 8
-    expand_bits: int = 2
-    score: Score = "probability"
-    temperature: float = 1.0
+    kind: Kind = "memoryformer"  # or its dense peer
+    hidden_size: int = 512  # D, features of a token
+    num_layers: int = 6  # L, blocks
+    num_heads: int = 8  # H, attention heads
+    bits: int = 8  # tau, of a code: a table has 2^tau rows, and a layer D / tau tables
+    expand_bits: int = 2  # e: tables of the second FFN layer have tau + e bits
+    score: Score = (
+        "probability"  # a row's weight; scaled_probability: times the sum of |z|, as in the released code
+    )
+    temperature: float = 1.0  # t of the weight: the larger, the softer
     norm: NormKind = "layernorm"  # before Q/K/V, before the FFN, before the head
     ffn_inner_norm: NormKind = "layernorm"  # between the two memory layers of the FFN (Norm3)
     ffn_activation: Activation = "none"  # between the two memory layers (Table 6's ablation)
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = 1e-5  # added to the variance
     qk_norm: bool = False  # queries and keys are normalised head by head, before the rotary embedding
     logit_softcap: float = 0.0  # logits become cap tanh(logits / cap); 0: they stay as they are
-    rotary_fraction: float = 0.25
-    rotary_base: float = 10000.0
-    vocab_size: int = 50304
-    sequence_length: int = 2048
+    rotary_fraction: float = 0.25  # of a head's features that are rotated
+    rotary_base: float = 10000.0  # wavelengths grow up to 2 pi times this
+    vocab_size: int = 50304  # V, tokens
+    sequence_length: int = 2048  # S, tokens of a row that are predicted
 
     @property
     def head_size(self) -> int:

@@ -16,7 +16,9 @@ OnError = Literal["raise", "skip"]
 class SourceConfig:
     """One source of documents: files (`path`: a file, folder, glob or URL) or a dataset of the hub (`hub`)."""
 
-    path: str | None = bounds.path(None)  # text (JSONL, plain, Parquet), or token shards: .bin with its .idx
+    path: str | None = bounds.path(
+        None
+    )  # text, or token shards: .bin with its .idx (docs/data.md has the formats)
     hub: str | None = None  # owner/name on the Hugging Face hub
     hub_config: str | None = None  # the dataset's configuration name, where it has several
     split: str = "train"  # of a hub dataset
@@ -35,9 +37,9 @@ class ValidationConfig(SourceConfig):
 class DataConfig:
     """The sources of documents, and how they are ordered and read."""
 
-    train: tuple[SourceConfig, ...] = ()
-    validation: tuple[ValidationConfig, ...] = ()
-    seed: int = 0
+    train: tuple[SourceConfig, ...] = ()  # sources of training text
+    validation: tuple[ValidationConfig, ...] = ()  # sets of text that is not trained on
+    seed: int = 0  # of the order of documents
     # steps whose batches are read and not trained on: numbers, and the first and last of several as 1200-1210
     skip_steps: tuple[int | str, ...] = bounds.steps(())
     logical_streams: int = positive(64)  # batches are dealt from them, and so many ranks can read
@@ -47,9 +49,8 @@ class DataConfig:
     on_error: OnError = "raise"  # what a corrupt document or a truncated file does
     workers: int = not_negative(1)  # processes that read and tokenise for a data-parallel rank; 0: a thread
     timeout_seconds: int = positive(300)  # to read a batch, retries counted; then the run ends
-    cache: str | None = bounds.path(
-        None
-    )  # folder for text of compressed and remote files; None: $XDG_CACHE_HOME/mf_train
+    # folder for text of compressed and remote files; None: $XDG_CACHE_HOME/mf_train
+    cache: str | None = bounds.path(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class TokenizerConfig:
     Without one, a run trains on token shards that another tokenizer made, and needs its `end_of_text_id`.
     """
 
-    path: str = bounds.path("")
+    path: str = bounds.path("")  # of the model; none: shards are trained on
     end_of_text_id: int | None = None  # only where there is no path: the model says it itself
 
 
@@ -68,7 +69,7 @@ class GroupConfig:
     """What a group of parameters has of its own (`mf_train.config.groups`); None: what all have."""
 
     learning_rate_multiplier: float | None = positive(None)  # its rate, as a multiple of learning_rate
-    weight_decay: float | None = not_negative(None)
+    weight_decay: float | None = not_negative(None)  # its decay, in place of optimizer.weight_decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,17 +88,17 @@ class GroupsConfig:
 class OptimizerConfig:
     """AdamW. `groups`: rates and decays of their own; `width_rule`: rates that follow the model's width."""
 
-    learning_rate: float = positive(1e-3)
+    learning_rate: float = positive(1e-3)  # at its peak (the section schedule)
     table_learning_rate_multiplier: float = positive(1.0)  # of all tables, as in groups.tables
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     # mup: rates of tables, head and matrices times base_hidden_size / model.hidden_size (docs/training.md)
     width_rule: Literal["none", "mup"] = "none"
     base_hidden_size: int | None = positive(None)  # of the model at which learning_rate was chosen
-    betas: tuple[float, float] = bounds.betas((0.9, 0.95))
-    eps: float = positive(1e-8)
-    # how the moments of tables and of the embedding are held (docs/memory.md); everything else's are in float32
+    betas: tuple[float, float] = bounds.betas((0.9, 0.95))  # of the first moment and of the second
+    eps: float = positive(1e-8)  # added to the root of the second moment
+    # how first moments of tables and of the embedding are held (docs/memory.md); everything else's are in float32
     table_exp_avg: Literal["float32", "bfloat16", "int8"] = "float32"
-    table_exp_avg_sq: Literal["float32", "bfloat16", "int8", "row"] = "float32"
+    table_exp_avg_sq: Literal["float32", "bfloat16", "int8", "row"] = "float32"  # and second ones
     weight_decay: float = not_negative(0.1)  # of all but norms and biases, where groups do not say otherwise
     gradient_clip: float = not_negative(1.0)  # largest global L2 norm of the gradient; 0: no clipping
 
@@ -111,8 +112,9 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Learning rate over the steps: linear warm-up, then as `kind` says (mf_train/config/schedule.py)."""
 
+    # after the warm-up (docs/training.md has the formulas)
     kind: Literal["cosine", "linear", "constant", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
-    warmup_steps: int | None = not_negative(None)  # None: 1 % of training.steps
+    warmup_steps: int | None = not_negative(None)  # None: 1 % of the steps
     minimum_fraction: float = fraction(0.01)  # last rate as a share of the peak, where it falls to one
     # warmup_stable_decay: the last steps, in which the rate falls, or their share of training.steps
     decay_steps: int | None = positive(None)
@@ -158,13 +160,16 @@ def schedule_problem(schedule: ScheduleConfig, steps: int) -> str:
 class ParallelConfig:
     """Degrees. Data parallelism is the number of processes divided by `tensor`."""
 
-    tensor: int = positive(1)
+    tensor: int = positive(1)  # P: neighbouring processes that share every table, by column
+    # what data-parallel ranks share: 1 masters and moments, 2 also gradients, 3 also parameters; 0: nothing
     zero_stage: int = bounds.zero_stage(1)
     offload: Literal["none", "optimizer"] = "none"  # optimizer: masters and moments live in host memory
     master: Literal["float32", "split"] = "float32"  # split: the bfloat16 weight and its missing 16 bits
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients when sent; added in float32
     overlap: bool = True  # send gradients beside the backward pass, weights beside the next forward pass
-    bucket_size: int = positive(40_000_000)  # gradients that are reduced at once, at least
+    bucket_size: int = positive(
+        40_000_000
+    )  # gradients that are reduced at once, at least, as a number of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,20 +185,20 @@ class ProfileConfig:
 class TrainingConfig:
     """The run: its length, batch, arithmetic, device and folder."""
 
-    steps: int = positive(1000)
+    steps: int = positive(1000)  # the last one's number
     global_batch_size: int = positive(8)  # sequences a step
     micro_batch_size: int = positive(8)  # sequences a forward pass of one data-parallel rank, at most
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = (
+        "float32"  # of weights in the forward pass; masters are float32
+    )
     # block: activations of a block are computed again in the backward pass, and its input alone is kept until then
     recompute: Literal["none", "block"] = "none"
     seed: int = 0  # of the initial weights
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     deterministic: bool = False  # repeat to the last bit on GPUs too; an operation that cannot ends the run
-    output_dir: str = bounds.path("runs/default")
+    output_dir: str = bounds.path("runs/default")  # the run's folder
     validation_interval: int = not_negative(0)  # steps between validations, also after the last; 0: none
-    validation_sequences: int = not_negative(
-        0
-    )  # of all validation sets: one each, the rest by weight; 0: all text
+    validation_sequences: int = not_negative(0)  # of all sets: one each, the rest by weight; 0: all text
     # tasks of lm-evaluation-harness that the model answers in training, and after the last step (docs/evaluation.md)
     evaluate_tasks: tuple[str, ...] = ()
     evaluate_interval: int = not_negative(0)  # steps between their evaluations; 0: only after the last
@@ -223,16 +228,15 @@ class CheckpointConfig:
     keep_every: int = not_negative(0)  # checkpoints of its multiples are kept as well, for studies; 0: none
     asynchronous: bool = True  # written beside the steps, from a copy in host memory (12 bytes a parameter)
     verify: bool = True  # checksums of what a run resumes from; sizes are always checked
-    resume: str = bounds.path(
-        "auto"
-    )  # auto: the run folder's newest good one | never | a checkpoint's path to start from
+    # auto: the run folder's newest good one; never; or the path of a checkpoint to start from
+    resume: str = bounds.path("auto")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
     """Where Weights & Biases gets the numbers that TensorBoard gets (docs/telemetry.md)."""
 
-    project: str = ""  # none: nowhere
+    project: str = ""  # its project; none: nowhere
     entity: str | None = None  # the user or team whose project it is; None: the key's own
     mode: Literal["online", "offline"] = "online"  # offline: into the run's folder, for 'wandb sync'
 
@@ -242,17 +246,17 @@ class LoggingConfig:
     """Lines, TensorBoard and reports on the tables: rank 0's output beside metrics.jsonl."""
 
     interval: int = positive(10)  # steps between printed lines when the output is not a terminal
-    tensorboard: bool = True
+    tensorboard: bool = True  # write the numbers for it into the run's folder
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    ranks_interval: int = not_negative(
-        100
-    )  # steps between comparisons of the ranks' times (docs/telemetry.md); 0: none
+    # steps between comparisons of the ranks' times (docs/telemetry.md); 0: none
+    ranks_interval: int = not_negative(100)
     telemetry_interval: int = not_negative(0)  # steps between reports on the tables (rows read, ...); 0: none
-    # Warn about a table (docs/telemetry.md) when its rows read or its entropy fall below these fractions of what
-    # uniformly random codes would give, or when its most-read row is this far (0 to 1) from the uniform share towards
-    # all reads. Set 0, 0 and 1 to switch the warnings off.
+    # warn about a table (docs/telemetry.md) whose rows read are below this share of what uniform codes read; 0: never
     alarm_rows_read: float = fraction(0.02)
-    alarm_entropy: float = fraction(0.02)
+    alarm_entropy: float = fraction(
+        0.02
+    )  # and where the entropy of its codes is below this share of uniform ones'
+    # and where its most-read row is this far from the uniform share (0) towards all reads (1); 1: never
     alarm_largest_share: float = fraction(0.99)
 
 

@@ -17,7 +17,7 @@ def add_checkpoint(commands: Any) -> Any:
     )
     summary = "show a run's checkpoints: step, size, date"
     verb = add_command(verbs, "list", summary, "checkpoint list runs/quickstart", _list)
-    verb.add_argument("run_folder", type=Path, metavar="RUN")
+    verb.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder")
     return verbs
 
 

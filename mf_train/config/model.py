@@ -31,9 +31,8 @@ class ModelConfig:
     num_heads: int = 8  # H, attention heads
     bits: int = 8  # tau, of a code: a table has 2^tau rows, and a layer D / tau tables
     expand_bits: int = 2  # e: tables of the second FFN layer have tau + e bits
-    score: Score = (
-        "probability"  # a row's weight; scaled_probability: times the sum of |z|, as in the released code
-    )
+    # a row's weight; scaled_probability: times the sum of |z|, as in the paper's released code
+    score: Score = "probability"
     temperature: float = 1.0  # t of the weight: the larger, the softer
     norm: NormKind = "layernorm"  # before Q/K/V, before the FFN, before the head
     ffn_inner_norm: NormKind = "layernorm"  # between the two memory layers of the FFN (Norm3)

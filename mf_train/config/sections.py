@@ -16,9 +16,7 @@ OnError = Literal["raise", "skip"]
 class SourceConfig:
     """One source of documents: files (`path`: a file, folder, glob or URL) or a dataset of the hub (`hub`)."""
 
-    path: str | None = bounds.path(
-        None
-    )  # text, or token shards: .bin with its .idx (docs/data.md has the formats)
+    path: str | None = bounds.path(None)  # text (docs/data.md: formats), or token shards: .bin with its .idx
     hub: str | None = None  # owner/name on the Hugging Face hub
     hub_config: str | None = None  # the dataset's configuration name, where it has several
     split: str = "train"  # of a hub dataset
@@ -167,9 +165,7 @@ class ParallelConfig:
     master: Literal["float32", "split"] = "float32"  # split: the bfloat16 weight and its missing 16 bits
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients when sent; added in float32
     overlap: bool = True  # send gradients beside the backward pass, weights beside the next forward pass
-    bucket_size: int = positive(
-        40_000_000
-    )  # gradients that are reduced at once, at least, as a number of them
+    bucket_size: int = positive(40_000_000)  # numbers of gradients that are reduced at once, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +184,7 @@ class TrainingConfig:
     steps: int = positive(1000)  # the last one's number
     global_batch_size: int = positive(8)  # sequences a step
     micro_batch_size: int = positive(8)  # sequences a forward pass of one data-parallel rank, at most
-    precision: Literal["float32", "bfloat16"] = (
-        "float32"  # of weights in the forward pass; masters are float32
-    )
+    precision: Literal["float32", "bfloat16"] = "float32"  # of weights and activations, not of masters
     # block: activations of a block are computed again in the backward pass, and its input alone is kept until then
     recompute: Literal["none", "block"] = "none"
     seed: int = 0  # of the initial weights
@@ -253,9 +247,7 @@ class LoggingConfig:
     telemetry_interval: int = not_negative(0)  # steps between reports on the tables (rows read, ...); 0: none
     # warn about a table (docs/telemetry.md) whose rows read are below this share of what uniform codes read; 0: never
     alarm_rows_read: float = fraction(0.02)
-    alarm_entropy: float = fraction(
-        0.02
-    )  # and where the entropy of its codes is below this share of uniform ones'
+    alarm_entropy: float = fraction(0.02)  # and where its codes' entropy is below this share of uniform ones'
     # and where its most-read row is this far from the uniform share (0) towards all reads (1); 1: never
     alarm_largest_share: float = fraction(0.99)
 
@@ -269,10 +261,12 @@ class PhaseConfig:
 
     name: str = ""  # in the metrics
     start: int = positive(1)  # its first step
-    model: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)  # sequence_length
+    data: dict[str, Any] = field(default_factory=dict)  # all but skip_steps
+    optimizer: dict[str, Any] = field(default_factory=dict)  # all keys
+    # all but on_change; it counts from the phase's first step, and what is not given has its default
     schedule: dict[str, Any] = field(default_factory=dict)
+    # global_batch_size, micro_batch_size, recompute, validation_interval and _sequences, z_loss, skip_*
     training: dict[str, Any] = field(default_factory=dict)
 
 

@@ -16,8 +16,10 @@ def add_tokenizer(commands: Any) -> None:
     example = "tokenizer train --input 'corpus/*.jsonl.gz' --vocab-size 32000 --output tokenizer-32k"
     verb = add_command(verbs, "train", "train a sentencepiece model", example, _train)
     verb.add_argument("--input", required=True, action="append", metavar="GLOB", help=TEXT_FILES)
-    verb.add_argument("--vocab-size", required=True, type=int, metavar="N")
-    verb.add_argument("--output", required=True, type=Path, metavar="DIR")
+    verb.add_argument(
+        "--vocab-size", required=True, type=int, metavar="N", help="tokens, bytes and end of text included"
+    )
+    verb.add_argument("--output", required=True, type=Path, metavar="DIR", help="a folder for the model")
 
 
 def add_data(commands: Any) -> None:

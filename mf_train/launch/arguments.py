@@ -99,9 +99,9 @@ def _add_queue(parser: argparse.ArgumentParser) -> None:
     queue.add_argument(
         "--time", metavar="T", help="limit: minutes, H:M:S, D-H; the job requeues itself until done"
     )
-    queue.add_argument("--partition", metavar="NAME")
-    queue.add_argument("--account", metavar="NAME")
-    queue.add_argument("--qos", metavar="NAME")
+    queue.add_argument("--partition", metavar="NAME", help="default: the cluster's")
+    queue.add_argument("--account", metavar="NAME", help="whom the time is billed to")
+    queue.add_argument("--qos", metavar="NAME", help="quality of service")
     queue.add_argument("--job-name", metavar="NAME", help="default: the run folder's name")
     queue.add_argument("--array", metavar="TASKS", help="a run for each number: 0-2, 0-99%%10, 1,3,5")
     queue.add_argument("--dependency", metavar="WHEN:JOB", help="such as afterok:1234")

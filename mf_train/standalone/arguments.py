@@ -59,7 +59,7 @@ def add_average(verbs: Any) -> None:
     summary = "a checkpoint of the mean of a run's weights at several steps"
     example = "checkpoint average runs/base 140000 141000 142000 143000 base-mean"
     verb = add_command(verbs, "average", summary, example, _average)
-    verb.add_argument("run_folder", type=Path, metavar="RUN")
+    verb.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder")
     verb.add_argument(
         "steps", type=int, nargs="+", metavar="STEP", help="of checkpoints that the run has kept"
     )
@@ -70,13 +70,13 @@ def add_generate(commands: Any) -> None:
     """Add the command to the command line's parser."""
     example = "generate quickstart-model 'The state of the Union'"
     parser = add_command(commands, "generate", "continue a text with a standalone model", example, _generate)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, help="a folder that convert wrote")
     parser.add_argument("prompt", nargs="?", help="the text to continue; without it, standard input")
     parser.add_argument("--file", type=Path, metavar="FILE", help="the text to continue, in UTF-8")
     parser.add_argument(
         "--chat", action="store_true", help="the text is a message, in the tokenizer's chat template"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token each time"
     )
@@ -104,7 +104,7 @@ def add_generate(commands: Any) -> None:
         metavar="TEXT",
         help="end before this text; may be given several times",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
 
 
 def add_evaluate(commands: Any) -> None:
@@ -116,7 +116,7 @@ def add_evaluate(commands: Any) -> None:
         "evaluate quickstart-model --data 'configs/quickstart-text/validation/*'",
         _evaluate,
     )
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, help="a folder that convert wrote")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", action="append", metavar="GLOB", help=TEXT_FILES)
     what.add_argument(
@@ -128,7 +128,9 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--sequences", type=int, default=0, metavar="N", help="only the first N (default: all)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="B", help="sequences at once (default: 8)"
+    )
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--include-path", type=Path, metavar="DIR", help="task files, such as configs/eval")
     tasks.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N items of each task")

@@ -26,7 +26,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Request:
-    """How likely is `continuation` after `context`? Token ids; neither is empty."""
+    """How likely is `continuation` after `context`? Token ids."""
 
     context: list[int]
     continuation: list[int]

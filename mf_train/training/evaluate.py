@@ -94,10 +94,11 @@ def _load(config: Config, tokenizer: Tokenizer) -> AskedTasks:
         tokenizer.end_of_text_id,
     )
     for each in asked.requests:
-        if not 0 < len(each.continuation) <= longest:
+        if not each.context or not 0 < len(each.continuation) <= longest:
             raise UserError(
-                f"{_KEYS.tasks} {list(training.evaluate_tasks)}: a continuation has {len(each.continuation)} tokens, "
-                f"and the model answers for 1 to model.sequence_length, {longest}: leave the task out"
+                f"{_KEYS.tasks} {list(training.evaluate_tasks)}: a request has {len(each.context)} tokens of context "
+                f"and {len(each.continuation)} of continuation, and the model answers for 1 or more and for 1 to "
+                f"model.sequence_length, {longest}: leave the task out"
             )
     return asked
 

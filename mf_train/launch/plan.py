@@ -140,12 +140,14 @@ def _with_task(tree: Any, task: int) -> Any:
 
 
 def _check_inputs(config: Config, later: bool) -> list[str]:
-    """Raises UserError for a tokenizer or local data that are not there, or a run folder of another model.
+    """Raises UserError for a tokenizer or local data that are not there, a run folder of another model, and a learning
+    rate that would jump where the run goes on.
 
     With `later` the job waits for another one, which may make what is missing: then these are warnings, returned.
     URLs and datasets of the hub are left to the job.
     """
-    from mf_train.training.folder import check_folder
+    from mf_train.training.folder import check_folder, find_rewarm
+    from mf_train.training.resume import look_ahead
 
     found = []
     for check in (
@@ -159,6 +161,8 @@ def _check_inputs(config: Config, later: bool) -> list[str]:
             if not later:
                 raise
             found.append(f"not there yet, so the job before must make it: {error}")
+    if not later:
+        look_ahead(config, lambda checkpoint: find_rewarm(config, checkpoint))
     return found
 
 

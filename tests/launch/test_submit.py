@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+from mf_train.checkpoint.layout import step_name
+from mf_train.config import ModelConfig
 from mf_train.config.loading import load_config
 from tests.launch.cluster import Cluster
 from tests.launch.launching import SIZE, Launcher, on_cluster, stand_in, without_slurm
+from tests.standalone.checkpoints import random_weights, write_checkpoint
 
 # Notes the configuration and the code of its task, and ends.
 RECORDER = """
@@ -145,6 +148,13 @@ class TestWithoutSlurm:
         (launch.run / "config.yaml").write_text(yaml.safe_dump(launch.tree))
         line = launch.refused("model.num_layers=3", *SIZE, "--dry-run")
         assert "model.num_layers is 2 there and 3 here" in line
+
+    def test_a_rate_that_would_jump_where_the_run_goes_on(self, launch: Launcher) -> None:
+        model = ModelConfig(**launch.tree["model"])
+        write_checkpoint(launch.run / "checkpoints" / step_name(7), model, random_weights(model, 0), 1)
+        line = launch.refused(*SIZE, "--dry-run")
+        assert "schedule.on_change" in line and "step 8" in line
+        launch(launch.config, "schedule.on_change=rewarm", *SIZE, "--dry-run")
 
     def test_what_a_job_before_makes_may_be_missing(self, launch: Launcher) -> None:
         words = ["tokenizer.path=later", "checkpoint.resume=other/run", "--dependency", "afterok:5"]

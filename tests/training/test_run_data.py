@@ -162,7 +162,7 @@ def test_a_shard_that_is_cut_while_it_is_read_ends_all_ranks(tmp_path: Path) -> 
     try:
         wait_for(lambda: has_steps(tree))
         os.truncate(shard, 1000)
-        _, errors = run.communicate(timeout=60)
+        _, errors = run.communicate()
         assert run.returncode == 1  # as torchrun's, of processes that ended with 2
         said = [line for line in errors.splitlines() if line.startswith("memoryformer: ")]
         assert len(said) == 1, errors

@@ -144,7 +144,8 @@ class LiveLine(ProgressLine):
         self.recent.append(metrics["step_seconds"])
         step = metrics["step"]
         left = (self.steps - step) * sum(self.recent) / len(self.recent)
-        wait = 100 * metrics["data_wait_seconds"] / metrics["step_seconds"]
+        # what a step that trains on nothing waits for was read beside the one before, and may be more than it took
+        wait = min(100.0, 100 * metrics["data_wait_seconds"] / metrics["step_seconds"])
         if self.terminal or self.first or step % self.interval == 0 or step == self.steps:
             loss = "-" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
             self.show(

@@ -447,8 +447,10 @@ class _Run:
 
     def _finish_metrics(self, metrics: dict[str, Any], seconds: float) -> None:
         metrics["step_seconds"] = seconds
-        metrics["tokens_per_second"] = step_tokens(self.config) / seconds
-        metrics |= step_efficiency(self.config, self.degrees.world_size, self.peak, seconds)
+        listed = self.bad_steps.is_listed(self.step)  # nothing was computed, so its time tells no speed
+        metrics["tokens_per_second"] = 0.0 if listed else step_tokens(self.config) / seconds
+        peak = None if listed else self.peak
+        metrics |= step_efficiency(self.config, self.degrees.world_size, peak, seconds)
         if self.device.type == "cuda":
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         else:

@@ -133,6 +133,7 @@ def test_skipped_steps_change_nothing_and_a_restart_after_one_is_exact(tmp_path:
     losses, norms, skipped = [*BEFORE["losses"]], [*BEFORE["norms"]], []
     for entry in metrics:
         loss, norm, reason = entry["loss"], entry["grad_norm"], entry.get("skipped")
+        assert (entry["tokens_per_second"] == 0) == (entry["step"] == LISTED)
         if entry["step"] == LISTED:
             assert reason == "in data.skip_steps" and loss is None
         elif entry["step"] == NAN:

@@ -33,6 +33,11 @@ class Phase:
     config: Config  # of these steps, itself without phases
     schedule_steps: range  # over which its schedule counts: they may begin before the phase and end after it
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that it lasts."""
+        return self.last - self.first + 1
+
 
 def _keys(section: type, *fixed: str) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(section) if field.name not in fixed)

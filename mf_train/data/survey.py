@@ -18,7 +18,6 @@ from mf_train.drawing import make_figure, make_png, render_page
 from mf_train.errors import UserError
 from mf_train.files import write_whole
 
-DOCUMENTS = 100_000
 _TOKENISED = 1000  # of these that are tokenised
 _TOKENISED_BYTES = 65536  # at the beginning of each
 _TEMPLATE = Path(__file__).with_name("survey.html.jinja")
@@ -43,7 +42,7 @@ class Survey:
         return len(self.digests) - len(np.unique(self.digests))
 
 
-def write_survey(config: Config, output: Path, documents: int = DOCUMENTS) -> Iterator[str]:
+def write_survey(config: Config, output: Path, documents: int) -> Iterator[str]:
     """Write the page on the sources of training and validation; yields a line on it.
 
     Of each source at most so many documents are read, evenly spread. Raises UserError and OSError.

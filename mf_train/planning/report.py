@@ -109,7 +109,7 @@ def phase_lines(plan: Plan) -> Iterator[str]:
         except UserError as error:
             yield f"phase {phase.name!r}: {steps}; {error}"
             continue
-        days = layout.time.seconds * (phase.last - phase.first + 1) / 86400
+        days = layout.time.seconds * phase.num_steps / 86400
         yield (
             f"phase {phase.name!r}: {steps}; as configured {layout.time.seconds:.3f} s a step, {days:.2f} days, peak "
             f"{layout.memory.peak / 1e9:.2f} GB a rank{'' if layout.fits else ': DOES NOT FIT'}"

@@ -91,7 +91,7 @@ def step_bytes(config: Config) -> float:
 
 def run_work(config: Config) -> RunWork:
     """Of all steps of a run, through its phases."""
-    each = [(phase.last - phase.first + 1, phase.config) for phase in phases_of(config)]
+    each = [(phase.num_steps, phase.config) for phase in phases_of(config)]
     return RunWork(
         tokens=sum(steps * step_tokens(here) for steps, here in each),
         flops=float(sum(steps * step_tokens(here) * model_flops(here.model) for steps, here in each)),

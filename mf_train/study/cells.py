@@ -187,7 +187,7 @@ def _predict_seconds(study: Study, config: Config) -> float | None:
         return None
     per_node = budget.processes_per_node or next(n for n in range(8, 0, -1) if study.processes % n == 0)
     return sum(
-        (phase.last - phase.first + 1)
+        phase.num_steps
         * estimate_step(phase.config, study.processes // per_node, per_node, budget.device).seconds
         for phase in phases_of(config)
     )

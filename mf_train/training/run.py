@@ -336,14 +336,13 @@ class _Run:
             self.garbage.after(self.step)
         if self.profile is not None:
             self.profile.turn(self.step + 1)
-        if self.step == config.training.steps:
-            self.records.say(
-                f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saver.last}"
-            )
-        elif any_rank([self._should_stop()], self.device)[
-            0
-        ]:  # the next phase would ask after its first batch only
-            return self._stopped()
+        if self.step < config.training.steps:
+            # the next phase would ask after its first batch only
+            (stop,) = any_rank([self._should_stop()], self.device)
+            return self._stopped() if stop else DONE
+        self.records.say(
+            f"done: {self.step} steps, {self.tokens:,} tokens; last checkpoint {self.saver.last}"
+        )
         return DONE
 
     def _stopped(self) -> int:

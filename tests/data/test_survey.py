@@ -49,7 +49,7 @@ def test_what_is_counted(config: Config, tmp_path: Path, tokenizer: Tokenizer) -
 
 
 def test_the_page(config: Config, tmp_path: Path) -> None:
-    (line,) = write_survey(config, tmp_path / "data.html")
+    (line,) = write_survey(config, tmp_path / "data.html", 100)
     page = (tmp_path / "data.html").read_text()
     assert line.startswith(f"{tmp_path}/data.html: ") and "of 2 sources" in line
     assert "<b>2</b> documents of validation[0] are also in train[0]" in page

@@ -7,6 +7,7 @@ seconds of each step. With `--trace` it also prints resident bytes and their pea
 update.
 """
 
+import ctypes
 import gc
 import json
 import sys
@@ -35,6 +36,7 @@ def main(folder: str, *words: str) -> None:
     for path in paths:
         found[path.stem] = _measure(load_config(path), process, "--trace" in words)
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         (Path(folder) / f"{process.rank}.json").write_text(json.dumps(found))
     stop_processes()
 
@@ -89,11 +91,19 @@ def _measure(config: Config, process: Process, trace: bool) -> dict[str, Any]:
 
 
 def _warm_up() -> None:
-    """Have torch load what its operations need, so that this is not counted as the model's."""
+    """Have torch load what its operations need, so that this is not counted as the first model's.
+
+    Its first operator of ours loads torch._dynamo and what is built on the meta device loads sympy: 160 MB.
+    """
     import torch
+
+    from mf_train.kernels import hash_codes
 
     x = torch.randn(64, 64, requires_grad=True)
     (x @ x).softmax(-1).sum().backward()
+    codes, weights = hash_codes(x, 8)
+    weights.sum().backward()
+    torch.nn.Linear(2, 2, device="meta").to_empty(device="cpu")
 
 
 def _trace(name: str) -> None:

@@ -56,23 +56,25 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	@MF_PYTHON=$(VENV)/bin/python bash launch/quickstart.sh
 
-# Tests of one file stay on one worker. More workers than processors: some tests mostly wait. One thread each; tests of
-# threads set their number, and where threads wait for one another they sleep: spinning takes a processor from the others.
+# One thread each: tests of threads set their number, and where threads wait for one another they sleep, since spinning
+# takes a processor from the others.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest
+# Tests of one file stay on one worker. More workers than processors: some tests mostly wait.
 WORKERS := $(if $(findstring no:xdist,$(PYTEST_ARGS)),,-n $(shell expr $$(nproc) + 1) --dist loadfile --no-loadscope-reorder)
 test: $(STAMP)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
+	$(PYTEST) $(WORKERS) $(PYTEST_ARGS)
 
 drills: $(STAMP)
-	$(VENV)/bin/python -m pytest -m "(slow or hypothesis) and not faults and not slurm" --hypothesis-profile=full $(PYTEST_ARGS)
+	$(PYTEST) $(WORKERS) -m "(slow or hypothesis) and not faults and not slurm" --hypothesis-profile=full $(PYTEST_ARGS)
 
 faults: $(STAMP)
-	$(VENV)/bin/python -m pytest -m faults tests/faults $(PYTEST_ARGS)
+	$(PYTEST) -m faults tests/faults $(PYTEST_ARGS)
 
 slurm-quick: $(STAMP)
-	$(VENV)/bin/python -m pytest -m "slurm and not slow" tests/launch tests/study $(PYTEST_ARGS)
+	$(PYTEST) -m "slurm and not slow" tests/launch tests/study $(PYTEST_ARGS)
 
 slurm: $(STAMP)
-	$(VENV)/bin/python -m pytest -m slurm tests/launch tests/study $(PYTEST_ARGS)
+	$(PYTEST) -m slurm tests/launch tests/study $(PYTEST_ARGS)
 
 # Without set-up: a machine with a GPU may have no network. The project's environment where there is one.
 gpu:

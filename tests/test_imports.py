@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -106,8 +107,13 @@ def part_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def imported_modules(module: str, path: Path) -> Iterator[str]:
-    """Absolute names that the file imports, also inside functions and through importlib."""
+@cache
+def imported_modules(module: str) -> frozenset[str]:
+    """Absolute names that a module's file imports, also inside functions and through importlib."""
+    return frozenset(_imported_modules(module, MODULES[module]))
+
+
+def _imported_modules(module: str, path: Path) -> Iterator[str]:
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
@@ -126,9 +132,7 @@ def imported_modules(module: str, path: Path) -> Iterator[str]:
 def files_importing(name: str) -> set[str]:
     """Modules of the package that import the dependency `name` anywhere in their file."""
     return {
-        module
-        for module, path in MODULES.items()
-        if any(found.split(".")[0] == name for found in imported_modules(module, path))
+        module for module in MODULES if any(found.split(".")[0] == name for found in imported_modules(module))
     }
 
 
@@ -175,7 +179,7 @@ def test_imports_go_down_only(module: str) -> None:
     part = part_of(module)
     assert not part or part in LAYERS, f"say in LAYERS what {PACKAGE}.{part} may import"
     allowed = LAYERS.get(part, set()) | {part, ""}
-    inside = {name for name in imported_modules(module, MODULES[module]) if name.split(".")[0] == PACKAGE}
+    inside = {name for name in imported_modules(module) if name.split(".")[0] == PACKAGE}
     if not part:
         assert not inside, f"{PACKAGE}/__init__.py imports {sorted(inside)}, so every part would"
     # `from mf_train import __version__` names no part
@@ -188,7 +192,7 @@ def test_imports_go_down_only(module: str) -> None:
 )
 def test_imports_inside_standalone(module: str) -> None:
     part = module.split(".")[2]
-    inside = [name.split(".") for name in imported_modules(module, MODULES[module])]
+    inside = [name.split(".") for name in imported_modules(module)]
     wrong = {name[2] for name in inside if name[:2] == [PACKAGE, "standalone"] and len(name) > 2}
     wrong -= STANDALONE[part] | {part}
     assert not wrong, (
@@ -202,7 +206,7 @@ def inside_a_part(part: str) -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for module in modules:
         found = set()
-        for name in imported_modules(module, MODULES[module]):
+        for name in imported_modules(module):
             while name and name not in MODULES:
                 name = name.rpartition(".")[0]  # the module that the imported thing is in
             found.add(name)
@@ -270,7 +274,7 @@ def test_a_hostile_dependency_lives_in_one_folder(name: str) -> None:
 
 @pytest.mark.parametrize("module", [module for module in MODULES if part_of(module) in THIRD_PARTY])
 def test_lower_parts_need_little(module: str) -> None:
-    roots = {name.split(".")[0] for name in imported_modules(module, MODULES[module])}
+    roots = {name.split(".")[0] for name in imported_modules(module)}
     foreign = roots - sys.stdlib_module_names - {PACKAGE, "__future__"}
     assert foreign <= THIRD_PARTY[part_of(module)]
 

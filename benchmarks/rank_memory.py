@@ -101,7 +101,7 @@ def _warm_up() -> None:
 
     x = torch.randn(64, 64, requires_grad=True)
     (x @ x).softmax(-1).sum().backward()
-    codes, weights = hash_codes(x, 8)
+    _, weights = hash_codes(x, 8)
     weights.sum().backward()
     torch.nn.Linear(2, 2, device="meta").to_empty(device="cpu")
 

@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from mf_train.control_groups import own_groups
+
 MEMINFO = Path("/proc/meminfo")
-OWN_GROUPS = Path("/proc/self/cgroup")
-GROUPS = Path("/sys/fs/cgroup")
 # The files of a control group: its limit, what it uses, and what of that the system takes back when memory is short
-# (kernel documentation: admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst).
+# (cgroup-v2.rst, cgroup-v1/memory.rst).
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
@@ -25,19 +25,8 @@ def available_memory() -> int | None:
 
 
 def _left_in_groups() -> Iterator[int]:
-    try:
-        lines = OWN_GROUPS.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:  # number:controllers:/path, without controllers in version 2
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root, names = (GROUPS / "memory", _V1) if controllers else (GROUPS, _V2)
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):  # a limit holds for the groups inside
-            if folder.is_relative_to(root):
-                yield from _left_in(folder, *names)
+    for folder, version in own_groups("memory"):
+        yield from _left_in(folder, *(_V1 if version == 1 else _V2))
 
 
 def _left_in(folder: Path, limit: str, usage: str, reclaimable: str) -> Iterator[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mf_train import host_memory
+from mf_train import control_groups, host_memory
 from mf_train.host_memory import available_memory
 from tests.processes import run_python
 
@@ -20,8 +20,8 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with 8 GiB left, of whose control groups a test writes the files."""
     (tmp_path / "meminfo").write_text("MemTotal: 99999999 kB\nMemAvailable:    8388608 kB\n")
     monkeypatch.setattr(host_memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(host_memory, "OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(host_memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(control_groups, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(control_groups, "GROUPS", tmp_path)
     return tmp_path
 
 

@@ -1,7 +1,6 @@
 """Which checkpoints there are (`memoryformer checkpoint list`), and whether each byte is as written (`verify`)."""
 
 import datetime
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +27,7 @@ from mf_train.checkpoint.read import REMEDY, CheckpointReader
 from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config.loading import load_config
 from mf_train.errors import TrainingError, UserError
+from mf_train.processors import usable_processors
 from mf_train.run_folder import CHECKPOINTS
 from mf_train.text import human_bytes
 
@@ -118,9 +118,9 @@ def _find(path: Path) -> list[Path]:
 
 
 def _checksums(folder: Path, sizes: Mapping[str, int]) -> dict[str, int | str]:
-    """CRC-32 of each file, or what is wrong with it; read by as many threads as there are cores."""
+    """CRC-32 of each file, or what is wrong with it; read by a thread for each processor."""
     found: dict[str, int | str] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_processors()) as pool:
         tasks = {}
         for name, size in sizes.items():
             if problem := _check_size(folder / name, size):

@@ -1,11 +1,11 @@
 """The arguments of `memoryformer tokenizer` and `memoryformer data`, and what they call."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 from mf_train.commands import add_command, add_config, add_verbs, print_lines
+from mf_train.processors import usable_processors
 
 TEXT_FILES = "files of text (docs/data.md); may be repeated"
 
@@ -75,5 +75,5 @@ def _tokenize(given: argparse.Namespace) -> int:
     from mf_train.data.tokenize.command import tokenize
 
     config = load_config(given.config, given.overrides)
-    workers = len(os.sched_getaffinity(0)) if given.workers is None else given.workers
+    workers = usable_processors() if given.workers is None else given.workers
     return print_lines(tokenize(config, given.output, workers))

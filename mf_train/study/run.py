@@ -20,6 +20,7 @@ from mf_train.errors import UserError
 from mf_train.exit_status import STOPPED
 from mf_train.files import write_whole
 from mf_train.launch.options import TASK, JobOptions
+from mf_train.processors import usable_processors
 from mf_train.stop_signals import listen
 from mf_train.study.cells import CELLS, Cell, Grid, cell_folder, describe_values
 from mf_train.study.state import DONE, FAILED, LOG, Outcome, State, cell_state, write_outcome
@@ -181,8 +182,7 @@ def _run_all(study: Study, cells: Sequence[Cell], at_once: int, lock: int) -> bo
 
 def _start(study: Study, cell: Cell, at_once: int, lock: int) -> _Process:
     cell.folder.mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0))
-    threads = str(max(1, cores // (at_once * study.processes)))
+    threads = str(max(1, usable_processors() // (at_once * study.processes)))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     config = str(study.folder / CELLS / f"{cell.number}.yaml")
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={study.processes}"]

@@ -1,7 +1,8 @@
 """The device that a process trains on, and what it does with its memory."""
 
 import ctypes
-from collections.abc import MutableMapping
+import math
+from collections.abc import Mapping, MutableMapping
 
 import torch
 
@@ -11,6 +12,7 @@ from mf_train.host_memory import available_memory
 from mf_train.parallel.degrees import Degrees
 from mf_train.parallel.processes import Process
 from mf_train.planning.device_memory import offloaded_bytes
+from mf_train.processors import cpu_quota
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
@@ -50,6 +52,16 @@ def check_host_memory(config: Config, degrees: Degrees) -> None:
             f"{needed / 1e9:.1f} GB of host memory for it, of which {available / 1e9:.1f} GB are available: start more "
             "nodes, choose compact moments (docs/memory.md), or leave parallel.offload out"
         )
+
+
+def limit_threads(environment: Mapping[str, str]) -> None:
+    """Have torch compute with no more threads than a control group, such as a container's, gives processor time.
+
+    More of them would stand still together whenever the time of all is used up. `OMP_NUM_THREADS` wins.
+    """
+    quota = cpu_quota()
+    if quota is not None and "OMP_NUM_THREADS" not in environment:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, math.ceil(quota))))
 
 
 def make_deterministic(environment: MutableMapping[str, str]) -> None:

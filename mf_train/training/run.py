@@ -20,7 +20,13 @@ from mf_train.parallel.groups import Groups, start_processes, stop_processes
 from mf_train.parallel.processes import Process
 from mf_train.parallel.watch import Watch
 from mf_train.training.binding import bind_cores
-from mf_train.training.device import check_host_memory, find_device, keep_freed_memory, make_deterministic
+from mf_train.training.device import (
+    check_host_memory,
+    find_device,
+    keep_freed_memory,
+    limit_threads,
+    make_deterministic,
+)
 from mf_train.training.environment import set_kernel_cache
 from mf_train.training.evaluate import open_tasks
 from mf_train.training.folder import check_folder
@@ -47,6 +53,7 @@ def train(config: Config, process: Process) -> int:
         process.rank, process.world_size, config.parallel.tensor, process.local_rank, process.local_size
     )
     device = find_device(config, process)
+    limit_threads(os.environ)
     if config.training.bind_cores:
         bind_cores(process, device)  # before anything starts threads
     if config.training.deterministic:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mf_train import host_memory
+from mf_train import control_groups, host_memory
 from mf_train.config import Config, ParallelConfig
 from mf_train.errors import UserError
 from mf_train.parallel.degrees import Degrees
@@ -38,7 +38,7 @@ def test_a_host_without_room_is_refused_with_the_numbers(
     memory = tmp_path / "meminfo"
     memory.write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {kilobytes} kB\n")
     monkeypatch.setattr(host_memory, "MEMINFO", memory)
-    monkeypatch.setattr(host_memory, "OWN_GROUPS", tmp_path / "none")
+    monkeypatch.setattr(control_groups, "OWN_GROUPS", tmp_path / "none")
     config = Config(parallel=ParallelConfig(offload=offload))  # type: ignore[arg-type]
     degrees = Degrees(0, 2, 1, 0, 2)
     if not refused:
@@ -65,3 +65,16 @@ except RuntimeError as error:
     print("deterministic" in str(error))
 """
     assert run_python(code).strip() == "True"
+
+
+@pytest.mark.parametrize(("environment", "threads"), [("{}", 3), ("{'OMP_NUM_THREADS': '7'}", 7)])
+def test_no_more_threads_than_a_container_has_time_for(environment: str, threads: int) -> None:
+    code = f"""
+import torch
+from mf_train.training import device
+device.cpu_quota = lambda: 2.5
+torch.set_num_threads(7)
+device.limit_threads({environment})
+print(torch.get_num_threads())
+"""
+    assert run_python(code).strip() == str(threads)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from mf_train.checkpoint.read import CheckpointReader, Checksums
 from mf_train.checkpoint.safetensors_file import ALIGNMENT, FileLayout, Region, bytes_of
 from mf_train.errors import TrainingError
 from mf_train.model.quantized import quantize_rows, row_scales, scales_name
+from mf_train.processors import usable_processors
 from mf_train.standalone.conversion.shard_writer import ShardWriter
 from mf_train.standalone.exported.names import PARAMETER_PREFIX
 from mf_train.standalone.folder import INDEX, SINGLE
@@ -148,7 +148,7 @@ def in_threads(shapes: Mapping[str, Shape], work: Callable[[str, Tensor], T]) ->
         return work(name, own.buffer)
 
     largest_first = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
-    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS)) as pool:
+    with ThreadPoolExecutor(min(usable_processors(), MAX_THREADS)) as pool:
         futures = {name: pool.submit(run, name) for name in largest_first}
         try:
             return {name: future.result() for name, future in futures.items()}

@@ -1,0 +1,175 @@
+"""`memoryformer doctor`: what this machine has, what computes here and how fast, and what would make it faster."""
+
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mf_train.commands import add_command, print_lines
+from mf_train.host_memory import available_memory
+from mf_train.launch.machine import compiler_problem, cuda_versions, versions
+from mf_train.processors import caches, cpu_quota, usable_processors
+from mf_train.text import human_bytes
+
+DRIVER = Path("/proc/driver/nvidia/version")
+LOAD = Path("/proc/loadavg")
+_COPIED = 256 << 20  # bytes: more than caches hold
+# of the lookup that is timed: tiny.yaml's layer and micro-batch
+_TOKENS, _SIZE, _BITS = 2048, 512, 8
+
+
+def add_doctor(commands: Any) -> None:
+    """Add the command to the command line's parser."""
+    summary = "what this machine has and what would make it faster"
+    add_command(commands, "doctor", summary, "doctor", lambda given: print_lines(doctor()))
+
+
+def doctor() -> Iterator[str]:
+    """Lines on versions, processors, memory, GPUs, threads, kernels and rates; then one for each thing to change."""
+    import torch
+
+    from mf_train import kernels
+
+    logging.getLogger(kernels.__name__).setLevel(logging.ERROR)  # it is said below
+    found = versions()
+    yield _line("versions", ", ".join(f"{name} {version}" for name, version in found.items()))
+    yield _line("processors", _processors())
+    yield _line("memory", human_bytes(available_memory() or 0) + " are left for programs")
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    yield _line("GPUs", ", ".join(f"{gpu.name} ({human_bytes(gpu.total_memory)})" for gpu in gpus) or "none")
+    if gpus:
+        yield _line("CUDA", ", ".join(f"{name} {version}" for name, version in cuda_versions().items()))
+    yield _line("threads", f"{torch.get_num_threads()}, which wait {_waiting(os.environ)}")
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if gpus else [])]
+    for device in devices:
+        yield _line(f"on a {'GPU' if device.type == 'cuda' else 'CPU'}", kernels.describe(device))
+    yield _line("memory copy", f"{_copy_rate() / 1e9:.1f} GB/s, read and written")
+    ratio, seconds = _lookup_rate()
+    yield _line(
+        "memory layer",
+        f"{1e3 * seconds:.1f} ms forward and backward on the CPU for {_TOKENS:,} tokens of {_SIZE} features, "
+        f"{ratio:.1f} times as fast as torch operations",
+    )
+    advice = list(suggestions(torch.get_num_threads(), bool(gpus), os.environ))
+    yield ""
+    yield "What would make it faster:" if advice else "Nothing to change was found."
+    yield from (f"- {each}" for each in advice)
+
+
+def suggestions(threads: int, gpus: bool, environment: Mapping[str, str]) -> Iterator[str]:
+    """What to change, a sentence each; `threads` are torch's, `gpus` whether torch sees one."""
+    from mf_train.kernels import cpu
+    from mf_train.kernels.backends import has_triton
+
+    if problem := cpu.reason():
+        remedy = ": install g++" if "no compiler" in problem else ""
+        yield f"lookups on the CPU run as torch operations, because {problem}{remedy}"
+    processors = usable_processors()
+    if threads > processors:
+        quota = cpu_quota()
+        why = (
+            f"the control group gives time for {quota:g}"
+            if quota is not None
+            else f"{processors} may be used"
+        )
+        yield f"{threads} threads compute, but of the processors {why}: set OMP_NUM_THREADS={processors}"
+    busy = _load()
+    if _waiting(environment) == "spinning" and busy is not None and busy > 0.5 * processors:
+        yield (
+            f"other programs keep {busy:.1f} of {processors} processors busy, and threads that spin while they wait "
+            "take time from each other: set OMP_WAIT_POLICY=passive"
+        )
+    if not gpus and DRIVER.is_file():
+        yield (
+            "the machine has an NVIDIA driver, but torch sees no GPU: install torch's CUDA build, or look at "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    if gpus and not has_triton():
+        yield "lookups on the GPU run as torch operations: install triton"
+    elif gpus and (missing := compiler_problem(environment)):
+        yield f"this machine {missing}"
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<14}{text}"
+
+
+def _processors() -> str:
+    import torch
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    quota = cpu_quota()
+    parts = [
+        next(names, "unknown"),
+        f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} may be used",
+        *([f"for {quota:g} of them the control group gives time"] if quota is not None else []),
+        torch.backends.cpu.get_cpu_capability(),
+        ", ".join(
+            f"{name} {size / 1024:,.0f} KiB" + (f" for {shared}" if shared > 1 else "")
+            for name, (size, shared) in caches().items()
+        )
+        or "caches not reported",
+    ]
+    return "; ".join(parts)
+
+
+def _waiting(environment: Mapping[str, str]) -> str:
+    """How OpenMP's threads wait for each other: libgomp spins for a while unless told otherwise (OpenMP 5.2, 21.7)."""
+    return "asleep" if environment.get("OMP_WAIT_POLICY", "").lower() == "passive" else "spinning"
+
+
+def _load() -> float | None:
+    """Programs that ran or wanted to, on average over the last minute (proc(5)); None where it is not known."""
+    try:
+        return float(LOAD.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _median_seconds(seconds: float, *alternatives: Callable[[], object]) -> list[float]:
+    """Of each, called in turn, so that a slow moment of a shared machine falls on all of them."""
+    for work in alternatives:
+        work()
+    taken: list[list[float]] = [[] for _ in alternatives]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken[0]) < 3:
+        for times, work in zip(taken, alternatives, strict=True):
+            begin = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - begin)
+    return list(map(statistics.median, taken))
+
+
+def _copy_rate() -> float:
+    """Bytes a second."""
+    import torch
+
+    source = torch.ones(_COPIED // 4)
+    target = torch.zeros_like(source)
+    (seconds,) = _median_seconds(0.5, lambda: target.copy_(source))
+    return 2 * _COPIED / seconds
+
+
+def _lookup_rate() -> tuple[float, float]:
+    """How many times torch operations' rate what computes here has, and its seconds."""
+    import torch
+
+    from mf_train.kernels import hash_codes, lookup
+
+    x = torch.randn(_TOKENS, _SIZE, requires_grad=True)
+    tables = torch.randn(_SIZE // _BITS, 2**_BITS, _SIZE, requires_grad=True)
+
+    def work(backend: str) -> None:
+        codes, weights = hash_codes(x, _SIZE // _BITS, backend=backend)
+        lookup(codes, weights, tables, backend=backend).sum().backward()
+
+    ours, composed = _median_seconds(2.0, partial(work, "auto"), partial(work, "composition"))
+    return composed / ours, ours

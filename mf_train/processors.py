@@ -1,0 +1,66 @@
+"""The processors that this process can use, and their caches."""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mf_train.control_groups import own_groups
+
+CACHES = Path("/sys/devices/system/cpu")
+
+
+def usable_processors() -> int:
+    """How many the process may run on (its affinity), and no more than its control groups give it the time of."""
+    allowed = len(os.sched_getaffinity(0))
+    quota = cpu_quota()
+    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+
+
+def cpu_quota() -> float | None:
+    """Seconds of processor time a second that the control groups allow at most; None where nothing limits it."""
+    return min(_quotas(), default=None)
+
+
+def _quotas() -> Iterator[float]:
+    for folder, version in own_groups("cpu"):
+        try:
+            if version == 2:  # "200000 100000", or "max 100000"
+                most, period = (folder / "cpu.max").read_text().split()
+            else:  # -1: no limit
+                most = (folder / "cpu.cfs_quota_us").read_text()
+                period = (folder / "cpu.cfs_period_us").read_text()
+            quota = int(most) / int(period)
+        except (OSError, ValueError):  # no such file at the top or in a container; "max"
+            continue
+        if quota > 0:
+            yield quota
+
+
+def caches() -> dict[str, tuple[int, int]]:
+    """Bytes of a processor's data caches by name, "L1" to "L3", and how many processors share one.
+
+    Of the first that this process may run on; empty where the system does not say (sysfs, ABI/testing/
+    sysfs-devices-system-cpu).
+    """
+    found = {}
+    processor = min(os.sched_getaffinity(0))
+    for folder in sorted((CACHES / f"cpu{processor}" / "cache").glob("index*")):
+        try:
+            kind, level, size, shared = (
+                (folder / name).read_text().strip() for name in ("type", "level", "size", "shared_cpu_list")
+            )
+            number = re.fullmatch(r"(\d+)([KM])", size)
+            if kind == "Instruction" or not number:
+                continue
+            found[f"L{level}"] = int(number[1]) * 1024 ** (1 + "KM".index(number[2])), _count(shared)
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def _count(listed: str) -> int:
+    """Processors of a list such as "0-3,8"."""
+    ends = [part.partition("-") for part in listed.split(",")]
+    return sum(int(last or first) - int(first) + 1 for first, _, last in ends)

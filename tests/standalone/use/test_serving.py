@@ -1,9 +1,8 @@
-"""A converted model behind `transformers serve`: the library's OpenAI-compatible server, asked by the openai package."""
+"""A converted model behind `transformers serve`, the library's OpenAI-compatible server, asked by the openai package."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess

@@ -83,10 +83,13 @@ def _nobody_listens() -> bool:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides and a prompt may stand behind options, where argparse alone does not take what may be absent."""
+    """Overrides, a prompt and `convert`'s OUT may stand behind options, where argparse alone does not take what may be
+    absent.
+    """
     options, rest = parser.parse_known_args(arguments)
-    if rest and getattr(options, "prompt", "") is None and not rest[0].startswith("-"):
-        options.prompt = rest.pop(0)
+    for name in ("prompt", "out"):
+        if rest and getattr(options, name, "") is None and not rest[0].startswith("-"):
+            setattr(options, name, rest.pop(0))
     if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

@@ -83,6 +83,7 @@ ONE_FILE_EACH = [
     "matplotlib",
     "lm_eval",
     "wandb",
+    "huggingface_hub",
 ]
 ONE_FOLDER_EACH = {
     "pandas": "study",

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ def add_convert(commands: Any) -> None:
         "source",
         type=Path,
         metavar="CHECKPOINT",
-        help="a checkpoint, its 'latest' file, or a run's folder; with --to-checkpoint a standalone model",
+        help="a checkpoint, its 'latest' file, or a run's folder; with --to-checkpoint, or with --upload and without "
+        "OUT, a standalone model",
     )
     parser.add_argument(
-        "output", type=Path, metavar="OUT", help="a folder that does not exist yet; with --check the model"
+        "out", nargs="?", metavar="OUT", help="a folder that does not exist yet; with --check the model"
     )
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument(
@@ -52,6 +54,19 @@ def add_convert(commands: Any) -> None:
         action="store_true",
         help="the average of the weights that the run kept (training.average_decay) in place of the weights",
     )
+    parser.add_argument(
+        "--license",
+        metavar="NAME",
+        help="of the weights, for the model card: the hub's identifier, such as apache-2.0 (default: none is named)",
+    )
+    hub = parser.add_argument_group("to the Hugging Face hub")
+    hub.add_argument(
+        "--upload",
+        metavar="OWNER/NAME",
+        help="send the standalone model, once it is proved, to this repository",
+    )
+    hub.add_argument("--private", action="store_true", help="make a repository that only its owner sees")
+    hub.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
 
 
 def add_average(verbs: Any) -> None:
@@ -147,15 +162,45 @@ def _convert(given: argparse.Namespace) -> int:
     from mf_train.standalone.conversion.check import check_conversion
     from mf_train.standalone.conversion.convert import convert
     from mf_train.standalone.conversion.to_checkpoint import to_checkpoint
+    from mf_train.standalone.conversion.upload import check_upload
 
+    if given.upload is None:
+        refuse_with(given, "a conversion without --upload", private=False, dry_run=False)
+    else:
+        refuse_with(given, "--upload", check=False, to_checkpoint=False, tensor=None)
+    if given.out is None:
+        return _upload_folder(given)
+    output = Path(given.out)
     if given.check:
-        refuse_with(given, "--check", dtype=None, to_checkpoint=False, tensor=None, average=False)
-        return print_lines(check_conversion(given.source, given.output))
+        refuse_with(given, "--check", dtype=None, tensor=None, average=False, license=None)
+        return print_lines(check_conversion(given.source, output))
     if given.to_checkpoint:
-        refuse_with(given, "--to-checkpoint", dtype=None, average=False)
-        return print_lines(to_checkpoint(given.source, given.output, given.tensor or 1))
+        refuse_with(given, "--to-checkpoint", dtype=None, average=False, license=None)
+        return print_lines(to_checkpoint(given.source, output, given.tensor or 1))
     refuse_with(given, "a conversion to a standalone model", tensor=None)
-    return print_lines(convert(given.source, given.output, given.dtype, average=given.average))
+    if given.upload is not None:
+        check_upload(given.upload, given.dry_run)
+    print_lines(convert(given.source, output, given.dtype, average=given.average, license_name=given.license))
+    return 0 if given.upload is None else print_lines(_upload(output, given))
+
+
+def _upload_folder(given: argparse.Namespace) -> int:
+    """`convert MODEL --upload OWNER/NAME`: of a model that was converted before."""
+    from mf_train.standalone.conversion.upload import check_upload
+
+    if given.upload is None:
+        raise UserError(
+            "OUT is missing: name the folder to write, or with --upload a model that was converted before"
+        )
+    refuse_with(given, "--upload of a converted model", dtype=None, average=False, license=None)
+    check_upload(given.upload, given.dry_run)
+    return print_lines(_upload(given.source, given))
+
+
+def _upload(model: Path, given: argparse.Namespace) -> Iterator[str]:
+    from mf_train.standalone.conversion.upload import upload
+
+    return upload(model, given.upload, private=given.private, dry_run=given.dry_run)
 
 
 def _generate(given: argparse.Namespace) -> int:

@@ -195,10 +195,12 @@ class PhaseRun:
             last = self.step == self.phase.last
             if self._due(config.training.validation_interval, last) and self.validation:
                 metrics |= self._validate()
-                self.progress |= {"validation_loss": metrics["validation_loss"], "validation_step": self.step}
+                found = {key: metrics[key] for key in ("validation_loss", "validation")}
+                self.progress |= found | {"validation_step": self.step}
             end = self.step == config.training.steps
             if self.tasks is not None and (end or self._due(config.training.evaluate_interval, end)):
                 metrics |= self._evaluate(self.tasks)
+                self.progress |= {"evaluate": metrics["evaluate"], "evaluate_step": self.step}
             if "skipped" not in metrics:
                 self.progress |= {"loss": metrics["loss"]}
             self._report(metrics)

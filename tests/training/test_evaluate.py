@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from mf_train.config.loading import parse_config
 from mf_train.errors import UserError
@@ -55,6 +56,11 @@ def test_scores_are_those_of_the_converted_model(
     assert f"step 5: mf_last_word: acc {found[5]['mf_last_word']['acc']:.4f}, perplexity" in done.stdout
 
     list(convert(tmp_path / "run", tmp_path / "model"))
+    card = ModelCard((tmp_path / "model" / "README.md").read_text()).data.eval_results
+    assert {
+        task: {each.metric_type: each.metric_value for each in card if each.dataset_name == task}
+        for task in NAMES
+    } == found[5]
     list(evaluate_tasks(tmp_path / "model", NAMES, TASKS, 8, ITEMS, tmp_path / "scores.json"))
     scores = json.loads((tmp_path / "scores.json").read_text())["tasks"]
     assert scores.keys() == found[5].keys()

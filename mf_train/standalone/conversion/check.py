@@ -19,10 +19,16 @@ from mf_train.checkpoint.read import CheckpointReader
 from mf_train.checkpoint.safetensors_file import TensorFile
 from mf_train.config import Config
 from mf_train.errors import TrainingError, UserError
+from mf_train.standalone.conversion.card import model_card
 from mf_train.standalone.conversion.certificate import certificate_tree, hash_files, read_certificate
-from mf_train.standalone.conversion.convert import describe_proof, open_checkpoint, source_tree, text_files
+from mf_train.standalone.conversion.convert import (
+    describe_proof,
+    open_checkpoint,
+    phases_until,
+    source_tree,
+    text_files,
+)
 from mf_train.standalone.conversion.proof import prove
-from mf_train.standalone.conversion.settings_files import model_card
 from mf_train.standalone.conversion.source_files import source_files
 from mf_train.standalone.conversion.weights import convert_weights, in_threads, stored_tensors
 from mf_train.standalone.folder import CARD, CERTIFICATE, INDEX, open_tensors
@@ -140,7 +146,7 @@ def differing_from_checkpoint(
     dtype = certificate["dtype"]
     texts = text_files(reader, config, dtype)
     try:
-        texts[CARD] = model_card(config, certificate)
+        texts[CARD] = model_card(phases_until(reader), certificate)
     except (KeyError, TypeError, ValueError, AttributeError):
         yield f"{CERTIFICATE} lacks figures"
     expected = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}

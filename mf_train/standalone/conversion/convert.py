@@ -16,15 +16,16 @@ from mf_train.checkpoint.layout import AVERAGE, CONFIG, TOKENIZER, resolve_check
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
 from mf_train.config.loading import load_config
-from mf_train.config.phases import phase_at
+from mf_train.config.phases import Phase, phase_at, phases_of
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.files import sync
 from mf_train.model.counts import count_parameters
 from mf_train.model.model import MemoryFormer
+from mf_train.standalone.conversion.card import LICENSE, check_license, model_card
 from mf_train.standalone.conversion.certificate import certificate_tree, hash_files
 from mf_train.standalone.conversion.proof import Proof, prove
-from mf_train.standalone.conversion.settings_files import model_card, settings_files
+from mf_train.standalone.conversion.settings_files import settings_files
 from mf_train.standalone.conversion.source_files import source_files
 from mf_train.standalone.conversion.tokenizer_files import tokenizer_files
 from mf_train.standalone.conversion.weights import copy_weights
@@ -34,16 +35,22 @@ from mf_train.standalone.folder import CONFIG as MODEL_CONFIG
 from mf_train.text import human_bytes
 
 _PARTIAL = ".partial"  # in an output folder that is there already: what is not complete yet
-_METRICS = ("loss", "validation_loss", "validation_step")
+_METRICS = ("loss", "validation_loss", "validation_step", "validation", "evaluate", "evaluate_step")
 
 
 def convert(
-    checkpoint: Path, output: Path, dtype: str | None = None, *, average: bool = False
+    checkpoint: Path,
+    output: Path,
+    dtype: str | None = None,
+    *,
+    average: bool = False,
+    license_name: str | None = None,
 ) -> Iterator[str]:
     """Write the standalone model of a checkpoint into `output`, which is complete or absent; yields lines to show.
 
     `dtype` is one of DTYPES, or None for the precision that the run trained in; "int8" is of tables and LM head, with
     a float32 scale a row, and makes the rest bfloat16. With `average` the weights are the average that the run kept.
+    `license_name` is the hub's identifier of the weights' licence, for the card.
     What was written is read again and compared with the checkpoint and with what the trainer recorded in it (see
     `prove`).
 
@@ -53,6 +60,8 @@ def convert(
     started = time.perf_counter()
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype is {dtype!r}: it must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    if license_name is not None:
+        check_license(license_name)
     output = Path(os.path.abspath(output))
     check_output(output)
     reader, config = open_checkpoint(checkpoint, average=average)
@@ -60,7 +69,7 @@ def convert(
     yield _describe_source(reader, config)
 
     with new_folder(output, last=MODEL_CONFIG) as folder:
-        proof = _write_folder(reader, config, dtype, folder)
+        proof = _write_folder(reader, config, dtype, folder, license_name)
     yield from _describe_result(reader, config, output, dtype, proof, time.perf_counter() - started)
 
 
@@ -87,6 +96,12 @@ def open_checkpoint(path: Path, *, average: bool = False) -> tuple[CheckpointRea
                 f"{expected.get(name)} by its config.yaml; use another checkpoint"
             )
     return reader, config
+
+
+def phases_until(reader: CheckpointReader) -> list[Phase]:
+    """The run's phases up to the checkpoint's step."""
+    phases = phases_of(load_config(reader.checkpoint / CONFIG))
+    return [phase for phase in phases if phase.first <= max(1, reader.manifest.step)]
 
 
 def text_files(reader: CheckpointReader, config: Config, dtype: str) -> dict[str, bytes]:
@@ -116,7 +131,9 @@ def source_tree(reader: CheckpointReader, config: Config) -> dict[str, Any]:
     } | ({"weights": AVERAGE} if reader.weights == AVERAGE else {})
 
 
-def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: Path) -> Proof:
+def _write_folder(
+    reader: CheckpointReader, config: Config, dtype: str, folder: Path, license_name: str | None
+) -> Proof:
     """Everything, in order; the certificate last."""
     for name, content in text_files(reader, config, dtype).items():
         (folder / name).write_bytes(content)
@@ -124,7 +141,9 @@ def _write_folder(reader: CheckpointReader, config: Config, dtype: str, folder: 
     source = source_tree(reader, config)
     proof = prove(reader, config, source["device"], dtype, folder)
     tree = certificate_tree(source, dtype, proof)
-    (folder / CARD).write_bytes(model_card(config, tree))
+    if license_name is not None:
+        tree[LICENSE] = license_name
+    (folder / CARD).write_bytes(model_card(phases_until(reader), tree))
     tree |= {"tensors": digests, "files": dict(hash_files(folder))}
     (folder / CERTIFICATE).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     return proof

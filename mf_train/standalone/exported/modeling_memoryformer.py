@@ -24,6 +24,7 @@ from mf_train.standalone.exported.growing_layer import (
 )
 from mf_train.standalone.exported.installed import DECODING
 from mf_train.standalone.exported.names import INT8
+from mf_train.standalone.exported.paged import PagedCache, take_paged
 
 
 class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
@@ -109,7 +110,13 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         """
         # not in the signature, where Trainer would take it for a label that every batch must have
         shift_labels = others.pop("shift_labels", None)
+        paged = take_paged(others)
         _refuse_unknown(others)
+        if paged is not None:
+            elsewhere = (inputs_embeds, past_key_values, labels, shift_labels)
+            if any(each is not None for each in elsewhere) or output_hidden_states or output_attentions:
+                raise ValueError("cache, of continuous batching, goes with input_ids alone")
+            return self._forward_paged(input_ids, attention_mask, position_ids, logits_to_keep, paged)
         given = _only_one(input_ids, inputs_embeds)
         targets = _shifted(labels) if shift_labels is None else shift_labels
         _check_kept(logits_to_keep, targets)
@@ -203,6 +210,28 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
             new[kept:] = old.float().mean(0).to(old.dtype)
         new[:kept] = old[:kept]
         module.weight = new
+
+    def _forward_paged(
+        self,
+        input_ids: Tensor | None,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        logits_to_keep: int | Tensor,
+        arguments: Mapping[str, Any],
+    ) -> CausalLMOutputWithPast:
+        """As continuous batching asks: the texts' new tokens lie in one row, and its mask keeps them apart."""
+        if input_ids is None or mask is None or position_ids is None or arguments["block_table"] is not None:
+            raise ValueError(
+                "continuous batching needs a mask: load the model with attn_implementation='sdpa'"
+            )
+        logits = self.model(
+            input_ids,
+            attention_mask=mask,
+            cache=PagedCache(arguments),
+            logits_to_keep=logits_to_keep,
+            positions=position_ids,
+        )
+        return CausalLMOutputWithPast(logits=logits)
 
     def _decode(
         self, input_ids: Tensor, attention_mask: Tensor | None, layers: list[GrowingLayer]

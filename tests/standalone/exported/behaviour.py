@@ -22,7 +22,9 @@ import torch  # noqa: E402 - after the modules that were asked for
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     StaticCache,
@@ -473,6 +475,25 @@ class Kept(BaseStreamer):
 
     def end(self):
         self.ids.append(None)
+
+
+def check_continuous_batching():
+    """Texts of several lengths, more than are taken in at once: each gets the tokens that it gets alone."""
+    prompts = [tokens(1, 1 + 5 * i % 13, i) for i in range(9)]
+    settings = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    few = ContinuousBatchingConfig(page_size=4, num_blocks=24, max_batch_tokens=16)
+    model = load()
+    expected = [
+        generate(model, ids, max_new_tokens=8, min_new_tokens=8)[0, ids.shape[1] :] for ids in prompts
+    ]
+    answers = model.generate_batch(
+        [ids[0].tolist() for ids in prompts], settings, continuous_batching_config=few, progress_bar=False
+    )
+    found = {tuple(each.prompt_ids): each.generated_tokens for each in answers.values()}
+    for ids, wanted in zip(prompts, expected, strict=True):
+        assert found[tuple(ids[0].tolist())] == wanted.tolist()
+    raises(ValueError, "load the model with attn_implementation='sdpa'", load(), tokens(1, 2), cache=object())
+    raises(ValueError, "goes with input_ids alone", load(), tokens(1, 2), cache=object(), labels=tokens(1, 2))
 
 
 def check_ways_of_generating():

@@ -21,6 +21,8 @@ from tests.kernels import norm_checks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+if INTERPRETED:
+    from tests.kernels import quick_interpreter  # noqa: F401
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="needs the compiled kernels on a GPU")
 # What takes seconds in the interpreter and goes much the same way as another case; the drills run it.
 SLOW = [pytest.mark.slow] if INTERPRETED else []
@@ -282,6 +284,55 @@ def test_all_tokens_in_one_row() -> None:
 
 
 @pytest.mark.parametrize(
+    ("widths", "dtype", "chunks", "blocks"),
+    [
+        ((6,), torch.float32, 1, "as chosen"),
+        ((8, 4), torch.bfloat16, 4, "narrow blocks"),
+        pytest.param((80,), torch.float64, 2, "as chosen", marks=SLOW),
+        pytest.param((200, 40), torch.float16, 8, "narrow blocks", marks=SLOW),
+    ],
+    indirect=["blocks"],
+    ids=str,
+)
+def test_rows_of_many_readers_are_cut(
+    widths: tuple[int, ...],
+    dtype: torch.dtype,
+    chunks: int,
+    blocks: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of a table's reads, or all of them, are of one row; and some of none."""
+    codes, weights, tables, dys = random_lookup(16, 2, 2, widths, (27,), dtype)
+    codes[5:18, 0], codes[:, 1] = 1, 3
+    whole = run(codes, weights, tables, dys, chunks)
+    monkeypatch.setattr(triton_lookup, "SEGMENT", 4)
+    cut = run(codes, weights, tables, dys, chunks)
+    for actual, expected in zip(cut, run_reference(codes, weights, tables, dys), strict=True):
+        assert actual.dtype == dtype
+        assert_close(actual, expected, dtype)
+    first = len(widths) + 1  # of the tables' gradients
+    for one, other in zip(cut[:first], whole[:first], strict=True):
+        assert torch.equal(one, other)
+    if dtype == torch.float32:  # in which another order of the sum shows
+        assert not torch.equal(cut[first], whole[first])
+
+    wrong = codes.clone()
+    wrong[3:27:6] = 200
+    d_weights, d_tables = backend.lookup_backward(dys, wrong, weights, tables, chunks)
+    silent = torch.where(wrong == 200, 0, weights)
+    expected = run_reference(torch.where(wrong == 200, 0, wrong), silent, tables, dys)
+    assert torch.equal(d_weights.isnan(), wrong == 200)
+    assert_close(d_weights[wrong != 200], expected[len(widths)][wrong != 200], torch.float32)
+    for actual, right in zip(d_tables, expected[first:], strict=True):
+        assert_close(actual, right, dtype)
+    for part in range(2):
+        columns = [[each.chunk(2, -1)[part] for each in given] for given in (tables, dys)]
+        _, slices = backend.lookup_backward(columns[1], wrong, weights, columns[0])
+        for one, other in zip(slices, d_tables, strict=True):
+            assert torch.equal(one, other.chunk(2, -1)[part])
+
+
+@pytest.mark.parametrize(
     ("table_dtype", "weight_dtype"),
     [
         *((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)),
@@ -346,9 +397,12 @@ def test_int8(lead: tuple[int, ...], dtype: torch.dtype, blocks: str) -> None:
 
 @pytest.mark.parametrize(
     ("tau", "num_tokens"),
-    [(1, 1), (1, 700), (4, 63), (4, 64), (4, 256), (4, 257), (9, 1), (9, 600), (12, 300)],
+    [(1, 1), (1, 700), (4, 63), (4, 64), (4, 128), (4, 129), (9, 1), (9, 600), (12, 300)],
 )
 def test_grouping_is_a_stable_sort(tau: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens of several chunks, whose counts are added up in several steps."""
+    monkeypatch.setattr(triton_grouping, "CHUNK", 128)
+    monkeypatch.setattr(triton_grouping, "SCANNED", 2 * 2**tau)
     codes = torch.randint(-1, 2**tau + 1, (num_tokens, 3), generator=generator(tau), device=DEVICE).short()
     counted = triton_grouping.group_tokens(codes, 2**tau)
     monkeypatch.setattr(triton_grouping, "MAX_COUNTED_ROWS", 0)

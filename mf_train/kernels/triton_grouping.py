@@ -98,14 +98,27 @@ def group_tokens(codes_nk: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         sorted_codes, tokens_kn = codes_kn.sort(dim=1, stable=True)
         row = torch.arange(rows, dtype=codes_kn.dtype, device=codes_kn.device).repeat(num_tables, 1)
         return tokens_kn.to(torch.int32), torch.searchsorted(sorted_codes, row, right=True, out_int32=True)
-    chunk = max(CHUNK, rows)
-    num_chunks = triton.cdiv(num_tokens, chunk)
+    counts, chunk = _count_in_chunks(codes_kn, rows)
+    num_chunks = counts.shape[1]
     grid = (num_tables * num_chunks,)
-    # the counts of a chunk lie side by side, no more of them than there are tokens
-    counts = codes_kn.new_empty((num_tables, num_chunks, rows), dtype=torch.int32)
     ends_kr = codes_kn.new_empty((num_tables, rows), dtype=torch.int32)
     tokens_kn = codes_kn.new_empty(codes_kn.shape, dtype=torch.int32)
-    _count_kernel[grid](codes_kn, counts, num_tokens, num_chunks, rows, chunk)
     _scan_kernel[(num_tables,)](counts, ends_kr, num_chunks, rows, max(SCANNED // rows, 1), num_warps=8)
     _place_kernel[grid](codes_kn, counts, ends_kr, tokens_kn, num_tokens, num_chunks, rows, chunk, BLOCK)
     return tokens_kn, ends_kr
+
+
+def count_codes(codes_nk: Tensor, counts: Tensor) -> None:
+    """Add codes [N, K], N > 0, to counts int64 [K, rows], at most MAX_COUNTED_ROWS of them; wrong codes to none."""
+    with torch.cuda.device_of(counts):
+        counts += _count_in_chunks(codes_nk.t().contiguous(), counts.shape[1])[0].sum(dim=1)
+
+
+def _count_in_chunks(codes_kn: Tensor, rows: int) -> tuple[Tensor, int]:
+    """Counts int32 [K, chunks, rows], those of a chunk side by side, no more than there are reads; tokens a chunk."""
+    num_tables, num_tokens = codes_kn.shape
+    chunk = max(CHUNK, rows)
+    num_chunks = triton.cdiv(num_tokens, chunk)
+    counts = codes_kn.new_empty((num_tables, num_chunks, rows), dtype=torch.int32)
+    _count_kernel[(num_tables * num_chunks,)](codes_kn, counts, num_tokens, num_chunks, rows, chunk)
+    return counts, chunk

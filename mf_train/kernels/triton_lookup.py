@@ -207,7 +207,7 @@ def _segments_kernel(
     UNROLL: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Of each segment of a row that is cut into several: its part [K, slots, O] of d tables, and its readers' d weights.
+    """Of each segment of a row that is cut into several: its part [K, slots, O] of d tables, and readers' d weights.
 
     A row of n >= 2 SEGMENT readers has n / SEGMENT segments, rounded down, whose last takes the rest. Segment s of a
     row whose readers begin at place b is in slot b / SEGMENT + s, where no other row has one; and place

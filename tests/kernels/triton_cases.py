@@ -416,6 +416,18 @@ def test_grouping_is_a_stable_sort(tau: int, num_tokens: int, monkeypatch: pytes
             assert ends[k].tolist() == [sum(code <= row for code, _ in expected) for row in range(2**tau)]
 
 
+@pytest.mark.parametrize(("tau", "num_tokens"), [(1, 1), (4, 300), (9, 130), (12, 40)])
+def test_counting(tau: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a slice of the tables, on top of earlier counts; codes out of range are no row's."""
+    monkeypatch.setattr(triton_grouping, "CHUNK", 128)
+    codes = torch.randint(-1, 2**tau + 1, (num_tokens, 7), generator=generator(tau), device=DEVICE).short()
+    counts = torch.full((3, 2**tau), 2**40, device=DEVICE)
+    triton_grouping.count_codes(codes[:, 2:5], counts)
+    for k in range(3):
+        right = codes[:, 2 + k][(codes[:, 2 + k] >= 0) & (codes[:, 2 + k] < 2**tau)].long()
+        assert torch.equal(counts[k] - 2**40, right.bincount(minlength=2**tau))
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shape", [(0, 3), (1, 65), (2, 1), (64, 70), (3, 27, 9), (4100, 5)], ids=str)
 def test_column_sums(shape: tuple[int, ...], dtype: torch.dtype) -> None:

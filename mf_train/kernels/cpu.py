@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import build
 from .buffers import address, check_chunks
-from .composition import code_dtype
+from .composition import Sum, add_to, code_dtype
 
 INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
@@ -236,11 +236,17 @@ def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Ten
 
 
 def lookup_backward(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], chunks: int = 1
+    dys: Sequence[Tensor],
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    chunks: int = 1,
+    sums: Sequence[Sum] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """d weights [..., K] float32, summed over the sets, and d tables of each set, from dy [..., O_i] of each.
 
     d weights is summed over `chunks` equal chunks of columns, of all sets together, and then over pairs of chunks.
+    With `sums` d tables go there, and none are returned.
 
     Raises:
         ValueError: a code outside [0, 2**tau), or 2**31 tokens or more.
@@ -261,7 +267,7 @@ def lookup_backward(
         _addresses("d_tables", d_tables, tables[0].dtype, tables[0].shape[:2], tables),
     )
     _check(status, codes, tables[0])
-    return d_weights, d_tables
+    return d_weights, d_tables if sums is None else add_to(sums, d_tables)
 
 
 def column_sums(x: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ import torch
 from torch import Tensor
 
 from .build import SOURCES, BuildError, compile_once
+from .composition import Sum
 
 CAPABILITY = (9, 0)
 MAX_BITS = 10
@@ -226,10 +227,15 @@ def hash_codes_backward(
 
 
 def lookup_backward(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], chunks: int = 1
+    dys: Sequence[Tensor],
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    chunks: int = 1,
+    sums: Sequence[Sum] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Triton's."""
-    result: tuple[Tensor, list[Tensor]] = _triton().lookup_backward(dys, codes, weights, tables, chunks)
+    result: tuple[Tensor, list[Tensor]] = _triton().lookup_backward(dys, codes, weights, tables, chunks, sums)
     return result
 
 

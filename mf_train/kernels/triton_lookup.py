@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .composition import Sum, add_to
 from .triton_grouping import group_tokens
 from .triton_sums import add_pairs
 
@@ -278,6 +279,7 @@ def _backward_kernel(
     chunk,
     width,
     add,
+    add_tables,
     ROWS: tl.constexpr,
     SEGMENT: tl.constexpr,
     ROWS_PER_PROGRAM: tl.constexpr,
@@ -290,6 +292,7 @@ def _backward_kernel(
     each chunk's share of d_weights [CHUNKS, K, N]; weights too are [K, N]. A chunk's code is the same for any CHUNKS.
 
     Of a row that is cut into segments, whose readers have their d weights, the segments' parts are added in order.
+    With add_tables d_tables holds what is added to; a row has one writer.
     """
     offset = tl.arange(0, BLOCK)
     for i in tl.range(ROWS_PER_PROGRAM):
@@ -331,8 +334,9 @@ def _backward_kernel(
             CHUNKS,
         )
         for c in tl.static_range(CHUNKS):
-            total = totals[c].to(d_tables_ptr.dtype.element_ty)
-            tl.store(d_tables_ptr + place + c * chunk + offset, total, mask=offset < width)
+            place_ptr = d_tables_ptr + place + c * chunk + offset
+            total = totals[c] + tl.load(place_ptr, mask=(offset < width) & add_tables, other=0)
+            tl.store(place_ptr, total.to(d_tables_ptr.dtype.element_ty), mask=offset < width)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -427,9 +431,16 @@ def forward_blocks(
 
 
 def lookup_backward(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], chunks: int = 1
+    dys: Sequence[Tensor],
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    chunks: int = 1,
+    sums: Sequence[Sum] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """d weights [..., K] float32 (float64), summed over the table sets, and d tables of each, from every dy [..., O_i].
+
+    With `sums`, contiguous, d tables are added there in float32, without a rounding, and none are returned.
 
     d weights is summed over `chunks` equal chunks of columns, of all sets together, and then over pairs of chunks. The
     same bits in every run. A token with a code outside [0, 2**tau) gets a NaN there and is in no row.
@@ -439,8 +450,10 @@ def lookup_backward(
     sum_dtype = torch.promote_types(tables[0].dtype, torch.float32)
     d_weights = weights.new_empty(weights.shape, dtype=sum_dtype)
     if num_tokens == 0:
-        return d_weights, [one.new_zeros(one.shape) for one in tables]
-    d_tables = [one.new_empty(one.shape) for one in tables]
+        d_tables = [one.new_zeros(one.shape) for one in tables]
+        return d_weights, d_tables if sums is None else add_to(sums, d_tables)
+    d_tables = [] if sums is not None else [one.new_empty(one.shape) for one in tables]
+    places = [(one, False) for one in d_tables] if sums is None else sums
     slots = num_tokens // SEGMENT
     with torch.cuda.device_of(codes):
         codes = codes.contiguous()
@@ -448,7 +461,7 @@ def lookup_backward(
         weights_kn = weights.reshape(num_tokens, num_tables).t().contiguous()
         sums_ckn = weights_kn.new_empty((chunks, *weights_kn.shape), dtype=sum_dtype)
         add = False
-        for dy, one, d_one in zip(dys, tables, d_tables, strict=True):
+        for dy, one, (d_one, holds) in zip(dys, tables, places, strict=True):
             out_features = one.shape[-1]
             chunk = out_features // chunks
             block, beside, unroll, rows_per_program = backward_blocks(
@@ -500,6 +513,7 @@ def lookup_backward(
                     chunk,
                     min(block, chunk - first),
                     add or first > 0,
+                    holds,
                     ROWS_PER_PROGRAM=rows_per_program,
                     **constants,
                 )

@@ -332,6 +332,25 @@ def test_rows_of_many_readers_are_cut(
             assert torch.equal(one, other.chunk(2, -1)[part])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=SLOW)], ids=str)
+def test_gradients_are_added_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To what sums hold, or in the place of whatever lies there; also of rows that are cut, and of no token at all."""
+    monkeypatch.setattr(triton_lookup, "SEGMENT", 4)
+    codes, weights, tables, dys = random_lookup(17, 1, 2, (6, 3), (13,), dtype)
+    held = [normal(generator(18), *tables[0].shape), torch.full(tables[1].shape, math.nan, device=DEVICE)]
+    sums = [(held[0].clone(), True), (held[1].clone(), False)]
+    d_weights, none = backend.lookup_backward(dys, codes, weights, tables, 1, sums)
+    assert none == []
+    assert torch.equal(d_weights, backend.lookup_backward(dys, codes, weights, tables)[0])
+    gradients = run_reference(codes, weights, tables, dys)[3:]
+    assert_close(sums[0][0], held[0].double() + gradients[0], torch.float32)
+    assert_close(sums[1][0], gradients[1], torch.float32)
+
+    before = sums[0][0].clone()
+    backend.lookup_backward([dy[:0] for dy in dys], codes[:0], weights[:0], tables, 1, sums)
+    assert torch.equal(sums[0][0], before) and not sums[1][0].any()
+
+
 @pytest.mark.parametrize(
     ("table_dtype", "weight_dtype"),
     [

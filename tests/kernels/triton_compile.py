@@ -40,7 +40,9 @@ def compile_kernel(
     signature = {name: "constexpr" for name in kernel.arg_names}
     pointers = {name: kind for name, kind in pointers.items() if f"{name}_ptr" in kernel.arg_names}
     signature |= {f"{name}_ptr": "*" + element for name, element in pointers.items()}
-    signature |= {name: "u1" if name == "add" else "i32" for name in integers if name in kernel.arg_names}
+    signature |= {
+        name: "u1" if name.startswith("add") else "i32" for name in integers if name in kernel.arg_names
+    }
     signature |= {
         name: "fp32" for name in ("keep", "rate", "root_of_share", "inverse_cap") if name in signature
     }
@@ -93,8 +95,9 @@ def compile_backward(element: str, codes: str, common: dict[str, Any]) -> None:
     pointers = {"dy": element, "weights": element, "codes": codes, "tokens": "i32", "ends": "i32"}
     pointers |= {"tables": element, "d_tables": element, "d_weights": total, "parts": total, "sums": total}
     sizes = ["num_tokens", "num_slots", "num_reads", "out_features", "first_column", "chunk", "all_chunks"]
-    sizes += ["width", "add"]
+    sizes += ["width", "add", "add_tables"]
     for segments, chunks in itertools.product((False, True), (1, 8)):
+        pointers["d_tables"] = element if chunks == 1 else total  # alone, or in a sum
         block, beside, unroll, rows = triton_lookup.backward_blocks(
             16384, common["ROWS"], COLUMNS, chunks, ITEM_BYTES[element]
         )

@@ -101,8 +101,13 @@ def _row_numbers(codes: Tensor, rows_per_table: int) -> Tensor:
     return codes.reshape(-1, num_tables).to(dtype) + first_row
 
 
-def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
-    """For each set of tables [K, 2^tau, O]: y [..., O] = sum_k weight_k * table_k[code_k] (Eq. 11), in its dtype."""
+def lookup(
+    codes: Tensor, weights: Tensor, tables: Sequence[Tensor], biases: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """For each set of tables [K, 2^tau, O]: y [..., O] = sum_k weight_k * table_k[code_k] (Eq. 11), in its dtype.
+
+    `biases` [O], of each set or of none, are added to what was rounded.
+    """
     num_tables, rows_per_table = tables[0].shape[:2]
     _check_codes(codes, tables[0])
     row_nk = _row_numbers(codes, rows_per_table)
@@ -111,7 +116,14 @@ def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Ten
     for table in tables:
         y_no = F.embedding_bag(row_nk, table.flatten(0, 1), per_sample_weights=weights_nk, mode="sum")
         results.append(y_no.view(*codes.shape[:-1], table.shape[-1]))
-    return results
+    return add_biases(results, biases)
+
+
+def add_biases(ys: list[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors with their biases added, if there are any."""
+    for y, bias in zip(ys, biases, strict=False):
+        y += bias
+    return ys
 
 
 def lookup_backward(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import build
 from .buffers import address, check_chunks
-from .composition import Sum, add_to, code_dtype
+from .composition import Sum, add_biases, add_to, code_dtype
 
 INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
@@ -220,8 +220,12 @@ def hash_codes_backward(
     return dx
 
 
-def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
+def lookup(
+    codes: Tensor, weights: Tensor, tables: Sequence[Tensor], biases: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """y [..., O_i] of each table set [K, 2**tau, O_i]; all read the same codes and weights [..., K].
+
+    `biases` [O_i], of each set or of none, are added to what was rounded.
 
     Raises:
         ValueError: a code outside [0, 2**tau).
@@ -232,7 +236,7 @@ def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Ten
     into = _addresses("y", ys, tables[0].dtype, codes.shape[:-1], tables)
     status = call("mf_lookup", *_reads(codes, weights, tables[0]), *_sets(tables), into)
     _check(status, codes, tables[0])
-    return ys
+    return add_biases(ys, biases)
 
 
 def lookup_backward(

@@ -85,9 +85,7 @@ def lookup(
     backend: str,
 ) -> list[Tensor]:
     """`biases`: one for each set, or none at all. `chunks` matters to the backward pass alone."""
-    ys: list[Tensor] = find_backend(backend, tables[0], weights).lookup(codes, weights, tables)
-    for y, bias in zip(ys, biases, strict=False):
-        y += bias
+    ys: list[Tensor] = find_backend(backend, tables[0], weights).lookup(codes, weights, tables, biases)
     return ys
 
 

@@ -80,6 +80,7 @@ def _forward_kernel(
     weights_ptr,
     tables_ptr,
     scales_ptr,
+    bias_ptr,
     y_ptr,
     num_tokens,
     out_features,
@@ -90,7 +91,7 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """y [N, O]; scales_ptr is None, or of int8 tables the scale of each row [K, ROWS]."""
+    """y [N, O]; scales_ptr is None, or of int8 tables the scale of each row [K, ROWS]; bias_ptr None, or [O]."""
     programs = tl.cdiv(num_tokens, TOKENS)
     token = (tl.program_id(0) % programs).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     token = tl.minimum(token, num_tokens - 1)  # past the end: the last one, once more
@@ -114,6 +115,8 @@ def _forward_kernel(
                 ROWS,
                 K % UNROLL if rest else UNROLL,
             )
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + column, mask=column < out_features, other=0).to(SUM)[None, :]
     place = (token * out_features)[:, None] + column[None, :]
     tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -365,12 +368,16 @@ def _finish_kernel(
     tl.store(d_weights_ptr + token * K + table, total, mask=inside)
 
 
-def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
+def lookup(
+    codes: Tensor, weights: Tensor, tables: Sequence[Tensor], biases: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """y [..., O_i] of each of the table sets [K, 2**tau, O_i] that share codes and weights [..., K].
 
+    `biases` [O_i], of each set or of none, are added before the sum is rounded.
     As `mf_train.kernels.lookup`, which checks the arguments. A code outside [0, 2**tau) makes its token's y NaN.
     """
-    return [_forward(codes, weights, one, None) for one in tables]
+    pairs = zip(tables, biases or [None] * len(tables), strict=True)
+    return [_forward(codes, weights, one, None, bias) for one, bias in pairs]
 
 
 def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) -> Tensor:
@@ -378,10 +385,12 @@ def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) 
 
     y = sum_k (weight_k scale_k) row_k with the products and the sum in float32. No gradient.
     """
-    return _forward(codes, weights, tables, scales.contiguous())
+    return _forward(codes, weights, tables, scales.contiguous(), None)
 
 
-def _forward(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None) -> Tensor:
+def _forward(
+    codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> Tensor:
     num_tables, rows, out_features = tables.shape
     y = tables.new_empty(
         (*codes.shape[:-1], out_features), dtype=tables.dtype if scales is None else weights.dtype
@@ -397,6 +406,7 @@ def _forward(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | No
                 weights.contiguous(),
                 tables.contiguous(),
                 scales,
+                None if bias is None else bias.contiguous(),
                 y,
                 num_tokens,
                 out_features,

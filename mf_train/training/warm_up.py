@@ -97,7 +97,8 @@ def launch_kernels(engine: Engine, passes: list[Pass], still_alive: Callable[[],
             still_alive()
             if size > 1:  # repeated in the place of what the other ranks send, which arrives in float32
                 codes, weights = codes.repeat(1, size), weights.repeat(1, size).float()
-            ys = lookup_all(codes, weights, tables, chunks=chunks)
+            biases = [one.new_zeros(one.shape[-1]) for one in tables]
+            ys = lookup_all(codes, weights, tables, biases, chunks=chunks)
             still_alive()
             if backward:
                 # tables whose gradients go to sums get none

@@ -176,6 +176,21 @@ def test_lookup(case: tuple, dtype: torch.dtype, blocks: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_biases_are_added_before_the_sum_is_rounded(dtype: torch.dtype) -> None:
+    codes, weights, tables, _ = random_lookup(19, 3, 4, (11, 6), (7,), dtype)
+    wide = [normal(generator(20), 2 * one.shape[-1]).to(dtype) for one in tables]
+    biases = [one[::2] for one in wide]  # not contiguous
+    ys = backend.lookup(codes, weights, tables, biases)
+    for y, table, bias in zip(ys, tables, biases, strict=True):
+        exact = reference.lookup(codes, weights.double(), table.double(), bias.double())
+        assert y.dtype == dtype
+        assert_close(y, exact, dtype)
+        # the interpreter rounds otherwise to bfloat16
+        if dtype == torch.float16 or (dtype == torch.bfloat16 and not INTERPRETED):
+            assert (y.double() - exact).norm() <= 1.1 * (exact.to(dtype).double() - exact).norm()
+
+
 def test_lookup_in_many_rows() -> None:
     arguments = random_lookup(10, 10, 1, (9,), (6,), torch.bfloat16)
     for actual, expected in zip(run(*arguments), run_reference(*arguments), strict=True):

@@ -77,7 +77,7 @@ def compile_hash(element: str, codes: str, common: dict[str, Any]) -> None:
 
 
 def compile_forward(element: str, codes: str, common: dict[str, Any]) -> None:
-    pointers = {"codes": codes, "weights": element, "tables": element, "y": element}
+    pointers = dict.fromkeys(("weights", "tables", "bias", "y"), element) | {"codes": codes}
     for num_tokens in (1, 16384):
         tokens, block, unroll = triton_lookup.forward_blocks(
             num_tokens, NUM_TABLES, common["ROWS"], COLUMNS, ITEM_BYTES[element]
@@ -87,6 +87,7 @@ def compile_forward(element: str, codes: str, common: dict[str, Any]) -> None:
         ptx = compile_kernel(triton_lookup._forward_kernel, pointers, sizes, 1, constants)["ptx"]
         assert num_tokens == 1 or wide_loads(ptx) >= unroll, "rows are not read 16 bytes a lane"
     int8 = {**pointers, "tables": "i8", "scales": "fp32"}
+    del int8["bias"]
     compile_kernel(triton_lookup._forward_kernel, int8, sizes, 1, constants)
 
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from . import ops, reference
 from .backends import BACKENDS, describe, fast_adamw, fast_loss, fast_norm, fast_rotary, find_backend
 from .counting import count_codes
+from .ops import GradientSum
 
 __all__ = [
+    "GradientSum",
     "count_codes",
     "describe",
     "fast_adamw",
@@ -106,6 +108,7 @@ def lookup(
     Weights are rounded to the tables' dtype first. Outputs are summed over k, in order, rows' gradients over
     tokens, in order, and weights' gradients over columns: each in float32 (float64 for float64 tables) and
     rounded once, to the tables' dtype, weights' gradients to the weights'.
+    On a GPU a row of more than a thousand readers is summed in segments of 512 of them, and then over segments.
     In float32, a slice of the tables' columns gives the same bits as those columns of the whole, and so do the
     gradients of tables and bias. The weights' gradient is the sum of `chunks` equal chunks of columns, added by
     neighbouring pairs: tables that are a half, a quarter or one of the chunks give with float32 weights a node of

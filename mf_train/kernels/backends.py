@@ -55,6 +55,16 @@ def fast_rotary(q: Tensor) -> ModuleType | None:
     return _triton_steps("rotary") if _runs_in_triton(q) else None
 
 
+def fast_counting(counts: Tensor) -> ModuleType | None:
+    """`count_codes` in C++ or Triton, where it runs for counts [K, rows]; else counting.py has it."""
+    if counts.is_cpu:
+        return cpu if cpu.library() is not None else None
+    if not (counts.is_cuda and has_triton()):
+        return None
+    grouping = _triton_steps("grouping")
+    return grouping if counts.shape[1] <= grouping.MAX_COUNTED_ROWS else None
+
+
 def fast_adamw(gradient: Tensor) -> ModuleType | None:
     """AdamW over compact numbers in C++ or Triton, where it runs; else mf_train/parallel/adamw.py has it."""
     return (

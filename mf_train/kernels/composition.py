@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# where a gradient goes: the sums of several, in float32, and whether they hold anything yet
+Sum = tuple[Tensor, bool]
+
 _SUM = 0  # embedding_bag's mode, as its operators number it
 _GATHERED_ELEMENTS = 2**23  # rows of int8 tables that are widened to float32 at a time: 32 MiB
 
@@ -98,8 +101,13 @@ def _row_numbers(codes: Tensor, rows_per_table: int) -> Tensor:
     return codes.reshape(-1, num_tables).to(dtype) + first_row
 
 
-def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
-    """For each set of tables [K, 2^tau, O]: y [..., O] = sum_k weight_k * table_k[code_k] (Eq. 11), in its dtype."""
+def lookup(
+    codes: Tensor, weights: Tensor, tables: Sequence[Tensor], biases: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """For each set of tables [K, 2^tau, O]: y [..., O] = sum_k weight_k * table_k[code_k] (Eq. 11), in its dtype.
+
+    `biases` [O], of each set or of none, are added to what was rounded.
+    """
     num_tables, rows_per_table = tables[0].shape[:2]
     _check_codes(codes, tables[0])
     row_nk = _row_numbers(codes, rows_per_table)
@@ -108,15 +116,28 @@ def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Ten
     for table in tables:
         y_no = F.embedding_bag(row_nk, table.flatten(0, 1), per_sample_weights=weights_nk, mode="sum")
         results.append(y_no.view(*codes.shape[:-1], table.shape[-1]))
-    return results
+    return add_biases(results, biases)
+
+
+def add_biases(ys: list[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors with their biases added, if there are any."""
+    for y, bias in zip(ys, biases, strict=False):
+        y += bias
+    return ys
 
 
 def lookup_backward(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], chunks: int = 1
+    dys: Sequence[Tensor],
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    chunks: int = 1,
+    sums: Sequence[Sum] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """d weights [..., K] (float32, or float64), summed over the sets, and each set's d tables; same bits in every run.
 
     d weights is summed over `chunks` equal chunks of columns, of all sets together, and then over pairs of chunks.
+    With `sums` d tables go there, and none are returned.
 
     The reads (one per token and table) are sorted by row, stably. So d weights fetches a row once for all its
     readers, and d tables is itself a lookup, in which each row sums dy over its readers: one writer, no atomics.
@@ -154,7 +175,17 @@ def lookup_backward(
             token, dy_no, offsets, per_sample_weights=read_weights, mode="sum", include_last_offset=True
         )
         d_tables.append(d_table.view(table.shape))
-    return d_weights.view(weights.shape), d_tables
+    return d_weights.view(weights.shape), d_tables if sums is None else add_to(sums, d_tables)
+
+
+def add_to(sums: Sequence[Sum], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Add each gradient to its sum, or put it there; returns nothing that is left."""
+    for (total, holds), gradient in zip(sums, gradients, strict=True):
+        if holds:
+            total.add_(gradient)
+        else:
+            total.copy_(gradient)
+    return []
 
 
 def _columns(whole: Tensor, chunk: int, chunks: int, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
+from .backends import fast_counting
 
 COUNT_BACKENDS = ("auto", "composition", "cpu", "reference")
 
@@ -13,9 +14,11 @@ def count_codes(codes: Tensor, counts: Tensor, *, backend: str = "auto") -> None
 
     Args:
         codes: [..., K] uint8, int16, int32 or int64, each in [0, 2**tau); a slice of more tables' codes too. On a CPU
-            others are an error; on a GPU, where looking would wait for the device, nobody looks.
+            others are an error; on a GPU, where looking would wait for the device, Triton leaves them out and
+            torch operations do not look.
         counts: int64 [K, 2**tau], contiguous, on the same device.
-        backend: one of COUNT_BACKENDS; "auto" is C++ ("cpu") where it runs, else torch operations ("composition").
+        backend: one of COUNT_BACKENDS; "auto" is C++ ("cpu") or Triton where they run, else torch operations
+            ("composition").
 
     Raises:
         ValueError: arguments that do not fit together, named with their values.
@@ -43,8 +46,9 @@ def count_codes(codes: Tensor, counts: Tensor, *, backend: str = "auto") -> None
     codes_nk = codes.flatten(0, -2)  # a view where tokens lie at one distance
     if codes_nk.stride(-1) != 1:
         codes_nk = codes_nk.contiguous()
-    if backend == "cpu" or (backend == "auto" and codes.is_cpu and cpu.library() is not None):
-        cpu.count_codes(codes_nk, counts)
+    fast = cpu if backend == "cpu" else fast_counting(counts) if backend == "auto" else None
+    if fast is not None:
+        fast.count_codes(codes_nk, counts)
     else:
         _count(codes_nk, counts)
 

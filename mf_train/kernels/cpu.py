@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import build
 from .buffers import address, check_chunks
-from .composition import code_dtype
+from .composition import Sum, add_biases, add_to, code_dtype
 
 INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
@@ -220,8 +220,12 @@ def hash_codes_backward(
     return dx
 
 
-def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
+def lookup(
+    codes: Tensor, weights: Tensor, tables: Sequence[Tensor], biases: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """y [..., O_i] of each table set [K, 2**tau, O_i]; all read the same codes and weights [..., K].
+
+    `biases` [O_i], of each set or of none, are added to what was rounded.
 
     Raises:
         ValueError: a code outside [0, 2**tau).
@@ -232,15 +236,21 @@ def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Ten
     into = _addresses("y", ys, tables[0].dtype, codes.shape[:-1], tables)
     status = call("mf_lookup", *_reads(codes, weights, tables[0]), *_sets(tables), into)
     _check(status, codes, tables[0])
-    return ys
+    return add_biases(ys, biases)
 
 
 def lookup_backward(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], chunks: int = 1
+    dys: Sequence[Tensor],
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    chunks: int = 1,
+    sums: Sequence[Sum] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """d weights [..., K] float32, summed over the sets, and d tables of each set, from dy [..., O_i] of each.
 
     d weights is summed over `chunks` equal chunks of columns, of all sets together, and then over pairs of chunks.
+    With `sums` d tables go there, and none are returned.
 
     Raises:
         ValueError: a code outside [0, 2**tau), or 2**31 tokens or more.
@@ -261,7 +271,7 @@ def lookup_backward(
         _addresses("d_tables", d_tables, tables[0].dtype, tables[0].shape[:2], tables),
     )
     _check(status, codes, tables[0])
-    return d_weights, d_tables
+    return d_weights, d_tables if sums is None else add_to(sums, d_tables)
 
 
 def column_sums(x: Tensor) -> Tensor:

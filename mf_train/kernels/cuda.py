@@ -47,6 +47,7 @@ import torch
 from torch import Tensor
 
 from .build import SOURCES, BuildError, compile_once
+from .composition import Sum, add_biases
 
 CAPABILITY = (9, 0)
 MAX_BITS = 10
@@ -142,9 +143,12 @@ def supports(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> bool:
     return not unsupported_reason(codes, weights, tables)
 
 
-def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
+def lookup(
+    codes: Tensor, weights: Tensor, tables: Sequence[Tensor], biases: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """y [..., O_i] of each table set [K, 2**tau, O_i], summed in float32 over k in order, on the current stream.
 
+    `biases` [O_i], of each set or of none, are added to what was rounded.
     A token with a code outside its table gets NaN. An infinity or NaN in a row reaches the tokens that read it.
 
     Raises:
@@ -197,7 +201,7 @@ def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Ten
                 )
             )
             ys.append(y)
-    return ys
+    return add_biases(ys, biases)
 
 
 def _check(status: int) -> None:
@@ -226,10 +230,15 @@ def hash_codes_backward(
 
 
 def lookup_backward(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], chunks: int = 1
+    dys: Sequence[Tensor],
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    chunks: int = 1,
+    sums: Sequence[Sum] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Triton's."""
-    result: tuple[Tensor, list[Tensor]] = _triton().lookup_backward(dys, codes, weights, tables, chunks)
+    result: tuple[Tensor, list[Tensor]] = _triton().lookup_backward(dys, codes, weights, tables, chunks, sums)
     return result
 
 

@@ -6,13 +6,26 @@ and puts it back before the backward pass. Arguments were checked by the package
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .backends import find_backend
 from .composition import code_dtype
+
+
+class GradientSum(Protocol):
+    """Where the gradients of a parameter are added up, as its attribute `gradient_sum`.
+
+    If every set of tables of a lookup has one, the backward pass adds to them itself; the tables get no `.grad`.
+    """
+
+    def begin(self) -> tuple[Tensor, bool]:
+        """The sums, float32 in the parameter's shape; whether to add to what they hold, or to overwrite it."""
+
+    def done(self) -> None:
+        """This backward pass has added the parameter's gradient, all of it."""
 
 
 @torch.library.custom_op("mf_train::hash_codes", mutates_args=())
@@ -72,9 +85,7 @@ def lookup(
     backend: str,
 ) -> list[Tensor]:
     """`biases`: one for each set, or none at all. `chunks` matters to the backward pass alone."""
-    ys: list[Tensor] = find_backend(backend, tables[0], weights).lookup(codes, weights, tables)
-    for y, bias in zip(ys, biases, strict=False):
-        y += bias
+    ys: list[Tensor] = find_backend(backend, tables[0], weights).lookup(codes, weights, tables, biases)
     return ys
 
 
@@ -102,8 +113,23 @@ def lookup_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradient of the weights, of type `dtype`, those of the tables, and those of the biases if there are any."""
+    return _gradients(dys, codes, weights, tables, dtype, has_biases, chunks, backend)
+
+
+def _gradients(
+    dys: Sequence[Tensor],
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    dtype: torch.dtype,
+    has_biases: bool,
+    chunks: int,
+    backend: str,
+    sums: Sequence[tuple[Tensor, bool]] | None = None,
+) -> list[Tensor]:
+    """As `lookup_backward`; with `sums` the tables' are added there and not returned."""
     chosen = find_backend(backend, tables[0], weights)
-    d_weights, d_tables = chosen.lookup_backward(dys, codes, weights, tables, chunks)
+    d_weights, d_tables = chosen.lookup_backward(dys, codes, weights, tables, chunks, sums)
     d_biases = [chosen.column_sums(dy).to(dy.dtype) for dy in dys] if has_biases else []
     return [d_weights.to(dtype), *d_tables, *d_biases]
 
@@ -131,6 +157,8 @@ def _save_for_lookup(
 ) -> None:
     codes, weights, tables, biases, ctx.chunks, ctx.backend = inputs
     ctx.dtype, ctx.has_biases = weights.dtype, len(biases) > 0
+    sums = [getattr(table, "gradient_sum", None) for table in tables]
+    ctx.sums = None if None in sums else sums
     if (
         weights.element_size() > tables[0].element_size()
     ):  # every backend rounds them first: no more of them is kept
@@ -138,18 +166,20 @@ def _save_for_lookup(
     ctx.save_for_backward(codes, weights, *tables)
 
 
-def _lookup_gradients(
-    ctx: Any, dys: list[Tensor | None]
-) -> tuple[None, Tensor, list[Tensor], list[Tensor], None, None]:
+def _lookup_gradients(ctx: Any, dys: list[Tensor | None]) -> tuple[Any, ...]:
     codes, weights, *tables = ctx.saved_tensors
     full = [
         table.new_zeros((*codes.shape[:-1], table.shape[-1])) if dy is None else dy
         for dy, table in zip(dys, tables, strict=True)
     ]
-    d_weights, *rest = lookup_backward(
-        full, codes, weights, tables, ctx.dtype, ctx.has_biases, ctx.chunks, ctx.backend
-    )
-    return None, d_weights, rest[: len(tables)], rest[len(tables) :], None, None
+    given = full, codes, weights, tables, ctx.dtype, ctx.has_biases, ctx.chunks, ctx.backend
+    if ctx.sums is None:
+        d_weights, *rest = lookup_backward(*given)
+        return None, d_weights, rest[: len(tables)], rest[len(tables) :], None, None
+    d_weights, *d_biases = _gradients(*given, [one.begin() for one in ctx.sums])
+    for one in ctx.sums:
+        one.done()
+    return None, d_weights, [None] * len(tables), d_biases, None, None
 
 
 lookup.register_autograd(_lookup_gradients, setup_context=_save_for_lookup)

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 256  # tokens that one program counts or places
-BLOCK = 64  # tokens that are compared with as many others at once
-# More rows than this: torch.sort, since counts of every row in every chunk would outgrow the tokens.
+CHUNK = 1024  # tokens that one program counts or places, and at least as many as there are rows
+BLOCK = 64  # tokens that are compared with each other at once
+SCANNED = 8192  # counts that are added up at once
+# More rows than this: torch.sort, since a program holds a count of every row.
 MAX_COUNTED_ROWS = 4096
 
 
@@ -24,18 +25,35 @@ def _read_codes(codes_ptr, token, num_tokens, ROWS: tl.constexpr):
 
 @triton.jit
 def _count_kernel(codes_ptr, counts_ptr, num_tokens, num_chunks, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """counts[k, row, chunk] of codes [K, N]."""
+    """counts[k, chunk, row] of codes [K, N]."""
     chunk = tl.program_id(0) % num_chunks
     table = (tl.program_id(0) // num_chunks).to(tl.int64)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     code = _read_codes(codes_ptr + table * num_tokens, token, num_tokens, ROWS)
     counts = tl.histogram(code, ROWS, mask=code >= 0)
-    tl.store(counts_ptr + (table * ROWS + tl.arange(0, ROWS)) * num_chunks + chunk, counts)
+    tl.store(counts_ptr + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), counts)
+
+
+@triton.jit
+def _scan_kernel(counts_ptr, ends_ptr, num_chunks, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Of one table: a row's counts [chunk, row] become the number of its tokens in earlier chunks; ends [row]."""
+    table = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS], tl.int32)
+    for first in tl.range(0, num_chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        place = (table * num_chunks + chunk)[:, None] * ROWS + row[None, :]
+        inside = (chunk < num_chunks)[:, None]
+        count = tl.load(counts_ptr + place, mask=inside, other=0)
+        tl.store(counts_ptr + place, total[None, :] + tl.cumsum(count, axis=0) - count, mask=inside)
+        total += tl.sum(count, axis=0)
+    tl.store(ends_ptr + table * ROWS + row, tl.cumsum(total, axis=0))
 
 
 @triton.jit
 def _place_kernel(
     codes_ptr,
+    earlier_ptr,
     ends_ptr,
     tokens_ptr,
     num_tokens,
@@ -44,24 +62,21 @@ def _place_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A token's place: the tokens before its (row, chunk), and those of its chunk before it with its code."""
+    """A token's place: behind the rows before its own, and behind its row's tokens that come before it."""
     chunk = tl.program_id(0) % num_chunks
     table = (tl.program_id(0) // num_chunks).to(tl.int64)
     codes_ptr += table * num_tokens
-    ends_ptr += table * ROWS * num_chunks
-    for start in tl.range(0, CHUNK, BLOCK):
-        token = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        code = _read_codes(codes_ptr, token, num_tokens, ROWS)
-        same = tl.zeros([BLOCK, BLOCK], tl.int32)
-        for other_start in tl.range(0, start + BLOCK, BLOCK):
-            other = chunk * CHUNK + other_start + tl.arange(0, BLOCK)
-            other_code = _read_codes(codes_ptr, other, num_tokens, ROWS)
-            before = (other_code[:, None] == code[None, :]) & (other[:, None] < token[None, :])
-            same += before.to(tl.int32)
-        cell = code.to(tl.int64) * num_chunks + chunk
-        first = tl.load(ends_ptr + cell - 1, mask=(code >= 0) & (cell > 0), other=0)
-        place = table * num_tokens + first + tl.sum(same, axis=0)
-        tl.store(tokens_ptr + place, token, mask=code >= 0)
+    tokens_ptr += table * num_tokens
+    row = tl.arange(0, ROWS)
+    next_place = tl.load(earlier_ptr + tl.program_id(0).to(tl.int64) * ROWS + row)
+    next_place += tl.load(ends_ptr + table * ROWS + row - 1, mask=row > 0, other=0)
+    lane = tl.arange(0, BLOCK)
+    for start in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, num_tokens), BLOCK):
+        code = _read_codes(codes_ptr, start + lane, num_tokens, ROWS)
+        before = (code[:, None] == code[None, :]) & (lane[:, None] < lane[None, :])
+        place = tl.gather(next_place, tl.maximum(code, 0), axis=0) + tl.sum(before.to(tl.int32), axis=0)
+        tl.store(tokens_ptr + place, start + lane, mask=code >= 0)
+        next_place += tl.histogram(code, ROWS, mask=code >= 0)
 
 
 def group_tokens(codes_nk: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -83,11 +98,27 @@ def group_tokens(codes_nk: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         sorted_codes, tokens_kn = codes_kn.sort(dim=1, stable=True)
         row = torch.arange(rows, dtype=codes_kn.dtype, device=codes_kn.device).repeat(num_tables, 1)
         return tokens_kn.to(torch.int32), torch.searchsorted(sorted_codes, row, right=True, out_int32=True)
-    num_chunks = triton.cdiv(num_tokens, CHUNK)
+    counts, chunk = _count_in_chunks(codes_kn, rows)
+    num_chunks = counts.shape[1]
     grid = (num_tables * num_chunks,)
-    counts = torch.empty(num_tables, rows * num_chunks, dtype=torch.int32, device=codes_nk.device)
-    tokens_kn = torch.empty(num_tables, num_tokens, dtype=torch.int32, device=codes_nk.device)
-    _count_kernel[grid](codes_kn, counts, num_tokens, num_chunks, rows, CHUNK)
-    ends = counts.cumsum(dim=1, dtype=torch.int32)  # of (row, chunk), rows first
-    _place_kernel[grid](codes_kn, ends, tokens_kn, num_tokens, num_chunks, rows, CHUNK, BLOCK)
-    return tokens_kn, ends.view(num_tables, rows, num_chunks)[:, :, -1].contiguous()
+    ends_kr = codes_kn.new_empty((num_tables, rows), dtype=torch.int32)
+    tokens_kn = codes_kn.new_empty(codes_kn.shape, dtype=torch.int32)
+    _scan_kernel[(num_tables,)](counts, ends_kr, num_chunks, rows, max(SCANNED // rows, 1), num_warps=8)
+    _place_kernel[grid](codes_kn, counts, ends_kr, tokens_kn, num_tokens, num_chunks, rows, chunk, BLOCK)
+    return tokens_kn, ends_kr
+
+
+def count_codes(codes_nk: Tensor, counts: Tensor) -> None:
+    """Add codes [N, K], N > 0, to counts int64 [K, rows], at most MAX_COUNTED_ROWS of them; wrong codes to none."""
+    with torch.cuda.device_of(counts):
+        counts += _count_in_chunks(codes_nk.t().contiguous(), counts.shape[1])[0].sum(dim=1)
+
+
+def _count_in_chunks(codes_kn: Tensor, rows: int) -> tuple[Tensor, int]:
+    """Counts int32 [K, chunks, rows], those of a chunk side by side, no more than there are reads; tokens a chunk."""
+    num_tables, num_tokens = codes_kn.shape
+    chunk = max(CHUNK, rows)
+    num_chunks = triton.cdiv(num_tokens, chunk)
+    counts = codes_kn.new_empty((num_tables, num_chunks, rows), dtype=torch.int32)
+    _count_kernel[(num_tables * num_chunks,)](codes_kn, counts, num_tokens, num_chunks, rows, chunk)
+    return counts, chunk

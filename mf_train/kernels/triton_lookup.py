@@ -7,6 +7,9 @@ Backward: tokens are grouped by code. A program owns a few rows of a table in a 
 reader's dy once, adds weight * dy to the row's gradient in the order of tokens, and <dy, row> to d weights. Column
 blocks are launched one after another: a block of all of dy stays in the L2 cache, the scratch is one float32 a
 token, table and chunk of columns, and every sum has one order.
+
+A row that very many tokens read is cut into segments of its readers: programs of their own add them up first, and the
+row's program their parts, in order. Where segments begin follows from the codes alone.
 """
 
 # Kernels are in Triton's language, whose types are not Python's.
@@ -20,7 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .composition import Sum, add_to
 from .triton_grouping import group_tokens
+from .triton_sums import add_pairs
 
 # Bytes of all tables (forward) or dy (backward) in a block of columns: a third of an H100's L2 cache, whose halves
 # may each hold a copy. benchmarks/gpu.py --sweep tries others.
@@ -28,6 +33,9 @@ L2_BYTES = 16 * 2**20
 MIN_PROGRAMS = 1024  # fewer leave the device idle: 8 warps on each of about 130 multiprocessors
 LINE_BYTES = 128  # of the cache; no block of columns is narrower
 WARP_BYTES = 512  # 16 a lane: what one load instruction reads at most
+# Readers of a row that one program adds, while others add the rest: a row has 2 SEGMENT - 1 before it is cut.
+SEGMENT = 512
+FINISHED = 32  # tokens, and tables, whose weights' gradients a program writes
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 
@@ -72,6 +80,7 @@ def _forward_kernel(
     weights_ptr,
     tables_ptr,
     scales_ptr,
+    bias_ptr,
     y_ptr,
     num_tokens,
     out_features,
@@ -82,7 +91,7 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """y [N, O]; scales_ptr is None, or of int8 tables the scale of each row [K, ROWS]."""
+    """y [N, O]; scales_ptr is None, or of int8 tables the scale of each row [K, ROWS]; bias_ptr None, or [O]."""
     programs = tl.cdiv(num_tokens, TOKENS)
     token = (tl.program_id(0) % programs).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     token = tl.minimum(token, num_tokens - 1)  # past the end: the last one, once more
@@ -106,87 +115,269 @@ def _forward_kernel(
                 ROWS,
                 K % UNROLL if rest else UNROLL,
             )
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + column, mask=column < out_features, other=0).to(SUM)[None, :]
     place = (token * out_features)[:, None] + column[None, :]
     tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
+def _add_readers(
+    totals,
+    dy_ptr,
+    weights_ptr,
+    tokens_ptr,
+    tables_ptr,
+    d_weights_ptr,
+    begin,
+    end,
+    place,
+    column,
+    num_reads,
+    out_features,
+    chunk,
+    width,
+    add,
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """To the totals, weight * dy of a row's readers begin to end - 1, in order; <dy, row> to their d weights.
+
+    Columns are as in `_backward_kernel`, the row's begin at tables_ptr + place. Pointers but for dy's and the tables'
+    are those of the row's table.
+    """
+    offset = tl.arange(0, BLOCK)
+    values = ()
+    for c in tl.static_range(CHUNKS):
+        values += (tl.load(tables_ptr + place + c * chunk + offset, mask=offset < width, other=0).to(SUM),)
+    for first in tl.range(begin, end, UNROLL):
+        tokens = ()
+        weights = ()
+        gradients = ()
+        sums = ()
+        for step in tl.static_range(UNROLL):
+            live = first + step < end
+            token = tl.load(tokens_ptr + first + step, mask=live, other=0)
+            tokens += (token,)
+            weight = tl.load(weights_ptr + token, mask=live, other=0)
+            weights += (weight.to(tables_ptr.dtype.element_ty).to(SUM),)
+            for c in tl.static_range(CHUNKS):
+                dy = dy_ptr + token.to(tl.int64) * out_features + column + c * chunk + offset
+                gradients += (tl.load(dy, mask=offset < tl.where(live, width, 0), other=0),)
+                sums += (tl.load(d_weights_ptr + c * num_reads + token, mask=live & add, other=0),)
+        for step in tl.static_range(UNROLL):
+            added = ()
+            for c in tl.static_range(CHUNKS):
+                gradient = gradients[step * CHUNKS + c].to(SUM)
+                added += (totals[c] + weights[step] * gradient,)
+                sum = sums[step * CHUNKS + c] + tl.sum(gradient * values[c], axis=0)
+                tl.store(d_weights_ptr + c * num_reads + tokens[step], sum, mask=first + step < end)
+            totals = added
+    return totals
+
+
+@triton.jit
+def _no_totals(BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SUM: tl.constexpr):
+    totals = ()
+    for _ in tl.static_range(CHUNKS):
+        totals += (tl.zeros([BLOCK], SUM),)
+    return totals
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+def _segments_kernel(
+    dy_ptr,
+    weights_ptr,
+    codes_ptr,
+    tokens_ptr,
+    ends_ptr,
+    tables_ptr,
+    parts_ptr,
+    d_weights_ptr,
+    num_tokens,
+    num_slots,
+    num_reads,
+    out_features,
+    chunk,
+    all_chunks,
+    add,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Of each segment of a row that is cut into several: its part [K, slots, O] of d tables, and readers' d weights.
+
+    A row of n >= 2 SEGMENT readers has n / SEGMENT segments, rounded down, whose last takes the rest. Segment s of a
+    row whose readers begin at place b is in slot b / SEGMENT + s, where no other row has one; and place
+    (slot + 1) SEGMENT - 1 is in that row. So a slot's program finds its segment by itself.
+    """
+    slot = tl.program_id(0) % num_slots
+    table = (tl.program_id(0) // num_slots).to(tl.int64)
+    tokens_ptr += table * num_tokens
+    weights_ptr += table * num_tokens
+    d_weights_ptr += table * num_tokens
+    ends_ptr += table * ROWS
+    place = slot * SEGMENT + (SEGMENT - 1)
+    taken = place < tl.load(ends_ptr + ROWS - 1)
+    token = tl.load(tokens_ptr + place, mask=taken, other=0).to(tl.int64)
+    code = tl.load(codes_ptr + token * K + table, mask=taken, other=0).to(tl.int64)
+    begin = tl.load(ends_ptr + code - 1, mask=code > 0, other=0)
+    readers = tl.load(ends_ptr + code) - begin
+    segment = slot - begin // SEGMENT
+    segments = tl.where(taken & (readers >= 2 * SEGMENT), readers // SEGMENT, 0)
+    first = begin + segment * SEGMENT
+    last = tl.where(segment == segments - 1, begin + readers, first + SEGMENT)
+    offset = tl.arange(0, BLOCK)
+    for first_chunk in tl.range(0, tl.where(segment < segments, all_chunks, 0), CHUNKS):
+        for beside in tl.range(0, chunk, BLOCK):
+            column = first_chunk * chunk + beside
+            width = tl.minimum(chunk - beside, BLOCK)
+            totals = _add_readers(
+                _no_totals(BLOCK, CHUNKS, SUM),
+                dy_ptr,
+                weights_ptr,
+                tokens_ptr,
+                tables_ptr,
+                d_weights_ptr + first_chunk * num_reads,
+                first,
+                last,
+                (table * ROWS + code) * out_features + column,
+                column,
+                num_reads,
+                out_features,
+                chunk,
+                width,
+                add | (beside > 0),
+                SUM,
+                BLOCK,
+                UNROLL,
+                CHUNKS,
+            )
+            part_ptr = parts_ptr + (table * num_slots + slot) * out_features + column
+            for c in tl.static_range(CHUNKS):
+                tl.store(part_ptr + c * chunk + offset, totals[c], mask=offset < width)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
 def _backward_kernel(
     dy_ptr,
     weights_ptr,
     tokens_ptr,
     ends_ptr,
     tables_ptr,
+    parts_ptr,
     d_tables_ptr,
     d_weights_ptr,
     num_tokens,
+    num_slots,
     num_reads,
     out_features,
     first_column,
     chunk,
     width,
+    add,
+    add_tables,
     ROWS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     ROWS_PER_PROGRAM: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     CHUNKS: tl.constexpr,
-    ADD: tl.constexpr,
 ):
     """Columns [0, width) from first_column on, and the same of the next CHUNKS - 1 chunks of columns: of d_tables, and
     each chunk's share of d_weights [CHUNKS, K, N]; weights too are [K, N]. A chunk's code is the same for any CHUNKS.
+
+    Of a row that is cut into segments, whose readers have their d weights, the segments' parts are added in order.
+    With add_tables d_tables holds what is added to; a row has one writer.
     """
     offset = tl.arange(0, BLOCK)
     for i in tl.range(ROWS_PER_PROGRAM):
         row = tl.program_id(0).to(tl.int64) * ROWS_PER_PROGRAM + i  # of all tables laid end to end
         of_table = row // ROWS * num_tokens
-        table_tokens_ptr = tokens_ptr + of_table
-        table_weights_ptr = weights_ptr + of_table
-        table_d_weights_ptr = d_weights_ptr + of_table
         begin = tl.load(ends_ptr + row - 1, mask=row % ROWS > 0, other=0)
         end = tl.load(ends_ptr + row)
-        values = ()
-        totals = ()
-        for c in tl.static_range(CHUNKS):
-            place = row * out_features + first_column + c * chunk + offset
-            values += (tl.load(tables_ptr + place, mask=offset < width, other=0).to(SUM),)
-            totals += (tl.zeros([BLOCK], SUM),)
-        for first in tl.range(begin, end, UNROLL):
-            tokens = ()
-            weights = ()
-            gradients = ()
-            sums = ()
-            for step in tl.static_range(UNROLL):
-                live = first + step < end
-                token = tl.load(table_tokens_ptr + first + step, mask=live, other=0)
-                tokens += (token,)
-                weight = tl.load(table_weights_ptr + token, mask=live, other=0)
-                weights += (weight.to(tables_ptr.dtype.element_ty).to(SUM),)
-                for c in tl.static_range(CHUNKS):
-                    dy = dy_ptr + token.to(tl.int64) * out_features + first_column + c * chunk + offset
-                    gradients += (tl.load(dy, mask=offset < tl.where(live, width, 0), other=0),)
-                    sum_ptr = table_d_weights_ptr + c * num_reads + token
-                    sums += (tl.load(sum_ptr, mask=live, other=0) if ADD else 0.0,)
-            for step in tl.static_range(UNROLL):
+        place = row * out_features + first_column
+        totals = _no_totals(BLOCK, CHUNKS, SUM)
+        if parts_ptr is not None:
+            segments = tl.where(end - begin >= 2 * SEGMENT, (end - begin) // SEGMENT, 0)
+            slot = row // ROWS * num_slots + begin // SEGMENT
+            for segment in tl.range(0, segments):
                 added = ()
                 for c in tl.static_range(CHUNKS):
-                    gradient = gradients[step * CHUNKS + c].to(SUM)
-                    added += (totals[c] + weights[step] * gradient,)
-                    sum = sums[step * CHUNKS + c] + tl.sum(gradient * values[c], axis=0)
-                    sum_ptr = table_d_weights_ptr + c * num_reads + tokens[step]
-                    tl.store(sum_ptr, sum, mask=first + step < end)
+                    part = (slot + segment) * out_features + first_column + c * chunk + offset
+                    added += (totals[c] + tl.load(parts_ptr + part, mask=offset < width, other=0),)
                 totals = added
+            end = tl.where(segments > 0, begin, end)
+        totals = _add_readers(
+            totals,
+            dy_ptr,
+            weights_ptr + of_table,
+            tokens_ptr + of_table,
+            tables_ptr,
+            d_weights_ptr + of_table,
+            begin,
+            end,
+            place,
+            first_column,
+            num_reads,
+            out_features,
+            chunk,
+            width,
+            add,
+            SUM,
+            BLOCK,
+            UNROLL,
+            CHUNKS,
+        )
         for c in tl.static_range(CHUNKS):
-            place = row * out_features + first_column + c * chunk + offset
-            tl.store(d_tables_ptr + place, totals[c].to(d_tables_ptr.dtype.element_ty), mask=offset < width)
+            place_ptr = d_tables_ptr + place + c * chunk + offset
+            total = totals[c] + tl.load(place_ptr, mask=(offset < width) & add_tables, other=0)
+            tl.store(place_ptr, total.to(d_tables_ptr.dtype.element_ty), mask=offset < width)
 
 
-def lookup(codes: Tensor, weights: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
+@triton.jit(do_not_specialize=["num_tokens"])
+def _finish_kernel(
+    sums_ptr,
+    codes_ptr,
+    d_weights_ptr,
+    num_tokens,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """d_weights [N, K]: sums [CHUNKS, K, N] added by neighbouring pairs, NaN where the code is wrong."""
+    tables = tl.cdiv(K, BLOCK)
+    token = (tl.program_id(0) // tables).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    table = tl.program_id(0) % tables * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (token < num_tokens) & (table < K)
+    parts = ()
+    for c in tl.static_range(CHUNKS):
+        place = (c * K + table) * num_tokens.to(tl.int64) + token
+        parts += (tl.load(sums_ptr + place, mask=inside, other=0),)
+    code = tl.load(codes_ptr + token * K + table, mask=inside, other=0)
+    in_range = (code >= 0) & (code.to(tl.int64) < ROWS)
+    total = tl.where(in_range, add_pairs(parts, CHUNKS), float("nan"))
+    tl.store(d_weights_ptr + token * K + table, total, mask=inside)
+
+
+def lookup(
+    codes: Tensor, weights: Tensor, tables: Sequence[Tensor], biases: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """y [..., O_i] of each of the table sets [K, 2**tau, O_i] that share codes and weights [..., K].
 
+    `biases` [O_i], of each set or of none, are added before the sum is rounded.
     As `mf_train.kernels.lookup`, which checks the arguments. A code outside [0, 2**tau) makes its token's y NaN.
     """
-    return [_forward(codes, weights, one, None) for one in tables]
+    pairs = zip(tables, biases or [None] * len(tables), strict=True)
+    return [_forward(codes, weights, one, None, bias) for one, bias in pairs]
 
 
 def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) -> Tensor:
@@ -194,10 +385,12 @@ def lookup_int8(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor) 
 
     y = sum_k (weight_k scale_k) row_k with the products and the sum in float32. No gradient.
     """
-    return _forward(codes, weights, tables, scales.contiguous())
+    return _forward(codes, weights, tables, scales.contiguous(), None)
 
 
-def _forward(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None) -> Tensor:
+def _forward(
+    codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | None, bias: Tensor | None
+) -> Tensor:
     num_tables, rows, out_features = tables.shape
     y = tables.new_empty(
         (*codes.shape[:-1], out_features), dtype=tables.dtype if scales is None else weights.dtype
@@ -213,6 +406,7 @@ def _forward(codes: Tensor, weights: Tensor, tables: Tensor, scales: Tensor | No
                 weights.contiguous(),
                 tables.contiguous(),
                 scales,
+                None if bias is None else bias.contiguous(),
                 y,
                 num_tokens,
                 out_features,
@@ -247,9 +441,16 @@ def forward_blocks(
 
 
 def lookup_backward(
-    dys: Sequence[Tensor], codes: Tensor, weights: Tensor, tables: Sequence[Tensor], chunks: int = 1
+    dys: Sequence[Tensor],
+    codes: Tensor,
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    chunks: int = 1,
+    sums: Sequence[Sum] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """d weights [..., K] float32 (float64), summed over the table sets, and d tables of each, from every dy [..., O_i].
+
+    With `sums`, contiguous, d tables are added there in float32, without a rounding, and none are returned.
 
     d weights is summed over `chunks` equal chunks of columns, of all sets together, and then over pairs of chunks. The
     same bits in every run. A token with a code outside [0, 2**tau) gets a NaN there and is in no row.
@@ -257,15 +458,20 @@ def lookup_backward(
     num_tables, rows, _ = tables[0].shape
     num_tokens = codes.numel() // num_tables
     sum_dtype = torch.promote_types(tables[0].dtype, torch.float32)
+    d_weights = weights.new_empty(weights.shape, dtype=sum_dtype)
     if num_tokens == 0:
-        return weights.new_empty(weights.shape, dtype=sum_dtype), [one.new_zeros(one.shape) for one in tables]
-    d_tables = [one.new_empty(one.shape) for one in tables]
+        d_tables = [one.new_zeros(one.shape) for one in tables]
+        return d_weights, d_tables if sums is None else add_to(sums, d_tables)
+    d_tables = [] if sums is not None else [one.new_empty(one.shape) for one in tables]
+    places = [(one, False) for one in d_tables] if sums is None else sums
+    slots = num_tokens // SEGMENT
     with torch.cuda.device_of(codes):
-        tokens_kn, ends_kr = group_tokens(codes.reshape(num_tokens, num_tables), rows)
+        codes = codes.contiguous()
+        tokens_kn, ends_kr = group_tokens(codes.view(num_tokens, num_tables), rows)
         weights_kn = weights.reshape(num_tokens, num_tables).t().contiguous()
-        sums_ckn = weights_kn.new_full((chunks, *weights_kn.shape), float("nan"), dtype=sum_dtype)
+        sums_ckn = weights_kn.new_empty((chunks, *weights_kn.shape), dtype=sum_dtype)
         add = False
-        for dy, one, d_one in zip(dys, tables, d_tables, strict=True):
+        for dy, one, (d_one, holds) in zip(dys, tables, places, strict=True):
             out_features = one.shape[-1]
             chunk = out_features // chunks
             block, beside, unroll, rows_per_program = backward_blocks(
@@ -273,6 +479,32 @@ def lookup_backward(
             )
             one = one.contiguous()
             dy = dy.contiguous()
+            constants = {
+                **{"ROWS": rows, "SEGMENT": SEGMENT, "SUM": _sum_type(one)},
+                **{"BLOCK": block, "UNROLL": unroll, "CHUNKS": beside, **OPTIONS},
+            }
+            parts = None
+            if slots >= 2:
+                parts = one.new_empty((num_tables, slots, out_features), dtype=sum_dtype)
+                _segments_kernel[(num_tables * slots,)](
+                    dy,
+                    weights_kn,
+                    codes,
+                    tokens_kn,
+                    ends_kr,
+                    one,
+                    parts,
+                    sums_ckn,
+                    num_tokens,
+                    slots,
+                    weights_kn.numel(),
+                    out_features,
+                    chunk,
+                    chunks,
+                    add,
+                    K=num_tables,
+                    **constants,
+                )
             for first_chunk, first in itertools.product(range(0, chunks, beside), range(0, chunk, block)):
                 _backward_kernel[(num_tables * rows // rows_per_program,)](
                     dy,
@@ -280,28 +512,26 @@ def lookup_backward(
                     tokens_kn,
                     ends_kr,
                     one,
+                    parts,
                     d_one,
                     sums_ckn[first_chunk:],
                     num_tokens,
+                    slots,
                     weights_kn.numel(),
                     out_features,
                     first_chunk * chunk + first,
                     chunk,
                     min(block, chunk - first),
-                    ROWS=rows,
+                    add or first > 0,
+                    holds,
                     ROWS_PER_PROGRAM=rows_per_program,
-                    SUM=_sum_type(one),
-                    BLOCK=block,
-                    UNROLL=unroll,
-                    CHUNKS=beside,
-                    ADD=add or first > 0,
-                    **OPTIONS,
+                    **constants,
                 )
             add = True
-        while len(sums_ckn) > 1:
-            sums_ckn = sums_ckn[0::2] + sums_ckn[1::2]
-    d_weights = weights.new_empty(weights.shape, dtype=sum_dtype)
-    d_weights.view(num_tokens, num_tables).copy_(sums_ckn[0].t())
+        grid = (triton.cdiv(num_tokens, FINISHED) * triton.cdiv(num_tables, FINISHED),)
+        _finish_kernel[grid](
+            sums_ckn, codes, d_weights, num_tokens, num_tables, rows, chunks, FINISHED, enable_fp_fusion=False
+        )
     return d_weights, d_tables
 
 

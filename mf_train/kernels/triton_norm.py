@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_sums import column_sums
+from .triton_sums import add_pairs, column_sums
 
 ELEMENTS = 2048  # of a tile
 WARPS = 8
@@ -86,18 +86,6 @@ def _add_moments(means, squares, PARTS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _add_pairs(parts, PARTS: tl.constexpr):
-    """`pairwise_sum` of mf_train/model/sums.py."""
-    for level in tl.static_range(3):
-        if PARTS >> (level + 1) > 0:
-            sums = ()
-            for pair in tl.static_range(PARTS >> (level + 1)):
-                sums += (parts[2 * pair] + parts[2 * pair + 1],)
-            parts = sums
-    return parts[0]
-
-
-@triton.jit
 def _moments(tiles, CENTRED: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """Mean and sum of squared deviations of each token."""
     means = ()
@@ -124,7 +112,7 @@ def _gradient_sums(
         normal = (xs[c].to(tl.float32) - mean[:, None]) * rstd[:, None]
         plain += (tl.sum(scaled, axis=1),)
         with_normal += (tl.sum(scaled * normal, axis=1),)
-    return _add_pairs(plain, CHUNKS), _add_pairs(with_normal, CHUNKS)
+    return add_pairs(plain, CHUNKS), add_pairs(with_normal, CHUNKS)
 
 
 @triton.jit
@@ -269,7 +257,7 @@ def _gradients_kernel(
             first, second = _read_sums(sums_ptr, token, num_tokens, rank)
             firsts += (first,)
             seconds += (second,)
-        plain, with_normal = _add_pairs(firsts, RANKS), _add_pairs(seconds, RANKS)
+        plain, with_normal = add_pairs(firsts, RANKS), add_pairs(seconds, RANKS)
     plain = plain / (RANKS * CHUNKS * CHUNK)
     with_normal = with_normal / (RANKS * CHUNKS * CHUNK)
     column = tl.arange(0, BLOCK)

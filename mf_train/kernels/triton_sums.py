@@ -1,7 +1,7 @@
 """Sums over rows as a Triton kernel, in an order that depends on the number of rows alone."""
 
 # Kernels are in Triton's language, whose types are not Python's.
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment"
 
 import torch
 import triton
@@ -10,6 +10,18 @@ from torch import Tensor
 
 ROWS = 64  # that a program adds
 COLUMNS = 64
+
+
+@triton.jit
+def add_pairs(parts, PARTS: tl.constexpr):
+    """`pairwise_sum` of mf_train/model/sums.py: of a tuple of up to 8 parts."""
+    for level in tl.static_range(3):
+        if PARTS >> (level + 1) > 0:
+            sums = ()
+            for pair in tl.static_range(PARTS >> (level + 1)):
+                sums += (parts[2 * pair] + parts[2 * pair + 1],)
+            parts = sums
+    return parts[0]
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])

@@ -90,7 +90,8 @@ class Zero:
     """A model's parameters, gradients and AdamW under stage 0, 1 or 2.
 
     The model's parameters move into the buckets. A gradient is taken as soon as the backward pass has it, so that
-    `.grad` is None between passes; every parameter must get one. `settings`: AdamW's groups, as torch takes them.
+    `.grad` is None between passes; every parameter must get one. Lookups add those of their tables themselves, so a
+    table is read by one lookup a pass. `settings`: AdamW's groups, as torch takes them.
 
     With `parallel.offload` masters and moments are in host memory. Gradients go there as soon as they are reduced, on a
     stream of their own, and each bucket's weights come back while the next one is updated.
@@ -216,6 +217,9 @@ class Zero:
         self._wait_for_all()
         for hook in self._hooks:
             hook.remove()
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                del slot.parameter.gradient_sum  # type: ignore[attr-defined]
 
     # set-up
 
@@ -274,6 +278,7 @@ class Zero:
     def _take_gradients(self) -> Iterator[RemovableHandle]:
         for bucket in self.buckets:
             for slot in bucket.slots:
+                slot.parameter.gradient_sum = _SumOf(self, bucket, slot)  # type: ignore[attr-defined]
                 yield slot.parameter.register_post_accumulate_grad_hook(partial(self._take, bucket, slot))
 
     def _wait_before_use(self, model: nn.Module) -> Iterator[RemovableHandle]:
@@ -290,14 +295,23 @@ class Zero:
 
     @torch.no_grad()
     def _take(self, bucket: _Bucket, slot: _Slot, parameter: nn.Parameter) -> None:
-        """Add a parameter's gradient to its sums; start what has become complete, in the order that all ranks have."""
+        """Add a parameter's gradient to its sums."""
         gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        total = bucket.sum_of(slot)
-        if self._fresh or self.stage == 2:
-            total.copy_(gradient)
-        else:
+        if gradient is None:
+            return  # the backward pass has added it itself
+        total, holds = self._sums(bucket, slot)
+        if holds:
             total.add_(gradient)
+        else:
+            total.copy_(gradient)
+        self._have(bucket)
+
+    def _sums(self, bucket: _Bucket, slot: _Slot) -> tuple[Tensor, bool]:
+        """Of a parameter's gradients, and whether there are any of this step."""
+        return bucket.sum_of(slot), not (self._fresh or self.stage == 2)
+
+    def _have(self, bucket: _Bucket) -> None:
+        """One more gradient has been added: start what has become complete, in the order that all ranks have."""
         bucket.missing -= 1
         if self._reduces and (self.overlap or self.stage == 2):
             complete = self._started
@@ -414,6 +428,21 @@ class Zero:
         for index in buckets if self._gathering else ():
             if work := self._gathering.pop(index, None):
                 self._wait_for(work, "all-gather of weights")
+
+
+@dataclass(frozen=True)
+class _SumOf:
+    """Of a parameter: where its lookup adds its gradient (`mf_train.kernels.GradientSum`)."""
+
+    zero: Zero
+    bucket: _Bucket
+    slot: _Slot
+
+    def begin(self) -> tuple[Tensor, bool]:
+        return self.zero._sums(self.bucket, self.slot)
+
+    def done(self) -> None:
+        self.zero._have(self.bucket)
 
 
 def _cut(parameters: Iterable[tuple[str, nn.Parameter]], size: int) -> list[list[tuple[str, nn.Parameter]]]:

@@ -97,10 +97,12 @@ def launch_kernels(engine: Engine, passes: list[Pass], still_alive: Callable[[],
             still_alive()
             if size > 1:  # repeated in the place of what the other ranks send, which arrives in float32
                 codes, weights = codes.repeat(1, size), weights.repeat(1, size).float()
-            ys = lookup_all(codes, weights, tables, chunks=chunks)
+            biases = [one.new_zeros(one.shape[-1]) for one in tables]
+            ys = lookup_all(codes, weights, tables, biases, chunks=chunks)
             still_alive()
             if backward:
-                torch.autograd.grad(ys, [x, *tables], [torch.ones_like(y) for y in ys])
+                # tables whose gradients go to sums get none
+                torch.autograd.grad(ys, [x, *tables], [torch.ones_like(y) for y in ys], allow_unused=True)
                 still_alive()
 
 
@@ -135,11 +137,23 @@ def _kinds_of_layers(engine: Engine) -> Iterator[tuple[Hash, list[Tensor], int]]
 def _whole(engine: Engine, tables: torch.nn.Parameter) -> Tensor:
     """The rank's tables; zeros of their shape while ZeRO 3 has them partitioned."""
     shape = engine.local_shape(tables)
-    return (
-        tables.detach()
-        if tables.shape == shape
-        else torch.zeros(shape, dtype=tables.dtype, device=tables.device)
-    )
+    if tables.shape != shape:
+        return torch.zeros(shape, dtype=tables.dtype, device=tables.device)
+    whole = tables.detach()
+    if hasattr(tables, "gradient_sum"):
+        whole.gradient_sum = _Scratch(whole)  # type: ignore[attr-defined]
+    return whole
+
+
+class _Scratch(NamedTuple):
+    """In the place of the sums of the tables' gradient."""
+
+    tables: Tensor
+
+    def begin(self) -> tuple[Tensor, bool]:
+        return torch.empty_like(self.tables, dtype=torch.float32), False
+
+    def done(self) -> None: ...
 
 
 def explain(error: Exception) -> UserError | TrainingError:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mf_train.kernels import composition, cpu, hash_codes, lookup, lookup_all, lookup_int8, ops, reference
 from tests.closeness import TOLERANCE, assert_close
@@ -282,6 +282,53 @@ def test_opcheck(dtype: torch.dtype, backend: str) -> None:
                 backend,
             )
             torch.library.opcheck(ops.lookup, leaves)
+
+
+class KeptSum:
+    """Gradients of a parameter, and how often one was begun and done."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.total = torch.full(parameter.shape, torch.nan)
+        self.begun = self.finished = 0
+
+    def begin(self) -> tuple[Tensor, bool]:
+        self.begun += 1
+        return self.total, self.begun > 1
+
+    def done(self) -> None:
+        self.finished += 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tables_gradients_go_to_their_sums(dtype: torch.dtype, backend: str) -> None:
+    codes, weights, tables = random_arguments(22, 3, 4, 6, (9,), dtype)
+    sets = [nn.Parameter(tables), nn.Parameter(tables.flip(0)[..., :5])]
+    biases = [nn.Parameter(one[0, 0].clone()) for one in sets]
+    weights.requires_grad_()
+    expected = [torch.zeros(one.shape, dtype=torch.float64) for one in sets]
+    for micro_batch in range(2):
+        dys = [torch.randn(9, size, generator=torch.Generator().manual_seed(micro_batch)) for size in (6, 5)]
+        dys = [dy.to(dtype) for dy in dys]
+        ys = lookup_all(codes, weights, sets, biases, backend=backend)
+        plain = torch.autograd.grad(ys, [weights, *biases, *sets], dys)
+        if not micro_batch:
+            kept = [KeptSum(one) for one in sets]
+        for one, each in zip(sets, kept, strict=True):
+            one.gradient_sum = each
+        torch.autograd.backward(lookup_all(codes, weights, sets, biases, backend=backend), dys)
+        for leaf, gradient in zip([weights, *biases], plain, strict=False):
+            assert torch.equal(leaf.grad, gradient)
+            leaf.grad = None
+        for each, gradient in zip(expected, plain[3:], strict=True):
+            each += gradient.double()
+        assert all(one.grad is None for one in sets)
+        assert all(each.begun == each.finished == micro_batch + 1 for each in kept)
+        del sets[0].gradient_sum  # of one set alone: none is used
+        ys = lookup_all(codes, weights, sets, biases, backend=backend)
+        assert torch.autograd.grad(ys, sets[0], dys)[0].equal(plain[3])
+    for each, right in zip(kept, expected, strict=True):
+        assert_close(each.total, right, dtype)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

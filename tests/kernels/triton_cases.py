@@ -21,6 +21,8 @@ from tests.kernels import norm_checks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+if INTERPRETED:
+    from tests.kernels import quick_interpreter  # noqa: F401
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="needs the compiled kernels on a GPU")
 # What takes seconds in the interpreter and goes much the same way as another case; the drills run it.
 SLOW = [pytest.mark.slow] if INTERPRETED else []
@@ -174,6 +176,21 @@ def test_lookup(case: tuple, dtype: torch.dtype, blocks: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_biases_are_added_before_the_sum_is_rounded(dtype: torch.dtype) -> None:
+    codes, weights, tables, _ = random_lookup(19, 3, 4, (11, 6), (7,), dtype)
+    wide = [normal(generator(20), 2 * one.shape[-1]).to(dtype) for one in tables]
+    biases = [one[::2] for one in wide]  # not contiguous
+    ys = backend.lookup(codes, weights, tables, biases)
+    for y, table, bias in zip(ys, tables, biases, strict=True):
+        exact = reference.lookup(codes, weights.double(), table.double(), bias.double())
+        assert y.dtype == dtype
+        assert_close(y, exact, dtype)
+        # the interpreter rounds otherwise to bfloat16
+        if dtype == torch.float16 or (dtype == torch.bfloat16 and not INTERPRETED):
+            assert (y.double() - exact).norm() <= 1.1 * (exact.to(dtype).double() - exact).norm()
+
+
 def test_lookup_in_many_rows() -> None:
     arguments = random_lookup(10, 10, 1, (9,), (6,), torch.bfloat16)
     for actual, expected in zip(run(*arguments), run_reference(*arguments), strict=True):
@@ -282,6 +299,74 @@ def test_all_tokens_in_one_row() -> None:
 
 
 @pytest.mark.parametrize(
+    ("widths", "dtype", "chunks", "blocks"),
+    [
+        ((6,), torch.float32, 1, "as chosen"),
+        ((8, 4), torch.bfloat16, 4, "narrow blocks"),
+        pytest.param((80,), torch.float64, 2, "as chosen", marks=SLOW),
+        pytest.param((200, 40), torch.float16, 8, "narrow blocks", marks=SLOW),
+    ],
+    indirect=["blocks"],
+    ids=str,
+)
+def test_rows_of_many_readers_are_cut(
+    widths: tuple[int, ...],
+    dtype: torch.dtype,
+    chunks: int,
+    blocks: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of a table's reads, or all of them, are of one row; and some of none."""
+    codes, weights, tables, dys = random_lookup(16, 2, 2, widths, (27,), dtype)
+    codes[5:18, 0], codes[:, 1] = 1, 3
+    whole = run(codes, weights, tables, dys, chunks)
+    monkeypatch.setattr(triton_lookup, "SEGMENT", 4)
+    cut = run(codes, weights, tables, dys, chunks)
+    for actual, expected in zip(cut, run_reference(codes, weights, tables, dys), strict=True):
+        assert actual.dtype == dtype
+        assert_close(actual, expected, dtype)
+    first = len(widths) + 1  # of the tables' gradients
+    for one, other in zip(cut[:first], whole[:first], strict=True):
+        assert torch.equal(one, other)
+    if dtype == torch.float32:  # in which another order of the sum shows
+        assert not torch.equal(cut[first], whole[first])
+
+    wrong = codes.clone()
+    wrong[3:27:6] = 200
+    d_weights, d_tables = backend.lookup_backward(dys, wrong, weights, tables, chunks)
+    silent = torch.where(wrong == 200, 0, weights)
+    expected = run_reference(torch.where(wrong == 200, 0, wrong), silent, tables, dys)
+    assert torch.equal(d_weights.isnan(), wrong == 200)
+    assert_close(d_weights[wrong != 200], expected[len(widths)][wrong != 200], torch.float32)
+    for actual, right in zip(d_tables, expected[first:], strict=True):
+        assert_close(actual, right, dtype)
+    for part in range(2):
+        columns = [[each.chunk(2, -1)[part] for each in given] for given in (tables, dys)]
+        _, slices = backend.lookup_backward(columns[1], wrong, weights, columns[0])
+        for one, other in zip(slices, d_tables, strict=True):
+            assert torch.equal(one, other.chunk(2, -1)[part])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=SLOW)], ids=str)
+def test_gradients_are_added_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To what sums hold, or in the place of whatever lies there; also of rows that are cut, and of no token at all."""
+    monkeypatch.setattr(triton_lookup, "SEGMENT", 4)
+    codes, weights, tables, dys = random_lookup(17, 1, 2, (6, 3), (13,), dtype)
+    held = [normal(generator(18), *tables[0].shape), torch.full(tables[1].shape, math.nan, device=DEVICE)]
+    sums = [(held[0].clone(), True), (held[1].clone(), False)]
+    d_weights, none = backend.lookup_backward(dys, codes, weights, tables, 1, sums)
+    assert none == []
+    assert torch.equal(d_weights, backend.lookup_backward(dys, codes, weights, tables)[0])
+    gradients = run_reference(codes, weights, tables, dys)[3:]
+    assert_close(sums[0][0], held[0].double() + gradients[0], torch.float32)
+    assert_close(sums[1][0], gradients[1], torch.float32)
+
+    before = sums[0][0].clone()
+    backend.lookup_backward([dy[:0] for dy in dys], codes[:0], weights[:0], tables, 1, sums)
+    assert torch.equal(sums[0][0], before) and not sums[1][0].any()
+
+
+@pytest.mark.parametrize(
     ("table_dtype", "weight_dtype"),
     [
         *((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)),
@@ -346,9 +431,12 @@ def test_int8(lead: tuple[int, ...], dtype: torch.dtype, blocks: str) -> None:
 
 @pytest.mark.parametrize(
     ("tau", "num_tokens"),
-    [(1, 1), (1, 700), (4, 63), (4, 64), (4, 256), (4, 257), (9, 1), (9, 600), (12, 300)],
+    [(1, 1), (1, 700), (4, 63), (4, 64), (4, 128), (4, 129), (9, 1), (9, 600), (12, 300)],
 )
 def test_grouping_is_a_stable_sort(tau: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens of several chunks, whose counts are added up in several steps."""
+    monkeypatch.setattr(triton_grouping, "CHUNK", 128)
+    monkeypatch.setattr(triton_grouping, "SCANNED", 2 * 2**tau)
     codes = torch.randint(-1, 2**tau + 1, (num_tokens, 3), generator=generator(tau), device=DEVICE).short()
     counted = triton_grouping.group_tokens(codes, 2**tau)
     monkeypatch.setattr(triton_grouping, "MAX_COUNTED_ROWS", 0)
@@ -360,6 +448,18 @@ def test_grouping_is_a_stable_sort(tau: int, num_tokens: int, monkeypatch: pytes
             expected = sorted((code, n) for n, code in enumerate(column) if 0 <= code < 2**tau)
             assert tokens[k, : len(expected)].tolist() == [n for _, n in expected]
             assert ends[k].tolist() == [sum(code <= row for code, _ in expected) for row in range(2**tau)]
+
+
+@pytest.mark.parametrize(("tau", "num_tokens"), [(1, 1), (4, 300), (9, 130), (12, 40)])
+def test_counting(tau: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a slice of the tables, on top of earlier counts; codes out of range are no row's."""
+    monkeypatch.setattr(triton_grouping, "CHUNK", 128)
+    codes = torch.randint(-1, 2**tau + 1, (num_tokens, 7), generator=generator(tau), device=DEVICE).short()
+    counts = torch.full((3, 2**tau), 2**40, device=DEVICE)
+    triton_grouping.count_codes(codes[:, 2:5], counts)
+    for k in range(3):
+        right = codes[:, 2 + k][(codes[:, 2 + k] >= 0) & (codes[:, 2 + k] < 2**tau)].long()
+        assert torch.equal(counts[k] - 2**40, right.bincount(minlength=2**tau))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

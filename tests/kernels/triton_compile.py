@@ -38,8 +38,11 @@ def compile_kernel(
     options. Pointers that are not named are None.
     """
     signature = {name: "constexpr" for name in kernel.arg_names}
+    pointers = {name: kind for name, kind in pointers.items() if f"{name}_ptr" in kernel.arg_names}
     signature |= {f"{name}_ptr": "*" + element for name, element in pointers.items()}
-    signature |= {name: "i32" for name in integers}
+    signature |= {
+        name: "u1" if name.startswith("add") else "i32" for name in integers if name in kernel.arg_names
+    }
     signature |= {
         name: "fp32" for name in ("keep", "rate", "root_of_share", "inverse_cap") if name in signature
     }
@@ -74,7 +77,7 @@ def compile_hash(element: str, codes: str, common: dict[str, Any]) -> None:
 
 
 def compile_forward(element: str, codes: str, common: dict[str, Any]) -> None:
-    pointers = {"codes": codes, "weights": element, "tables": element, "y": element}
+    pointers = dict.fromkeys(("weights", "tables", "bias", "y"), element) | {"codes": codes}
     for num_tokens in (1, 16384):
         tokens, block, unroll = triton_lookup.forward_blocks(
             num_tokens, NUM_TABLES, common["ROWS"], COLUMNS, ITEM_BYTES[element]
@@ -84,29 +87,40 @@ def compile_forward(element: str, codes: str, common: dict[str, Any]) -> None:
         ptx = compile_kernel(triton_lookup._forward_kernel, pointers, sizes, 1, constants)["ptx"]
         assert num_tokens == 1 or wide_loads(ptx) >= unroll, "rows are not read 16 bytes a lane"
     int8 = {**pointers, "tables": "i8", "scales": "fp32"}
+    del int8["bias"]
     compile_kernel(triton_lookup._forward_kernel, int8, sizes, 1, constants)
 
 
-def compile_backward(element: str, common: dict[str, Any]) -> None:
-    pointers = {"dy": element, "weights": element, "tokens": "i32", "ends": "i32"}
-    pointers |= {"tables": element, "d_tables": element, "d_weights": "fp64" if element == "fp64" else "fp32"}
-    sizes = ["num_tokens", "num_reads", "out_features", "first_column", "chunk", "width"]
-    for add, chunks in itertools.product((False, True), (1, 8)):
+def compile_backward(element: str, codes: str, common: dict[str, Any]) -> None:
+    total = "fp64" if element == "fp64" else "fp32"
+    pointers = {"dy": element, "weights": element, "codes": codes, "tokens": "i32", "ends": "i32"}
+    pointers |= {"tables": element, "d_tables": element, "d_weights": total, "parts": total, "sums": total}
+    sizes = ["num_tokens", "num_slots", "num_reads", "out_features", "first_column", "chunk", "all_chunks"]
+    sizes += ["width", "add", "add_tables"]
+    for segments, chunks in itertools.product((False, True), (1, 8)):
+        pointers["d_tables"] = element if chunks == 1 else total  # alone, or in a sum
         block, beside, unroll, rows = triton_lookup.backward_blocks(
             16384, common["ROWS"], COLUMNS, chunks, ITEM_BYTES[element]
         )
         constants = {**common, "BLOCK": block, "UNROLL": unroll, "ROWS_PER_PROGRAM": rows}
-        constants |= {"CHUNKS": beside, "ADD": add}
-        ptx = compile_kernel(triton_lookup._backward_kernel, pointers, sizes, 1, constants)["ptx"]
+        constants |= {"CHUNKS": beside, "SEGMENT": triton_lookup.SEGMENT}
+        kernel = triton_lookup._segments_kernel if segments else triton_lookup._backward_kernel
+        ptx = compile_kernel(kernel, pointers, sizes, 1, constants)["ptx"]
         if block * ITEM_BYTES[element] >= triton_lookup.WARP_BYTES:
             assert wide_loads(ptx) >= unroll, "rows are not read 16 bytes a lane"
+    constants = {**common, "CHUNKS": 8, "BLOCK": triton_lookup.FINISHED}
+    compile_kernel(triton_lookup._finish_kernel, pointers, ["num_tokens"], 4, constants)
 
 
 def compile_grouping(codes: str, common: dict[str, Any]) -> None:
     constants = {**common, "CHUNK": triton_grouping.CHUNK, "BLOCK": triton_grouping.BLOCK}
     sizes = ["num_tokens", "num_chunks"]
     compile_kernel(triton_grouping._count_kernel, {"codes": codes, "counts": "i32"}, sizes, 4, constants)
-    pointers = {"codes": codes, "ends": "i32", "tokens": "i32"}
+    constants |= {"CHUNK": max(triton_grouping.CHUNK, common["ROWS"])}
+    constants |= {"CHUNKS": max(triton_grouping.SCANNED // common["ROWS"], 1)}
+    pointers = {"counts": "i32", "ends": "i32"}
+    compile_kernel(triton_grouping._scan_kernel, pointers, ["num_chunks"], 8, constants)
+    pointers = {"codes": codes, "earlier": "i32", "ends": "i32", "tokens": "i32"}
     compile_kernel(triton_grouping._place_kernel, pointers, sizes, 4, constants)
 
 
@@ -198,7 +212,7 @@ def main(element: str, codes: str) -> None:
     common |= {"TAU": tau, "PADDED_TAU": triton.next_power_of_2(tau), "SLOPE": -2.0}
     compile_hash(element, codes, common)
     compile_forward(element, codes, common)
-    compile_backward(element, common)
+    compile_backward(element, codes, common)
     compile_sums(element, common)
     if element != "fp64":
         compile_norm(element)

@@ -168,6 +168,7 @@ def test_the_pictures_can_be_drawn() -> None:
     drawn = runpy.run_path(str(REPOSITORY / "docs/draw.py"))
     for draw in (drawn["draw_layer"], drawn["draw_processes"]):
         assert make_png(draw()).startswith(b"\x89PNG")
+    assert drawn["draw_study"]().startswith(b"\x89PNG")
 
 
 def test_the_version_is_the_same_everywhere() -> None:

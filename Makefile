@@ -54,7 +54,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[setup] done: $(VENV)/bin/memoryformer"
 
 quickstart: $(STAMP)
-	@MF_PYTHON=$(VENV)/bin/python bash launch/quickstart.sh
+	@$(VENV)/bin/python -m mf_train quickstart
 
 # Tests of one file stay on one worker. More workers than processors: some tests mostly wait. One thread each; tests of
 # threads set their number, and where threads wait for one another they sleep: spinning takes a processor from the others.

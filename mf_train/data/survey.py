@@ -58,7 +58,7 @@ def write_survey(config: Config, output: Path, documents: int) -> Iterator[str]:
     ]
     pictures = {"lengths of documents": draw_lengths(surveys)}
     if any(len(each.tokens_a_byte) for each in surveys):
-        pictures["tokens a byte"] = draw_ratios(surveys)
+        pictures["tokens per byte"] = draw_ratios(surveys)
     page = render_page(
         _TEMPLATE,
         pictures,

@@ -36,11 +36,13 @@ PANELS = (
     Panel("throughput", "tokens/s", "tokens_per_second"),
     Panel(
         "time of a step and its waits",
-        "s",
+        "seconds",
         "step_seconds|data_wait_seconds|checkpoint.*_seconds",
         logarithmic=True,
     ),
-    Panel("step time of the ranks, without waiting for others", "s", "rank_seconds_(least|median|most)"),
+    Panel(
+        "step time of the ranks, without waiting for others", "seconds", "rank_seconds_(least|median|most)"
+    ),
     Panel("utilisation", "share of the device's peak", "flops_share|bandwidth_share"),
     Panel("peak memory of rank 0", "GB", "peak_memory_bytes", 1e9),
     Panel("rows of the tables that were read", "share of the rows", r"tables\..*\.rows_read"),
@@ -109,6 +111,7 @@ def _draw(panel: Panel, curves: dict[str, Curve], events: Sequence[Event]) -> by
         axes.set_yscale("log")
     else:
         axes.ticklabel_format(axis="y", useOffset=False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel(panel.unit)
     axes.set_title(panel.title, fontsize=10)

@@ -14,14 +14,14 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ python3
 WORKDIR /opt/memoryformer
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY mf_train mf_train
+COPY configs configs
+COPY tokenizer tokenizer
 # The tested versions, but the base's torch: with its own version as the constraint, pip leaves it alone.
 RUN grep -v '^torch==' constraints.txt > /tmp/constraints.txt \
  && python -c 'import torch; print(f"torch=={torch.__version__}")' >> /tmp/constraints.txt \
  && pip install -c /tmp/constraints.txt '.[train,standalone]' \
  && python -c 'import torch; assert torch.version.cuda, "pip replaced the CUDA build of torch"' \
  && rm /tmp/constraints.txt
-COPY configs configs
-COPY tokenizer tokenizer
 COPY launch launch
 
 RUN useradd --create-home --shell /bin/bash trainer && mkdir -p /workspace && chown trainer /workspace

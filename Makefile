@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format drills faults slurm-quick slurm gpu clean
+.PHONY: help setup quickstart test check format drills faults slurm-quick slurm gpu site clean
 
 help:
 	@echo "make setup       create .venv with everything that is needed (once)"
@@ -22,6 +22,7 @@ help:
 	@echo "make slurm-quick the SLURM tests that take seconds each, on a real cluster of namespaces (root)"
 	@echo "make slurm       these and SLURM drills on a real cluster of namespaces (root): preemption, dead nodes; half an hour"
 	@echo "make gpu         prove and time everything on this machine's GPU, 8 minutes; sets nothing up"
+	@echo "make site        the documents as a site in build/site, with its links checked"
 	@echo "make clean       remove .venv, caches and runs/quickstart"
 
 # pip's hundreds of lines: a line that is rewritten on a terminal, and the two parts that take time.
@@ -54,7 +55,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[setup] done: $(VENV)/bin/memoryformer"
 
 quickstart: $(STAMP)
-	@MF_PYTHON=$(VENV)/bin/python bash launch/quickstart.sh
+	@$(VENV)/bin/python -m mf_train quickstart
 
 # One thread each: tests of threads set their number, and where threads wait for one another they sleep, since spinning
 # takes a processor from the others.
@@ -79,6 +80,14 @@ slurm: $(STAMP)
 # Without set-up: a machine with a GPU may have no network. The project's environment where there is one.
 gpu:
 	@$(or $(PYTHON),$(wildcard $(VENV)/bin/python),python3) -m benchmarks.gpu $(GPU_ARGS)
+
+$(VENV)/.docs: $(STAMP)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+site: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+	@echo "Open build/site/index.html in a browser."
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check

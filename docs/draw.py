@@ -1,5 +1,9 @@
-"""Draws architecture.md's pictures from the code's own numbers: `python docs/draw.py` in the repository's folder."""
+"""Draws architecture.md's pictures from the code's own numbers, and study.png from the table in studies.md.
 
+`python docs/draw.py` in the repository's folder.
+"""
+
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from mf_train.kernels.reference import hash_codes, lookup
 from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import Degrees, rows_of_rank
 from mf_train.planning.work import data_parallel_bytes, tensor_parallel_bytes_per_token
+from mf_train.study.analysis import Measured, analyse
+from mf_train.study.plots import draw_frontiers
 
 FOLDER = Path(__file__).parent
 BLUE, ORANGE, GREY, PALE = "#2b6cb0", "#dd6b20", "#4a5568", "#e2e8f0"
@@ -159,6 +165,23 @@ def _draw_box(
     axes.bar(left + width / 2, height, width, bottom=bottom, color=fill, edgecolor=edge, linewidth=1.2)
 
 
+def draw_study() -> bytes:
+    """PNG: the mean losses of studies.md's table of sizes-small over training FLOPs."""
+    rows = re.findall(
+        r"^\| ([\d.e]+) \| (\d) \| ([\d.]+) \| ([\d.]+) \|", (FOLDER / "studies.md").read_text(), re.M
+    )
+    measured = [
+        Measured(
+            series=kind, axes={}, size=float(size), tokens=float(flops) / float(size), x=float(flops),
+            losses=(float(loss),), seeds=("mean",), cells=(), parameters=0.0, flops=float(flops), shape=(size,),
+        )
+        for flops, size, *losses in rows
+        for kind, loss in zip(("MemoryFormer", "dense"), losses, strict=True)
+    ]  # fmt: skip
+    return draw_frontiers(analyse(measured, "flops", "parameters", samples=1), "flops")
+
+
 if __name__ == "__main__":
+    (FOLDER / "study.png").write_bytes(draw_study())
     (FOLDER / "architecture-layer.png").write_bytes(make_png(draw_layer()))
     (FOLDER / "architecture-processes.png").write_bytes(make_png(draw_processes()))

@@ -25,6 +25,7 @@ list](../README.md) say when to use them.
 
 
 PARAGRAPH = "\n\n"
+BAR = "\\|"  # inside a table's cell
 
 
 def render() -> str:
@@ -48,7 +49,7 @@ def key_lines(section: type, prefix: str, names: str = "") -> Iterator[str]:
             meaning = comments.get(field.name, "").replace("None:", "null:")
             values = ", ".join(filter(None, (words_of(kind), bound_of(field))))
             cells = (f"`{prefix}{field.name}`", values, f"`{default_of(field)}`", meaning)
-            rows.append(f"| {' | '.join(cell.replace('|', 'or') for cell in cells)} |")
+            rows.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
     if prefix:
         yield f"## {prefix.rstrip('.')}\n"
         yield f"{(inspect.getdoc(section) or '').partition(f'{PARAGRAPH}Raises')[0]}{names}\n"

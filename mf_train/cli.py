@@ -19,6 +19,7 @@ from mf_train.inspection.arguments import add_inspect
 from mf_train.launch.arguments import add_launch
 from mf_train.parallel.launcher import end_with_launcher
 from mf_train.planning.arguments import add_plan
+from mf_train.quickstart.arguments import add_quickstart
 from mf_train.reporting.arguments import add_report
 from mf_train.standalone.arguments import add_average, add_convert, add_evaluate, add_generate
 from mf_train.study.arguments import add_study
@@ -27,6 +28,7 @@ from mf_train.training.arguments import add_train
 _PEER_WAIT_SECONDS = 5.0
 # each adds its command to the parser; what a command needs is imported when it runs
 _COMMANDS = (
+    add_quickstart,
     add_train,
     add_tokenizer,
     add_data,

@@ -26,6 +26,16 @@ def shade(share: float) -> Any:
     return colormaps["viridis"](0.9 * share)
 
 
+def scale_loss(axes: Any) -> None:
+    """A logarithmic scale upwards, with plain numbers at round places: losses rarely span a decade."""
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(7))
+    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def make_png(figure: Any) -> bytes:
     """The figure's picture."""
     data = io.BytesIO()
@@ -36,7 +46,7 @@ def make_png(figure: Any) -> bytes:
 def render_page(
     template: Path,
     pictures: Mapping[str, bytes],
-    filters: Mapping[str, Callable[..., str]] = {},
+    filters: Mapping[str, Callable[..., Any]] = {},
     **values: Any,
 ) -> str:
     """An HTML page from a jinja2 template, to which `pictures` (PNG by title) come as URLs of their own data.

@@ -6,9 +6,11 @@ import os
 import shutil
 import signal
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,7 @@ with suppress(ImportError):  # on a machine that has what tests/gpu needs alone
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
+LEFT_OUT = "not slow and not slurm"  # as pyproject.toml's addopts have it
 LONGEST = (
     "kernels/test_triton.py",
     "standalone/exported/test_behaviour.py",
@@ -69,6 +72,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         place = {name: number for number, name in enumerate(LONGEST)}
         items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(LONGEST)))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What was skipped and why, a line for each reason, and the parts of the suite that the marks leave out."""
+    found = defaultdict[str, list[str]](list)
+    for report in terminalreporter.stats.get("skipped", []):
+        if isinstance(report.longrepr, tuple):
+            file = os.path.relpath(report.nodeid.partition("::")[0])
+            # of files that are skipped as a whole for one reason, workers report the first alone
+            place = file if "::" in report.nodeid else f"{os.path.dirname(file)}/ (whole files)"
+            found[" ".join(report.longrepr[2].removeprefix("Skipped: ").split())].append(place)
+    lines = []
+    for reason, places in sorted(found.items()):
+        names = sorted(set(places))
+        more = f" and {len(names) - 3} more files" if len(names) > 3 else ""
+        tests = sum("(whole" not in place for place in places)
+        lines.append(f"{f'{tests} in ' if tests else ''}{', '.join(names[:3])}{more}: {reason}")
+    if config.option.markexpr == LEFT_OUT:
+        lines.append(
+            "slow tests: make drills; killed and damaged runs: make faults; SLURM: make slurm-quick, slurm"
+        )
+    if lines:
+        terminalreporter.section("skipped")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,23 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(found), f"{page.name}: {target} names no heading"
 
 
+def test_the_site_has_every_page_in_its_order() -> None:
+    _, _, nav = text_of(REPOSITORY / "mkdocs.yml").partition("\nnav:\n")
+    named = re.findall(r"^ +- (\S+\.md)$", nav, re.MULTILINE)
+    pages = {str(page.relative_to(REPOSITORY)).removeprefix("docs/") for page in PAGES}
+    assert sorted(named) == sorted(pages)
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: make site installs it")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = text_of(tmp_path / "site" / "architecture.html")
+    assert "<math" in page and "```math" not in page and 'src="architecture-layer.png"' in page
+    assert 'href="CONTRIBUTING.html' in text_of(tmp_path / "site" / "index.html")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_modules_exist(page: Path) -> None:
     files = [
@@ -168,6 +185,7 @@ def test_the_pictures_can_be_drawn() -> None:
     drawn = runpy.run_path(str(REPOSITORY / "docs/draw.py"))
     for draw in (drawn["draw_layer"], drawn["draw_processes"]):
         assert make_png(draw()).startswith(b"\x89PNG")
+    assert drawn["draw_study"]().startswith(b"\x89PNG")
 
 
 def test_the_version_is_the_same_everywhere() -> None:

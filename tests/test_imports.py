@@ -53,6 +53,7 @@ LAYERS = {
     "training": BASE
     | {"evaluation", "telemetry", "planning", "checkpoint", "data", "parallel", "model", "kernels"},
     "launch": BASE | {"training", "checkpoint", "data", "parallel", "planning", "model"},
+    "quickstart": BASE,
     "reporting": BASE | {"launch", "checkpoint", "drawing"},
     "study": BASE | {"launch", "planning", "checkpoint", "parallel", "model", "drawing"},
     "standalone": BASE | {"evaluation", "checkpoint", "data", "model", "kernels"},
@@ -306,6 +307,7 @@ def test_every_module_imports_with_the_core_dependencies(bare_environment: BareE
         (["study", "collect", "configs/studies/sizes-small.yaml"], "pandas"),
         (["plan", "configs/tiny.yaml", "--plot", "scaling.png"], "matplotlib"),
         (["train", "configs/quickstart.yaml", "parallel.tensor=1"], "sentencepiece"),
+        (["quickstart"], "deepspeed"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mf_train.commands import add_command, add_config, add_verbs, print_lines
+from mf_train.commands import add_command, add_config, add_verbs, print_lines, refuse_with
 from mf_train.processors import usable_processors
 
 TEXT_FILES = "files of text (docs/data.md); may be repeated"
+_DOCUMENTS = 100_000  # of a source, that a page is about
 
 
 def add_tokenizer(commands: Any) -> None:
@@ -32,11 +33,13 @@ def add_data(commands: Any) -> None:
     verb = add_command(verbs, "inspect", summary, example, _inspect)
     add_config(verb)
     step = "the step whose batch is shown, from 1 as in metrics.jsonl (default: 1)"
-    verb.add_argument("--step", type=int, default=1, help=step)
-    page = "write an HTML page instead: lengths of documents, duplicates, tokens a byte"
+    verb.add_argument("--step", type=int, metavar="N", help=step)
+    page = "write an HTML page on the sources instead: document lengths, duplicates, tokens per byte"
     verb.add_argument("--page", type=Path, metavar="FILE", help=page)
-    documents = "with --page: how many of a source are read, evenly spread (default: 100,000)"
-    verb.add_argument("--documents", type=int, default=100_000, metavar="N", help=documents)
+    documents = (
+        f"with --page: documents of each source that are read, evenly spread (default: {_DOCUMENTS:,})"
+    )
+    verb.add_argument("--documents", type=int, metavar="N", help=documents)
 
     summary, example = (
         "write text sources as token shards (Megatron's .bin/.idx)",
@@ -61,13 +64,19 @@ def _inspect(given: argparse.Namespace) -> int:
     from mf_train.config.loading import load_config
     from mf_train.data.show import inspect_data
 
+    if given.page is not None:
+        refuse_with(given, "--page", step=None)
+    else:
+        refuse_with(given, "a step's batch, without --page", documents=None)
     config = load_config(given.config, given.overrides)
     if given.page is not None:
         from mf_train.data.survey import write_survey
 
-        return print_lines(write_survey(config, given.page, given.documents))
-    saved = stream_state_before(Path(config.training.output_dir), given.step)
-    return print_lines(inspect_data(config, given.step, saved))
+        documents = _DOCUMENTS if given.documents is None else given.documents
+        return print_lines(write_survey(config, given.page, documents))
+    step = 1 if given.step is None else given.step
+    saved = stream_state_before(Path(config.training.output_dir), step)
+    return print_lines(inspect_data(config, step, saved))
 
 
 def _tokenize(given: argparse.Namespace) -> int:

@@ -58,7 +58,7 @@ def write_survey(config: Config, output: Path, documents: int) -> Iterator[str]:
     ]
     pictures = {"lengths of documents": draw_lengths(surveys)}
     if any(len(each.tokens_a_byte) for each in surveys):
-        pictures["tokens a byte"] = draw_ratios(surveys)
+        pictures["tokens per byte"] = draw_ratios(surveys)
     page = render_page(
         _TEMPLATE,
         pictures,
@@ -132,7 +132,7 @@ def draw_lengths(surveys: Sequence[Survey]) -> bytes:
         for each in mine:
             weights = np.full(len(each.lengths), 100 / max(1, len(each.lengths)))
             axis.hist(each.lengths, bins, weights=weights, histtype="step", label=each.label)
-        axis.set(xscale="log", xlabel=f"length of a document, {unit}", ylabel="documents, %")
+        axis.set(xscale="log", xlabel=f"document length ({unit})", ylabel="documents (%)")
         axis.legend()
     return make_png(figure)
 
@@ -145,6 +145,6 @@ def draw_ratios(surveys: Sequence[Survey]) -> bytes:
     for each in mine:
         weights = np.full(len(each.tokens_a_byte), 100 / len(each.tokens_a_byte))
         axis.hist(each.tokens_a_byte, bins, weights=weights, histtype="step", label=each.label)
-    axis.set(xlabel="tokens a byte", ylabel="documents, %")
+    axis.set(xlabel="tokens per byte of UTF-8", ylabel="documents (%)")
     axis.legend()
     return make_png(figure)

@@ -25,7 +25,8 @@ from mf_train.errors import TrainingError, UserError
 
 CODE, VERSION, PATCH = "code", "version.json", "code.patch"
 _PACKAGE = Path(mf_train.__file__).resolve().parent
-_SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", ".*", "*~")
+# "shipped": the quickstart's text, which no job needs
+_SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", ".*", "*~", "shipped")
 _GIT_SECONDS = 60.0
 
 

@@ -80,7 +80,7 @@ def draw_scaling(config: Config, run: Config, title: str, curves: dict[str, list
         points = [point for point in points if "refused" not in point]
         axes.set_title(names[kind], fontsize=9)
         axes.set_xlabel("devices")
-        axes.set_ylabel("tokens a second, modelled")
+        axes.set_ylabel("modelled throughput (tokens/s)")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.margins(0.28, 0.15)
@@ -149,6 +149,7 @@ def _draw_schedule(axes: Any, config: Config) -> None:
     kinds = ", then ".join(dict.fromkeys(phase.config.schedule.kind for phase in phases_of(config)))
     axes.set_title(f"learning rate: {kinds}, {config.training.steps:,} steps", fontsize=9)
     axes.set_xlabel("step")
+    axes.set_ylabel("learning rate")
     axes.grid(True, alpha=0.3)
     if len(axes.lines) > 1:
         axes.legend(fontsize=7)

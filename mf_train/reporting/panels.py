@@ -18,27 +18,36 @@ _COLOURS = {"phase": "C4", "resumed": "C2", "skipped": "C3"}
 
 
 class Panel(NamedTuple):
-    """One picture: the curves whose names match, divided by `unit`."""
+    """One picture: the curves whose names match, divided by `divisor`."""
 
     title: str
+    unit: str  # of the vertical axis
     names: str  # a regular expression
-    unit: float = 1.0
+    divisor: float = 1.0
     logarithmic: bool = False
 
 
+_NATS = "nats per token"
 PANELS = (
-    Panel("loss, nats a token", "loss|validation_loss"),
-    Panel("validation, nats a token", "validation.*loss.*"),
-    Panel("gradient norm before clipping", "grad_norm", logarithmic=True),
-    Panel("learning rate", "learning_rate"),
-    Panel("tokens a second", "tokens_per_second"),
-    Panel("seconds a step", "step_seconds|data_wait_seconds|checkpoint.*_seconds", logarithmic=True),
-    Panel("a rank's own seconds a step", "rank_seconds_(least|median|most)"),
-    Panel("share of the device's peak", "flops_share|bandwidth_share"),
-    Panel("largest memory of rank 0, GB", "peak_memory_bytes", 1e9),
-    Panel("rows of the tables read, share", r"tables\..*\.rows_read"),
-    Panel("entropy of the codes, share", r"tables\..*\.entropy"),
-    Panel("reads of the most read row of a table, share", r"tables\..*\.largest_share"),
+    Panel("training and validation loss", _NATS, "loss|validation_loss"),
+    Panel("validation losses", _NATS, "validation.*loss.*"),
+    Panel("gradient norm before clipping", "L2 norm", "grad_norm", logarithmic=True),
+    Panel("learning rate", "learning rate", "learning_rate"),
+    Panel("throughput", "tokens/s", "tokens_per_second"),
+    Panel(
+        "time of a step and its waits",
+        "seconds",
+        "step_seconds|data_wait_seconds|checkpoint.*_seconds",
+        logarithmic=True,
+    ),
+    Panel(
+        "step time of the ranks, without waiting for others", "seconds", "rank_seconds_(least|median|most)"
+    ),
+    Panel("utilisation", "share of the device's peak", "flops_share|bandwidth_share"),
+    Panel("peak memory of rank 0", "GB", "peak_memory_bytes", 1e9),
+    Panel("rows of the tables that were read", "share of the rows", r"tables\..*\.rows_read"),
+    Panel("entropy of the codes", "share of the maximum", r"tables\..*\.entropy"),
+    Panel("reads of a table's most-read row", "share of its reads", r"tables\..*\.largest_share"),
 )
 
 
@@ -86,10 +95,12 @@ def _draw(panel: Panel, curves: dict[str, Curve], events: Sequence[Event]) -> by
         marker = "o" if len(steps) <= 50 else None
         named = not many or index in (0, len(curves) - 1)
         axes.plot(
-            steps, means / panel.unit, color=colour, linewidth=1, marker=marker, markersize=3,
+            steps, means / panel.divisor, color=colour, linewidth=1, marker=marker, markersize=3,
             label=name.removeprefix("tables.").replace("_", " ") if named else None,
         )  # fmt: skip
-        axes.fill_between(steps, least / panel.unit, most / panel.unit, color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(
+            steps, least / panel.divisor, most / panel.divisor, color=colour, alpha=0.2, linewidth=0
+        )
     for kind, colour in _COLOURS.items():
         at = [event.step for event in events if event.kind == kind]
         for step in at[-200:]:
@@ -100,7 +111,9 @@ def _draw(panel: Panel, curves: dict[str, Curve], events: Sequence[Event]) -> by
         axes.set_yscale("log")
     else:
         axes.ticklabel_format(axis="y", useOffset=False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
+    axes.set_ylabel(panel.unit)
     axes.set_title(panel.title, fontsize=10)
     axes.grid(alpha=0.25)
     if len(axes.get_legend_handles_labels()[1]) > 1:

@@ -75,7 +75,7 @@ class Series:
     measured: tuple[Measured, ...]  # best of what was tuned at each size and length
     tuned_away: int  # configurations that another one of the same size and length beat
     surface: LawFit | None  # L(N, D)
-    curve: LawFit | None  # of the configurations that no cheaper one beats
+    curve: LawFit | None  # of the Pareto frontier
     isoflop: IsoFlop | None
     warnings: tuple[str, ...]  # why a fit is missing
 
@@ -138,7 +138,7 @@ def _series(name: str, measured: Sequence[Measured], x: str, size: str, samples:
         points = [Point((one.x,), one.losses) for one in frontier(best)]
         curve = fit_with_intervals(points, (x,), samples)
     except ValueError as error:
-        warnings.append(f"no loss over {x}: {error} (only those that no cheaper one beats count)")
+        warnings.append(f"no loss over {x}: {error} (only the Pareto frontier counts)")
     if x in ("flops", "bytes_moved"):
         wide = [group for group in _same_budget(best) if len({one.size for one in group}) >= 3]
         groups = budgets(best)
@@ -154,7 +154,7 @@ def _series(name: str, measured: Sequence[Measured], x: str, size: str, samples:
 
 
 def frontier(measured: Sequence[Measured]) -> list[Measured]:
-    """The best configuration of each budget, where no smaller budget has a better one; smallest x first."""
+    """The Pareto frontier: the best of each budget, where no smaller budget has a better one; smallest x first."""
     found: list[Measured] = []
     for group in _same_budget(measured):
         one = min(group, key=lambda one: one.mean)
@@ -240,8 +240,8 @@ def _doubt(found: Parabola, best: Interval, sizes: Sequence[float], drawn: int, 
         return f"the best size {best} has no interval: that needs two seeds"
     if best.low < min(sizes) or best.high > max(sizes):
         return (
-            f"the best size {best} is not identified: its interval over the seeds leaves the sizes that were run, "
-            f"{min(sizes):.4g} to {max(sizes):.4g}"
+            f"the best size {best} is not identified: its interval over the seeds extends beyond the sizes that "
+            f"were run, {min(sizes):.4g} to {max(sizes):.4g}"
         )
     if drawn < (1 + LEVEL) / 2 * samples:
         return (

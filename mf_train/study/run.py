@@ -28,7 +28,7 @@ from mf_train.study.study import Study
 
 _LOCK = "run.lock"
 _POLL_SECONDS = 0.2
-_REDO = "delete its folder, and it runs again"
+_REDO = "delete its folder to run it again"
 
 
 @dataclass
@@ -79,7 +79,7 @@ def run_here(study: Study, grid: Grid, at_once: int = 1, retry: bool = False) ->
             print(f"{len(failed)} of {len(grid.cells)} cells failed; --retry-failed runs them again")
         odd = [cell for cell, state in states if state.name not in (DONE, FAILED)]
         for cell in odd:
-            print(f"cell {cell.number} has ended, and its metrics.jsonl has not its last step: {_REDO}")
+            print(f"cell {cell.number} has ended, but its metrics.jsonl lacks the last step; {_REDO}")
         return 1 if failed or odd else 0
 
 

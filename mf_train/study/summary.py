@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mf_train.study.analysis import Measured
@@ -35,10 +35,7 @@ def loss_tables(measured: Sequence[Measured], order: Mapping[str, Sequence[str]]
 
     `order`: the values of each axis as the study lists them.
     """
-    labels: dict[str, list[str]] = {}
-    for axis in measured[0].axes if measured else ():
-        found = [one.axes[axis] for one in measured]
-        labels[axis] = [label for label in dict.fromkeys([*order.get(axis, ()), *found]) if label in found]
+    labels = order_labels(measured, order)
     tables = [table for axis in labels if (table := _axis_table(measured, axis, labels))]
     if tables or not measured:
         return tables
@@ -51,15 +48,9 @@ def _axis_table(
     measured: Sequence[Measured], axis: str, labels: Mapping[str, Sequence[str]]
 ) -> LossTable | None:
     """None where no two configurations differ in this axis alone."""
-
-    def others(one: Measured) -> list[int]:
-        return [labels[name].index(label) for name, label in one.axes.items() if name != axis]
-
     first = labels[axis][0]
-    ordered = sorted(measured, key=lambda one: (others(one), labels[axis].index(one.axes[axis])))
     lines: list[tuple[Measured, str]] = []
-    for _, group in itertools.groupby(ordered, key=others):
-        base, *rest = {one.axes[axis]: one for one in group}.values()
+    for base, *rest in group_by_others(measured, axis, labels):
         if rest:
             lines += [(base, ""), *((one, _difference_text(one, base, axis, first)) for one in rest)]
     if not lines:
@@ -69,6 +60,28 @@ def _axis_table(
         [*(one.axes[name] for name in names), one.axes[axis], *_numbers(one), text] for one, text in lines
     ]
     return LossTable(f"{axis}, compared with {first}", [*names, axis, *_HEAD, "difference"], rows)
+
+
+def order_labels(measured: Sequence[Measured], order: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The values of each axis that were measured, as the study lists them, then those that it lists no more."""
+    labels: dict[str, list[str]] = {}
+    for axis in measured[0].axes if measured else ():
+        found = [one.axes[axis] for one in measured]
+        labels[axis] = [label for label in dict.fromkeys([*order.get(axis, ()), *found]) if label in found]
+    return labels
+
+
+def group_by_others(
+    measured: Sequence[Measured], axis: str, labels: Mapping[str, Sequence[str]]
+) -> Iterator[list[Measured]]:
+    """Configurations that differ in this axis alone, one of each of its values, in the order of `order_labels`."""
+
+    def others(one: Measured) -> list[int]:
+        return [labels[name].index(label) for name, label in one.axes.items() if name != axis]
+
+    ordered = sorted(measured, key=lambda one: (others(one), labels[axis].index(one.axes[axis])))
+    for _, group in itertools.groupby(ordered, key=others):
+        yield list({one.axes[axis]: one for one in group}.values())
 
 
 def _varying(measured: Sequence[Measured]) -> list[str]:
@@ -112,9 +125,14 @@ def _numbers(one: Measured) -> list[str]:
     ]
 
 
-def markdown(name: str, tables: Sequence[LossTable], notes: Sequence[str]) -> str:
-    """The tables as Markdown, and what is to be known beside them."""
-    parts = [f"# {name}", NOTE]
+def markdown(
+    name: str, tables: Sequence[LossTable], notes: Sequence[str], conclusions: Sequence[str] = ()
+) -> str:
+    """The conclusions and the tables as Markdown, and what is to be known beside them."""
+    parts = [f"# {name}"]
+    if conclusions:
+        parts.append("\n".join(f"- {one}" for one in conclusions))
+    parts.append(NOTE)
     for table in tables:
         rows = [table.head, ["---"] * len(table.head), *table.rows]
         lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mf_train.cli import main
 from mf_train.config import Config, DataConfig, ModelConfig, SourceConfig, TokenizerConfig, TrainingConfig
 from mf_train.data.show import inspect_data
 from mf_train.data.stream.digest import batch_digest
@@ -49,3 +50,19 @@ def test_inspect(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert text.replace("<|endoftext|>", "")[:5] in shown
     with pytest.raises(UserError, match=r"model\.vocab_size is 100"):
         list(inspect_data(Config(model=ModelConfig(vocab_size=100), tokenizer=config.tokenizer)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--documents", "5"], "--documents does not go with a step's batch, without --page"),
+        (["--page", "page.html", "--step", "1"], "--step does not go with --page"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["data", "inspect", "no-such.yaml", *options])
+    assert end.value.code == 2 and words in capsys.readouterr().err

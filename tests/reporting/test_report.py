@@ -133,7 +133,7 @@ def test_what_a_run_has_not_is_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [{"step": 1, "loss": 3.5}])
     (line,) = report(run, tmp_path / "page.html")
     assert "1 steps, 1 pictures" in line
-    assert list(draw(read_history(run))) == ["loss, nats a token"]
+    assert list(draw(read_history(run))) == ["training and validation loss"]
     page = (tmp_path / "page.html").read_text()
     assert "<h2>events" not in page and "<h2>starts" not in page and "<pre>none</pre>" in page
 

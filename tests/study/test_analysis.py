@@ -24,6 +24,7 @@ from mf_train.study.analysis import (
 from mf_train.study.collect import COLUMNS
 from mf_train.study.fit import Law
 from mf_train.study.report import fit_study
+from tests.study.studies import write_metrics
 
 LAWS = {
     "memoryformer": Law(1.7, (400.0, 410.0), (0.34, 0.28)),
@@ -189,16 +190,27 @@ def test_a_column_that_is_not_there_is_a_mistake() -> None:
 def test_the_report_holds_everything(tmp_path: Path) -> None:
     rows = table()
     rows.append(rows[0] | {"state": "failed", "reason": "loss is <nan>", "final_validation_loss": ""})
+    for one in rows[:4]:
+        write_metrics(tmp_path / f"cell-{one['cell']}", {step: 9 / step for step in range(1, 200)}, {})
     DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
     lines = list(fit_study(tmp_path, {}, "flops", "parameters", "model.kind", samples=5))
     assert any("best size grows" in line for line in lines)
+    assert lines[0].startswith("The lowest validation loss is ")
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and page.count("loss is &lt;nan&gt;") == 2
+    assert page.count("data:image/png;base64,") == 4 and page.count("loss is &lt;nan&gt;") == 2
     assert not re.search(r"(src|href)=(?!\"data:)|url[(]|@import", page), "nothing is fetched from elsewhere"
     pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
-    assert pictures == ["isoflop.png", "loss-over-flops.png", "loss-surface.png"]
+    assert pictures == ["isoflop.png", "learning-curves.png", "loss-over-flops.png", "loss-surface.png"]
     assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     assert any("best size" in line and line.count("[") == 2 for line in lines)
+    assert (
+        page.index("<h2>Conclusions")
+        < page.index("The lowest validation loss")
+        < page.index("<h2>What was run")
+    )
+    assert page.count("<thead>") == page.count("<tbody>") == page.count("<table") > 3, (
+        "the script sorts a table's body"
+    )
     fits = json.loads((tmp_path / "fits.json").read_text())
     assert fits["series"][0]["surface"]["law"]["floor"] == pytest.approx(1.7, rel=0.1)
     found = fits["series"][0]["isoflop"]

@@ -90,7 +90,7 @@ def test_a_cell_whose_metrics_have_gone_is_said(tmp_path: Path, capfd: pytest.Ca
     (folder / "metrics.jsonl").unlink()  # its checkpoint says that all is done
     capfd.readouterr()
     assert run_here(study, grid) == 1
-    words = "cell 0 has ended, and its metrics.jsonl has not its last step: delete its folder"
+    words = "cell 0 has ended, but its metrics.jsonl lacks the last step; delete its folder"
     assert words in capfd.readouterr().out
 
 

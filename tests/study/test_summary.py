@@ -108,7 +108,7 @@ def test_a_study_without_fits_has_a_report(tmp_path: Path) -> None:
     assert "## kind, compared with dense" in text and "## learning_rate, compared with 0.001" in text
     assert text.count("3.1000 | 0.1000 | 3.0000 to 3.2000") == 8 and "cell 6 failed" in text
     page = (folder / "report.html").read_text()
-    assert "losses by axis" in page and page.count("data:image/png") >= 2 and "the loss is nan" in page
+    assert "Losses by axis" in page and page.count("data:image/png") >= 2 and "the loss is nan" in page
     assert "+0.0000 [+0.0000, +0.0000] (3 pairs)" in page
 
 

@@ -74,6 +74,7 @@ ONE_FILE_EACH = [
     "fsspec",
     "filelock",
     "scipy",
+    "tokenizers",
     "matplotlib",
     "lm_eval",
     "wandb",

@@ -542,7 +542,7 @@ class _Run:
                 "stream": stream,
             },
             config_yaml=resolved_yaml(self.whole),
-            tokenizer=self.inputs.tokenizer.model_bytes,
+            tokenizer=self.inputs.tokenizer.files,
             probe=probe,
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from mf_train.data.tokenizer import Tokenizer
 from mf_train.data.tokenizer_training import train_tokenizer
 from mf_train.standalone.conversion.tokenizer_files import tokenizer_files
 from tests.examples import examples
-from tests.tokenizers_of_others import JSON, SENTENCEPIECE, write
+from tests.tokenizers_of_others import JSON, OTHER_SCRIPTS, SENTENCEPIECE, lines, write
 from tests.training.runs import TOKENIZER
 
 SHIPPED = Tokenizer(TOKENIZER)
@@ -38,6 +40,34 @@ KINDS = [
 ]
 
 LETTERS = "aehilnorst ,.\n\té\u2581\ufffd\U0001f680"
+ODD = [
+    *OTHER_SCRIPTS,
+    *(
+        "e\u0301",
+        "\u1100\u1161",
+        "\U0001f469\u200d\U0001f467",
+        "\u2581",
+        "  ",
+        "\r\n",
+        "\u3000",
+        "\ufdfa",
+        "\ufffe",
+        "\x00",
+    ),
+    *(
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<0x0A>",
+        "<sep>",
+        "<seps>",
+        "<se",
+        "<ctl>",
+        "<|endoftext|>",
+        "<|eot_id|>",
+        "<tool_call>",
+    ),
+]
 texts = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),
     st.text(LETTERS, max_size=80),
@@ -140,6 +170,38 @@ def test_a_converted_model_has_the_trainers_ids(kind: str, folder: Path, tmp_pat
     ids = fast("hi" + fast.eos_token).input_ids
     assert ids == [*tokenizer.encode("hi"), tokenizer.end_of_text_id]
     assert tokenizer.end_of_text_id not in fast("hi" + fast.eos_token, split_special_tokens=True).input_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", (*SENTENCEPIECE, *JSON))
+def test_a_hundred_thousand_texts(kind: str, folder: Path, tmp_path: Path) -> None:
+    """All kinds together: words, pieces of other scripts, names of special tokens, and any code points."""
+    tokenizer = opened(kind, folder)
+    fast = exported(tokenizer, tmp_path / "model")
+    seed = random.randrange(1 << 32)
+    numbers = random.Random(seed)
+    words = " ".join(itertools.islice(lines(), 100)).split(" ")
+    code_points = [
+        (0, 0x80),
+        (0, 0x300),
+        (0x300, 0x3000),
+        (0x3000, 0xD800),
+        (0xE000, 0x10000),
+        (0x10000, 0x110000),
+    ]
+    for _ in range(100_000 // (len(SENTENCEPIECE) + len(JSON)) + 1):
+        text = numbers.choice(
+            (
+                " ".join(numbers.choices(words, k=numbers.randint(0, 12))),
+                "".join(numbers.choices(words + 40 * ODD, k=numbers.randint(1, 14))),
+                "".join(
+                    chr(numbers.randrange(*numbers.choice(code_points)))
+                    for _ in range(numbers.randint(1, 12))
+                ),
+                "".join(numbers.choices("ab 1\u2581<s>ep\n", k=numbers.randint(1, 25))),
+            )
+        )
+        assert fast(text, split_special_tokens=True).input_ids == tokenizer.encode(text), (seed, text)
 
 
 def test_a_file_that_adds_no_tokens_is_copied_as_it_is(folder: Path) -> None:

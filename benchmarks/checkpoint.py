@@ -261,7 +261,7 @@ def load_worker(checkpoint: str, tensor: str, stage: str, results: str, target: 
         saver = Saver(engine, claim(Path(target)), CheckpointConfig(asynchronous=False))
         saver.start(
             reader.manifest.step,
-            Extras(reader.state(), (Path(checkpoint) / "config.yaml").read_text(), b"", {}),
+            Extras(reader.state(), (Path(checkpoint) / "config.yaml").read_text(), {}, {}),
             wait=True,
         )
     stop_processes()

@@ -22,6 +22,13 @@ CONFIG, METRICS, TENSORBOARD, CHECKPOINTS, PROFILE, LAUNCH = (
     "profile",
     "launch",
 )
+# Of a tokenizer, in its own folder and in checkpoints: one of the first two, and what lies beside it.
+TOKENIZER, TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE = TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 TAIL_BYTES = 1 << 16
 
 

@@ -8,6 +8,7 @@ PACKAGES = (
     "deepspeed",
     "megatron-core",
     "sentencepiece",
+    "tokenizers",
     "datasets",
     "safetensors",
     "numpy",

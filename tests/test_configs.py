@@ -11,7 +11,7 @@ import yaml
 
 from mf_train.config.loading import config_to_tree, load_config, parse_config
 from mf_train.config.schedule import learning_rate
-from mf_train.data.tokenizer import open_tokenizer
+from mf_train.data.open_tokenizer import open_tokenizer
 from mf_train.model import MemoryFormer
 from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import check_degrees

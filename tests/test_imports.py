@@ -81,6 +81,7 @@ ONE_FILE_EACH = [
     "fsspec",
     "filelock",
     "scipy",
+    "tokenizers",
     "matplotlib",
     "lm_eval",
     "wandb",

@@ -5,7 +5,8 @@
                                                and CRC-32, and at last its own
       state.json                               the training state beside the tensors: step, tokens, stream
       config.yaml                              the resolved configuration
-      tokenizer.model                          absent where the run had only token ids
+      tokenizer.model or tokenizer.json        absent where the run had only token ids
+      tokenizer_config.json, chat_template.jinja      where they lay beside it
       probe.safetensors                        tokens, and the trainer's logits and codes on them
       weights-0-of-2-part-000.safetensors      float32 master weights of tensor-parallel rank 0 of 2
       exp_avg-..., exp_avg_sq-...              AdamW's moments, laid out the same; absent where they are zero
@@ -29,15 +30,10 @@ from mf_train.errors import UserError
 from mf_train.parallel.kinds import AVERAGE as AVERAGE
 from mf_train.parallel.kinds import KINDS as KINDS
 from mf_train.run_folder import CHECKPOINTS
+from mf_train.run_folder import TOKENIZER as TOKENIZER
 
 FORMAT, FORMAT_WITH_AVERAGE = 2, 3  # versions that know no average refuse the latter by its number
-MANIFEST, STATE, CONFIG, TOKENIZER, PROBE = (
-    "manifest.json",
-    "state.json",
-    "config.yaml",
-    "tokenizer.model",
-    "probe.safetensors",
-)
+MANIFEST, STATE, CONFIG, PROBE = ("manifest.json", "state.json", "config.yaml", "probe.safetensors")
 LATEST = "latest"
 PART_BYTES = 4 << 30
 _STEP = re.compile(r"step-(\d{9})")

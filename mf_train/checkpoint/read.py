@@ -27,7 +27,7 @@ from mf_train.checkpoint.layout import (
 )
 from mf_train.checkpoint.safetensors_file import Region, TensorFile, bytes_of
 from mf_train.model.sharding import ranks_of_span, slice_shape, split_dimension
-from mf_train.run_folder import CHECKPOINTS
+from mf_train.run_folder import CHECKPOINTS, TOKENIZER_FILES
 
 REMEDY = "use another checkpoint"
 
@@ -59,6 +59,10 @@ class CheckpointReader:
         if not isinstance(state, dict):
             raise DamageError(self.checkpoint / STATE, "damaged (not a JSON object)")
         return state
+
+    def read_tokenizer(self) -> dict[str, bytes]:
+        """The files of its tokenizer by name, as `read_file` gives them; none where the run had only token ids."""
+        return {name: self.read_file(name) for name in TOKENIZER_FILES if name in self.manifest.files}
 
     def read_file(self, name: str) -> bytes:
         """Contents of one of the small files, such as STATE, whose checksum is compared."""

@@ -32,7 +32,6 @@ from mf_train.checkpoint.layout import (
     MANIFEST,
     PROBE,
     STATE,
-    TOKENIZER,
     FileRecord,
     Manifest,
     assign_parts,
@@ -58,7 +57,7 @@ class Extras:
 
     state: Mapping[str, Any]
     config_yaml: str
-    tokenizer: bytes  # empty where the run has only token ids
+    tokenizer: Mapping[str, bytes]  # its files; none where the run has only token ids
     probe: Mapping[str, Tensor]
 
 
@@ -385,8 +384,7 @@ def write_extras(folder: Path, extras: Extras) -> dict[str, FileRecord]:
         STATE: (json.dumps(extras.state, indent=1) + "\n").encode(),
         CONFIG: extras.config_yaml.encode(),
     }
-    if extras.tokenizer:
-        files[TOKENIZER] = extras.tokenizer
+    files |= extras.tokenizer
     files[PROBE] = file_bytes(extras.probe)
     for name, data in files.items():
         write_synced(folder / name, data)

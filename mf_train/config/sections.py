@@ -53,13 +53,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The sentencepiece model: a `.model` file or the folder that holds `tokenizer.model`.
+    """A sentencepiece model or a tokenizer.json, or the folder that holds either.
 
     Without one, a run trains on token shards that another tokenizer made, and needs its `end_of_text_id`.
     """
 
-    path: str = bounds.path("")  # of the model; none: shards are trained on
-    end_of_text_id: int | None = None  # only where there is no path: the model says it itself
+    path: str = bounds.path("")  # of the file or folder; none: shards are trained on
+    end_of_text_id: int | None = (
+        None  # which id ends a document, where the tokenizer does not say it, or says another
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@
     workers/     the stream -> a rank's batches, made ahead of time in other processes
     tokenize/    files of text -> token shards: `memoryformer data tokenize`
 
-Beside them, `tokenizer` (text to ids), `documents` (what the stream reads of text and shards alike), `sources` (opens
-what the configuration names), `tokenizer_training`, and `show` (`memoryformer data inspect`).
+Beside them, `tokenizer` (text to ids; `json_tokenizer` has those of others, `open_tokenizer` chooses), `documents`
+(what the stream reads of text and shards alike), `sources` (opens what the configuration names),
+`tokenizer_training`, and `show` (`memoryformer data inspect`).
 """

@@ -11,12 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mf_train.data.tokenizer import Tokenizer
-
-SEGMENT_BYTES = 16384  # changing it changes the batches of documents that have longer runs without a space
+from mf_train.data.segments import SEGMENT_BYTES, segment_end
+from mf_train.data.tokenizer import CONTEXT_CHARACTERS, Tokenizer
 
 _FINGERPRINT_SAMPLES = 64
-_SPACE = 0x20
+_LONGEST_CHARACTER = 4  # bytes
 
 Tokens = npt.NDArray[np.int32]
 
@@ -141,13 +140,31 @@ class TextSource:
     def read(self, documents: Sequence[int], start: int, wanted: int) -> Chunk:
         """One segment, from byte `start` of the first document, as `Source.read` says."""
         document = documents[0]
-        utf8 = self.documents.text(document, start, SEGMENT_BYTES + 1)
-        size = segment_end(utf8)
-        tokens = self._tokenizer.encode_array(utf8[:size].decode("utf-8"))
-        if start + size < self.documents.length(document):
-            return Chunk(tokens, [0, len(tokens)], [(0, start)], (0, start + size))
+        utf8 = read_segment(self.documents, self._tokenizer, document, start)
+        context = self._context(document, start) if start and self._tokenizer.reads_context else ""
+        tokens = self._tokenizer.encode_array(utf8.decode("utf-8"), context)
+        if start + len(utf8) < self.documents.length(document):
+            return Chunk(tokens, [0, len(tokens)], [(0, start)], (0, start + len(utf8)))
         tokens = np.concatenate((tokens, self._end_of_text))
         return Chunk(tokens, [0, len(tokens)], [(0, start)], (1, 0))
+
+    def _context(self, document: int, start: int) -> str:
+        """The characters before byte `start`, as many as a tokenizer has to see."""
+        begin = max(0, start - _LONGEST_CHARACTER * CONTEXT_CHARACTERS)
+        utf8 = self.documents.text(document, begin, start - begin)
+        return utf8.decode("utf-8", "ignore")[-CONTEXT_CHARACTERS:]  # the first may be cut in two
+
+
+def read_segment(documents: TextDocuments, tokenizer: Tokenizer, i: int, start: int) -> bytes:
+    """UTF-8 bytes of document i from `start` on, up to a place where `tokenizer` lets it be cut, or to its end."""
+    limit = SEGMENT_BYTES
+    while True:
+        utf8 = documents.text(i, start, limit + 1)
+        if len(utf8) <= limit:
+            return utf8
+        if size := tokenizer.cut(utf8, limit):
+            return utf8[:size]
+        limit *= 2
 
 
 def segments_of(documents: TextDocuments, i: int, limit: int = SEGMENT_BYTES) -> Iterator[str]:
@@ -160,32 +177,15 @@ def segments_of(documents: TextDocuments, i: int, limit: int = SEGMENT_BYTES) ->
         start += size
 
 
-def last_cut(documents: TextDocuments, i: int, start: int, size: int) -> int:
-    """Where the last segment of document i ends that lies within `size` bytes from `start`, an end of a segment."""
-    end = start
-    while end + SEGMENT_BYTES <= start + size:
-        end += segment_end(documents.text(i, end, SEGMENT_BYTES + 1))
-    return end
+def last_cut(documents: TextDocuments, tokenizer: Tokenizer, i: int, start: int, size: int) -> int:
+    """Where the last segment of document i ends that lies within `size` bytes from `start`, an end of a segment.
 
-
-def segment_end(utf8: bytes, limit: int = SEGMENT_BYTES) -> int:
-    """Bytes of the first segment of a UTF-8 text, at most `limit` (which is 4, the longest character, or more).
-
-    Documents are cut there, so that a long one is tokenised in bounded memory: part of the stream's contract.
-
-    `utf8` is the text, or at least its first limit + 1 bytes. The segment ends before the last space that follows
-    something else than a space. Pieces of a BPE vocabulary never hold a space after another character, so the
-    tokens of the segments, concatenated, are the tokens of the whole text. Only a run of `limit` bytes without such
-    a space is cut inside a word, then between two characters.
+    `start` itself where none does, and never the document's end.
     """
-    if len(utf8) <= limit:
-        return len(utf8)
-    end = utf8.rfind(b" ", 1, limit + 1)
-    while end > 0 and utf8[end - 1] == _SPACE:
-        end -= 1
-    if end > 0:
-        return end
-    end = limit
-    while utf8[end] & 0xC0 == 0x80:  # a continuation byte: its character began earlier
-        end -= 1
+    end, length = start, documents.length(i)
+    while end + SEGMENT_BYTES <= start + size:
+        after = end + len(read_segment(documents, tokenizer, i, end))
+        if after >= min(length, start + size + 1):
+            break
+        end = after
     return end

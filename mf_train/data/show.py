@@ -10,10 +10,11 @@ import numpy as np
 from mf_train.config import Config, SourceConfig
 from mf_train.config.phases import Phase, phase_at, phases_of
 from mf_train.data.documents import Source, Tokens
+from mf_train.data.open_tokenizer import open_tokenizer
 from mf_train.data.sources import open_source
 from mf_train.data.stream.digest import batch_digest
 from mf_train.data.stream.stream import State, TokenStream
-from mf_train.data.tokenizer import END_OF_TEXT, Tokenizer, open_tokenizer
+from mf_train.data.tokenizer import END_OF_TEXT, Tokenizer
 from mf_train.errors import UserError
 
 _SHOWN_CHARACTERS = 200

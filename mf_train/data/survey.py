@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from mf_train.config import Config, DataConfig, SourceConfig
 from mf_train.data.documents import Source, TextSource
+from mf_train.data.open_tokenizer import open_tokenizer
 from mf_train.data.sources import open_source
-from mf_train.data.tokenizer import Tokenizer, open_tokenizer
+from mf_train.data.tokenizer import Tokenizer
 from mf_train.drawing import make_figure, make_png, render_page
 from mf_train.errors import UserError
 from mf_train.files import write_whole

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mf_train.checkpoint.layout import TOKENIZER
 from mf_train.config import DataConfig, LoggingConfig, ModelConfig, SourceConfig
-from mf_train.data.tokenizer import Tokenizer, open_tokenizer
+from mf_train.data.open_tokenizer import open_tokenizer, tokenizer_in
+from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.standalone.conversion.convert import open_checkpoint
 from mf_train.standalone.conversion.streamed_model import CheckpointWeights, FolderWeights, Weights
@@ -48,7 +48,7 @@ def _open_model(folder: Path, given: list[SourceConfig]) -> Inspected:
         name=str(folder),
         config=weights.config,
         weights=weights,
-        tokenizer=Tokenizer(folder),
+        tokenizer=tokenizer_in(folder),
         sources=given,
         key="--data",
         data=DataConfig(),
@@ -64,9 +64,8 @@ def _open_checkpoint(path: Path, given: list[SourceConfig]) -> Inspected:
     sources = given or list(config.data.validation)
     if not sources:
         raise UserError(f"{reader.checkpoint}: its run had no data.validation: add --data GLOB")
-    if TOKENIZER in reader.manifest.files:
-        reader.read_file(TOKENIZER)  # its checksum
-        tokenizer = Tokenizer(reader.checkpoint / TOKENIZER)
+    if reader.read_tokenizer():  # and their checksums
+        tokenizer = tokenizer_in(reader.checkpoint, config.tokenizer.end_of_text_id)
     else:
         tokenizer = open_tokenizer(config.tokenizer, config.model.vocab_size)
     return Inspected(

@@ -7,7 +7,6 @@ from pathlib import Path
 from mf_train.checkpoint.layout import (
     AVERAGE,
     CONFIG,
-    TOKENIZER,
     list_checkpoints,
     resolve_checkpoint,
 )
@@ -74,12 +73,12 @@ def check_same_run(config: Config, tokenizer: Tokenizer, reader: CheckpointReade
             f"configuration: leave `phases` up to there as they were, start new ones at {step + 1} or later, or choose "
             "another checkpoint.resume"
         )
-    if TOKENIZER in reader.manifest.files and tokenizer.model_bytes:
-        if reader.read_file(TOKENIZER) != tokenizer.model_bytes:
-            raise UserError(
-                f"{reader.checkpoint}: of another tokenizer; set tokenizer.path={reader.checkpoint / TOKENIZER}, or "
-                "choose another checkpoint.resume"
-            )
+    name = next((name for name in reader.read_tokenizer()), None)
+    if name and tokenizer.model_bytes and reader.read_file(name) != tokenizer.model_bytes:
+        raise UserError(
+            f"{reader.checkpoint}: of another tokenizer; set tokenizer.path={reader.checkpoint / name}, or "
+            "choose another checkpoint.resume"
+        )
 
 
 def find_rewarm(config: Config, reader: CheckpointReader) -> Rewarm | None:

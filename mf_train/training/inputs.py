@@ -13,9 +13,10 @@ import torch.distributed as dist
 from mf_train.config import Config
 from mf_train.config.phases import Phase, named, phase_at, phases_of
 from mf_train.config.sections import set_names
+from mf_train.data.open_tokenizer import open_tokenizer
 from mf_train.data.stream.stream import TokenStream
 from mf_train.data.stream.validation import ValidationBlocks, set_tokens
-from mf_train.data.tokenizer import Tokenizer, open_tokenizer
+from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import PeerError, UserError
 from mf_train.exit_status import MISTAKE
 from mf_train.parallel.agreement import run_long_on_all

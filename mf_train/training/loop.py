@@ -417,7 +417,7 @@ class PhaseRun:
                 "stream": stream,
             },
             config_yaml=resolved_yaml(self.whole),
-            tokenizer=self.inputs.tokenizer.model_bytes,
+            tokenizer=self.inputs.tokenizer.files,
             probe=probe,
         )
 

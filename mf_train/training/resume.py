@@ -16,7 +16,6 @@ from mf_train.checkpoint.layout import (
     CONFIG,
     LATEST,
     STATE,
-    TOKENIZER,
     DamageError,
     list_checkpoints,
     read_manifest,
@@ -45,9 +44,10 @@ def look_ahead(config: Config, fits: Callable[[CheckpointReader], object]) -> in
         return 0
     try:
         reader = CheckpointReader(path)
-        for name in (STATE, CONFIG, TOKENIZER):
+        for name in (STATE, CONFIG):
             if name in reader.manifest.files:
                 reader.read_file(name)
+        reader.read_tokenizer()
     except UserError:
         return 0  # `choose_checkpoint` deals with a damaged one
     fits(reader)

@@ -90,7 +90,7 @@ def write(case: Case, process: Process, folder: Path, device: torch.device = CPU
     place = folder / str(case)
     fence = Fence(place, run_on_first(lambda: claim(place).token, device))
     saver = Saver(engine, fence, CheckpointConfig(keep=0, asynchronous=case.stage % 2 == 0))
-    extras = Extras(state={}, config_yaml="", tokenizer=b"", probe={})
+    extras = Extras(state={}, config_yaml="", tokenizer={}, probe={})
     saver.start(SAVED_STEP, extras if process.rank == 0 else None, wait=False)
     saver.finish()
     assert saver.last == checkpoint_of(case, folder)

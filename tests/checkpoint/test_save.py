@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 EXTRAS = Extras(
     {"step": 1, "tokens": 2},
     "model: {}\n",
-    b"tokenizer",
+    {"tokenizer.model": b"tokenizer"},
     {"tokens": torch.arange(3), "logits": torch.ones(3, 4)},
 )
 

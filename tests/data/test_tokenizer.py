@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from mf_train.data.tokenizer import Tokenizer, check_vocabulary
+from mf_train.data.open_tokenizer import check_vocabulary
+from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from tests.data.texts import any_text
 from tests.examples import examples

@@ -48,7 +48,9 @@ def write_checkpoint(folder: Path, config: ModelConfig, weights: dict[str, Tenso
 def _write_extras(folder: Path, config: ModelConfig, probe: dict[str, Tensor]) -> dict[str, FileRecord]:
     state = {"step": 7, "tokens": 700, "device": "cpu", "stream": None}
     text = yaml.safe_dump(config_to_tree(Config(model=config)))
-    return write_extras(folder, Extras(state, text, (SHIPPED / "tokenizer.model").read_bytes(), probe))
+    return write_extras(
+        folder, Extras(state, text, {"tokenizer.model": (SHIPPED / "tokenizer.model").read_bytes()}, probe)
+    )
 
 
 def write_slices(

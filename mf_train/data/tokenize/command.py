@@ -22,6 +22,7 @@ from mf_train.config import Config, OnError, SourceConfig
 from mf_train.config.yaml_text import yaml_text
 from mf_train.data.files.cache import try_lock
 from mf_train.data.files.input_files import InputFile, find_files, is_token_shard
+from mf_train.data.open_tokenizer import load_tokenizer
 from mf_train.data.shards.shard import index_bytes, token_dtype
 from mf_train.data.shards.token_files import MANIFEST, MANIFEST_FORMAT
 from mf_train.data.tokenize.shards import TEXT_FOLDER, Place, ShardMaker, SourceWork
@@ -46,7 +47,7 @@ def tokenize(config: Config, output: Path, workers: int, shard_bytes: int = SHAR
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: at least one process has to work")
-    tokenizer = Tokenizer(config.tokenizer.path)
+    tokenizer = load_tokenizer(config.tokenizer)
     with _output_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         (output / _LOCK).touch()
@@ -56,10 +57,10 @@ def tokenize(config: Config, output: Path, workers: int, shard_bytes: int = SHAR
                 f"--output {output}: another process writes there: wait for it, or name another folder"
             )
         dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-        sources = _find_sources(config, output, str(dtype), shard_bytes)
+        sources = _find_sources(config, tokenizer, output, str(dtype), shard_bytes)
         manifest = _describe(config, tokenizer, sources, str(dtype), shard_bytes)
         _claim(output, manifest)
-        with closing(Workers(workers, str(tokenizer.path))) as pool:
+        with closing(Workers(workers, tokenizer)) as pool:
             for source, described in zip(sources, manifest["sources"], strict=True):
                 log = _Log(source.folder, dtype.itemsize)
                 if not log.done:
@@ -74,14 +75,17 @@ def tokenize(config: Config, output: Path, workers: int, shard_bytes: int = SHAR
     yield from _config_lines(sources)
 
 
-def _find_sources(config: Config, output: Path, dtype: str, shard_bytes: int) -> list[SourceWork]:
+def _find_sources(
+    config: Config, tokenizer: Tokenizer, output: Path, dtype: str, shard_bytes: int
+) -> list[SourceWork]:
     on_error, sources = config.data.on_error, []
     for part in ("train", "validation"):
         for index, source in enumerate(getattr(config.data, part)):
             key = f"data.{part}[{index}]"
             files, inputs = _find_inputs(source, key, on_error)
             folder = output / f"{part}-{index}"
-            sources.append(SourceWork(key, source, files, inputs, folder, on_error, dtype, shard_bytes))
+            work = SourceWork(key, source, tokenizer, files, inputs, folder, on_error, dtype, shard_bytes)
+            sources.append(work)
     if not sources:
         raise UserError("data.train is empty: name at least one source of text")
     return sources
@@ -114,7 +118,7 @@ def _describe(
         "dtype": dtype,
         "shard_bytes": shard_bytes,
         "on_error": config.data.on_error,
-        "versions": {"mf_train": __version__, "sentencepiece": version("sentencepiece")},
+        "versions": {"mf_train": __version__, tokenizer.library: version(tokenizer.library)},
         "sources": [
             {
                 "folder": source.folder.name,
@@ -157,9 +161,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[
     for key in ("tokenizer", "shard_bytes", "dtype", "on_error"):
         if before[key] != now[key]:
             yield key, before[key], now[key]
-    library = "sentencepiece"
-    if before["versions"][library] != now["versions"][library]:
-        yield library, before["versions"][library], now["versions"][library]
+    for library in now["versions"].keys() - {"mf_train"}:
+        if before["versions"].get(library) != now["versions"][library]:
+            yield library, before["versions"].get(library), now["versions"][library]
     folders = [[source["folder"] for source in manifest["sources"]] for manifest in (before, now)]
     if folders[0] != folders[1]:
         yield "the list of sources", " ".join(folders[0]), " ".join(folders[1])

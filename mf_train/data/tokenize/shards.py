@@ -19,6 +19,7 @@ from mf_train.data.files.input_files import InputFile
 from mf_train.data.shards.shard import TokenShardWriter, WrittenShard
 from mf_train.data.text.store import Part, parts_of
 from mf_train.data.tokenize.worker import Encode, Encoded, Prepare, Workers, open_prepared
+from mf_train.data.tokenizer import Tokenizer
 from mf_train.progress import ProgressLine
 from mf_train.text import time_left
 
@@ -39,6 +40,7 @@ class SourceWork:
 
     key: str  # such as data.train[0]
     config: SourceConfig
+    tokenizer: Tokenizer
     files: Sequence[InputFile]  # none for the hub
     inputs: str  # digest of what is read and how
     folder: Path  # of the shards; beside it is the text, in TEXT_FOLDER
@@ -134,8 +136,10 @@ class ShardMaker:
             begin, size = (document, start), 0
             while document < len(documents) and size < _RANGE_BYTES and self._cut_text < work.shard_bytes:
                 left = documents.length(document) - start
-                if left > _RANGE_BYTES:  # the rest of it is the next ranges'
-                    stop = last_cut(documents, document, start, _RANGE_BYTES - size)
+                stop = start
+                if left > _RANGE_BYTES:
+                    stop = last_cut(documents, work.tokenizer, document, start, _RANGE_BYTES - size)
+                if stop > start or (size and left > _RANGE_BYTES):  # the rest of it is the next ranges'
                     size += stop - start
                     start = stop
                     break

@@ -79,9 +79,9 @@ class Encoded(NamedTuple):
 class Workers:
     """`count` processes that work on tasks, each for a thread that waits for it. They start with the first task."""
 
-    def __init__(self, count: int, tokenizer_path: str) -> None:
+    def __init__(self, count: int, tokenizer: Tokenizer) -> None:
         self.count = count
-        self._tokenizer_path = tokenizer_path
+        self._tokenizer = tokenizer
         self._children: list[Child] = []
         self._idle: SimpleQueue[Child] = SimpleQueue()
         self._threads = ThreadPoolExecutor(count)
@@ -94,7 +94,7 @@ class Workers:
         while len(self._children) < self.count:
             child = Child(__name__, MOST_PIPE_BYTES)
             self._children.append(child)
-            child.send(self._tokenizer_path)
+            child.send(self._tokenizer)
             self._idle.put(child)
         return self._threads.submit(self._run, task)
 
@@ -135,9 +135,9 @@ def _death(process: subprocess.Popen[bytes], task: Prepare | Encode) -> Training
 def main(answers: int) -> None:
     """The process: tasks until standard input closes, the answer to each into the pipe `answers`."""
     tasks = sys.stdin.buffer
-    tokenizer_path: str = pickle.load(tasks)
+    tokenizer: Tokenizer = pickle.load(tasks)
     end_with_the_parent()
-    encoder = _Encoder(tokenizer_path)
+    encoder = _Encoder(tokenizer)
     with Connection(answers, readable=False) as pipe:
         while True:
             try:
@@ -153,11 +153,10 @@ def main(answers: int) -> None:
 
 
 class _Encoder:
-    """Keeps the tokenizer, and the text that was used last, open."""
+    """Keeps the text that was used last open."""
 
-    def __init__(self, tokenizer_path: str) -> None:
-        self._tokenizer_path = tokenizer_path
-        self._tokenizer: Tokenizer | None = None
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._opened: tuple[Part | SourceConfig, TextSource] | None = None
 
     def encode(self, task: Encode) -> Encoded:
@@ -176,7 +175,6 @@ class _Encoder:
 
     def _open(self, task: Encode) -> TextSource:
         if self._opened is None or self._opened[0] != task.text:
-            self._tokenizer = self._tokenizer or Tokenizer(self._tokenizer_path)
             documents = open_prepared(task.text, task.on_error, task.key)
             self._opened = task.text, TextSource(documents, self._tokenizer)
         return self._opened[1]

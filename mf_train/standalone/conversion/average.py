@@ -15,7 +15,6 @@ from torch import Tensor
 from mf_train.checkpoint.layout import (
     CONFIG,
     MANIFEST,
-    TOKENIZER,
     Manifest,
     format_of,
     list_checkpoints,
@@ -114,5 +113,4 @@ def _extras(last: CheckpointReader, config: Config, folder: Path, steps: Sequenc
     )
     # the losses that were measured are of other weights, and the probe was computed here
     state = last.state() | {"metrics": {}, "device": "cpu", "averaged_steps": list(steps)}
-    tokenizer = last.read_file(TOKENIZER) if TOKENIZER in last.manifest.files else b""
-    return Extras(state, last.read_file(CONFIG).decode(), tokenizer, tensors)
+    return Extras(state, last.read_file(CONFIG).decode(), last.read_tokenizer(), tensors)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from mf_train.checkpoint.layout import AVERAGE, CONFIG, TOKENIZER, resolve_checkpoint
+from mf_train.checkpoint.layout import AVERAGE, CONFIG, resolve_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
 from mf_train.config.loading import load_config
 from mf_train.config.phases import Phase, phase_at, phases_of
-from mf_train.data.tokenizer import Tokenizer
+from mf_train.data.open_tokenizer import tokenizer_in
 from mf_train.errors import UserError
 from mf_train.files import sync
 from mf_train.model.counts import count_parameters
@@ -107,10 +107,10 @@ def phases_until(reader: CheckpointReader) -> list[Phase]:
 def text_files(reader: CheckpointReader, config: Config, dtype: str) -> dict[str, bytes]:
     """Contents by name of all files that do not depend on the weights: settings, tokenizer and source files."""
     end_of_text_id, texts = config.tokenizer.end_of_text_id, {}
-    if end_of_text_id is None:
-        reader.read_file(TOKENIZER)  # its checksum
-        end_of_text_id = Tokenizer(reader.checkpoint / TOKENIZER).end_of_text_id
-        texts = tokenizer_files(reader.checkpoint / TOKENIZER, config.model.sequence_length)
+    if reader.read_tokenizer() or end_of_text_id is None:  # and their checksums
+        tokenizer = tokenizer_in(reader.checkpoint, end_of_text_id)
+        end_of_text_id = tokenizer.end_of_text_id
+        texts = tokenizer_files(tokenizer, config.model.sequence_length)
     return texts | settings_files(config, dtype, end_of_text_id) | source_files()
 
 
@@ -205,7 +205,7 @@ def _describe_result(
     yield from describe_proof(proof, dtype, reader.weights)
     if dtype != config.training.precision:
         yield f"loss on text: memoryformer evaluate {shlex.quote(shown)} --data GLOB"
-    if config.tokenizer.end_of_text_id is not None:
+    if not reader.read_tokenizer():
         yield f"no tokenizer: the run had only token ids; copy that of its token shards into {shlex.quote(shown)}"
         return
     yield f"try: memoryformer generate {shlex.quote(shown)} 'Once upon a time'"

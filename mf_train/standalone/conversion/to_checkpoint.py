@@ -24,10 +24,12 @@ from mf_train.checkpoint.save import Extras, write_extras
 from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainingConfig
 from mf_train.config.loading import config_to_tree
 from mf_train.config.yaml_text import yaml_text
+from mf_train.data.open_tokenizer import load_tokenizer, tokenizer_in
 from mf_train.errors import UserError
 from mf_train.files import write_synced
 from mf_train.model.sharding import slice_shape
 from mf_train.model.sums import MAX_CHUNKS
+from mf_train.run_folder import TOKENIZER_JSON
 from mf_train.standalone.conversion.checkpoint_parts import write_parts
 from mf_train.standalone.conversion.convert import check_output, new_folder
 from mf_train.standalone.conversion.streamed_model import FolderWeights, compute, streamed_model
@@ -72,8 +74,8 @@ def to_checkpoint(model: Path, output: Path, tensor: int) -> Iterator[str]:
     yield f"train from it: memoryformer train CONFIG checkpoint.resume={output}"
 
 
-def _configuration(folder: Path, tensor: int) -> tuple[Config, bytes]:
-    """What the checkpoint's config.yaml says, and the sentencepiece model; empty where the model has no tokenizer."""
+def _configuration(folder: Path, tensor: int) -> tuple[Config, dict[str, bytes]]:
+    """What the checkpoint's config.yaml says, and the tokenizer's files; none where the model has no tokenizer."""
     model, dtype, int8 = read_config(folder)
     precisions = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
     if int8 or dtype not in precisions:
@@ -82,8 +84,8 @@ def _configuration(folder: Path, tensor: int) -> tuple[Config, bytes]:
     _check_degree(model, tensor)
     tree: dict[str, Any] = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
     tokenizer = _read_tokenizer(folder, model.sequence_length)
-    end_of_text_id = None if tokenizer else tree.get("eos_token_id")
-    if not tokenizer and type(end_of_text_id) is not int:
+    end_of_text_id = None if TOKENIZER in tokenizer else tree.get("eos_token_id")
+    if TOKENIZER not in tokenizer and type(end_of_text_id) is not int:
         raise UserError(
             f"{folder / MODEL_CONFIG}: eos_token_id is {end_of_text_id!r}: it must be a token's id"
         )
@@ -112,23 +114,22 @@ def _check_degree(model: ModelConfig, tensor: int) -> None:
             raise UserError(f"--tensor {tensor} does not divide the {value} {name}: choose a divisor")
 
 
-def _read_tokenizer(folder: Path, sequence_length: int) -> bytes:
-    """The bytes of `tokenizer.model`, of which the folder's tokenizer.json must have been made; empty without both."""
-    path, made = folder / TOKENIZER, folder / "tokenizer.json"
+def _read_tokenizer(folder: Path, sequence_length: int) -> dict[str, bytes]:
+    """The tokenizer's files: those of `tokenizer.model` where it is there, of which the folder's tokenizer.json must
+    have been made, or else of tokenizer.json; none without both.
+    """
+    path, made = folder / TOKENIZER, folder / TOKENIZER_JSON
     if not path.is_file():
-        if made.is_file():
-            raise UserError(
-                f"{path}: missing, and {made.name} is there: copy it from the model that this one was made from"
-            )
-        return b""
-    expected = tokenizer_files(path, sequence_length)[made.name]
+        return tokenizer_in(folder).files if made.is_file() else {}
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(path)))
+    expected = tokenizer_files(tokenizer, sequence_length)[made.name]
     try:
         same = json.loads(made.read_bytes()) == json.loads(expected)
     except (FileNotFoundError, ValueError, RecursionError):
         same = False
     if not same:
         raise UserError(f"{made}: is not what {path.name} gives; restore both from the same model")
-    return path.read_bytes()
+    return tokenizer.files
 
 
 def _write_weights(model: Path, weights: FolderWeights, config: Config, folder: Path) -> Manifest:

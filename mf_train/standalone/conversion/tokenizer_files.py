@@ -1,30 +1,25 @@
-"""The tokenizer of a standalone model: a sentencepiece BPE model as a `transformers` fast tokenizer.
-
-`tokenizer.json` gives the ids of `mf_train.data.tokenizer.Tokenizer` for every text. Pieces are written with plain
-spaces instead of sentencepiece's mark U+2581, so there is nothing to normalise, and the mark itself, which no piece
-holds, is written as its three bytes, as `Tokenizer` does.
-"""
+"""The tokenizer of a standalone model: a `transformers` fast tokenizer with the ids of the trainer's."""
 
 import json
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from mf_train.data.tokenizer import END_OF_TEXT, Tokenizer
-from mf_train.errors import TrainingError, UserError
-from mf_train.standalone.conversion.sentencepiece_file import (
-    BPE,
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    Piece,
-    SentencepieceModel,
-    parse_sentencepiece,
+from mf_train.data.json_tokenizer import JsonTokenizer, open_json
+from mf_train.data.sentencepiece_file import parse_sentencepiece
+from mf_train.data.sentencepiece_json import tokenizer_tree
+from mf_train.data.tokenizer import (
+    END_OF_TEXT,
+    MORE_SPECIAL_TOKENS,
+    SPACE_MARK,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    content_of,
 )
+from mf_train.errors import TrainingError
+from mf_train.run_folder import TOKENIZER_CONFIG, TOKENIZER_JSON
 
-_SPACE_MARK = "\u2581"
+_ADDS_TOKENS = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 _HARD_TEXTS = (
     "",
     " ",
@@ -36,96 +31,54 @@ _HARD_TEXTS = (
 )
 
 
-def tokenizer_files(path: Path, sequence_length: int) -> dict[str, bytes]:
-    """Contents of `tokenizer.json`, `tokenizer_config.json` and `tokenizer.model`, by name.
+def tokenizer_files(tokenizer: Tokenizer, sequence_length: int) -> dict[str, bytes]:
+    """Contents of `tokenizer.json`, `tokenizer_config.json` and what the tokenizer's own files are, by name.
 
-    The ids of `tokenizer.json` are compared with sentencepiece's on every piece, on pairs of pieces and on hard texts.
-    Raises UserError for a sentencepiece model of another kind than `memoryformer tokenizer train` makes, and
-    TrainingError where the ids differ.
+    Of a model of `memoryformer tokenizer train`, the ids of `tokenizer.json` are compared with sentencepiece's on every
+    piece, on triples of pieces and on hard texts. Raises TrainingError where they differ.
     """
-    import tokenizers
+    text = _exported(tokenizer) if isinstance(tokenizer, JsonTokenizer) else _exported_own(tokenizer)
+    config = _tokenizer_config(tokenizer.token(tokenizer.end_of_text_id), sequence_length) | _travels(
+        tokenizer
+    )
+    return tokenizer.files | {
+        TOKENIZER_JSON: text,
+        TOKENIZER_CONFIG: (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode(),
+    }
 
-    tokenizer = Tokenizer(path)
-    data = path.read_bytes()
-    model = parse_sentencepiece(data)
-    _check_kind(model, path)
-    text = json.dumps(_tokenizer_tree(model, tokenizer.end_of_text_id), ensure_ascii=False)
-    fast = tokenizers.Tokenizer.from_str(text)
-    fast.encode_special_tokens = True
-    for sample in _samples(model):
-        if (ids := fast.encode(sample).ids) != (expected := tokenizer.encode(sample)):
+
+def _exported(tokenizer: JsonTokenizer) -> bytes:
+    """As it is, but for tokens that it would put around every text: the model was trained without."""
+    processor = tokenizer.tree.get("post_processor")
+    kept = _without_tokens(processor)
+    if kept == processor and TOKENIZER_JSON in tokenizer.files:
+        return tokenizer.model_bytes
+    return json.dumps(tokenizer.tree | {"post_processor": kept}, ensure_ascii=False).encode()
+
+
+def _without_tokens(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    if processor is None or processor["type"] in _ADDS_TOKENS:
+        return None
+    if processor["type"] == "Sequence":
+        kept = [part for part in map(_without_tokens, processor["processors"]) if part is not None]
+        return processor | {"processors": kept} if kept else None
+    return processor
+
+
+def _exported_own(tokenizer: Tokenizer) -> bytes:
+    model = parse_sentencepiece(tokenizer.model_bytes)
+    text = json.dumps(tokenizer_tree(model, tokenizer.end_of_text_id), ensure_ascii=False)
+    fast = open_json(text)
+    for sample in _samples([piece.text.replace(SPACE_MARK, " ") for piece in model.pieces]):
+        ids, expected = fast.encode(sample).ids, tokenizer.encode(sample)
+        if ids != expected:
             raise TrainingError(
-                f"{path}: {sample!r} is {expected} in sentencepiece and {ids} in tokenizer.json"
+                f"{tokenizer.path}: {sample!r} is {expected} in sentencepiece and {ids} in tokenizer.json"
             )
-    config = _tokenizer_config(model.pieces[tokenizer.end_of_text_id].text, sequence_length)
-    return {
-        "tokenizer.json": text.encode(),
-        "tokenizer_config.json": (json.dumps(config, indent=1) + "\n").encode(),
-        "tokenizer.model": data,
-    }
+    return text.encode()
 
 
-def _check_kind(model: SentencepieceModel, path: Path) -> None:
-    differences = {
-        "not BPE": model.model_type != BPE,
-        "no byte fallback": not model.byte_fallback,
-        "a normaliser": bool(model.charsmap),
-        "a prefixed space": model.add_dummy_prefix,
-        "extra spaces removed": model.remove_extra_whitespaces,
-        "spaces not marked": not model.escape_whitespaces,
-        "user-defined pieces": any(p.type not in (NORMAL, UNKNOWN, CONTROL, BYTE) for p in model.pieces),
-    }
-    if found := [name for name, present in differences.items() if present]:
-        raise UserError(
-            f"{path}: cannot be converted ({', '.join(found)}): train with a tokenizer that "
-            "'memoryformer tokenizer train' made"
-        )
-
-
-def _tokenizer_tree(model: SentencepieceModel, end_of_text_id: int) -> dict[str, Any]:
-    """What tokenizer.json holds: BPE over characters, bytes for characters without a piece."""
-    specials = {end_of_text_id} | {i for i, p in enumerate(model.pieces) if p.type in (CONTROL, UNKNOWN)}
-    unknown = next((p.text for p in model.pieces if p.type == UNKNOWN), None)
-    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": model.pieces[i].text, **added} for i in sorted(specials)],
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": unknown,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {_plain(piece): i for i, piece in enumerate(model.pieces)},
-            "merges": list(_merges(model)),
-        },
-    }
-
-
-def _merges(model: SentencepieceModel) -> Iterator[tuple[str, str]]:
-    """Every way of joining two pieces into a third, the best-scored third piece first, as sentencepiece joins."""
-    scores = {_plain(piece): piece.score for piece in model.pieces if piece.type == NORMAL}
-    for text in sorted(scores, key=lambda text: -scores[text]):
-        for cut in range(1, len(text)):
-            if text[:cut] in scores and text[cut:] in scores:
-                yield text[:cut], text[cut:]
-
-
-def _plain(piece: Piece) -> str:
-    return piece.text.replace(_SPACE_MARK, " ") if piece.type == NORMAL else piece.text
-
-
-def _samples(model: SentencepieceModel) -> Iterator[str]:
-    pieces = [_plain(piece) for piece in model.pieces]
+def _samples(pieces: list[str]) -> Iterator[str]:
     yield from _HARD_TEXTS
     yield from pieces
     random.Random(0).shuffle(pieces)
@@ -141,7 +94,13 @@ def _tokenizer_config(end_of_text: str, sequence_length: int) -> dict[str, Any]:
         "padding_side": "left",
         "model_max_length": sequence_length,
         "clean_up_tokenization_spaces": False,
-        # <|endoftext|> written in a text is text, as in training
-        "split_special_tokens": True,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+
+
+def _travels(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the tokenizer's own tokenizer_config.json says of special tokens and chats."""
+    theirs = json.loads(tokenizer.files.get(TOKENIZER_CONFIG, b"{}"))
+    tokens = {name: content_of(theirs.get(name)) for name in SPECIAL_TOKENS}
+    kept = {name: theirs[name] for name in (*MORE_SPECIAL_TOKENS, "chat_template") if theirs.get(name)}
+    return {name: text for name, text in tokens.items() if text} | kept

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from mf_train.data.open_tokenizer import tokenizer_in
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.model.model import MemoryFormer
@@ -14,6 +15,7 @@ from mf_train.standalone.use.chat import ChatTokenizer
 from mf_train.standalone.use.load import load_model
 from mf_train.standalone.use.sampling import Sampling
 
+_CONTEXT_TOKENS = 8
 _INCOMPLETE = "\ufffd"  # what bytes that are not yet a whole character decode to
 
 
@@ -42,7 +44,7 @@ def generate(
     if "" in stop:
         raise UserError("--stop is empty: give the text to stop before, or leave it out")
     plain = load_model(model)
-    tokenizer = ChatTokenizer(model) if chat else Tokenizer(model)
+    tokenizer = ChatTokenizer(model) if chat else tokenizer_in(model)
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
     longest = plain.config.sequence_length
     if len(ids) + max_new_tokens > longest:
@@ -54,22 +56,32 @@ def generate(
     tokens = new_tokens(plain, ids, max_new_tokens, temperature, seed, vocab_size, sampling)
     if not chat:
         yield prompt
-    yield from before_any(_texts(tokens, tokenizer), stop)
+    yield from before_any(_texts(tokens, tokenizer, ids[-_CONTEXT_TOKENS:]), stop)
 
 
-def _texts(tokens: Iterator[int], tokenizer: Tokenizer | ChatTokenizer) -> Iterator[str]:
-    """Of tokens up to the end of text, whole characters each time."""
+def _texts(
+    tokens: Iterator[int], tokenizer: Tokenizer | ChatTokenizer, before: Sequence[int] = ()
+) -> Iterator[str]:
+    """Of tokens up to the end of text, whole characters each time.
+
+    They are decoded with those `before` them: some tokenizers drop the space that a text begins with.
+    """
     held: list[int] = []
+    context = list(before)
     for token in tokens:
         if token == tokenizer.end_of_text_id:
             break
         held.append(token)
-        text = tokenizer.decode(held)
+        text = _decode_after(context, held, tokenizer)
         # at most the last three bytes of a character that is not yet complete are held back
         if not text.endswith(_INCOMPLETE) or len(held) > 3:
             yield text
-            held.clear()
-    yield tokenizer.decode(held)
+            context, held = [*context, *held][-_CONTEXT_TOKENS:], []
+    yield _decode_after(context, held, tokenizer)
+
+
+def _decode_after(context: list[int], ids: list[int], tokenizer: Tokenizer | ChatTokenizer) -> str:
+    return tokenizer.decode([*context, *ids])[len(tokenizer.decode(context)) :]
 
 
 def before_any(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:

@@ -528,7 +528,7 @@ def test_errors_of_workers_keep_their_kind(tokenizer: Tokenizer, text: str, tmp_
             "a process failed while it tokenised documents 0 to 0",
         ),
     ]
-    workers = Workers(1, str(tokenizer.path))
+    workers = Workers(1, tokenizer)
     try:
         for task, kind, message in cases:
             with pytest.raises(kind, match=message):

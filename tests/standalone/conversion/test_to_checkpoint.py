@@ -161,11 +161,6 @@ def truncate(model: Path) -> str:
     return f"{SINGLE}: damaged"
 
 
-def lose_the_tokenizer(model: Path) -> str:
-    (model / TOKENIZER).unlink()
-    return r"tokenizer\.model: missing, and tokenizer\.json is there"
-
-
 def another_tokenizer(model: Path) -> str:
     tree = json.loads((model / "tokenizer.json").read_text())
     tree["model"]["merges"].reverse()
@@ -192,7 +187,6 @@ def lose_the_weights(model: Path) -> str:
 DAMAGE = [
     flip_a_bit,
     truncate,
-    lose_the_tokenizer,
     another_tokenizer,
     another_size,
     garble_the_certificate,

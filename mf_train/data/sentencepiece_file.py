@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # a piece's type
-BPE = 2  # TrainerSpec.model_type
-_UNIGRAM = 1
+UNIGRAM, BPE, WORD, CHAR = range(1, 5)  # TrainerSpec.model_type
+SPACE_MARK = "\u2581"  # how sentencepiece writes a space inside pieces
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,17 @@ class SentencepieceModel:
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
     escape_whitespaces: bool
+    whitespace_as_suffix: bool  # the prefixed space, if any, stands at the end
+
+    @property
+    def user_defined(self) -> list[str]:
+        return [piece.text for piece in self.pieces if piece.type == USER_DEFINED]
+
+    @property
+    def splits_at_spaces(self) -> bool:
+        """Whether no piece has a space after another character, so that words are tokenised each by itself."""
+        pieces = (piece.text for piece in self.pieces if piece.type in (NORMAL, USER_DEFINED))
+        return all(SPACE_MARK not in text.lstrip(SPACE_MARK) for text in pieces)
 
 
 def parse_sentencepiece(data: bytes) -> SentencepieceModel:
@@ -54,7 +65,7 @@ def parse_sentencepiece(data: bytes) -> SentencepieceModel:
             trainer = dict(_fields(value))
         elif number == 3:
             normalizer = dict(_fields(value))
-    model_type, charsmap = trainer.get(3, _UNIGRAM), normalizer.get(2, b"")
+    model_type, charsmap = trainer.get(3, UNIGRAM), normalizer.get(2, b"")
     assert isinstance(model_type, int) and isinstance(charsmap, bytes)
     return SentencepieceModel(
         pieces=pieces,
@@ -64,6 +75,7 @@ def parse_sentencepiece(data: bytes) -> SentencepieceModel:
         add_dummy_prefix=bool(normalizer.get(3, 1)),
         remove_extra_whitespaces=bool(normalizer.get(4, 1)),
         escape_whitespaces=bool(normalizer.get(5, 1)),
+        whitespace_as_suffix=bool(trainer.get(24, 0)),
     )
 
 

@@ -13,7 +13,7 @@ def add_checkpoint(commands: Any) -> Any:
     summary = "read checkpoints and compare every checksum"
     verb = add_command(verbs, "verify", summary, "checkpoint verify runs/quickstart", _verify)
     verb.add_argument(
-        "path", type=Path, metavar="PATH", help="a checkpoint, or a run's folder for all of its"
+        "path", type=Path, metavar="PATH", help="a checkpoint, or a run's folder: all its checkpoints"
     )
     summary = "show a run's checkpoints: step, size, date"
     verb = add_command(verbs, "list", summary, "checkpoint list runs/quickstart", _list)

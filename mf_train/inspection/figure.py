@@ -43,7 +43,7 @@ def draw_reads(all_counts: Mapping[str, Tensor], hashes: Sequence[HashStatistics
             panel.text(0.98, 0.96, note, transform=panel.transAxes, ha="right", va="top", fontsize=8)
         panel.tick_params(labelsize=8)
         if place % _HASHES == 0:
-            panel.set_ylabel("reads / mean", fontsize=8)
+            panel.set_ylabel("reads / mean of a bucket", fontsize=8)
         if place >= len(axes) - _HASHES:
-            panel.set_xlabel("bucket (line: by rank)", fontsize=8)
+            panel.set_xlabel("bucket (line: sorted by reads)", fontsize=8)
     return make_png(figure)

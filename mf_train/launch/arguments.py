@@ -73,10 +73,15 @@ def options_from(given: argparse.Namespace) -> JobOptions:
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("size")
-    size.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
+    size.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
     size.add_argument("--gpus-per-node", type=int, metavar="G", help="one process a GPU")
     size.add_argument("--tasks-per-node", type=int, metavar="T", help="processes a node without GPUs")
-    size.add_argument("--cpus-per-task", type=int, metavar="C", help="default: the node's, shared out")
+    size.add_argument(
+        "--cpus-per-task",
+        type=int,
+        metavar="C",
+        help="processor cores for each process (default: the node's, shared out)",
+    )
     size.add_argument(
         "--elastic",
         metavar="MIN:MAX",
@@ -97,14 +102,16 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
 def _add_queue(parser: argparse.ArgumentParser) -> None:
     queue = parser.add_argument_group("queue, as sbatch's options")
     queue.add_argument(
-        "--time", metavar="T", help="limit: minutes, H:M:S, D-H; the job requeues itself until done"
+        "--time", metavar="T", help="time limit: minutes, H:M:S, D-H; the job requeues itself until done"
     )
-    queue.add_argument("--partition", metavar="NAME", help="default: the cluster's")
-    queue.add_argument("--account", metavar="NAME", help="whom the time is billed to")
+    queue.add_argument("--partition", metavar="NAME", help="partition to wait in (default: the cluster's)")
+    queue.add_argument("--account", metavar="NAME", help="account that the time is billed to")
     queue.add_argument("--qos", metavar="NAME", help="quality of service")
-    queue.add_argument("--job-name", metavar="NAME", help="default: the run folder's name")
+    queue.add_argument("--job-name", metavar="NAME", help="name of the job (default: the run folder's)")
     queue.add_argument("--array", metavar="TASKS", help="a run for each number: 0-2, 0-99%%10, 1,3,5")
-    queue.add_argument("--dependency", metavar="WHEN:JOB", help="such as afterok:1234")
+    queue.add_argument(
+        "--dependency", metavar="WHEN:JOB", help="start only after another job, such as afterok:1234"
+    )
     queue.add_argument(
         "--sbatch",
         action="append",

@@ -123,8 +123,8 @@ def _unfinished(nodes: Sequence[Node]) -> list[Finding]:
     if lost := [node for node in nodes if node.stage != "done" and not node.failed]:
         first = min((node.stage for node in lost), key=STAGES.index)
         names = tuple(node.name for node in lost if node.stage == first)
-        place = f"after the stage {first!r}" if first else "before it said anything"
-        return [Finding(names, f"was heard no more {place}: it hangs or was killed")]
+        place = f" after stage {first!r}" if first else ""
+        return [Finding(names, f"sent nothing{place}: it hangs or was killed")]
     failed = [(node.name, *node.failed) for node in nodes if node.failed]
     failed = [
         told for told in failed if not told[2].startswith(("Timeout", "DistStore", "DistNetwork"))

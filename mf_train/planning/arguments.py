@@ -18,9 +18,11 @@ def add_plan(commands: Any) -> None:
         _plan,
     )
     add_config(parser)
-    parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="default: 1")
     parser.add_argument(
-        "--gpus-per-node", type=_positive, default=8, metavar="G", help="processes a node (8)"
+        "--nodes", type=_positive, default=1, metavar="N", help="number of nodes (default: 1)"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=_positive, default=8, metavar="G", help="processes on each node (default: 8)"
     )
     parser.add_argument(
         "--device",
@@ -30,7 +32,9 @@ def add_plan(commands: Any) -> None:
     parser.add_argument(
         "--measured", type=Path, metavar="RUN", help="a run's folder: show what it measured beside the plan"
     )
-    parser.add_argument("--cost-per-hour", type=_price, metavar="X", help="of one device, in any currency")
+    parser.add_argument(
+        "--cost-per-hour", type=_price, metavar="X", help="cost of one device-hour, in any currency"
+    )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw the scaling curves and the learning rate"
     )
@@ -39,7 +43,13 @@ def add_plan(commands: Any) -> None:
         metavar="GB,...",
         help="instead: the largest size that GPUs of so much memory can train, such as 24,80,h200",
     )
-    parser.add_argument("--rows", type=_positive, default=10, metavar="K", help="layouts that are shown (10)")
+    parser.add_argument(
+        "--rows",
+        type=_positive,
+        default=10,
+        metavar="K",
+        help="number of layouts that are shown (default: 10)",
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 

@@ -12,7 +12,9 @@ def add_report(commands: Any) -> None:
     summary = "one HTML page with a run's curves, restarts and checkpoints"
     parser = add_command(commands, "report", summary, "report runs/quickstart", _report)
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder; it may still train")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where the page is written (default: RUN/report.html)"
+    )
 
 
 def _report(given: argparse.Namespace) -> int:

@@ -43,11 +43,11 @@ def add_convert(commands: Any) -> None:
         help="the way back: a checkpoint of a standalone model's weights, to train on from with checkpoint.resume",
     )
     parser.add_argument(
-        "--tensor", type=int, metavar="P", help="ranks that a checkpoint is split for (default: 1)"
+        "--tensor", type=int, metavar="P", help="with --to-checkpoint: tensor-parallel ranks (default: 1)"
     )
     parser.add_argument(
         "--dtype",
-        help="of the weights: float32, bfloat16 or, for tables and LM head, int8 (default: the run's precision)",
+        help="data type of the weights: float32, bfloat16 or, for tables and head, int8 (default: the run's precision)",
     )
     parser.add_argument(
         "--average",
@@ -76,7 +76,7 @@ def add_average(verbs: Any) -> None:
     verb = add_command(verbs, "average", summary, example, _average)
     verb.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder")
     verb.add_argument(
-        "steps", type=int, nargs="+", metavar="STEP", help="of checkpoints that the run has kept"
+        "steps", type=int, nargs="+", metavar="STEP", help="steps of checkpoints that the run has kept"
     )
     verb.add_argument("output", type=Path, metavar="OUT", help="a folder that does not exist yet")
 
@@ -91,7 +91,9 @@ def add_generate(commands: Any) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="the text is a message, in the tokenizer's chat template"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="most tokens to add (default: 64)"
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token each time"
     )
@@ -119,7 +121,7 @@ def add_generate(commands: Any) -> None:
         metavar="TEXT",
         help="end before this text; may be given several times",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
 
 
 def add_evaluate(commands: Any) -> None:
@@ -139,17 +141,31 @@ def add_evaluate(commands: Any) -> None:
         metavar="NAME,...",
         help="tasks of lm-evaluation-harness, such as mf_last_word (docs/evaluation.md)",
     )
-    parser.add_argument("--sequence-length", type=int, metavar="S", help="default: the model's")
     parser.add_argument(
-        "--sequences", type=int, default=0, metavar="N", help="only the first N (default: all)"
+        "--sequence-length", type=int, metavar="S", help="tokens of a sequence (default: the model's)"
+    )
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        default=0,
+        metavar="N",
+        help="evaluate only the first N sequences (default: all)",
     )
     parser.add_argument(
         "--batch-size", type=int, default=8, metavar="B", help="sequences at once (default: 8)"
     )
-    tasks = parser.add_argument_group("with --tasks")
-    tasks.add_argument("--include-path", type=Path, metavar="DIR", help="task files, such as configs/eval")
-    tasks.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N items of each task")
-    tasks.add_argument("--output", type=Path, metavar="FILE", help="JSON with scores, versions and hashes")
+    parser.add_argument(
+        "--include-path",
+        type=Path,
+        metavar="DIR",
+        help="with --tasks: a folder of task files, such as configs/eval",
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="with --tasks: evaluate only the first N items of each task"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="with --tasks: write scores, versions and hashes as JSON"
+    )
 
 
 def _average(given: argparse.Namespace) -> int:

@@ -52,11 +52,23 @@ def add_study(commands: Any) -> None:
 
 def _add_fit_options(parser: argparse.ArgumentParser) -> None:
     fits = parser.add_argument_group("tables, plots and fits")
-    fits.add_argument("--x", choices=_X, default="flops", help="what loss is drawn and fitted over (flops)")
-    fits.add_argument("--size", choices=_X[2:5], default="parameters", help="N of L(N, D) (parameters)")
-    by = "a fit for each value of these columns (model.kind)"
+    fits.add_argument(
+        "--x",
+        choices=_X,
+        default="flops",
+        help="cost that the loss is drawn and fitted over (default: flops)",
+    )
+    fits.add_argument(
+        "--size",
+        choices=_X[2:5],
+        default="parameters",
+        help="column used as model size N in L(N, D) (default: parameters)",
+    )
+    by = "columns, each of whose values is a series with fits of its own (default: model.kind)"
     fits.add_argument("--by", default="model.kind", metavar="KEYS", help=by)
-    fits.add_argument("--samples", type=int, default=200, metavar="N", help="of the bootstrap (200)")
+    fits.add_argument(
+        "--samples", type=int, default=200, metavar="N", help="number of bootstrap samples (default: 200)"
+    )
 
 
 def _open(given: argparse.Namespace) -> tuple[Study, Grid]:

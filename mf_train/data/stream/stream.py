@@ -383,14 +383,15 @@ def _check_identity(saved: State, here: State) -> None:
     if len(saved["sources"]) != len(here["sources"]):
         raise UserError(
             f"data.train had {len(saved['sources'])} sources when the data state was saved and has "
-            f"{len(here['sources'])} now: put them back, or start a new run"
+            f"{len(here['sources'])} now: put them back, make the change in a phase (docs/training.md), or start "
+            "a new run"
         )
     for index, (before, now) in enumerate(zip(saved["sources"], here["sources"], strict=True)):
         changed = _changes(before, now, ("weight", *_CONTENT))
         if changed:
             raise UserError(
                 f"data.train[{index}] ({now['name']}) is not the source of the saved data state: {changed}; "
-                "put it back, or start a new run"
+                "put it back, make the change in a phase (docs/training.md), or start a new run"
             )
 
 

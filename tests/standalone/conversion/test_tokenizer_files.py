@@ -235,3 +235,5 @@ def test_chats_and_special_tokens_travel(folder: Path, tmp_path: Path) -> None:
     fast = exported(load_tokenizer(TokenizerConfig(path=str(own))), tmp_path / "model")
     chat = fast.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=True)["input_ids"]
     assert chat == [*SHIPPED.encode("hi"), 0]
+    fast.add_tokens(["<|user|>"], special_tokens=True)
+    assert fast("<|user|>hi").input_ids == [SHIPPED.vocab_size, *SHIPPED.encode("hi")]

@@ -59,9 +59,7 @@ class TokenizerConfig:
     """
 
     path: str = bounds.path("")  # of the file or folder; none: shards are trained on
-    end_of_text_id: int | None = (
-        None  # which id ends a document, where the tokenizer does not say it, or says another
-    )
+    end_of_text_id: int | None = None  # the id that ends a document; None: the tokenizer says it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,6 @@ _CUTS = (
     re.compile(r"\w([^\w\s])\w"),
 )
 _TRIES = 8  # of each
-_LARGEST_PART = 100  # vocabularies are larger
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -64,24 +63,27 @@ class JsonTokenizer(Tokenizer):
         config = parse_object(companions.get(TOKENIZER_CONFIG, b"{}"), path.with_name(TOKENIZER_CONFIG))
         if path.suffix == ".json":
             self.files = {TOKENIZER_JSON: self.model_bytes} | companions
-            self.tree = parse_object(self.model_bytes, path)
+            tree = parse_object(self.model_bytes, path)
             named = content_of(config.get("eos_token"))
             ends = [named] if named else list(_USUAL_ENDS)
         else:
             self.files = {TOKENIZER: self.model_bytes} | companions
             model = parse_sentencepiece(self.model_bytes)
             check_exportable(model, path)
-            self.tree = tokenizer_tree(model)
+            tree = tokenizer_tree(model)
             ends = self._ends_of_sentencepiece(model)
-        if (self.tree.get("model") or {}).get("dropout"):
+        model_tree = tree.pop("model", None)
+        if isinstance(model_tree, dict) and model_tree.get("dropout"):
             raise UserError(f"tokenizer.path: {path} drops merges at random: set its model.dropout to null")
         try:
-            self._fast = open_json(json.dumps(self.tree, ensure_ascii=False))
+            self._fast = open_json(self.json_text())
         except Exception as error:  # it has no narrower one
             raise UserError(
                 f"tokenizer.path: {path} is not a tokenizer.json that the package tokenizers "
                 f"{version('tokenizers')} reads ({_line(error)}): take one that it wrote, or another version"
             ) from None
+        self._settings = tree  # without the vocabulary, which every worker would hold once more
+        self._unigram = type(self._fast.model).__name__ == "Unigram"
         self.vocab_size = 1 + max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1)
         self.end_of_text_id = self._find_end(ends)
         told = path.suffix != ".json" and end_of_text_id is None  # by the model's bytes
@@ -121,11 +123,10 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     def token_bytes(self) -> npt.NDArray[np.int32]:
         sizes = np.zeros(self.vocab_size, np.int32)
-        special = {token["id"] for token in self.tree.get("added_tokens") or () if token["special"]}
-        added = {token["id"] for token in self.tree.get("added_tokens") or ()}
-        of_bytes = any(part.get("type") == "ByteLevel" for part in _parts(self.tree))
+        added = {token["id"]: token["special"] for token in self._settings.get("added_tokens") or ()}
+        of_bytes = any(part.get("type") == "ByteLevel" for part in _parts(self._settings))
         for text, token in self._fast.get_vocab(with_added_tokens=True).items():
-            if token in special:
+            if added.get(token):
                 continue
             if of_bytes and token not in added:
                 sizes[token] = len(text)  # a character stands for a byte
@@ -134,6 +135,12 @@ class JsonTokenizer(Tokenizer):
             else:
                 sizes[token] = len(text.replace(SPACE_MARK, " ").encode("utf-8"))
         return sizes
+
+    def json_text(self) -> str:
+        """What the converted model's tokenizer.json is made from."""
+        if TOKENIZER_JSON in self.files:
+            return self.model_bytes.decode("utf-8")
+        return json.dumps(tokenizer_tree(parse_sentencepiece(self.model_bytes)), ensure_ascii=False)
 
     def token(self, number: int) -> str:
         return str(self._fast.id_to_token(number))
@@ -146,7 +153,7 @@ class JsonTokenizer(Tokenizer):
         """Whether a text can be cut at all. A unigram model chooses the likeliest pieces of all that it is given, which
         has to be a word; BPE joins neighbours only.
         """
-        return (self.tree.get("model") or {}).get("type") != "Unigram" or self._splits()
+        return not self._unigram or self._splits()
 
     def _splits(self) -> bool:
         probe = self._fast.pre_tokenizer
@@ -167,7 +174,7 @@ class JsonTokenizer(Tokenizer):
 
     def _find_end(self, names: list[str]) -> int:
         if self._given is not None:
-            if self._fast.id_to_token(self._given) is None:
+            if not 0 <= self._given < self.vocab_size or self._fast.id_to_token(self._given) is None:
                 raise UserError(
                     f"tokenizer.end_of_text_id is {self._given}: {self.path} has no such id: name one of its "
                     "special tokens"
@@ -212,7 +219,7 @@ def _parts(tree: Any) -> Iterator[dict[str, Any]]:
     for part in tree.values() if isinstance(tree, dict) else tree:
         if isinstance(part, dict):
             yield part
-        if isinstance(part, dict | list) and len(part) < _LARGEST_PART:
+        if isinstance(part, dict | list):
             yield from _parts(part)
 
 

@@ -33,19 +33,25 @@ def load_tokenizer(settings: TokenizerConfig) -> Tokenizer:
     return tokenizer
 
 
+def is_own_file(path: Path) -> bool:
+    """Whether a sentencepiece model is of the kind of `memoryformer tokenizer train`. Raises UserError for no model."""
+    content = path.read_bytes()
+    load_processor(content, path)
+    return is_own(parse_sentencepiece(content))
+
+
 def _load(settings: TokenizerConfig) -> Tokenizer:
     path = find_model(settings.path)
     if path.suffix == ".json":
         return JsonTokenizer(path, settings.end_of_text_id)
-    content = path.read_bytes()
-    load_processor(content, path)  # which refuses what is no model
-    if is_own(parse_sentencepiece(content)):
-        if settings.end_of_text_id is not None:
+    if is_own_file(path):
+        tokenizer = Tokenizer(path)
+        if settings.end_of_text_id not in (None, tokenizer.end_of_text_id):
             raise UserError(
                 "tokenizer.end_of_text_id and tokenizer.path are both set: the model at the path says its end of text "
-                "itself; remove one of them"
+                f"itself, {tokenizer.end_of_text_id}; remove one of them"
             )
-        return Tokenizer(path)
+        return tokenizer
     made = path.with_name(TOKENIZER_JSON)
     folder = path.name == TOKENIZER and not settings.path.endswith(TOKENIZER)
     return JsonTokenizer(made if folder and made.is_file() else path, settings.end_of_text_id)

@@ -161,7 +161,7 @@ def test_shards_and_text_give_the_same_batches_and_resume(
 def test_special_tokens_in_a_text_are_text_and_added_ones_themselves(kind: str, folder: Path) -> None:
     tokenizer = opened(kind, folder)
     vocab = {tokenizer.token(i): i for i in range(tokenizer.vocab_size)}
-    special = [token for token in tokenizer.tree["added_tokens"] if token["special"]]
+    special = [token for token in json.loads(tokenizer.json_text())["added_tokens"] if token["special"]]
     assert special
     for token in special:
         assert token["id"] not in tokenizer.encode(f"a{token['content']}b")
@@ -237,6 +237,7 @@ def test_mistakes_are_named_before_anything_is_trained(folder: Path, tmp_path: P
     mistake(given_tree(nameless), "does not say which token ends a document: set tokenizer.end_of_text_id")
     (tmp_path / "tokenizer.json").write_bytes(source.read_bytes())
     settings = TokenizerConfig(path=str(tmp_path))
+    mistake(TokenizerConfig(path=str(tmp_path), end_of_text_id=-1), "end_of_text_id is -1: .* has no such id")
     mistake(settings, "model.vocab_size is 100, but the tokenizer .* has 700 ids", vocab_size=100)
     mistake(
         TokenizerConfig(path=str(tmp_path), end_of_text_id=700), "end_of_text_id is 700: .* has no such id"

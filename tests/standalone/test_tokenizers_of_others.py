@@ -13,8 +13,8 @@ from mf_train.config import TokenizerConfig
 from mf_train.data.open_tokenizer import load_tokenizer
 from mf_train.standalone.conversion.convert import convert
 from mf_train.standalone.conversion.to_checkpoint import to_checkpoint
-from mf_train.standalone.use.generate import generate
-from tests.tokenizers_of_others import write
+from mf_train.standalone.use.generate import _texts, generate
+from tests.tokenizers_of_others import OTHER_SCRIPTS, write
 from tests.training.runs import read_metrics, small_config, train, write_text
 
 
@@ -53,3 +53,13 @@ def test_from_training_to_use_and_back(kind: str, tmp_path: Path) -> None:
     list(to_checkpoint(tmp_path / "model", tmp_path / "back", 1))
     back = TokenizerConfig(path=str(tmp_path / "back"), end_of_text_id=tokenizer.end_of_text_id)
     assert load_tokenizer(back).encode(text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "neox"])
+def test_a_text_that_is_written_in_pieces_keeps_its_spaces(kind: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(write(kind, tmp_path))))
+    text = f"The state  of the union, {OTHER_SCRIPTS} as it is"
+    ids = tokenizer.encode(text)
+    for cut in (0, 1, 4):
+        before = tokenizer.decode(ids[:cut])
+        assert before + "".join(_texts(iter(ids[cut:]), tokenizer, ids[:cut])) == text

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mf_train.checkpoint.layout import AVERAGE, CONFIG, resolve_checkpoint
+from mf_train.checkpoint.layout import AVERAGE, CONFIG, TOKENIZER, resolve_checkpoint
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
 from mf_train.config.loading import load_config
@@ -107,10 +107,14 @@ def phases_until(reader: CheckpointReader) -> list[Phase]:
 def text_files(reader: CheckpointReader, config: Config, dtype: str) -> dict[str, bytes]:
     """Contents by name of all files that do not depend on the weights: settings, tokenizer and source files."""
     end_of_text_id, texts = config.tokenizer.end_of_text_id, {}
-    if reader.read_tokenizer() or end_of_text_id is None:  # and their checksums
+    files = reader.read_tokenizer()  # and their checksums
+    if not files and end_of_text_id is None:
+        reader.read_file(TOKENIZER)  # which says that it is missing
+    if files:
         tokenizer = tokenizer_in(reader.checkpoint, end_of_text_id)
         end_of_text_id = tokenizer.end_of_text_id
         texts = tokenizer_files(tokenizer, config.model.sequence_length)
+    assert end_of_text_id is not None
     return texts | settings_files(config, dtype, end_of_text_id) | source_files()
 
 

@@ -24,7 +24,8 @@ from mf_train.checkpoint.save import Extras, write_extras
 from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainingConfig
 from mf_train.config.loading import config_to_tree
 from mf_train.config.yaml_text import yaml_text
-from mf_train.data.open_tokenizer import load_tokenizer, tokenizer_in
+from mf_train.data.open_tokenizer import is_own_file, load_tokenizer, tokenizer_in
+from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.files import write_synced
 from mf_train.model.sharding import slice_shape
@@ -83,12 +84,14 @@ def _configuration(folder: Path, tensor: int) -> tuple[Config, dict[str, bytes]]
         raise UserError(f"{folder}: its weights are {kind}: give a model in float32 or bfloat16")
     _check_degree(model, tensor)
     tree: dict[str, Any] = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
-    tokenizer = _read_tokenizer(folder, model.sequence_length)
-    end_of_text_id = None if TOKENIZER in tokenizer else tree.get("eos_token_id")
-    if TOKENIZER not in tokenizer and type(end_of_text_id) is not int:
+    model_file = folder / TOKENIZER
+    own = model_file.is_file() and is_own_file(model_file)  # which says its end of text itself
+    end_of_text_id = None if own else tree.get("eos_token_id")
+    if not own and type(end_of_text_id) is not int:
         raise UserError(
             f"{folder / MODEL_CONFIG}: eos_token_id is {end_of_text_id!r}: it must be a token's id"
         )
+    tokenizer = _read_tokenizer(folder, model.sequence_length, end_of_text_id)
     config = Config(
         model=model,
         data=DataConfig(document_attention=tree.get(DOCUMENT_ATTENTION) is True),
@@ -96,7 +99,7 @@ def _configuration(folder: Path, tensor: int) -> tuple[Config, dict[str, bytes]]
         parallel=ParallelConfig(tensor=tensor),
         training=TrainingConfig(precision=precisions[dtype]),  # type: ignore[arg-type]
     )
-    return config, tokenizer
+    return config, tokenizer.files if tokenizer else {}
 
 
 def _check_degree(model: ModelConfig, tensor: int) -> None:
@@ -114,14 +117,14 @@ def _check_degree(model: ModelConfig, tensor: int) -> None:
             raise UserError(f"--tensor {tensor} does not divide the {value} {name}: choose a divisor")
 
 
-def _read_tokenizer(folder: Path, sequence_length: int) -> dict[str, bytes]:
-    """The tokenizer's files: those of `tokenizer.model` where it is there, of which the folder's tokenizer.json must
-    have been made, or else of tokenizer.json; none without both.
+def _read_tokenizer(folder: Path, sequence_length: int, end_of_text_id: int | None) -> Tokenizer | None:
+    """That of `tokenizer.model` where it is there, of which the folder's tokenizer.json must have been made, or else of
+    tokenizer.json; None without both.
     """
     path, made = folder / TOKENIZER, folder / TOKENIZER_JSON
     if not path.is_file():
-        return tokenizer_in(folder).files if made.is_file() else {}
-    tokenizer = load_tokenizer(TokenizerConfig(path=str(path)))
+        return tokenizer_in(folder, end_of_text_id) if made.is_file() else None
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(path), end_of_text_id=end_of_text_id))
     expected = tokenizer_files(tokenizer, sequence_length)[made.name]
     try:
         same = json.loads(made.read_bytes()) == json.loads(expected)
@@ -129,7 +132,7 @@ def _read_tokenizer(folder: Path, sequence_length: int) -> dict[str, bytes]:
         same = False
     if not same:
         raise UserError(f"{made}: is not what {path.name} gives; restore both from the same model")
-    return tokenizer.files
+    return tokenizer
 
 
 def _write_weights(model: Path, weights: FolderWeights, config: Config, folder: Path) -> Manifest:

@@ -49,11 +49,13 @@ def tokenizer_files(tokenizer: Tokenizer, sequence_length: int) -> dict[str, byt
 
 def _exported(tokenizer: JsonTokenizer) -> bytes:
     """As it is, but for tokens that it would put around every text: the model was trained without."""
-    processor = tokenizer.tree.get("post_processor")
+    text = tokenizer.json_text()
+    tree = json.loads(text)
+    processor = tree.get("post_processor")
     kept = _without_tokens(processor)
-    if kept == processor and TOKENIZER_JSON in tokenizer.files:
-        return tokenizer.model_bytes
-    return json.dumps(tokenizer.tree | {"post_processor": kept}, ensure_ascii=False).encode()
+    if kept == processor:
+        return text.encode()
+    return json.dumps(tree | {"post_processor": kept}, ensure_ascii=False).encode()
 
 
 def _without_tokens(processor: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -169,7 +169,10 @@ def test_a_converted_model_has_the_trainers_ids(kind: str, folder: Path, tmp_pat
     check()
     ids = fast("hi" + fast.eos_token).input_ids
     assert ids == [*tokenizer.encode("hi"), tokenizer.end_of_text_id]
-    assert tokenizer.end_of_text_id not in fast("hi" + fast.eos_token, split_special_tokens=True).input_ids
+    if kind != "metaspace":  # a unigram tokenizer.json has the name among its pieces
+        assert (
+            tokenizer.end_of_text_id not in fast("hi" + fast.eos_token, split_special_tokens=True).input_ids
+        )
 
 
 @pytest.mark.slow
@@ -235,3 +238,5 @@ def test_chats_and_special_tokens_travel(folder: Path, tmp_path: Path) -> None:
     fast = exported(load_tokenizer(TokenizerConfig(path=str(own))), tmp_path / "model")
     chat = fast.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=True)["input_ids"]
     assert chat == [*SHIPPED.encode("hi"), 0]
+    fast.add_tokens(["<|user|>"], special_tokens=True)
+    assert fast("<|user|>hi").input_ids == [SHIPPED.vocab_size, *SHIPPED.encode("hi")]

@@ -378,7 +378,8 @@ def lookup(
     `biases` [O_i], of each set or of none, are added before the sum is rounded.
     As `mf_train.kernels.lookup`, which checks the arguments. A code outside [0, 2**tau) makes its token's y NaN.
     """
-    pairs = zip(tables, biases or [None] * len(tables), strict=True)
+    of_each = biases or itertools.repeat(None, len(tables))
+    pairs = zip(tables, of_each, strict=True)
     return [_forward(codes, weights, one, None, bias) for one, bias in pairs]
 
 

@@ -186,7 +186,7 @@ def _no_totals(BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SUM: tl.constexpr):
     return totals
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=["num_tokens", "num_slots", "num_reads"])
 def _segments_kernel(
     dy_ptr,
     weights_ptr,
@@ -217,6 +217,7 @@ def _segments_kernel(
     row whose readers begin at place b is in slot b / SEGMENT + s, where no other row has one; and place
     (slot + 1) SEGMENT - 1 is in that row. So a slot's program finds its segment by itself.
     """
+    num_reads = num_reads.to(tl.int64)  # chunks times reads may be more than 2^31
     slot = tl.program_id(0) % num_slots
     table = (tl.program_id(0) // num_slots).to(tl.int64)
     tokens_ptr += table * num_tokens
@@ -264,7 +265,7 @@ def _segments_kernel(
                 tl.store(part_ptr + c * chunk + offset, totals[c], mask=offset < width)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=["num_tokens", "num_slots", "num_reads"])
 def _backward_kernel(
     dy_ptr,
     weights_ptr,
@@ -297,6 +298,7 @@ def _backward_kernel(
     Of a row that is cut into segments, whose readers have their d weights, the segments' parts are added in order.
     With add_tables d_tables holds what is added to; a row has one writer.
     """
+    num_reads = num_reads.to(tl.int64)  # chunks times reads may be more than 2^31
     offset = tl.arange(0, BLOCK)
     for i in tl.range(ROWS_PER_PROGRAM):
         row = tl.program_id(0).to(tl.int64) * ROWS_PER_PROGRAM + i  # of all tables laid end to end
@@ -376,7 +378,8 @@ def lookup(
     `biases` [O_i], of each set or of none, are added before the sum is rounded.
     As `mf_train.kernels.lookup`, which checks the arguments. A code outside [0, 2**tau) makes its token's y NaN.
     """
-    pairs = zip(tables, biases or [None] * len(tables), strict=True)
+    of_each = biases or itertools.repeat(None, len(tables))
+    pairs = zip(tables, of_each, strict=True)
     return [_forward(codes, weights, one, None, bias) for one, bias in pairs]
 
 

@@ -219,7 +219,7 @@ class Zero:
             hook.remove()
         for bucket in self.buckets:
             for slot in bucket.slots:
-                del slot.parameter.gradient_sum  # type: ignore[attr-defined]
+                slot.parameter.__dict__.pop("gradient_sum", None)
 
     # set-up
 
@@ -298,7 +298,7 @@ class Zero:
         """Add a parameter's gradient to its sums."""
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
-            return  # the backward pass has added it itself
+            return  # its lookup has added it
         total, holds = self._sums(bucket, slot)
         if holds:
             total.add_(gradient)

@@ -1,11 +1,15 @@
 """Compiles every Triton kernel for an H100, without one: `python triton_compile.py ELEMENT CODES`, such as bf16 u8.
 
-`test_triton` runs it. The launches are those of usual sizes: aligned tensors and multiples of 16.
+`test_triton` runs it. The launches are those of usual sizes: aligned tensors and multiples of 16. With capabilities
+behind (80 90 100) it prints what ptxas says of each kernel for these.
 """
 
 import itertools
+import os
 import re
+import subprocess
 import sys
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import triton
@@ -26,6 +30,7 @@ from mf_train.kernels import (
 from mf_train.kernels.adamw import Draw, Rates
 
 H100 = GPUTarget("cuda", 90, 32)
+shown: list[int] = []  # capabilities whose registers are printed
 ITEM_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 BITS = {"u8": 8, "i16": 10, "i32": 16, "i64": 1}  # of the tables that are read by codes of each type
 NUM_TABLES, COLUMNS = 128, 1024
@@ -56,11 +61,26 @@ def compile_kernel(
     values |= dict.fromkeys(missing)
     source = ASTSource(kernel, signature, values, attributes)
     fusion = constants.get("enable_fp_fusion", True)
-    compiled = triton.compile(
-        source, target=H100, options={"num_warps": num_warps, "enable_fp_fusion": fusion}
-    )
+    options = {"num_warps": num_warps, "enable_fp_fusion": fusion}
+    for capability in shown:
+        target = GPUTarget("cuda", capability, 32)
+        ptx = triton.compile(source, target=target, options=options).asm["ptx"]
+        print(kernel.fn.__name__, constants, f"sm_{capability}:", registers(ptx, capability), flush=True)
+    compiled = triton.compile(source, target=H100, options=options)
     assert compiled.asm["cubin"]
     return compiled.asm
+
+
+def registers(ptx: str, capability: int) -> str:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    name = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
+    with NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={name}", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return ", ".join(re.findall(r"\d+ registers|\d+ bytes spill stores", said))
 
 
 def wide_loads(ptx: str) -> int:
@@ -206,7 +226,8 @@ def compile_adamw() -> None:
         assert wide_loads(ptx) >= 1, "gradients are not read 16 bytes a lane"
 
 
-def main(element: str, codes: str) -> None:
+def main(element: str, codes: str, *capabilities: str) -> None:
+    shown.extend(map(int, capabilities))
     tau = BITS[codes]
     common = {"SUM": tl.float64 if element == "fp64" else tl.float32, "ROWS": 2**tau, "K": NUM_TABLES}
     common |= {"TAU": tau, "PADDED_TAU": triton.next_power_of_2(tau), "SLOPE": -2.0}

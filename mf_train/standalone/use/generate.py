@@ -11,7 +11,7 @@ from mf_train.model.model import MemoryFormer
 from mf_train.standalone.decoding import FastPath
 from mf_train.standalone.exported.cache import Cache
 from mf_train.standalone.use.chat import ChatTokenizer
-from mf_train.standalone.use.load import load_model
+from mf_train.standalone.use.load import load_model, load_tokenizer
 from mf_train.standalone.use.sampling import Sampling
 
 _INCOMPLETE = "\ufffd"  # what bytes that are not yet a whole character decode to
@@ -42,7 +42,7 @@ def generate(
     if "" in stop:
         raise UserError("--stop is empty: give the text to stop before, or leave it out")
     plain = load_model(model)
-    tokenizer = ChatTokenizer(model) if chat else Tokenizer(model)
+    tokenizer = ChatTokenizer(model) if chat else load_tokenizer(model)
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
     longest = plain.config.sequence_length
     if len(ids) + max_new_tokens > longest:

@@ -1,4 +1,4 @@
-"""Loads a standalone model as the plain model, without transformers and without running the folder's own code."""
+"""Loads a standalone model as the plain model, and its tokenizer, without running the folder's own code."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mf_train.checkpoint.layout import TOKENIZER
+from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.model.model import MemoryFormer
 from mf_train.standalone.exported.names import PARAMETER_PREFIX
@@ -25,6 +27,14 @@ def load_model(folder: Path) -> MemoryFormer:
     state = {name.removeprefix(PARAMETER_PREFIX): tensor for name, tensor in tensors.items()}
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a standalone model. Raises UserError."""
+    path = folder / TOKENIZER
+    if not path.is_file():  # save_pretrained of transformers writes tokenizer.json alone
+        raise UserError(f"{path}: missing: copy it from the model that this one was made from")
+    return Tokenizer(path)
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Path]]:

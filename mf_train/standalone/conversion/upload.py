@@ -17,10 +17,8 @@ from mf_train.text import first_line, human_bytes
 
 # Files that a model's owner may write anew; the others are what was proved.
 _OWN = (CARD, "chat_template.jinja", "generation_config.json", "tokenizer_config.json")
-_WEIGHTS = (
-    ".safetensors",
-    INDEX,
-)  # endings of files that are deleted from the repository where they are not sent
+# Endings of files that are deleted from the repository where they are not sent.
+_WEIGHTS = (".safetensors", INDEX)
 _SHOWN = 5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,3 +214,15 @@ def test_mistakes_are_named(float32_two: Trained, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             list(mistake())
         assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_transformers_saved_lacks_the_sentencepiece_model(
+    float32_two: Trained, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(float32_two.model, tmp_path / "saved"))
+    (model / "tokenizer.model").unlink()
+    remedy = "tokenizer.json: missing: copy it from the model that this one was made from"
+    with pytest.raises(UserError, match=remedy):
+        list(generate(model, PROMPT))
+    with pytest.raises(UserError, match=remedy):
+        list(evaluate(model, [str(float32_two.text)]))

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from mf_train.model.attention import causal_mask, unpadded_positions
 from mf_train.model.block import DenseBlock as PlainDenseBlock
 from mf_train.model.block import MemoryFormerBlock as PlainMemoryFormerBlock
 from mf_train.model.head import IGNORED, Vocabulary
 from mf_train.model.initialise import initialise_parameter
-from mf_train.model.model import MemoryFormer
+from mf_train.model.model import MemoryFormer as PlainMemoryFormer
 from mf_train.model.quantized import use_int8
 from mf_train.standalone.exported.configuration_memoryformer import MemoryFormerConfig
 from mf_train.standalone.exported.growing_layer import (
@@ -34,6 +34,32 @@ class MemoryFormerBlock(GradientCheckpointingLayer, PlainMemoryFormerBlock):
 
 class DenseBlock(GradientCheckpointingLayer, PlainDenseBlock):
     """The dense peer's, likewise."""
+
+
+class MemoryFormer(PlainMemoryFormer):
+    """The plain model, which other libraries call by the names that transformers' models have, as TRL does.
+
+    Then it gives the states [B, S, D] that the head gets, as `last_hidden_state`.
+    """
+
+    def forward(
+        self,
+        token_ids: Tensor | None = None,
+        *arguments: Any,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool = False,
+        **options: Any,
+    ) -> Any:
+        if input_ids is None and inputs_embeds is None:
+            return super().forward(token_ids, *arguments, **options)
+        if use_cache:
+            raise ValueError("use_cache is true: the model without its head keeps no cache")
+        states: list[Tensor] = []
+        options |= {"embedded": inputs_embeds, "positions": position_ids, "states": states}
+        super().forward(input_ids, logits_to_keep=1, **options)
+        return BaseModelOutput(last_hidden_state=states[-1])
 
 
 _BLOCKS = {PlainMemoryFormerBlock: MemoryFormerBlock, PlainDenseBlock: DenseBlock}
@@ -58,7 +84,8 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
                 "tie_word_embeddings is true: embedding and LM head are two weights, leave it out"
             )
         meta = torch.get_default_device().type == "meta"  # where nothing is drawn
-        self.model = MemoryFormer(config.to_model_config(), seed=0 if meta else _draw_seed())
+        self.model = PlainMemoryFormer(config.to_model_config(), seed=0 if meta else _draw_seed())
+        self.model.__class__ = MemoryFormer
         for block in self.model.blocks:
             block.__class__ = _BLOCKS[type(block)]
         if config.table_dtype == INT8:

@@ -15,49 +15,30 @@ IGNORED = -100  # a target without a loss, as in torch.nn.functional.cross_entro
 _CAPPED_AT_ONCE = 2**22  # logits that are in float32 beside narrower ones
 
 
-class Head(nn.Module):
-    """Logits of x [..., D] and their cross-entropy. Tensor parallelism replaces the gathers and the scatter.
+def soft_capped(logits: Tensor, softcap: float) -> Tensor:
+    """cap tanh(logits / cap) of logits [..., V], in their memory (Gemma 2: arXiv 2408.00118, section 2); 0: no cap.
 
-    Products are taken over fixed chunks of the vocabulary, so that a rank that holds some of the chunks computes
-    them with the same bits.
+    It is computed in float32 (float64 for float64) and rounded once.
     """
+    if not softcap:
+        return logits
+    capped: Tensor = _SoftCap.apply(logits, softcap)
+    return capped
+
+
+class Vocabulary:
+    """The cross-entropy of logits over a vocabulary; tensor parallelism gathers sums of its parts."""
 
     first_token = 0  # the vocabulary's index of this rank's first row
     z_loss = 0.0  # how much of log(sum of exp(logits))^2 is added to a token's loss for its gradient
 
-    def __init__(self, features: int, vocab_size: int, softcap: float = 0.0) -> None:
-        super().__init__()
+    def __init__(self, vocab_size: int, softcap: float = 0.0) -> None:
         self.vocab_size = vocab_size  # of the whole model, not of this rank's rows
         self.softcap = softcap  # cap of cap tanh(logits / cap); 0: none
-        self.weight = nn.Parameter(torch.empty(vocab_size, features))
-
-    def gather_features(self, x: Tensor) -> Tensor:
-        """This rank's features -> all features of every token; without gradient."""
-        return x
-
-    def scatter_features(self, parts: Tensor) -> Tensor:
-        """This rank's part of the gradient of all features -> the sum over ranks, of this rank's features."""
-        return parts
 
     def gather_sums(self, sums: Tensor) -> Tensor:
         """This rank's values [...] -> every rank's, in rank order [..., P]."""
         return sums.unsqueeze(-1)
-
-    def forward(self, x: Tensor, *, raw: bool = False) -> Tensor:
-        """Logits of this rank's part of the vocabulary: [..., D] -> [..., V / P].
-
-        With a `softcap` they are cap tanh(logits / cap) (Gemma 2: arXiv 2408.00118, section 2), computed in float32
-        (float64 for float64) and rounded once; `raw` ones, for `token_losses`, are not capped yet.
-        """
-        logits = self.product(x)
-        if self.softcap and not raw:
-            logits = _SoftCap.apply(logits, self.softcap)
-        return logits
-
-    def product(self, x: Tensor) -> Tensor:
-        """x [..., D] times each row of the weight: [..., V / P]."""
-        logits: Tensor = _Logits.apply(x, self.weight, self)
-        return logits
 
     def chunk(self) -> int:
         """Tokens of the vocabulary that are one chunk."""
@@ -66,9 +47,9 @@ class Head(nn.Module):
     def token_losses(self, logits: Tensor, targets: Tensor, *, raw: bool = False) -> Tensor:
         """Cross-entropy of each token in nats, float32 (float64 for float64 logits); 0 where the target is -100.
 
-        logits [..., V / P] as `forward` returns them, targets [...] integers of the whole vocabulary. Logits that
-        `forward` returned with `raw`, which nobody else may read, are capped where they are, and the backward pass,
-        which then runs once, puts the gradient there.
+        logits [..., V / P], capped where there is a cap, targets [...] integers of the whole vocabulary. `raw` logits,
+        the head's products that nobody else may read, are capped where they are, and the backward pass, which then
+        runs once, puts the gradient there.
 
         The gradient is that of cross-entropy + `z_loss` log(Z)^2, Z the sum of exp(logits), capped ones where there is
         a cap (PaLM: Chowdhery et al. 2022, arXiv 2204.02311, section 5); the losses that are returned are the
@@ -78,7 +59,7 @@ class Head(nn.Module):
         return losses
 
     def likeliest(self, logits: Tensor) -> Tensor:
-        """The token with the largest logit, the first of several: [..., V / P] as `forward` returns them -> [...]."""
+        """The token with the largest logit, the first of several: [..., V / P] -> [...]."""
         largest, place = logits.max(-1)
         # places are exact in float32 up to 2^24
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -86,6 +67,35 @@ class Head(nn.Module):
         of_ranks = self.gather_sums(pairs)
         first = of_ranks[..., 0, :].argmax(-1, keepdim=True)
         return of_ranks[..., 1, :].gather(-1, first).squeeze(-1).long()
+
+
+class Head(Vocabulary, nn.Linear):
+    """x [..., D] times the weight's rows [V, D]; tensor parallelism replaces the gathers and the scatter.
+
+    Products are taken over fixed chunks of the vocabulary, so that a rank that holds some of the chunks computes
+    them with the same bits. It is a linear layer as those know it who put another one in its place; `soft_capped` is
+    left to the model, and `reset_parameters` to `initialise`.
+    """
+
+    def __init__(self, features: int, vocab_size: int, softcap: float = 0.0) -> None:
+        nn.Linear.__init__(self, features, vocab_size, bias=False)
+        Vocabulary.__init__(self, vocab_size, softcap)
+
+    def reset_parameters(self) -> None:
+        """Draws nothing."""
+
+    def gather_features(self, x: Tensor) -> Tensor:
+        """This rank's features -> all features of every token; without gradient."""
+        return x
+
+    def scatter_features(self, parts: Tensor) -> Tensor:
+        """This rank's part of the gradient of all features -> the sum over ranks, of this rank's features."""
+        return parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Products with this rank's part of the vocabulary, not capped: [..., D] -> [..., V / P]."""
+        logits: Tensor = _Logits.apply(x, self.weight, self)
+        return logits
 
 
 class _Logits(torch.autograd.Function):
@@ -109,9 +119,10 @@ class _Logits(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         chunk, x_nd = ctx.head.chunk(), x.flatten(0, -2)
         chunks = gradients[0].flatten(0, -2).split(chunk, dim=-1)
-        d_weight = torch.empty_like(weight)
-        for d_logits_nc, d_rows_cd in zip(chunks, d_weight.split(chunk), strict=True):
-            torch.mm(d_logits_nc.t(), x_nd, out=d_rows_cd)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if d_weight is not None:
+            for d_logits_nc, d_rows_cd in zip(chunks, d_weight.split(chunk), strict=True):
+                torch.mm(d_logits_nc.t(), x_nd, out=d_rows_cd)
         d_x_nd = tree_sum(_wide_product(*pair) for pair in zip(chunks, weight.split(chunk), strict=True))
         return ctx.head.scatter_features(d_x_nd.view_as(x)).to(x.dtype), d_weight, None
 
@@ -156,7 +167,7 @@ class _CrossEntropy(torch.autograd.Function):
     """-log softmax(logits)[target]; the logits and one normaliser a token are all that is kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, head: Head, raw: bool) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, head: Vocabulary, raw: bool) -> Tensor:
         ctx.softcap = head.softcap if raw else 0.0
         if ctx.softcap:
             logits = _soft_cap(logits, ctx.softcap)

@@ -1,9 +1,6 @@
 """The whole model on one device: embedding, blocks, final norm, head. Parallelism is applied from outside."""
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mf_train.config.model import ModelConfig
@@ -18,20 +15,16 @@ from mf_train.model.attention import (
     unpadded_positions,
 )
 from mf_train.model.block import DenseBlock, MemoryFormerBlock
-from mf_train.model.head import Head
+from mf_train.model.head import Head, soft_capped
 from mf_train.model.initialise import initialise
 from mf_train.model.norm import Norm
 
 
-class Embedding(nn.Module):
-    """Token embedding: integers [B, S] -> [B, S, D]. Split by column it needs no traffic."""
+class Embedding(nn.Embedding):
+    """Token embedding: integers [B, S] -> [B, S, D], drawn by `initialise`. Split by column it needs no traffic."""
 
     def __init__(self, vocab_size: int, features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, features))
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.weight)
+        super().__init__(vocab_size, features, _weight=torch.empty(vocab_size, features))
 
 
 class MemoryFormer(nn.Module):
@@ -64,7 +57,6 @@ class MemoryFormer(nn.Module):
         positions: Tensor | None = None,
         states: list[Tensor] | None = None,
         attentions: list[Tensor] | None = None,
-        run: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, S, V], or with `targets` [B, S] the cross-entropy of each token in nats [B, S].
 
@@ -74,9 +66,8 @@ class MemoryFormer(nn.Module):
         logits of so many last positions only, or of those that a tensor of indices names. `embedded` [B, S, D] stands
         for the embeddings of token ids, `positions` [B or 1, S] for the positions of the rotary embedding. `states`
         gets the input of each block and what the head gets, `attentions` the softmax of each block's attention.
-        `run(block, *inputs)` stands for the call of each block. `documents_bs` [B, S] numbers the documents of packed
-        rows, never decreasing along a row: every document gets what it would get alone. Raises ValueError for another
-        shape, or together with a padding mask or a cache.
+        `documents_bs` [B, S] numbers the documents of packed rows, never decreasing along a row: every document gets
+        what it would get alone. Raises ValueError for another shape, or together with a padding mask or a cache.
         """
         x = self.embedding(token_ids) if embedded is None else embedded
         if documents_bs is not None:
@@ -99,13 +90,14 @@ class MemoryFormer(nn.Module):
         for block in self.blocks:
             if states is not None:
                 states.append(x)
-            given = x, rotary, mask, cache, attentions
-            x = block(*given) if run is None else run(block, *given)
+            x = block(x, rotary, mask, cache, attentions)
         if states is not None:
             states.append(self.final_norm(x))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits: Tensor = self.head(self.final_norm(x[:, kept]), raw=targets is not None)
-        return logits if targets is None else self.head.token_losses(logits, targets, raw=True)
+        products: Tensor = self.head(self.final_norm(x[:, kept]))
+        if targets is None:
+            return soft_capped(products, self.config.logit_softcap)
+        return self.head.token_losses(products, targets, raw=True)
 
 
 def _check_documents(

@@ -61,19 +61,19 @@ class Int8Lookup(nn.Module):
 
 
 class Int8Head(Head):
-    """A Head with int8 weight [V, D] and scales [V]; logits are summed and scaled in float32, then rounded once."""
+    """A Head with int8 weight [V, D] and scales [V]; products are summed and scaled in float32, then rounded once."""
 
     scales: Tensor
 
     def __init__(self, plain: Head) -> None:
         with torch.device("meta"):
-            super().__init__(1, plain.vocab_size, plain.softcap)
+            super().__init__(plain.in_features, plain.vocab_size, plain.softcap)
         weight, scales = quantize_rows(plain.weight.detach())
         del self.weight  # a parameter, which int8 cannot be
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
 
-    def product(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[..., V] of x [..., D]. Raises ValueError where the scales are not float32 any more."""
         if self.scales.dtype != torch.float32:
             raise ValueError(f"head.scales is {self.scales.dtype}: an int8 model's scales must stay float32")

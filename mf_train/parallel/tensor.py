@@ -70,7 +70,7 @@ class TensorParallelHead(Head):
 
     def __init__(self, plain: Head, exchange: Exchange) -> None:
         with torch.device("meta"):
-            super().__init__(1, plain.vocab_size, plain.softcap)
+            super().__init__(plain.in_features, plain.vocab_size, plain.softcap)
         self.weight = plain.weight
         self.exchange = exchange
         self.first_token = exchange.rank * plain.weight.shape[0]

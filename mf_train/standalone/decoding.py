@@ -240,7 +240,7 @@ def _describe(model: Any, config: ModelConfig) -> ModelTensors:
         score=config.score,
         activation=config.ffn_activation,
         norm_epsilon=config.norm_epsilon,
-        softcap=model.head.softcap,
+        softcap=config.logit_softcap,
     )
 
 

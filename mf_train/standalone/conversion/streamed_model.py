@@ -230,11 +230,11 @@ class _StreamedHead(Head):
 
     def __init__(self, name: str, plain: Head, source: Weights) -> None:
         with torch.device("meta"):
-            super().__init__(1, plain.vocab_size, plain.softcap)
+            super().__init__(plain.in_features, plain.vocab_size, plain.softcap)
         del self.weight  # it stays where it is
         self.name, self.source = f"{name}.weight", source
 
-    def product(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x_nd = x.flatten(0, -2)
         logits_nv = x.new_empty(len(x_nd), self.vocab_size)
         # the plain head's chunks, whose bits depend on their size; a larger one is cut for the sake of memory

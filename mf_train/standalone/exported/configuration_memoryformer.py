@@ -31,6 +31,11 @@ class MemoryFormerConfig(PretrainedConfig):
         settings.setdefault("tie_word_embeddings", False)
         super().__init__(**settings)
 
+    @property
+    def final_logit_softcapping(self) -> float | None:
+        """The logits' cap under Gemma's name, which TRL reads; None for none."""
+        return getattr(self, "logit_softcap", 0.0) or None
+
     def to_model_config(self) -> ModelConfig:
         """The plain model's configuration."""
         return ModelConfig(**{name: getattr(self, key) for name, key in _keys().items()})

@@ -1,19 +1,21 @@
 """The plain model as a `transformers` causal language model; a converted model carries a copy of this file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from mf_train.model.attention import causal_mask, unpadded_positions
-from mf_train.model.head import IGNORED
+from mf_train.model.block import DenseBlock as PlainDenseBlock
+from mf_train.model.block import MemoryFormerBlock as PlainMemoryFormerBlock
+from mf_train.model.head import IGNORED, Vocabulary
 from mf_train.model.initialise import initialise_parameter
-from mf_train.model.model import MemoryFormer
+from mf_train.model.model import MemoryFormer as PlainMemoryFormer
 from mf_train.model.quantized import use_int8
 from mf_train.standalone.exported.configuration_memoryformer import MemoryFormerConfig
 from mf_train.standalone.exported.growing_layer import (
@@ -27,6 +29,43 @@ from mf_train.standalone.exported.names import INT8
 from mf_train.standalone.exported.paged import PagedCache, take_paged
 
 
+class MemoryFormerBlock(GradientCheckpointingLayer, PlainMemoryFormerBlock):
+    """The plain model's block, of which training keeps the input alone where gradients are checkpointed."""
+
+
+class DenseBlock(GradientCheckpointingLayer, PlainDenseBlock):
+    """The dense peer's, likewise."""
+
+
+class MemoryFormer(PlainMemoryFormer):
+    """The plain model, which other libraries call by the names that transformers' models have, as TRL does.
+
+    Then it gives the states [B, S, D] that the head gets, as `last_hidden_state`.
+    """
+
+    def forward(
+        self,
+        token_ids: Tensor | None = None,
+        *arguments: Any,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool = False,
+        **options: Any,
+    ) -> Any:
+        if input_ids is None and inputs_embeds is None:
+            return super().forward(token_ids, *arguments, **options)
+        if use_cache:
+            raise ValueError("use_cache is true: the model without its head keeps no cache")
+        states: list[Tensor] = []
+        options |= {"embedded": inputs_embeds, "positions": position_ids, "states": states}
+        super().forward(input_ids, logits_to_keep=1, **options)
+        return BaseModelOutput(last_hidden_state=states[-1])
+
+
+_BLOCKS = {PlainMemoryFormerBlock: MemoryFormerBlock, PlainDenseBlock: DenseBlock}
+
+
 class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
     """A converted MemoryFormer or dense peer: token ids in, next-token logits, loss and key-value cache out."""
 
@@ -36,8 +75,8 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["MemoryFormerBlock", "DenseBlock"]  # noqa: RUF012 - transformers' way
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _can_compile_fullgraph = True
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["scales"]  # noqa: RUF012 - of int8 rows, whatever dtype is asked for
 
     def __init__(self, config: MemoryFormerConfig) -> None:
         super().__init__(config)
@@ -46,9 +85,13 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
                 "tie_word_embeddings is true: embedding and LM head are two weights, leave it out"
             )
         meta = torch.get_default_device().type == "meta"  # where nothing is drawn
-        self.model = MemoryFormer(config.to_model_config(), seed=0 if meta else _draw_seed())
+        self.model = PlainMemoryFormer(config.to_model_config(), seed=0 if meta else _draw_seed())
+        self.model.__class__ = MemoryFormer
+        for block in self.model.blocks:
+            block.__class__ = _BLOCKS[type(block)]
         if config.table_dtype == INT8:
             use_int8(self.model)
+            self._keep_in_fp32_modules_strict = {"scales"}  # of int8 rows, whatever dtype is asked for
         for parameter in self.parameters():  # drawn already, but on the meta device
             parameter._is_hf_initialized = not parameter.is_meta  # type: ignore[attr-defined]
         self._fast_path = None if DECODING is None else DECODING.FastPath()
@@ -60,11 +103,13 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
         """As transformers', but a weight that the files lack is an error instead of a warning and a random weight.
 
-        So is an int8 tensor of another size, which cannot be drawn, with `ignore_mismatched_sizes`.
+        With `output_loading_info` it is drawn as well, and the caller told. An int8 tensor, which cannot be drawn, must
+        be there whatever the options, and of its size.
         """
         wants_report = options.pop("output_loading_info", False)
         model, report = super().from_pretrained(*arguments, output_loading_info=True, **options)
-        if missing := sorted(report["missing_keys"]):
+        missing = sorted(report["missing_keys"])
+        if missing and (model.config.table_dtype or not wants_report):
             raise ValueError(f"{arguments[0]}: {len(missing)} weights are missing, such as {missing[0]}")
         if model.config.table_dtype and (unfit := sorted(map(str, report["mismatched_keys"]))):
             raise ValueError(
@@ -97,13 +142,13 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         being left out; with `shift_labels` of predicting shift_labels[:, i]; with `num_items_in_batch` the sum over
         that number. `logits_to_keep` above 0 gives the logits of so many last positions only, and a tensor [N] of
         indices of those. `output_hidden_states`: the input of each block and of the head, [B, S, D] each.
-        `output_attentions`: the softmax of each block's attention, [B, H, S, T]. A DynamicCache gets layers that grow
-        in place, and there is one unless `use_cache`, by default the configuration's, is false, or gradients are
-        checkpointed.
+        `output_attentions`: the softmax of each block's attention, [B, H, S, T], with which attention takes more time
+        and memory. A DynamicCache gets layers that grow in place, and there is one unless `use_cache`, by default the
+        configuration's, is false, or gradients are checkpointed.
 
         Raises TypeError for an argument that it does not know, unless it is None or False, and ValueError for one of
-        another shape or another kind of cache, for labels together with `logits_to_keep`, for a cache where gradients
-        are checkpointed, and for `output_attentions` unless the model was loaded with attn_implementation="eager".
+        another shape or another kind of cache, for labels together with `logits_to_keep`, and for a cache where
+        gradients are checkpointed.
 
         One more token of each sequence on a CPU, without gradients or padding, is one call of the C++ library where
         the package that made this model is installed.
@@ -120,8 +165,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         given = _only_one(input_ids, inputs_embeds)
         targets = _shifted(labels) if shift_labels is None else shift_labels
         _check_kept(logits_to_keep, targets)
-        run = self._run_checkpointed if self.gradient_checkpointing and self.training else None
-        past_key_values = self._cache(past_key_values, use_cache, run is not None)
+        past_key_values = self._cache(past_key_values, use_cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         room = room_of(past_key_values)
         batch, length = given.shape[:2]
@@ -153,7 +197,6 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
                 positions=position_ids,
                 states=states,
                 attentions=attentions,
-                run=run,
             )
         loss = None if targets is None else self._loss(logits, targets, num_items_in_batch)
         parts = {
@@ -176,6 +219,9 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.model.head
 
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        self.model.head = new_embeddings
+
     def resize_token_embeddings(
         self,
         new_num_tokens: int | None = None,
@@ -190,14 +236,19 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         before = self.model.config.vocab_size
         size = new_num_tokens or before
         if pad_to_multiple_of:
+            if not isinstance(pad_to_multiple_of, int):  # which transformers refuses
+                return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         if size != before:
             if self.config.table_dtype is not None:
                 raise ValueError("an int8 model keeps its tokens: resize the float model that it was made of")
+            embedding: Any = self.get_input_embeddings()
+            head: Any = self.get_output_embeddings()
+            self._resize_rows("embedding.weight", embedding, size, mean_resizing)
+            self._resize_rows("head.weight", head, size, mean_resizing)
+            embedding.num_embeddings = head.out_features = head.vocab_size = size
             self.model.config = replace(self.model.config, vocab_size=size)
-            self.config.vocab_size = self.vocab_size = self.model.head.vocab_size = size
-            for name in ("embedding", "head"):
-                self._resize_rows(f"{name}.weight", getattr(self.model, name), size, mean_resizing)
+            self.config.vocab_size = self.vocab_size = size
         return self.model.embedding
 
     @torch.no_grad()
@@ -261,7 +312,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
                 torch._assert_async(~outside.any(), message)
             elif outside.any():
                 raise IndexError(f"{message}, got {int(targets[outside][0])}")
-        losses: Tensor = self.model.head.token_losses(logits, targets)
+        losses = Vocabulary(logits.shape[-1]).token_losses(logits, targets)
         if isinstance(items, Tensor):
             items = items.to(losses.device)
         return losses.sum() / (valid.sum() if items is None else items)
@@ -274,21 +325,9 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
             if not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:
                 initialise_parameter(names[parameter], parameter, self.model.config, _draw_seed())
 
-    def _set_gradient_checkpointing(
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        every_n_layers: int = 1,
-    ) -> None:
-        """What transformers calls to switch it, for every n-th block."""
-        self.gradient_checkpointing = enable
-        self._checkpoint, self._every_n_layers = gradient_checkpointing_func, every_n_layers
-
-    def _run_checkpointed(self, block: Any, *inputs: Any) -> Any:
-        return block(*inputs) if block.layer % self._every_n_layers else self._checkpoint(block, *inputs)
-
-    def _cache(self, given: Any, use_cache: bool | None, checkpointed: bool) -> Any:
+    def _cache(self, given: Any, use_cache: bool | None) -> Any:
         """The cache to use: that which was given, a new one, or none."""
+        checkpointed = self.gradient_checkpointing and self.training
         if checkpointed and given is not None:
             raise ValueError(
                 "past_key_values do not go with gradient checkpointing in training: leave them out"
@@ -330,8 +369,6 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states = self.config.output_hidden_states
         if attentions is None:
             attentions = self.config.output_attentions
-        if attentions and self.config._attn_implementation != "eager":
-            raise ValueError("output_attentions is true: load the model with attn_implementation='eager'")
         return [] if hidden_states else None, [] if attentions else None
 
 

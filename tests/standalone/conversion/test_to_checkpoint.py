@@ -194,6 +194,26 @@ DAMAGE = [
 ]
 
 
+def test_a_tokenizer_that_transformers_saved(model: Path, tmp_path: Path) -> None:
+    """It writes how the last batch was padded and cut, and a template that adds nothing."""
+    from transformers import AutoTokenizer
+
+    before = json.loads((model / "tokenizer.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+    tokenizer(["one", "one and two"], padding=True, truncation=True, max_length=8)
+    tokenizer.save_pretrained(model)
+    found = json.loads((model / "tokenizer.json").read_text())
+    assert found["padding"] and found["truncation"] and found != before
+    list(to_checkpoint(model, tmp_path / "there", 1))
+    template = {
+        "type": "TemplateProcessing",
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    (model / "tokenizer.json").write_text(json.dumps(found | {"post_processor": template}))
+    with pytest.raises(UserError, match="is not what"):
+        list(to_checkpoint(model, tmp_path / "other", 1))
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_and_nothing_is_written(
     model: Path, damage: Callable[[Path], str], tmp_path: Path

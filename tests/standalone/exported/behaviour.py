@@ -194,7 +194,6 @@ def check_nothing_unknown_gives_numbers():
     held = model(ids).past_key_values
     for error, words, options in (
         (TypeError, "does not know hidden", {"hidden": 1}),
-        (ValueError, "attn_implementation='eager'", {"output_attentions": True}),
         (ValueError, "attention_mask has shape (2, 3), not (2, 4)", {"attention_mask": ones[:, :3]}),
         (ValueError, "attention_mask has shape (1, 4)", {"attention_mask": ones[:1]}),
         (ValueError, "not (2 or 1, 4 or 1, 4, 4)", {"attention_mask": torch.ones(2, 1, 4, 5)}),
@@ -279,6 +278,35 @@ def check_resize_token_embeddings():
     raises(ValueError, "int8", load("int8").resize_token_embeddings, 4100)
 
 
+def check_get_and_set_embeddings():
+    """They are the layers that other libraries look for, and any other such layer does in their place."""
+    ids = tokens(2, 5)
+    for model in map(deepcopy, (*both(), load("int8"))):
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        assert isinstance(embedding, torch.nn.Embedding) and isinstance(head, torch.nn.Linear)
+        assert (embedding.num_embeddings, embedding.embedding_dim) == (4096, 48)
+        assert (head.in_features, head.out_features, head.bias) == (48, 4096, None)
+        expected, made = model(ids, labels=ids), generate(model, ids)
+        other = torch.nn.Embedding(4096, 48, dtype=model.dtype)
+        model.set_input_embeddings(other)
+        assert model.get_input_embeddings() is other
+        other.weight = embedding.weight
+        scales = getattr(head, "scales", torch.ones(4096))
+        rows = (head.weight.float() * scales[:, None]).to(model.dtype)
+        replaced = torch.nn.Linear(48, 4096, bias=False, dtype=model.dtype)
+        model.set_output_embeddings(replaced)
+        assert model.get_output_embeddings() is replaced
+        replaced.weight = torch.nn.Parameter(rows)
+        found, tolerance = model(ids, labels=ids), 1e-5 if model.dtype == torch.float32 else 0.02
+        same(found.logits, expected.logits, tolerance)
+        same(found.loss, expected.loss, tolerance)
+        found.loss.backward()
+        assert replaced.weight.grad.abs().max() > 0 and other.weight.grad.abs().max() > 0
+        assert model.dtype != torch.float32 or torch.equal(generate(model, ids), made)
+        replaced.weight.data.neg_()  # the new layers are the ones that are read
+        assert not torch.equal(generate(model, ids), made)
+
+
 def check_inputs_embeds():
     ids = tokens(2, 6)
     for model in both():
@@ -353,9 +381,10 @@ def check_attentions():
     ids = tokens(2, 7)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    for model in map(deepcopy, both()):
+    for model in map(deepcopy, (*both(), load())):
         expected = model(ids, attention_mask=mask).logits
-        model.set_attn_implementation("eager")
+        if type(model) is GPTNeoXForCausalLM:
+            model.set_attn_implementation("eager")
         out = model(ids, attention_mask=mask, output_attentions=True)
         same(out.logits[mask.bool()], expected[mask.bool()], 1e-4)
         assert [each.shape for each in out.attentions] == [(2, 4, 7, 7)] * 2
@@ -392,7 +421,8 @@ def check_gradient_checkpointing():
     model.activation_checkpointing_enable(every_n_layers=2)
     runs = []
     for block in model.model.blocks:
-        block.register_forward_pre_hook(lambda block, _: runs.append(block.layer))
+        layer = block.layer
+        block.norm_ffn.register_forward_pre_hook(lambda *_, layer=layer: runs.append(layer))
     model(ids, labels=ids).loss.backward()
     assert sorted(runs) == [0, 0, 1]
     raises(ValueError, "gradient checkpointing", model, ids, past_key_values=DynamicCache())

@@ -151,8 +151,9 @@ def causal_mask(
     if padding is None or not padded:
         return mask
     padding = F.pad(padding, (0, total - padding.shape[1]))
-    # a padded query attends to itself, so that its softmax is not empty
-    return (mask & padding[:, None, None, :].bool()) | (key == query)
+    attends = mask & padding[:, None, None, :].bool()
+    # a query with nothing before it attends to itself, so that its softmax is not empty
+    return attends | (~attends.any(-1, keepdim=True) & (key == query))
 
 
 def unpadded_positions(padding: Tensor, length: int) -> Tensor:

@@ -83,6 +83,8 @@ def test_masks() -> None:
     assert mask is not None
     assert mask[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert mask[1, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    mask = causal_mask(3, 0, torch.tensor([[1, 1, 0]]), cpu)
+    assert mask is not None and mask[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 0]]
     mask = causal_mask(1, 2, torch.tensor([[0, 1, 1]]), cpu)
     assert mask is not None and mask[0, 0].int().tolist() == [[0, 1, 1]]
 

@@ -434,11 +434,14 @@ def check_static_caches():
     ids = tokens(2, 9)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    options |= {"pad_token_id": 0}
+    ends_in_padding = torch.ones_like(ids)
+    ends_in_padding[1, 6:] = 0
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     for model in both():
-        expected = model.generate(ids, **options)
-        assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+        for given in (mask, ends_in_padding):
+            options["attention_mask"] = given
+            expected = model.generate(ids, **options)
+            assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
     model = load()
     for padding in (None, mask):
         whole = model(ids, attention_mask=padding).logits

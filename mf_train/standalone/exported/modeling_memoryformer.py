@@ -73,6 +73,8 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _no_split_modules = ["MemoryFormerBlock", "DenseBlock"]  # noqa: RUF012 - transformers' way
+    # where the configuration says so
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _can_compile_fullgraph = True
@@ -80,10 +82,8 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MemoryFormerConfig) -> None:
         super().__init__(config)
-        if config.tie_word_embeddings:
-            raise ValueError(
-                "tie_word_embeddings is true: embedding and LM head are two weights, leave it out"
-            )
+        if config.tie_word_embeddings and config.table_dtype == INT8:
+            raise ValueError("tie_word_embeddings is true: the LM head of an int8 model is a weight of its own")
         meta = torch.get_default_device().type == "meta"  # where nothing is drawn
         self.model = PlainMemoryFormer(config.to_model_config(), seed=0 if meta else _draw_seed())
         self.model.__class__ = MemoryFormer
@@ -249,6 +249,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
             embedding.num_embeddings = head.out_features = head.vocab_size = size
             self.model.config = replace(self.model.config, vocab_size=size)
             self.config.vocab_size = self.vocab_size = size
+            self.tie_weights()
         return self.model.embedding
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -553,9 +554,27 @@ def check_ways_of_generating():
     assert whole.startswith(text) and stop in text and len(made[0]) < len(plain[0])
 
 
-def check_tied_weights_are_refused():
+def check_tied_weights():
+    """One weight where the configuration of a new model asks for it, with another size and after saving.
+
+    Where files hold two weights, transformers leaves it at two.
+    """
     options = {"trust_remote_code": True, "tie_word_embeddings": True}
-    raises(ValueError, "tie_word_embeddings", AutoModelForCausalLM.from_pretrained, FOLDER, **options)
+    ids = tokens(2, 9)
+    for model in both():
+        model = type(model)(type(model.config)(**model.config.to_diff_dict() | {"tie_word_embeddings": True}))
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        assert head.weight is embedding.weight
+        model.resize_token_embeddings(4100)
+        assert head.weight.shape == (4100, 48)
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        model(ids, labels=ids).loss.backward()
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            again = type(model).from_pretrained(folder)
+        assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    raises(ValueError, "tie_word_embeddings", AutoModelForCausalLM.from_pretrained, INT8_FOLDER, **options)
 
 
 def check_new_weights_follow_the_seed():

@@ -77,7 +77,7 @@ def _check_special_tokens(tokenizer: Tokenizer) -> None:
 
 
 def tokenizer_in(folder: Path, end_of_text_id: int | None = None) -> Tokenizer:
-    """That of a converted model or a checkpoint. Raises UserError."""
+    """The tokenizer in the folder of a converted model or a checkpoint. Raises UserError."""
     return load_tokenizer(TokenizerConfig(path=str(folder), end_of_text_id=end_of_text_id))
 
 

@@ -172,14 +172,16 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 
 def _add_verbs(verbs: Any) -> None:
     example = "launch status runs/base"
-    verb = add_command(verbs, "status", "show where a launched run or array stands", example, _status)
+    verb = add_command(verbs, "status", "show where a run or array on the cluster stands", example, _status)
     _add_run(verb)
 
     example = "launch stop runs/base"
-    _add_run(add_command(verbs, "stop", "have a launched run or array save and end", example, _stop))
+    _add_run(add_command(verbs, "stop", "have a run or array on the cluster save and end", example, _stop))
 
     example = "launch logs runs/base --rank 3 --follow"
-    verb = add_command(verbs, "logs", "show a launched run's output, its first error first", example, _logs)
+    verb = add_command(
+        verbs, "logs", "show the output of a run on the cluster, its first error first", example, _logs
+    )
     _add_run(verb)
     verb.add_argument("--rank", type=int, metavar="N", help="one rank's own log (default: the job's output)")
     verb.add_argument(

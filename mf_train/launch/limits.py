@@ -25,7 +25,7 @@ def check_job(config: Config, options: JobOptions, node_memory: float | None = N
             "set checkpoint.resume=auto (a new training.output_dir starts anew)"
         )
     if config.training.device == "cuda" and options.gpus_per_node is None:
-        raise UserError("training.device is cuda: give --gpus-per-node in the place of --tasks-per-node")
+        raise UserError("training.device is cuda: give --gpus-per-node instead of --tasks-per-node")
     if per_node % tensor:
         raise UserError(
             f"parallel.tensor {tensor} does not divide the {per_node} processes of a node: a tensor-parallel group "

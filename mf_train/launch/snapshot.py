@@ -126,7 +126,7 @@ class Changes:
         return scratch
 
     def replace(self, target: Path, new: Path) -> None:
-        """Put `new` in the place of `target`, or nothing where `new` is not there."""
+        """Replace `target` with `new`; where `new` does not exist, only remove `target`."""
         before = target.with_name(f".before-{self._token}-{target.name}")
         self._replaced.append((target, before))
         if target.exists():

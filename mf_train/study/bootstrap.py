@@ -170,7 +170,7 @@ def interval(value: float, drawn: Sequence[float]) -> Interval:
 def over_seeds(
     points: Sequence[Point], compute: Callable[[Sequence[Point]], T], samples: int = SAMPLES, seed: int = 0
 ) -> list[T]:
-    """What `compute` takes from samples of the seeds of each point; nothing where all have one.
+    """The results of `compute` on bootstrap samples of each point's seeds; empty where every point has one seed.
 
     The configurations are not drawn: a budget with three sizes would mostly lose one. Samples where `compute` raises
     ValueError are left out.

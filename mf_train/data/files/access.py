@@ -56,7 +56,7 @@ def is_transient(error: OSError) -> bool:
 
 
 def with_retries(action: Callable[[], T], what: str, waits: Sequence[float] = WAITS) -> T:
-    """What `action()` returns, which is repeated after each of `waits` seconds while it fails transiently.
+    """Call `action()`, again after each of `waits` seconds while it fails transiently, and return its result.
 
     Raises the last OSError, naming the file `what`; one that does not pass by itself (no such file, no permission,
     a full disk) at once. Other exceptions are not touched.

@@ -67,7 +67,7 @@ def _is_a_group_s(folder: Path) -> bool:
 
 
 def open_temporary(path: Path) -> BinaryIO:
-    """A new file of that name, in the place of one that a killed process has left, which may be another user's."""
+    """Create a file of that name; replaces one left by a killed process, perhaps of another user."""
     path.unlink(missing_ok=True)
     return open(path, "wb", buffering=_BUFFER_BYTES)
 

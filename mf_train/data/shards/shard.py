@@ -215,7 +215,7 @@ def index_bytes(num_documents: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """What a finished shard holds; the hashes are BLAKE2b-256 in hexadecimal."""
+    """The counts and hashes of a finished shard; the hashes are BLAKE2b-256 in hexadecimal."""
 
     documents: int
     tokens: int

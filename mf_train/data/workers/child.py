@@ -156,5 +156,5 @@ def describe_error(error: BaseException) -> tuple[int, str]:
 
 
 def error_of(kind: int, text: str) -> Exception:
-    """What the parent raises for such a message: UserError, OSError, or TrainingError with a traceback as its text."""
+    """The exception that the parent raises for a message: UserError, OSError, or TrainingError with the traceback."""
     return {USER_ERROR: UserError, OS_ERROR: OSError}.get(kind, TrainingError)(text)

@@ -17,7 +17,7 @@ FORMAT = 2
 
 
 def certificate_tree(source: Mapping[str, Any], dtype: str, proof: Proof) -> dict[str, Any]:
-    """What certificate.json holds but for the SHA-256 of tensors and files. Losses are in nats a token."""
+    """The content of certificate.json without the SHA-256 of tensors and files. Losses are in nats a token."""
     replay = proof.replay
     return {
         "format": FORMAT,

@@ -117,7 +117,7 @@ def hash_tensors(model: Path) -> dict[str, str]:
 
 
 def stray_files(model: Path) -> Iterator[str]:
-    """What has no hash, and another program may load: weight files that the index does not name, and folders.
+    """Entries without a hash that another program may load: weight files that the index does not name, and folders.
 
     transformers executes `custom_generate/generate.py` and reads templates from a folder; nothing loads hidden names.
     """

@@ -119,7 +119,7 @@ def text_files(reader: CheckpointReader, config: Config, dtype: str) -> dict[str
 
 
 def source_tree(reader: CheckpointReader, config: Config) -> dict[str, Any]:
-    """What the certificate says of the checkpoint."""
+    """The certificate's entries about the checkpoint."""
     state = reader.state()
     metrics = state.get("metrics") or {}
     if reader.weights == AVERAGE:

@@ -83,7 +83,9 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MemoryFormerConfig) -> None:
         super().__init__(config)
         if config.tie_word_embeddings and config.table_dtype == INT8:
-            raise ValueError("tie_word_embeddings is true: the LM head of an int8 model is a weight of its own")
+            raise ValueError(
+                "tie_word_embeddings is true: the LM head of an int8 model is a weight of its own"
+            )
         meta = torch.get_default_device().type == "meta"  # where nothing is drawn
         self.model = PlainMemoryFormer(config.to_model_config(), seed=0 if meta else _draw_seed())
         self.model.__class__ = MemoryFormer

@@ -73,7 +73,7 @@ def test_token_shards_of_another_tokenizer_train_and_convert(tmp_path: Path) -> 
     assert settings["eos_token_id"] == 0 and settings["document_attention"] is True
     assert not list(model.glob("tokenizer*"))
     done = run_command(["generate", str(model), "Once"])
-    assert done.returncode == 2 and "tokenizer.model does not exist" in complaints(done)[0]
+    assert done.returncode == 2 and "has no tokenizer" in complaints(done)[0]
 
 
 def test_skipped_documents_are_counted_by_file(tmp_path: Path) -> None:

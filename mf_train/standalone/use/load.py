@@ -34,7 +34,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a standalone model. Raises UserError."""
     if not any((folder / name).is_file() for name in (TOKENIZER, TOKENIZER_JSON)):
         raise UserError(
-            f"{folder / TOKENIZER_JSON}: missing: copy it from the model that this one was made from"
+            f"{folder}: has no tokenizer: copy {TOKENIZER_JSON} from the model that this one was made from, or from "
+            "what made its token ids"
         )
     return tokenizer_in(folder)
 

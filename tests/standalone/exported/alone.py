@@ -79,10 +79,11 @@ report = {
     "texts": TEXTS,
     "prompts": PROMPTS,
     "new": NEW,
-    "ids": [tokenizer(text)["input_ids"] for text in TEXTS],
+    "ids": [tokenizer(text, split_special_tokens=True)["input_ids"] for text in TEXTS],
     "same_ids_without_trust": [tokenizer(t)["input_ids"] for t in TEXTS]
     == [distrusting(t)["input_ids"] for t in TEXTS],
     "decoded": [tokenizer.decode(tokenizer(text)["input_ids"]) for text in TEXTS],
+    "end_of_text": tokenizer("end" + tokenizer.eos_token)["input_ids"][-1],
     "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
     "greedy": [generate(prompt, do_sample=False) for prompt in PROMPTS],
     "greedy_without_cache": [generate(prompt, do_sample=False, use_cache=False) for prompt in PROMPTS],

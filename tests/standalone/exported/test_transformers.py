@@ -92,6 +92,7 @@ def test_alone_the_tokenizer_is_the_trainers(alone: Results, float32_two: Traine
     report, _ = alone
     tokenizer = Tokenizer(float32_two.checkpoint / "tokenizer.model")
     assert report["ids"] == [tokenizer.encode(text) for text in report["texts"]]
+    assert report["end_of_text"] == tokenizer.end_of_text_id
     assert report["decoded"] == report["texts"]
     assert report["same_ids_without_trust"]
     assert report["special"] == [0, 0, 0]

@@ -25,8 +25,20 @@ PAGES = [
 ]
 PROGRAMS = (
     *("apptainer", "benchmarks/gpu/wheels.sh", "cd", "cp", "docker", "enroot", "git", "lm_eval", "make"),
-    *("memoryformer", "pip", "python3", "sbatch", "srun", "tensorboard", "torchrun"),
+    *(
+        "curl",
+        "hf",
+        "memoryformer",
+        "pip",
+        "python3",
+        "sbatch",
+        "srun",
+        "tensorboard",
+        "torchrun",
+        "transformers",
+    ),
 )
+PYTHON = ("from", "import")  # which some machines have as programs, too
 RUNS = ("memoryformer", "torchrun", "lm_eval", "cp")  # unless a pattern of NOT_RUN says else
 
 
@@ -46,13 +58,14 @@ NOT_RUN = (
     ),
     Reason("cluster, dry run here", r"memoryformer launch|--slurm", "cluster|SLURM|Clusters", dry=True),
     Reason("GPUs", r"^torchrun --nproc-per-node 8|make gpu", "GPU"),
-    Reason("hub", r"--tasks pythia_six", "Hugging Face hub"),
+    Reason("hub", r"--tasks pythia_six|^hf |--upload (?!.*--dry-run)", "hub"),
     Reason(
         "installation", r"^(pip|python3 -m pip|git clone|make setup|docker|enroot|apptainer|.*wheels.sh)", ""
     ),
     Reason("a test of its own", r"^make quickstart|memoryformer quickstart", ""),  # tests/quickstart
     Reason("the tests", r"^make test", ""),
-    Reason("serves until it is ended", r"^tensorboard ", "live"),
+    Reason("serves until it is ended", r"^tensorboard |^transformers serve ", "live|server"),
+    Reason("needs what serves", r"^(transformers chat|curl) ", "server|serve"),  # use/test_serving.py
 )
 
 
@@ -85,7 +98,8 @@ def commands(name: str, page: str) -> list[Command]:
         else:
             if not before.strip():
                 program = re.sub(r"^(\w+=\S+ |\w+=\$\()*", "", line.strip()).split()[0]
-                is_shell = program in PROGRAMS or shutil.which(program) is not None
+                known = shutil.which(program) is not None and program not in PYTHON
+                is_shell = program in PROGRAMS or known
             if is_shell:
                 whole += line.strip().removesuffix("\\")
                 if not line.endswith("\\"):
@@ -150,7 +164,7 @@ STAND_INS = {
 }
 # what they name and no command of their page has written: copies of a small run and of its model
 RUN_NAMES = ("runs/quickstart", "runs/base", "runs/tiny")
-MODEL_NAMES = ("MODEL",)
+MODELS = {"MODEL": r"(evaluate |=)MODEL\b", "tuned": r" tuned\b"}
 # nothing is trained, so these run on the configurations themselves
 FULL_SIZE = ("plan", "launch", "--slurm")
 SMALL_MODEL = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "bits": 4, "expand_bits": 1}
@@ -223,8 +237,8 @@ class Folder:
             made = self.made / "runs/quickstart"
             if re.search(rf" {name}\b", text) and made.exists() and not (self.path / name).exists():
                 shutil.copytree(made, self.path / name)
-        for name in MODEL_NAMES:
-            if re.search(rf"(evaluate |=){name}\b", text) and not (self.path / name).exists():
+        for name, pattern in MODELS.items():
+            if re.search(pattern, text) and not (self.path / name).exists():
                 shutil.copytree(self.made / "model", self.path / name)
         if re.search(r"(--input |path: )corpus/\*", text):
             (self.path / "corpus").mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ Under NCCL a collective's call returns at once. The main thread stands where it 
 every rank the same, whoever is late. So each call is counted, on every rank in the same order:
 
     with collective("all-gather of codes", x.device):
-        dist.all_gather_into_tensor(...)
+        all_gather(...).wait()
 
 A CUDA event before the call and one behind it, on the stream that is current, tell how far the device has come, and for
 how long it was in the call. They are only asked, and nothing waits for them. A call with `async_op` is noted around its

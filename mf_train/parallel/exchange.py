@@ -21,8 +21,11 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Start to fill `whole` [R n] with every rank's `shard` [n], which may lie in its place in `whole`."""
+def all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
+    """Start to fill `whole` [R n] with every rank's `shard` [n], which may lie in its place in `whole`.
+
+    `group` None: all ranks.
+    """
     return _all_gather(whole, shard, group=group, async_op=True)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mf_train.parallel.collectives import collective, ledger
+from mf_train.parallel.exchange import all_gather
 
 SLOW, REPORTS = 1.25, 3  # times the median rank's time, in so many reports one after another
 
@@ -52,7 +53,7 @@ class RankTimes:
         self._sums, self._steps = [0.0, 0.0], 0
         every = torch.empty(2 * dist.get_world_size(), dtype=torch.float64, device=self.device)
         with collective("all-gather of the ranks' times", self.device):
-            dist.all_gather_into_tensor(every, mean)
+            all_gather(every, mean).wait()
         seconds, waits = every.view(-1, 2).T.tolist()
         found = compare(seconds, waits)
         rank = self.slow.look(found)

@@ -23,7 +23,7 @@ from benchmarks.tables import table
 
 NEW, OLD = "docs/*.md", "configs/quickstart-text/validation/*.jsonl.gz"
 LENGTH, BATCH, STEPS, WARM_UP = 128, 8, 60, 5
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
 OLD_ROWS, HELD_OUT = 64, 5  # one row in so many is held out
 READ_ROWS = "tables, rows that were read"

@@ -71,11 +71,12 @@ drills: $(STAMP)
 faults: $(STAMP)
 	$(PYTEST) -m faults tests/faults $(PYTEST_ARGS)
 
+# Jobs of the cluster take their threads from its nodes' processors.
 slurm-quick: $(STAMP)
-	$(PYTEST) -m "slurm and not slow" tests/launch tests/study $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m "slurm and not slow" tests/launch tests/study $(PYTEST_ARGS)
 
 slurm: $(STAMP)
-	$(PYTEST) -m slurm tests/launch tests/study $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m slurm tests/launch tests/study $(PYTEST_ARGS)
 
 # Without set-up: a machine with a GPU may have no network. The project's environment where there is one.
 gpu:

@@ -1,10 +1,10 @@
 """The groups of parameters that have a learning rate and a weight decay of their own (`optimizer.groups`).
 
-    tables        of the query, key and value layers
+    tables        of the query, key and value layers, and of an output layer
     ffn_tables    of both layers of the FFN
     embedding     of the tokens
     head          the LM head
-    matrices      the dense peer's layers
+    matrices      of layers that are dense or of low rank
     norms         norms, and the biases of all layers
 
 The width rule `mup` (Yang et al. 2022, arXiv 2203.03466, table 3, Adam) is to keep the best learning rate while the
@@ -18,10 +18,10 @@ stays. Rate times decay, the share that an update takes off a number, stays for 
 from dataclasses import asdict, fields
 from typing import NamedTuple
 
+from mf_train.config.model import ModelConfig
 from mf_train.config.sections import Config, GroupsConfig, OptimizerConfig
 
 GROUPS = tuple(field.name for field in fields(GroupsConfig))
-_OF_KIND = {"memoryformer": ("tables", "ffn_tables"), "dense": ("matrices",)}  # that the other has not
 _BY_WIDTH = ("tables", "ffn_tables", "head", "matrices")
 
 
@@ -61,19 +61,24 @@ def group_rules(optimizer: OptimizerConfig, hidden_size: int) -> dict[str, Rule]
     return rules
 
 
-def groups_of(kind: str) -> list[str]:
-    """The groups that a model of `kind` has."""
-    others = {group for other, groups in _OF_KIND.items() if other != kind for group in groups}
-    return [group for group in GROUPS if group not in others]
+def groups_of(model: ModelConfig) -> list[str]:
+    """The groups that a model has."""
+    kinds = model.layer_kinds
+    has = {
+        "tables": "memory" in kinds,  # also where only the FFN has some, which go by these settings
+        "ffn_tables": model.ffn_kind == "memory",
+        "matrices": kinds != {"memory"},
+    }
+    return [group for group in GROUPS if has.get(group, True)]
 
 
 def groups_problem(config: Config) -> str:
     """An error about the groups and the width rule of a configuration; empty where they fit."""
-    optimizer, kind = config.optimizer, config.model.kind
+    optimizer = config.optimizer
     for group in GROUPS:
         given = asdict(getattr(optimizer.groups, group))
-        if group not in groups_of(kind) and any(value is not None for value in given.values()):
-            return f"optimizer.groups.{group} is set and a model of kind {kind} has none: leave it out"
+        if group not in groups_of(config.model) and any(value is not None for value in given.values()):
+            return f"optimizer.groups.{group} is set and the model has none: leave it out"
     multiplier = optimizer.table_learning_rate_multiplier
     if multiplier != 1 and optimizer.groups.tables.learning_rate_multiplier is not None:
         return (

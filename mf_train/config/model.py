@@ -10,22 +10,31 @@ Kind = Literal["memoryformer", "dense"]
 Score = Literal["probability", "scaled_probability"]
 NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["none", "gelu", "relu"]
+LayerKind = Literal["memory", "dense", "low_rank"]
+OutputKind = Literal["none", "memory", "dense", "low_rank"]
 
 MAX_BITS = 16  # a code travels in at most two bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and choices of one model, MemoryFormer or its dense peer.
+    """Sizes and choices of one model: MemoryFormer, its dense peer, or a hybrid of their layers.
 
     Symbols of the paper: `hidden_size` D, `num_layers` L, `num_heads` H, `bits` tau, `expand_bits` e,
     `temperature` t, `vocab_size` V, `sequence_length` S. The number of tables of a layer is K = D / tau.
-    The dense peer ignores `bits`, `expand_bits`, `score`, `temperature`, `ffn_inner_norm` and `ffn_activation`.
+    Models without memory layers ignore `bits`, `expand_bits`, `score` and `temperature`; those without memory layers in
+    their FFN `ffn_inner_norm` and `ffn_activation`.
 
     Raises ValueError when a value is out of range or the sizes do not divide.
     """
 
-    kind: Kind = "memoryformer"  # or its dense peer
+    kind: Kind = "memoryformer"  # or its dense peer: what the three layers below are that are null
+    qkv: LayerKind | None = None  # query, key and value: memory layers, matrices, or matrices of low rank
+    ffn: LayerKind | None = (
+        None  # both layers of the FFN; those of matrices have 4 hidden_size features and GELU between
+    )
+    output: OutputKind | None = None  # between attention and residual; null: none, or the dense peer's matrix
+    rank: int | None = None  # of low_rank layers: features between their two matrices
     hidden_size: int = 512  # D, features of a token
     num_layers: int = 6  # L, blocks
     num_heads: int = 8  # H, attention heads
@@ -51,6 +60,37 @@ class ModelConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def qkv_kind(self) -> LayerKind:
+        """What query, key and value are."""
+        return self.qkv or self._standard_kind
+
+    @property
+    def ffn_kind(self) -> LayerKind:
+        """What both layers of the FFN are."""
+        return self.ffn or self._standard_kind
+
+    @property
+    def output_kind(self) -> OutputKind:
+        """What the layer between attention and residual is."""
+        return self.output or ("none" if self.kind == "memoryformer" else "dense")
+
+    @property
+    def _standard_kind(self) -> LayerKind:
+        return "memory" if self.kind == "memoryformer" else "dense"
+
+    @property
+    def layer_kinds(self) -> set[str]:
+        """The kinds of layers that a block has."""
+        kinds: set[str] = {self.qkv_kind, self.ffn_kind, self.output_kind}
+        return kinds - {"none"}
+
+    @property
+    def description(self) -> str:
+        """`kind`, with the layers that are not those of the kind."""
+        others = {name: value for name in _BY_KIND if (value := getattr(self, name)) is not None}
+        return self.kind + "".join(f", {name} {value}" for name, value in others.items())
+
+    @property
     def num_tables(self) -> int:
         """K, the number of tables of every memory layer: D / tau."""
         return self.hidden_size // self.bits
@@ -62,8 +102,8 @@ class ModelConfig:
 
     @property
     def inner_size(self) -> int:
-        """Features between the two memory layers of the FFN: (tau + e) * K."""
-        return self.inner_bits * self.num_tables
+        """Features between the two layers of the FFN: (tau + e) * K between memory layers, 4 D between matrices."""
+        return self.inner_bits * self.num_tables if self.ffn_kind == "memory" else 4 * self.hidden_size
 
     @property
     def rotary_size(self) -> int:
@@ -72,7 +112,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
+            if (value := getattr(self, name)) not in allowed and not (value is None and name in _BY_KIND):
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
                 )
@@ -93,8 +133,19 @@ class ModelConfig:
                 f"model.num_heads {self.num_heads} does not divide model.hidden_size {self.hidden_size}: "
                 "choose a divisor"
             )
-        if self.kind == "memoryformer":
+        if "memory" in self.layer_kinds:
             self._check_tables()
+        self._check_rank()
+
+    def _check_rank(self) -> None:
+        if "low_rank" not in self.layer_kinds:
+            if self.rank is not None:
+                raise ValueError(f"model.rank is {self.rank} and no layer is low_rank: leave it out")
+        elif self.rank is None or not 1 <= self.rank < self.hidden_size:
+            raise ValueError(
+                f"model.rank is {'missing' if self.rank is None else self.rank} and layers are low_rank: give a number "
+                f"from 1 to model.hidden_size - 1 = {self.hidden_size - 1}"
+            )
 
     def _check_tables(self) -> None:
         if self.hidden_size % self.bits:
@@ -109,8 +160,12 @@ class ModelConfig:
             )
 
 
+_BY_KIND = ("qkv", "ffn", "output")  # null where `kind` says it
 _CHOICES: dict[str, tuple[str, ...]] = {
     "kind": get_args(Kind),
+    "qkv": get_args(LayerKind),
+    "ffn": get_args(LayerKind),
+    "output": get_args(OutputKind),
     "score": get_args(Score),
     "norm": get_args(NormKind),
     "ffn_inner_norm": get_args(NormKind),

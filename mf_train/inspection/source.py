@@ -34,7 +34,7 @@ def open_inspected(path: Path, data: Sequence[str]) -> Inspected:
     """`data` are globs of text; none: the run's own validation text. Raises UserError or OSError."""
     given = [SourceConfig(path=glob) for glob in data]
     found = _open_model(path, given) if (path / CONFIG).is_file() else _open_checkpoint(path, given)
-    if found.config.kind != "memoryformer":
+    if "memory" not in found.config.layer_kinds:
         raise UserError(f"{found.name}: a dense model, which has no tables; give a MemoryFormer's folder")
     return found
 

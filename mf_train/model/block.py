@@ -1,34 +1,55 @@
-"""One block: MemoryFormer's (Eq. 13) and that of its dense peer (Pythia's, with sequential residuals)."""
+"""One block, each of whose layers is a choice: MemoryFormer's (Eq. 13), those of its dense peer, and every hybrid."""
 
-import torch.nn.functional as F
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from mf_train.config.model import ModelConfig
 from mf_train.model.attention import Attention, KeyValueCache, Lengths, Rotary
+from mf_train.model.layers import Layer, block_layers
+from mf_train.model.matrix import Gather, LowRank, Matrix
 from mf_train.model.memory import Hash, Lookup, lookup_each
 from mf_train.model.norm import Norm
 
 
-class MemoryFormerBlock(nn.Module):
-    """z = x + Attention(hash(Norm1 x)); y = z + lookup2(hash(Norm3(lookup1(hash(Norm2 z))))). [B, S, D] both ways."""
+class Block(nn.Module):
+    """z = x + output(attention(q, k, v of Norm1 x)); y = z + down(inner(up(Norm2 z))). [B, S, D] both ways.
+
+    `model.qkv`, `model.output` and `model.ffn` say what the layers are. MemoryFormer has memory layers, no output
+    layer, and a norm inside the FFN. Matrices, whole or of low rank, are used as in Pythia, but with sequential
+    residuals: GELU inside the FFN. A memory layer as output layer has a norm before it, as every other has.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        size, tables, bits = config.hidden_size, config.num_tables, config.bits
+        self.inputs: dict[str, list[str]] = {}  # the layers that read what is hashed or gathered at a place
+        size, inner = config.hidden_size, config.inner_size
+        # in this order: gradients are reduced, and their norm is summed, in that of the parameters
         self.norm_attention = Norm(size, config.norm, config.norm_epsilon)
-        self.hash_attention = Hash(bits, config.temperature, config.score)
-        self.query = Lookup(tables, bits, size)
-        self.key = Lookup(tables, bits, size)
-        self.value = Lookup(tables, bits, size)
+        self._add_layers("attention", config)
         self.attention = Attention(config)
+        self.norm_output: Norm | None = None
+        if config.output_kind == "memory":
+            self.norm_output = Norm(size, config.norm, config.norm_epsilon)
+        self._add_layers("output", config)
         self.norm_ffn = Norm(size, config.norm, config.norm_epsilon)
-        self.hash_ffn = Hash(bits, config.temperature, config.score)
-        self.up = Lookup(tables, bits, config.inner_size)
-        self.activation = _ACTIVATIONS[config.ffn_activation]()
-        self.norm_inner = Norm(config.inner_size, config.ffn_inner_norm, config.norm_epsilon)
-        self.hash_inner = Hash(config.inner_bits, config.temperature, config.score)
-        self.down = Lookup(tables, config.inner_bits, size)
+        self._add_layers("ffn", config)
+        self.activation = _ACTIVATIONS[config.ffn_activation if config.ffn_kind == "memory" else "gelu"]()
+        self.norm_inner: Norm | None = None
+        if config.ffn_kind == "memory":
+            self.norm_inner = Norm(inner, config.ffn_inner_norm, config.norm_epsilon)
+        self._add_layers("inner", config)
+
+    def _add_layers(self, place: str, config: ModelConfig) -> None:
+        layers = [layer for layer in block_layers(config) if layer.place == place]
+        self.inputs[place] = [layer.name for layer in layers]
+        for layer in layers:
+            if layer.kind == "memory":
+                self.add_module(f"hash_{place}", Hash(layer.bits, config.temperature, config.score))
+            else:
+                self.add_module(f"gather_{place}", Gather())
+            self.add_module(layer.name, _build(layer))
 
     def forward(
         self,
@@ -38,42 +59,38 @@ class MemoryFormerBlock(nn.Module):
         cache: KeyValueCache | None = None,
         attentions: list[Tensor] | None = None,
     ) -> Tensor:
-        codes, weights = self.hash_attention(self.norm_attention(x))
-        q, k, v = lookup_each(codes, weights, (self.query, self.key, self.value))
-        z = x + self.attention(q, k, v, rotary, self.layer, mask, cache, attentions)
-        m = self.activation(self.up(*self.hash_ffn(self.norm_ffn(z))))
-        return z + self.down(*self.hash_inner(self.norm_inner(m)))
+        q, k, v = self._apply_layers("attention", self.norm_attention(x))
+        y = self.attention(q, k, v, rotary, self.layer, mask, cache, attentions)
+        if self.inputs["output"]:
+            (y,) = self._apply_layers("output", y if self.norm_output is None else self.norm_output(y))
+        z = x + y
+        (m,) = self._apply_layers("ffn", self.norm_ffn(z))
+        m = self.activation(m)
+        (y,) = self._apply_layers("inner", m if self.norm_inner is None else self.norm_inner(m))
+        return z + y
+
+    def _apply_layers(self, place: str, x: Tensor) -> list[Tensor]:
+        """What each layer of a place gives."""
+        layers = [getattr(self, name) for name in self.inputs[place]]
+        if f"hash_{place}" in self._modules:
+            codes, weights = getattr(self, f"hash_{place}")(x)
+            return lookup_each(codes, weights, layers)
+        gathered = getattr(self, f"gather_{place}")(x)
+        return [layer(gathered) for layer in layers]
+
+    def memory_layers(self) -> Iterator[tuple[Hash, list[Lookup]]]:
+        """Each hash with the lookups that read its codes."""
+        for place, names in self.inputs.items():
+            if f"hash_{place}" in self._modules:
+                yield getattr(self, f"hash_{place}"), [getattr(self, name) for name in names]
 
 
-class DenseBlock(nn.Module):
-    """z = x + W_o Attention(W_q h, W_k h, W_v h), h = Norm1 x; y = z + W_2 gelu(W_1 Norm2 z), 4 D inside."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        size = config.hidden_size
-        self.norm_attention = Norm(size, config.norm, config.norm_epsilon)
-        self.query = nn.Linear(size, size)
-        self.key = nn.Linear(size, size)
-        self.value = nn.Linear(size, size)
-        self.attention = Attention(config)
-        self.output = nn.Linear(size, size)
-        self.norm_ffn = Norm(size, config.norm, config.norm_epsilon)
-        self.up = nn.Linear(size, 4 * size)
-        self.down = nn.Linear(4 * size, size)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        mask: Tensor | Lengths | None = None,
-        cache: KeyValueCache | None = None,
-        attentions: list[Tensor] | None = None,
-    ) -> Tensor:
-        h = self.norm_attention(x)
-        q, k, v = self.query(h), self.key(h), self.value(h)
-        z = x + self.output(self.attention(q, k, v, rotary, self.layer, mask, cache, attentions))
-        return z + self.down(F.gelu(self.up(self.norm_ffn(z))))
+def _build(layer: Layer) -> nn.Module:
+    if layer.kind == "memory":
+        return Lookup(layer.num_tables, layer.bits, layer.out_features)
+    if layer.kind == "low_rank":
+        return LowRank(layer.in_features, layer.out_features, layer.rank)
+    return Matrix(layer.in_features, layer.out_features)
 
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"none": nn.Identity, "gelu": nn.GELU, "relu": nn.ReLU}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mf_train.config.model import ModelConfig
+from mf_train.model.layers import block_layers, block_norms
 
 CHECKPOINT_BYTES = 12  # of a parameter: its float32 weight and both moments of AdamW
 
@@ -12,7 +13,7 @@ class ParameterCounts:
     """Numbers of parameters by kind."""
 
     tables: int  # table entries of all memory layers
-    dense: int  # matrices of the dense peer's blocks
+    dense: int  # matrices of the blocks
     embedding: int
     head: int
     small: int  # norms and biases
@@ -28,24 +29,18 @@ class ParameterCounts:
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Exact number of parameters of the model that `MemoryFormer(config)` builds."""
-    size, inner = config.hidden_size, config.inner_size
+    size = config.hidden_size
 
     def norm(features: int, kind: str) -> int:
         return features * (2 if kind == "layernorm" else 1)
 
-    small = 2 * norm(size, config.norm) + (2 * size if config.qk_norm else 0)
-    tables = dense = 0
-    if config.kind == "memoryformer":
-        rows, inner_rows = 2**config.bits, 2**config.inner_bits
-        tables = config.num_tables * (rows * (3 * size + inner) + inner_rows * size)
-        small += norm(inner, config.ffn_inner_norm) + 4 * size + inner
-    else:
-        dense = 12 * size**2
-        small += 9 * size
+    layers = block_layers(config)
+    small = sum(norm(*each) for each in block_norms(config)) + (2 * size if config.qk_norm else 0)
+    small += sum(layer.out_features for layer in layers)  # biases
     vocabulary = config.vocab_size * size
     return ParameterCounts(
-        tables=tables * config.num_layers,
-        dense=dense * config.num_layers,
+        tables=sum(layer.table_entries for layer in layers) * config.num_layers,
+        dense=sum(layer.matrix_entries for layer in layers) * config.num_layers,
         embedding=vocabulary,
         head=vocabulary,
         small=small * config.num_layers + norm(size, config.norm),
@@ -68,8 +63,9 @@ def count_block_flops(config: ModelConfig, sequence_length: int | None = None) -
     """FLOPs of a block at a sequence length (default: the configuration's).
 
     Attention 2 S^2 D; dense layers 12 S D^2; memory layers 6 K S D (section 3.3 of the paper, which counts
-    the two FFN lookups as 3 K S D together whatever e is). Norms are not counted, nor those of queries and keys.
+    the two FFN lookups as 3 K S D together whatever e is); hybrids as their layers (`model.layers`). Norms are not
+    counted, nor those of queries and keys.
     """
     s, d = sequence_length or config.sequence_length, config.hidden_size
-    layers = 6 * config.num_tables * s * d if config.kind == "memoryformer" else 12 * s * d * d
-    return BlockFlops(attention=2 * s * s * d, layers=layers)
+    layers = sum(layer.multiply_adds for layer in block_layers(config))
+    return BlockFlops(attention=2 * s * s * d, layers=s * layers)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mf_train.config.model import ModelConfig
-from mf_train.model.sharding import split_dimension
+from mf_train.model.sharding import Shape, split_dimension
 from mf_train.model.sums import num_chunks
 
 TABLE_STD = 0.02
@@ -20,9 +20,13 @@ def initialise(model: nn.Module, seed: int, rank: int = 0, size: int = 1) -> Non
     |---|---|
     | norm weights | 1 |
     | all biases | 0 |
-    | tables, embedding, head of a MemoryFormer | N(0, 0.02^2) |
-    | dense peer: embedding, head, query, key, value, up | N(0, 2 / (5 D)) (small init, arXiv 1910.05895) |
-    | dense peer: output, down | N(0, (2 / (L sqrt(D)))^2) (as GPT-NeoX initialises Pythia) |
+    | tables | N(0, 0.02^2) |
+    | embedding, head where `model.kind` is memoryformer | N(0, 0.02^2) |
+    | embedding, head where `model.kind` is dense | N(0, 2 / (5 D)) (small init, arXiv 1910.05895) |
+    | query, key, value, up that are dense | N(0, 2 / (5 D)) |
+    | output, down that are dense | N(0, (2 / (L sqrt(D)))^2) (as GPT-NeoX initialises Pythia) |
+    | reduce [r, I], of low rank | N(0, 1 / I) |
+    | expand [O, r], of low rank | N(0, dense * I / r): the product has the variance of the dense one |
 
     Each matrix is drawn in up to 8 chunks of its split dimension, each with a generator of its own, on the CPU: a rank
     draws only what it holds, and every number of ranks and every device starts from the same weights.
@@ -37,20 +41,30 @@ def initialise_parameter(
     name: str, parameter: Tensor, config: ModelConfig, seed: int, rank: int = 0, size: int = 1
 ) -> None:
     """Set one parameter, by its name in the plain model, as `initialise` does."""
-    std = _standard_deviation(name, config)
+    std = _standard_deviation(name, parameter.shape, config)
     if std > 0:
         _fill_normal(parameter, std, seed, name, rank, size)
     else:
         parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
 
 
-def _standard_deviation(name: str, config: ModelConfig) -> float:
+def _standard_deviation(name: str, shape: Shape, config: ModelConfig) -> float:
     """Of a parameter that is drawn; 0 for one that is set (norms and biases)."""
     module, _, kind = name.rpartition(".")
     if kind == "bias" or "norm" in module.rpartition(".")[2]:
         return 0.0
-    if config.kind == "memoryformer":
+    if kind == "tables" or (module in ("embedding", "head") and config.kind == "memoryformer"):
         return TABLE_STD
+    layer, _, half = module.rpartition(".")
+    if half == "reduce":
+        return 1 / math.sqrt(shape[1])
+    if half == "expand":
+        inside = config.inner_size if layer.endswith(".down") else config.hidden_size
+        return math.sqrt(inside / shape[1]) * _of_matrix(layer, config)
+    return _of_matrix(module, config)
+
+
+def _of_matrix(module: str, config: ModelConfig) -> float:
     if module.endswith((".output", ".down")):
         return 2 / (config.num_layers * math.sqrt(config.hidden_size))
     return math.sqrt(2 / (5 * config.hidden_size))

@@ -14,7 +14,7 @@ from mf_train.model.attention import (
     rotary_table,
     unpadded_positions,
 )
-from mf_train.model.block import DenseBlock, MemoryFormerBlock
+from mf_train.model.block import Block
 from mf_train.model.head import Head, soft_capped
 from mf_train.model.initialise import initialise
 from mf_train.model.norm import Norm
@@ -28,7 +28,7 @@ class Embedding(nn.Embedding):
 
 
 class MemoryFormer(nn.Module):
-    """A causal language model of memory layers, or its dense peer where `config.kind` is "dense".
+    """A causal language model of memory layers, its dense peer, or a hybrid, as `config` says.
 
     Weights are drawn from `seed` (see `initialise`); under `torch.device("meta")` they are left unset.
     """
@@ -36,9 +36,8 @@ class MemoryFormer(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        block = MemoryFormerBlock if config.kind == "memoryformer" else DenseBlock
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = Norm(config.hidden_size, config.norm, config.norm_epsilon)
         self.head = Head(config.hidden_size, config.vocab_size, config.logit_softcap)
         if not self.head.weight.is_meta:

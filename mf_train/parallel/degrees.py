@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from mf_train.config import Config
+from mf_train.config import Config, ModelConfig
 from mf_train.errors import UserError
+from mf_train.model.layers import block_layers
 from mf_train.model.sums import MAX_CHUNKS, num_chunks
 
 
@@ -64,8 +65,7 @@ def check_degrees(config: Config, world_size: int) -> None:
             f"parallel.tensor {tensor} does not divide the number of processes {world_size}: "
             f"start {tensor} or a multiple (torchrun --nproc-per-node {tensor} -m mf_train train ...), or change it"
         )
-    if tensor > 1:
-        _check_tensor(config)
+    check_tensor(model, tensor, "parallel.tensor")
     data, batch = world_size // tensor, config.training.global_batch_size
     if batch < data:
         raise UserError(
@@ -94,8 +94,8 @@ def _check_shards(config: Config, data: int) -> None:
     """Under stage 3 a rank's part of a table is so many of its numbers, which must not cut what is held together."""
     model = config.model
     chunks = min(num_chunks(model.hidden_size), num_chunks(model.inner_size)) // config.parallel.tensor
-    of_tables = (model.num_tables * 2**bits for bits in (model.bits, model.inner_bits))
-    for rows in (model.vocab_size, *(of_tables if model.kind == "memoryformer" else ())):
+    of_tables = (layer.num_tables * 2**layer.bits for layer in block_layers(model) if layer.kind == "memory")
+    for rows in (model.vocab_size, *of_tables):
         if rows * chunks % data:
             raise UserError(
                 f"optimizer.table_exp_avg or table_exp_avg_sq is not float32, parallel.zero_stage is 3, and {data} "
@@ -104,22 +104,16 @@ def _check_shards(config: Config, data: int) -> None:
             )
 
 
-def _check_tensor(config: Config) -> None:
-    tensor, model = config.parallel.tensor, config.model
-    if model.kind == "dense":
-        raise UserError(
-            f"parallel.tensor is {tensor} and model.kind is dense: the dense peer has no tables to shard; "
-            "set parallel.tensor=1"
-        )
-    if MAX_CHUNKS % tensor:
-        raise UserError(f"parallel.tensor is {tensor}: choose 1, 2, 4 or 8")
-    for name, value in (
-        ("the number of tables (model.hidden_size / model.bits)", model.num_tables),
-        ("model.num_heads", model.num_heads),
-        ("model.vocab_size", model.vocab_size),
-    ):
+def check_tensor(model: ModelConfig, tensor: int, key: str) -> None:
+    """Refuse a tensor-parallel degree that does not divide the model. Raises UserError with both."""
+    if tensor < 1 or MAX_CHUNKS % tensor:
+        raise UserError(f"{key} is {tensor}: choose 1, 2, 4 or 8")
+    parts = {"model.num_heads": model.num_heads, "model.vocab_size": model.vocab_size}
+    if "memory" in model.layer_kinds:
+        parts["the number of tables (model.hidden_size / model.bits)"] = model.num_tables
+    if model.rank is not None:
+        parts["model.rank"] = model.rank
+    for name, value in parts.items():
         if value % tensor:
-            raise UserError(
-                f"parallel.tensor {tensor} does not divide {name} {value}: choose a divisor or change the model"
-            )
+            raise UserError(f"{key} {tensor} does not divide {name} {value}: choose a divisor")
     assert num_chunks(model.hidden_size) % tensor == 0 and num_chunks(model.inner_size) % tensor == 0

@@ -112,6 +112,13 @@ def gather_features(x: Tensor, exchange: Exchange) -> Tensor:
     return _join(exchange.all_gather(x))
 
 
+def mix_features(x: Tensor, exchange: Exchange) -> Tensor:
+    """`gather_features` for layers of which each rank computes some outputs: the backward pass is a reduce-scatter of
+    what these outputs give, in float32.
+    """
+    return _MixFeatures.apply(x, exchange)  # type: ignore[no-any-return]
+
+
 def scatter_features(parts: Tensor, exchange: Exchange) -> Tensor:
     """This rank's part of a value of all features [..., D] -> the sum over ranks of this rank's features [..., D/P]."""
     return exchange.reduce_scatter(_cut(parts, exchange.size))
@@ -147,3 +154,15 @@ class _GatherCodes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return None, scatter_features(gradients[1], ctx.exchange).to(ctx.dtype), None
+
+
+class _MixFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return gather_features(x, exchange)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        wide = torch.promote_types(gradients[0].dtype, torch.float32)
+        return scatter_features(gradients[0].to(wide), ctx.exchange).to(gradients[0].dtype), None

@@ -10,10 +10,11 @@ from mf_train.config import ModelConfig
 from mf_train.model import MemoryFormer
 from mf_train.model.head import Head
 from mf_train.model.initialise import initialise
+from mf_train.model.matrix import Gather
 from mf_train.model.memory import Hash
 from mf_train.model.norm import Norm
 from mf_train.model.sharding import slice_of_rank
-from mf_train.parallel.exchange import Exchange, gather_codes, gather_features, scatter_features
+from mf_train.parallel.exchange import Exchange, gather_codes, gather_features, mix_features, scatter_features
 
 
 def build_model(
@@ -32,14 +33,16 @@ def build_model(
 def shard_model(model: MemoryFormer, exchange: Exchange) -> MemoryFormer:
     """Turn a plain MemoryFormer into this rank's part of a tensor-parallel one, in place.
 
-    1. Every parameter becomes its slice (`split_dimension`): columns of tables and embedding, rows of the head,
-       features of norms and biases. Nothing is replicated. Meta tensors stay meta. A rank's features are whole heads.
-    2. Norms exchange their sums. 3. Hashes exchange codes and weights. 4. The head gathers features.
+    1. Every parameter becomes its slice (`split_dimension`): columns of tables and embedding, rows of matrices and
+       head, features of norms and biases. Nothing is replicated. Meta tensors stay meta. A rank's features are whole
+       heads.
+    2. Norms exchange their sums. 3. Hashes exchange codes and weights. 4. Matrices and head gather features.
     Names of modules and parameters do not change. The degrees must have passed `check_degrees`.
     """
     _slice_parameters(model, exchange)
     _swap(model, Norm, lambda norm: TensorParallelNorm(norm, exchange))
     _swap(model, Hash, lambda hash_: TensorParallelHash(hash_, exchange))
+    _swap(model, Gather, lambda _: TensorParallelGather(exchange))
     _swap(model, Head, lambda head: TensorParallelHead(head, exchange))
     return model
 
@@ -63,6 +66,17 @@ class TensorParallelHash(Hash):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return gather_codes(*super().forward(x), self.exchange)
+
+
+class TensorParallelGather(Gather):
+    """Gathers the features of all ranks; the backward pass adds up each rank's part of their gradient."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__()
+        self.exchange = exchange
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mix_features(x, self.exchange)
 
 
 class TensorParallelHead(Head):

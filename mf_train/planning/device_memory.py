@@ -16,6 +16,7 @@ from mf_train.config import Config, ModelConfig
 from mf_train.config.phases import Phase, phases_of
 from mf_train.errors import UserError
 from mf_train.model.counts import count_parameters
+from mf_train.model.layers import block_layers, block_norms, block_places
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import check_degrees, count_micro_batches, micro_batch_sizes
 from mf_train.parallel.kinds import PIECE, held_bytes
@@ -86,9 +87,10 @@ def estimate_memory(config: Config, processes: int, device: str = "cuda") -> Ran
     work = tokens * working_bytes(model, tensor, width)
     last = tokens * model.hidden_size / tensor * width  # the embedding's gradient
     if recompute:
-        # all activations of the block whose gradients are computed, but for its input, which is kept, and that of the
-        # dense peer's last layer, which is freed before the others' gradients exist
-        work += block - tokens * model.hidden_size / tensor * width * (5 if model.kind == "dense" else 1)
+        # all activations of the block whose gradients are computed, but for its input, which is kept, and that of a
+        # last layer of matrices, which is freed before the others' gradients exist
+        freed = model.hidden_size + (0 if model.ffn_kind == "memory" else model.inner_size)
+        work += block - tokens * freed / tensor * width
         last = work
     process = PROCESS[device]
     fixed = states.parameters + states.optimizer + states.gradients + process
@@ -151,41 +153,48 @@ def heaviest_phase(config: Config, processes: int, device: str | None = None) ->
 
 def code_bytes(model: ModelConfig, width: int) -> int:
     """Codes and weights that one block keeps, bytes a token: those of all K tables on every rank."""
-    if model.kind == "dense":
-        return 0
-    return model.num_tables * (2 * _code(model.bits) + _code(model.inner_bits) + 3 * width)
+    hashed = [place for place in block_places(model) if place.kind == "memory"]
+    return sum(model.num_tables * (_code(place.bits) + width) for place in hashed)
 
 
 def block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
     """What one block keeps for its backward pass, bytes a token of a rank.
 
-    MemoryFormer: the inputs of both norms, what the hashes read, q, k and v after the rotation, attention's result, the
-    inner norm's input and output, codes with weights, two float32 statistics of each norm, a softmax normaliser a head.
-    With `model.qk_norm` q and k before and after their norm as well, and a float32 statistic a head.
+    The inputs of both norms, what hashes or matrices read, q, k and v after the rotation, attention's result, the
+    inner norm's or GELU's input and output, codes with weights, two float32 statistics of each norm, a softmax
+    normaliser a head. With `model.qk_norm` q and k before and after their norm as well, and a float32 statistic a head.
+    Matrices keep the features of all ranks, and what lies between those of low rank.
     """
     size, heads = model.hidden_size / tensor, model.num_heads / tensor
     normalised = 4 * size * width + 2 * 4 * heads if model.qk_norm else 0
-    if model.kind == "dense":
-        return (8 * size + 8 * size) * width + 2 * 8 + 4 * heads + normalised
-    inner = model.inner_size / tensor
-    activation = inner * width if model.ffn_activation == "gelu" else 0
-    own = activation + normalised + code_bytes(model, width)
-    return (8 * size + 2 * inner) * width + own + 3 * 8 + 4 * heads
+    inner, places = model.inner_size / tensor, block_places(model)
+    activation = inner * width if model.ffn_kind == "memory" and model.ffn_activation == "gelu" else 0
+    output = size * width if model.output_kind == "memory" else 0  # of its norm
+    others = sum(place.features for place in places if place.kind != "memory") * (1 - 1 / tensor) * width
+    own = activation + normalised + output + others + _between(model) * width + code_bytes(model, width)
+    return (8 * size + 2 * inner) * width + own + len(block_norms(model)) * 8 + 4 * heads
+
+
+def _between(model: ModelConfig) -> int:
+    """Features between the matrices of low rank of a block."""
+    return sum(layer.rank for layer in block_layers(model) if layer.kind == "low_rank")
 
 
 def recomputed_block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
     """What a block keeps whose activations are computed again, bytes a token of a rank: its input and what it received.
 
-    Received: codes with weights, and for each norm two float32 sums of every rank.
+    Received: codes with weights, features that matrices read, and for each norm two float32 sums of every rank.
     """
-    received = code_bytes(model, width) + 3 * 2 * 4 * tensor if tensor > 1 else 0
+    gathered = sum(place.features for place in block_places(model) if place.kind != "memory")
+    received = code_bytes(model, width) + (gathered + _between(model)) * width
+    received += len(block_norms(model)) * 2 * 4 * tensor
+    received = received if tensor > 1 else 0
     return model.hidden_size / tensor * width + received
 
 
 def working_bytes(model: ModelConfig, tensor: int, width: int) -> float:
     """Gradients that a block's backward pass holds at once, bytes a token of a rank."""
-    inner = 4 * model.hidden_size if model.kind == "dense" else model.inner_size
-    return (4 * model.hidden_size + 2 * inner) / tensor * width
+    return (4 * model.hidden_size + 2 * model.inner_size) / tensor * width
 
 
 def _states(config: Config, n: float, data: int, device: str) -> _States:
@@ -262,9 +271,9 @@ def _owned(config: Config, n: float, data: int) -> float:
 def moment_bytes(config: Config) -> float:
     """Both moments, bytes a parameter, as `parallel.moments` holds them."""
     model, counts = config.model, count_parameters(config.model)
-    inner = model.inner_size if model.kind == "memoryformer" else model.hidden_size
+    widths = [layer.out_features for layer in block_layers(model) if layer.kind == "memory"]
     # of the units that a row is cut into the smallest, which is all but a fifth of the tables'
-    unit = min(size // num_chunks(size) for size in (model.hidden_size, inner))
+    unit = min(size // num_chunks(size) for size in (model.hidden_size, *widths))
     share = (counts.tables + counts.embedding) / counts.total
     kinds = (config.optimizer.table_exp_avg, config.optimizer.table_exp_avg_sq)
     return sum(share * held_bytes(kind, unit) + (1 - share) * 4 for kind in kinds)
@@ -277,11 +286,7 @@ def average_bytes(config: Config) -> int:
 
 def _largest_parameter(model: ModelConfig) -> int:
     vocabulary = model.vocab_size * model.hidden_size
-    if model.kind == "dense":
-        return max(vocabulary, 4 * model.hidden_size**2)
-    up = 2**model.bits * model.inner_size
-    down = 2**model.inner_bits * model.hidden_size
-    return max(vocabulary, model.num_tables * max(up, down))
+    return max(vocabulary, *(layer.largest for layer in block_layers(model)))
 
 
 def _code(bits: int) -> int:

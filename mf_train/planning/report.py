@@ -84,7 +84,7 @@ def head_lines(config: Config, device: Device) -> Iterator[str]:
     """The model, the budget, the checkpoint, and where the rates come from."""
     counts, work = count_parameters(config.model), run_work(config)
     of_each = "" if config.phases else f" x {step_tokens(config):,} tokens"
-    yield f"model     {config.model.kind}: {counts.total:,} parameters, {counts.tables:,} of them in tables"
+    yield f"model     {config.model.description}: {counts.total:,} parameters, {counts.tables:,} of them in tables"
     yield f"budget    {config.training.steps:,} steps{of_each} = {work.tokens / 1e9:.4g} billion tokens"
     yield (
         f"work      {work.flops:.3g} model FLOPs and "
@@ -174,7 +174,7 @@ def layout_lines(
     for part in sorted(time.parts, key=lambda part: -part.seconds):
         share = part.seconds / time.seconds
         yield f"    {part.name:<18} {part.seconds:>9.4f} s  {share:>4.0%}  bound: {part.bound}"
-    if layout.config.model.kind == "memoryformer":
+    if "memory" in layout.config.model.layer_kinds:
         slow, quick = sensitivity(layout, device)
         source = "measured" if "gather" in device.measured else "a guess"
         yield (

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from mf_train.config import Config, ModelConfig
 from mf_train.config.phases import phases_of
 from mf_train.model.counts import count_block_flops, count_parameters
+from mf_train.model.layers import block_layers, block_norms, block_places
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import count_micro_batches
 from mf_train.planning.device_memory import LIVE, average_bytes, code_bytes, moment_bytes
@@ -106,10 +107,12 @@ def micro_batch_work(config: Config, tensor: int) -> list[PartWork]:
     n = config.training.micro_batch_size * model.sequence_length
     size = model.hidden_size / tensor
     logits = n * model.vocab_size / tensor
-    features = 2 * size + (4 * size if model.kind == "dense" else model.inner_size / tensor)
+    features = _normed(model) / tensor
     layers = model.num_layers
     return [
-        *(_dense_work if model.kind == "dense" else _memory_work)(model, n, b, tensor),
+        _attention(model, n, b, tensor),
+        *_memory_work(model, n, b, tensor),
+        *_matrix_work(model, n, b, tensor),
         # of each norm's features 8 passes in both directions, residual sums and their gradients 8
         PartWork("norms and sums", copy=layers * n * (features * 8 + size * 8) * b, launches=layers * 20),
         PartWork("head", copy=3 * logits * b, flops=TRAINING_FLOPS * logits * model.hidden_size, launches=6),
@@ -134,14 +137,32 @@ def _attention(model: ModelConfig, n: float, b: int, tensor: int) -> PartWork:
     )
 
 
+def _normed(model: ModelConfig) -> int:
+    """Features that the norms of a block read, and GELU in an FFN of matrices."""
+    gelu = 0 if model.ffn_kind == "memory" else model.inner_size
+    return sum(features for features, _ in block_norms(model)) + gelu
+
+
+def _rows(model: ModelConfig, n: float, b: int, tensor: int) -> float:
+    """Bytes of table rows that the lookups of all blocks read."""
+    columns = sum(layer.num_tables * layer.out_features for layer in block_layers(model))
+    return model.num_layers * n * columns / tensor * b
+
+
+def _hashed(model: ModelConfig) -> int:
+    """Features that the hashes of a block read."""
+    return sum(place.features for place in block_places(model) if place.kind == "memory")
+
+
 def _memory_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartWork]:
-    layers, size, inner = model.num_layers, model.hidden_size / tensor, model.inner_size / tensor
-    rows = layers * n * model.num_tables * (3 * size + inner + size) * b  # of all five lookups
+    if "memory" not in model.layer_kinds:
+        return []
+    layers = model.num_layers
+    rows = _rows(model, n, b, tensor)
     tables = count_parameters(model).tables / tensor * b
-    hashed = n * (2 * size + inner) * b
+    hashed = n * _hashed(model) / tensor * b
     hashes = layers * (3 * hashed + 2 * n * code_bytes(model, b) / tensor)
     return [
-        _attention(model, n, b, tensor),
         PartWork("hash", copy=hashes, launches=layers * 6),
         PartWork("lookup", copy=tables, gather=rows, launches=layers * 6),
         # gradients of tables written, then read and written where they are summed
@@ -149,16 +170,30 @@ def _memory_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[Part
     ]
 
 
-def _dense_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartWork]:
-    layers, size = model.num_layers, model.hidden_size / tensor
-    products = layers * count_block_flops(model).layers / model.sequence_length * n / tensor
-    matrices = 3 * count_parameters(model).dense / tensor * b  # read, read, gradient written
-    # inputs and results of six layers, 18 features' width; forward, and twice backward
-    features = 3 * 18 * layers * n * size * b
-    dense = PartWork(
-        "dense layers", copy=matrices + features, flops=TRAINING_FLOPS * products, launches=layers * 20
+def _matrix_features(model: ModelConfig, tensor: int) -> float:
+    """Inputs, gathered, and results of the matrices of a block, features a token."""
+    layers = [layer for layer in block_layers(model) if layer.kind != "memory"]
+    return sum(
+        layer.in_features
+        + layer.out_features / tensor
+        + layer.rank * (layer.kind == "low_rank") * (1 + 1 / tensor)
+        for layer in layers
     )
-    return [_attention(model, n, b, tensor), dense]
+
+
+def _matrix_products(model: ModelConfig) -> int:
+    """Matrices of a block."""
+    return sum({"memory": 0, "dense": 1, "low_rank": 2}[layer.kind] for layer in block_layers(model))
+
+
+def _matrix_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartWork]:
+    if model.layer_kinds == {"memory"}:
+        return []
+    dense = count_parameters(model).dense / tensor
+    # matrices read, read, gradient written; inputs and results forward, and twice backward
+    copied = 3 * dense * b + 3 * model.num_layers * n * _matrix_features(model, tensor) * b
+    launches = model.num_layers * (2 + 3 * _matrix_products(model))
+    return [PartWork("dense layers", copy=copied, flops=TRAINING_FLOPS * n * dense, launches=launches)]
 
 
 def recomputed_work(config: Config, tensor: int) -> list[PartWork]:
@@ -172,7 +207,6 @@ def recomputed_work(config: Config, tensor: int) -> list[PartWork]:
     b = element_bytes(config)
     n = config.training.micro_batch_size * model.sequence_length
     layers, size = model.num_layers, model.hidden_size / tensor
-    inner = 4 * size if model.kind == "dense" else model.inner_size / tensor
     attended = layers * count_block_flops(model).attention / model.sequence_length * n / tensor
     parts = [
         PartWork(
@@ -183,21 +217,28 @@ def recomputed_work(config: Config, tensor: int) -> list[PartWork]:
         ),
         # norms read and written, and residual sums
         PartWork(
-            "norms again", copy=layers * n * (2 * (2 * size + inner) + 3 * size) * b, launches=layers * 8
+            "norms again",
+            copy=layers * n * (2 * _normed(model) / tensor + 3 * size) * b,
+            launches=layers * 8,
         ),
     ]
-    if model.kind == "dense":
-        products = layers * count_block_flops(model).layers / model.sequence_length * n / tensor
-        copied = count_parameters(model).dense / tensor * b + 18 * layers * n * size * b
-        return [*parts, PartWork("dense layers again", copy=copied, flops=2 * products, launches=layers * 7)]
-    rows = layers * n * model.num_tables * (4 * size + inner) * b
-    hashed = layers * n * ((2 * size + inner) * b + code_bytes(model, b) / tensor)
-    tables = count_parameters(model).tables / tensor * b
-    return [
-        *parts,
-        PartWork("hash again", copy=hashed, launches=layers * 3),
-        PartWork("lookup again", copy=tables, gather=rows, launches=layers * 6),
-    ]
+    counts = count_parameters(model)
+    if "memory" in model.layer_kinds:
+        hashed = layers * n * (_hashed(model) * b + code_bytes(model, b)) / tensor
+        parts += [
+            PartWork("hash again", copy=hashed, launches=layers * 3),
+            PartWork(
+                "lookup again",
+                copy=counts.tables / tensor * b,
+                gather=_rows(model, n, b, tensor),
+                launches=layers * 6,
+            ),
+        ]
+    if model.layer_kinds != {"memory"}:
+        copied = counts.dense / tensor * b + layers * n * _matrix_features(model, tensor) * b
+        flops, launches = 2 * n * counts.dense / tensor, layers * (1 + _matrix_products(model))
+        parts.append(PartWork("dense layers again", copy=copied, flops=flops, launches=launches))
+    return parts
 
 
 def update_work(config: Config, parameters: float) -> PartWork:
@@ -267,19 +308,24 @@ def data_parallel_bytes_per_token(config: Config, data: int) -> float:
 
 
 def tensor_parallel_bytes_per_token(config: Config) -> float:
-    """Codes and weights of three hashes a block and the weights' gradients, sums of norms, features before the head and
-    their gradient, three values of the loss a chunk of the vocabulary. Gradients travel in float32.
-    `parallel.exchange` counts the same while it sends.
+    """What is hashed: codes and weights, and the weights' gradients; what matrices read: features, and their gradients;
+    sums of norms, features before the head and their gradient, three values of the loss a chunk of the vocabulary.
+    Gradients travel in float32. `parallel.exchange` counts the same while it sends.
     """
     model, tensor = config.model, config.parallel.tensor
     if tensor == 1:
         return 0
     b = element_bytes(config)
-    # a code travels in one byte, or in two (`parallel.exchange`)
-    wires = sum(1 if bits <= 8 else 2 for bits in (model.bits, model.bits, model.inner_bits))
-    hashes = model.num_layers * model.num_tables * (wires + 3 * b + 3 * 4)
-    shared = hashes + model.hidden_size * (b + 4) + num_chunks(model.vocab_size) * 3 * 4
-    sums = (3 * model.num_layers + 1) * (2 + 2) * 4  # whole on each rank
+    inputs = 0
+    for place in block_places(model):
+        if place.kind == "memory":  # a code travels in one byte, or in two
+            inputs += model.num_tables * ((1 if place.bits <= 8 else 2) + b + 4)
+        else:
+            inputs += place.features * (b + 4)
+    between = sum(layer.rank for layer in block_layers(model) if layer.kind == "low_rank")
+    shared = model.num_layers * (inputs + between * (b + 4))
+    shared += model.hidden_size * (b + 4) + num_chunks(model.vocab_size) * 3 * 4
+    sums = (len(block_norms(model)) * model.num_layers + 1) * (2 + 2) * 4  # whole on each rank
     return (tensor - 1) / tensor * shared + (tensor - 1) * sums
 
 

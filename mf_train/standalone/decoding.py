@@ -43,7 +43,7 @@ _CLASSES = {
 _NORMS = ("norm_attention", "norm_ffn", "norm_inner")
 _HASHES = ("hash_attention", "hash_ffn", "hash_inner")
 _LOOKUPS = ("query", "key", "value", "up", "down")
-_BLOCK_CLASSES = {"": {"MemoryFormerBlock"}, "attention": {"Attention"}}
+_BLOCK_CLASSES = {"": {"Block", "MemoryFormerBlock"}, "attention": {"Attention"}}
 _BLOCK_CLASSES |= {name: {"Norm"} for name in _NORMS} | {name: {"Hash"} for name in _HASHES}
 _BLOCK_CLASSES |= {name: {"Lookup", "Int8Lookup"} for name in _LOOKUPS}
 _HEAD_NORMS = ("query_norm", "key_norm")  # of attention, with `model.qk_norm`
@@ -181,7 +181,7 @@ def _make_decoder(model: Any) -> _ModelDecoder | None:
     """None where the model is on another device, in another dtype, changed, or there is no library."""
     watch = _Watch(model)
     config = model.config
-    if config.kind != "memoryformer" or watch.hooked or not _is_plain(model, config):
+    if config.layer_kinds != {"memory"} or watch.hooked or not _is_plain(model, config):
         return None
     if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in watch.tensors):
         return None

@@ -252,7 +252,7 @@ def _identity(config: Config) -> str:
     """What a run trains, without its folder: two runs with one identity have the same loss."""
     tree = config_to_tree(config)
     del tree["training"]["output_dir"]
-    if config.model.kind == "dense":
+    if "memory" not in config.model.layer_kinds:
         standard = ModelConfig()
         tree["model"] |= {key: getattr(standard, key) for key in _MEMORY_KEYS}
     return json.dumps(tree, sort_keys=True)

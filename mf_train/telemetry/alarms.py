@@ -14,7 +14,7 @@ from mf_train.telemetry.uniform import uniform_code
 # Fewer reads say nothing: even then a uniform code of one bit has its two rows within 15 % of each other.
 LEAST_READS = 256
 _SHOWN = 4  # tables that a line names
-_HASHES = {"hash_attention": "qkv", "hash_ffn": "ffn_up", "hash_inner": "ffn_down"}
+_HASHES = {"hash_attention": "qkv", "hash_output": "output", "hash_ffn": "ffn_up", "hash_inner": "ffn_down"}
 _REMEDY = (
     "go back to a checkpoint before it and lower optimizer.learning_rate or raise schedule.warmup_steps, and look at "
     "the run with 'memoryformer inspect'"

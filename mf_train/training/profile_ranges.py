@@ -8,7 +8,6 @@ from torch import nn
 from torch.profiler import record_function
 
 from mf_train.model import MemoryFormer
-from mf_train.model.block import MemoryFormerBlock
 from mf_train.parallel.engine import Engine
 from mf_train.training.profile_summary import BACKWARD
 
@@ -68,7 +67,7 @@ def _name_model(model: MemoryFormer, ranges: _Ranges) -> Iterator[Any]:
         name = f"layer {block.layer}"
         yield from _around(block, name, ranges)
         modules = dict(block.named_children())
-        if isinstance(block, MemoryFormerBlock):
+        if "hash_attention" in modules:
             hash_, attention = modules.pop("hash_attention"), modules.pop("attention")
             yield from _around_lookups(hash_, attention, name, ranges)
         for part, module in modules.items():

@@ -28,7 +28,7 @@ def summary(
     counts = count_parameters(config.model)
     processes = "1 process" if degrees.world_size == 1 else f"{degrees.world_size} processes"
     lines = [
-        f"{config.model.kind}: {counts.total / 1e6:.1f} M parameters, {counts.tables / 1e6:.1f} M in tables",
+        f"{config.model.description}: {counts.total / 1e6:.1f} M parameters, {counts.tables / 1e6:.1f} M in tables",
         f"{processes} on {device.type}: tensor {degrees.tensor} x data {degrees.data}, "
         f"ZeRO {config.parallel.zero_stage}, {config.training.precision}; run folder {config.training.output_dir}",
         f"hash and lookup: {kernels.describe(device)}",

@@ -41,7 +41,7 @@ class TableTelemetry:
         self.saved_at: int | None = None  # the last checkpoint's step, on every rank
         self.saved: Mapping[str, Tensor] = {}  # its probe's tokens and codes, on rank 0
         config, degrees = engine.model.config, engine.groups.degrees
-        if self.interval and config.kind == "memoryformer":
+        if self.interval and "memory" in config.layer_kinds:
             self.counts = ReadCounts(
                 engine.model, config.num_tables, engine.device, degrees.tensor_rank, degrees.tensor
             )

@@ -43,7 +43,7 @@ def compile_kernels(
     `still_alive` is called after each launch, `stop` as in `run_long_on_all`. Raises as that does: UserError where a
     node cannot compile, TrainingError where a kernel fails.
     """
-    if engine.device.type == "cuda" and has_triton() and config.model.kind == "memoryformer":
+    if engine.device.type == "cuda" and has_triton() and "memory" in config.model.layer_kinds:
         passes = run_passes(config, engine.groups.degrees.data)
         local_rank = engine.groups.degrees.local_rank
         first_of_node(lambda: _launch(engine, passes, still_alive), local_rank, engine.device, stop)
@@ -113,11 +113,7 @@ def _kinds_of_layers(engine: Engine) -> Iterator[tuple[Hash, list[Tensor], int]]
     seen = set()
     blocks: Iterable[Any] = engine.model.blocks
     for block in blocks:
-        for layer, lookups in (
-            (block.hash_attention, (block.query, block.key, block.value)),
-            (block.hash_ffn, (block.up,)),
-            (block.hash_inner, (block.down,)),
-        ):
+        for layer, lookups in block.memory_layers():
             tables = [_whole(engine, module.tables) for module in lookups]
             kind = (
                 layer.bits,

@@ -17,6 +17,20 @@ from mf_train.model.sharding import split_dimension
 CONFIGS = {
     "memoryformer": ModelConfig(hidden_size=96, num_layers=2, num_heads=8, bits=4, vocab_size=200),
     "dense": ModelConfig(kind="dense", hidden_size=96, num_layers=3, num_heads=8, vocab_size=200),
+    "low rank": ModelConfig(
+        kind="dense",
+        qkv="low_rank",
+        ffn="low_rank",
+        output="low_rank",
+        rank=48,
+        hidden_size=96,
+        num_layers=3,
+        num_heads=8,
+        vocab_size=200,
+    ),
+    "hybrid": ModelConfig(
+        qkv="dense", output="memory", hidden_size=96, num_layers=2, num_heads=8, bits=4, vocab_size=200
+    ),
 }
 
 
@@ -27,38 +41,55 @@ def documented_rows() -> list[tuple[str, str]]:
     return [cell for cell in cells[1:] if set(cell[0]) != {"-"}]
 
 
-def documented_value(name: str, kind: str) -> str:
-    """What the table says of one parameter; exactly one row must."""
+def documented_value(name: str, config: ModelConfig) -> str:
+    """What the table says of one parameter, in D, L, I and r; exactly one row must."""
     owner, _, attribute = name.rpartition(".")
-    module = "tables" if attribute == "tables" else owner.rpartition(".")[2]
+    layer, _, module = owner.rpartition(".")
+    module = "tables" if attribute == "tables" else module
 
     def covers(row: str) -> bool:
         if row == "norm weights":
             return "norm" in module and attribute == "weight"
         if row == "all biases":
             return attribute == "bias"
-        if attribute == "bias" or "norm" in module or row.startswith("dense peer:") != (kind == "dense"):
+        if attribute == "bias" or "norm" in module:
             return False
-        words = row.removeprefix("dense peer:").removesuffix("of a MemoryFormer").split(",")
-        return module in [word.strip() for word in words]
+        words, _, where = row.partition(" where ")
+        names = [word.split()[0] for word in words.removesuffix("that are dense").split(",")]
+        return module in names and where in ("", f"`model.kind` is {config.kind}")
 
     values = [value for row, value in documented_rows() if covers(row)]
     assert len(values) == 1, (name, values)
-    return values[0]
+    value = _formula(values[0])
+    if "dense *" in value:  # of the matrix in whose place it is
+        whole = next(
+            value
+            for row, value in documented_rows()
+            if row.endswith("dense") and layer.rpartition(".")[2] in row
+        )
+        value = value.replace("dense", "(" + _formula(whole).removeprefix("N(0, "))
+    return value
+
+
+def _formula(value: str) -> str:
+    """Without its source or reason."""
+    return re.sub(r"( \((small|as) .*\)|: .*)$", "", value)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_parameter_is_as_the_docstring_s_table_says(kind: str) -> None:
     config = CONFIGS[kind]
     for name, parameter in MemoryFormer(config, seed=1).named_parameters():
-        value = documented_value(name, kind)
+        value = documented_value(name, config)
         if value in ("0", "1"):
             assert (parameter == float(value)).all(), name
             continue
-        formula = re.match(r"N\(0, (.+?)\)(?: \(.*\))?$", value)
+        formula = re.match(r"N\(0, (.+)\)$", value)
         assert formula, value
         text = formula[1].replace("^", "**").replace("5 D", "5 * D").replace("L sqrt", "L * sqrt")
-        variance = eval(text, {"D": config.hidden_size, "L": config.num_layers, "sqrt": math.sqrt})
+        known = {"D": config.hidden_size, "L": config.num_layers, "sqrt": math.sqrt, "r": config.rank}
+        known["I"] = config.inner_size if ".down." in name else config.hidden_size
+        variance = eval(text, known)
         assert_normal(parameter.detach(), math.sqrt(variance), name)
 
 

@@ -108,14 +108,21 @@ def _shown_path(path: str) -> str:
 
 
 def _name(config: Config) -> str:
-    return "MemoryFormer" if config.model.kind == "memoryformer" else "Dense peer of a MemoryFormer"
+    model = config.model
+    if model.layer_kinds == {"memory"}:
+        return "MemoryFormer"
+    if "memory" in model.layer_kinds:
+        return f"MemoryFormer with other layers ({model.description})"
+    return "Dense peer of a MemoryFormer" + (
+        "" if "low_rank" not in model.layer_kinds else " with layers of low rank"
+    )
 
 
 def _rates(config: Config) -> dict[str, float]:
     """The tables' learning rate, and those of groups that have an unusual one, as multiples of the whole rate."""
     rules = group_rules(config.optimizer, config.model.hidden_size)
     usual = dict.fromkeys(rules, 1.0) | {"ffn_tables": rules["tables"].multiplier}
-    others = [group for group in groups_of(config.model.kind) if group != "tables"]
+    others = [group for group in groups_of(config.model) if group != "tables"]
     return {"tables": rules["tables"].multiplier} | {
         group: rules[group].multiplier for group in others if rules[group].multiplier != usual[group]
     }

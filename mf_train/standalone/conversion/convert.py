@@ -193,8 +193,8 @@ def _describe_source(reader: CheckpointReader, config: Config) -> str:
     counts = count_parameters(config.model)
     which = "the average of the weights of a " if reader.weights == AVERAGE else ""
     return (
-        f"read {reader.checkpoint}: {which}{config.model.kind} of {counts.total / 1e6:.1f} M parameters after step "
-        f"{reader.manifest.step}, trained in {config.training.precision}, tensor-parallel "
+        f"read {reader.checkpoint}: {which}{config.model.description} of {counts.total / 1e6:.1f} M parameters "
+        f"after step {reader.manifest.step}, trained in {config.training.precision}, tensor-parallel "
         f"{reader.manifest.tensor_parallel}"
     )
 

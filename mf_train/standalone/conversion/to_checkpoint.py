@@ -21,7 +21,7 @@ from mf_train.checkpoint.layout import (
 from mf_train.checkpoint.probe import probe_tensors, random_tokens
 from mf_train.checkpoint.safetensors_file import Region, TensorFile, bytes_of
 from mf_train.checkpoint.save import Extras, write_extras
-from mf_train.config import Config, DataConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainingConfig
+from mf_train.config import Config, DataConfig, ParallelConfig, TokenizerConfig, TrainingConfig
 from mf_train.config.loading import config_to_tree
 from mf_train.config.yaml_text import yaml_text
 from mf_train.data.open_tokenizer import is_own_file, load_tokenizer, tokenizer_in
@@ -29,7 +29,7 @@ from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.files import write_synced
 from mf_train.model.sharding import slice_shape
-from mf_train.model.sums import MAX_CHUNKS
+from mf_train.parallel.degrees import check_tensor
 from mf_train.run_folder import TOKENIZER_JSON
 from mf_train.standalone.conversion.checkpoint_parts import write_parts
 from mf_train.standalone.conversion.convert import check_output, new_folder
@@ -82,7 +82,7 @@ def _configuration(folder: Path, tensor: int) -> tuple[Config, dict[str, bytes]]
     if int8 or dtype not in precisions:
         kind = "int8" if int8 else str(dtype).removeprefix("torch.")
         raise UserError(f"{folder}: its weights are {kind}: give a model in float32 or bfloat16")
-    _check_degree(model, tensor)
+    check_tensor(model, tensor, "--tensor")
     tree: dict[str, Any] = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
     model_file = folder / TOKENIZER
     own = model_file.is_file() and is_own_file(model_file)  # which says its end of text itself
@@ -100,21 +100,6 @@ def _configuration(folder: Path, tensor: int) -> tuple[Config, dict[str, bytes]]
         training=TrainingConfig(precision=precisions[dtype]),  # type: ignore[arg-type]
     )
     return config, tokenizer.files if tokenizer else {}
-
-
-def _check_degree(model: ModelConfig, tensor: int) -> None:
-    """As the trainer would refuse it (parallel/degrees.py)."""
-    if tensor < 1 or MAX_CHUNKS % tensor:
-        raise UserError(f"--tensor is {tensor}: choose 1, 2, 4 or 8")
-    if tensor > 1 and model.kind == "dense":
-        raise UserError(f"--tensor is {tensor} and the model is dense, without tables to shard: leave it out")
-    for name, value in (
-        ("tables of a layer", model.num_tables),
-        ("heads", model.num_heads),
-        ("tokens of the vocabulary", model.vocab_size),
-    ):
-        if tensor > 1 and value % tensor:
-            raise UserError(f"--tensor {tensor} does not divide the {value} {name}: choose a divisor")
 
 
 def _read_tokenizer(folder: Path, sequence_length: int, end_of_text_id: int | None) -> Tokenizer | None:

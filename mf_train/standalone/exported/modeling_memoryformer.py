@@ -11,8 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from mf_train.model.attention import causal_mask, unpadded_positions
-from mf_train.model.block import DenseBlock as PlainDenseBlock
-from mf_train.model.block import MemoryFormerBlock as PlainMemoryFormerBlock
+from mf_train.model.block import Block
 from mf_train.model.head import IGNORED, Vocabulary
 from mf_train.model.initialise import initialise_parameter
 from mf_train.model.model import MemoryFormer as PlainMemoryFormer
@@ -29,12 +28,8 @@ from mf_train.standalone.exported.names import INT8
 from mf_train.standalone.exported.paged import PagedCache, take_paged
 
 
-class MemoryFormerBlock(GradientCheckpointingLayer, PlainMemoryFormerBlock):
+class MemoryFormerBlock(GradientCheckpointingLayer, Block):
     """The plain model's block, of which training keeps the input alone where gradients are checkpointed."""
-
-
-class DenseBlock(GradientCheckpointingLayer, PlainDenseBlock):
-    """The dense peer's, likewise."""
 
 
 class MemoryFormer(PlainMemoryFormer):
@@ -63,16 +58,13 @@ class MemoryFormer(PlainMemoryFormer):
         return BaseModelOutput(last_hidden_state=states[-1])
 
 
-_BLOCKS = {PlainMemoryFormerBlock: MemoryFormerBlock, PlainDenseBlock: DenseBlock}
-
-
 class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
     """A converted MemoryFormer or dense peer: token ids in, next-token logits, loss and key-value cache out."""
 
     config_class = MemoryFormerConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _no_split_modules = ["MemoryFormerBlock", "DenseBlock"]  # noqa: RUF012 - transformers' way
+    _no_split_modules = ["MemoryFormerBlock"]  # noqa: RUF012 - transformers' way
     # where the configuration says so
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -90,7 +82,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = PlainMemoryFormer(config.to_model_config(), seed=0 if meta else _draw_seed())
         self.model.__class__ = MemoryFormer
         for block in self.model.blocks:
-            block.__class__ = _BLOCKS[type(block)]
+            block.__class__ = MemoryFormerBlock
         if config.table_dtype == INT8:
             use_int8(self.model)
             self._keep_in_fp32_modules_strict = {"scales"}  # of int8 rows, whatever dtype is asked for

@@ -1,0 +1,94 @@
+"""The layers of a block as numbers: what the model is built of, and what counts, plans and groups go by.
+
+This file needs no torch.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from mf_train.config.model import LayerKind, ModelConfig, NormKind
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: O features of D features, by K tables of 2^bits rows, a matrix, or two of rank r. All have a bias."""
+
+    name: str  # its module's in the block
+    place: str  # what it reads, hashed or gathered once for all layers of one place
+    kind: LayerKind
+    in_features: int
+    out_features: int
+    num_tables: int
+    bits: int
+    rank: int
+
+    @property
+    def table_entries(self) -> int:
+        """Numbers in tables."""
+        return self.num_tables * 2**self.bits * self.out_features if self.kind == "memory" else 0
+
+    @property
+    def matrix_entries(self) -> int:
+        """Numbers in matrices, which are its multiply-adds a token too."""
+        if self.kind == "memory":
+            return 0
+        if self.kind == "low_rank":
+            return self.rank * (self.in_features + self.out_features)
+        return self.in_features * self.out_features
+
+    @property
+    def largest(self) -> int:
+        """Numbers of its largest parameter."""
+        if self.kind == "low_rank":
+            return self.rank * max(self.in_features, self.out_features)
+        return self.table_entries + self.matrix_entries
+
+    @property
+    def multiply_adds(self) -> int:
+        """A token's, as the paper counts them: K O of a memory layer, and of the two of an FFN 3 K D together."""
+        if self.kind != "memory":
+            return self.matrix_entries
+        return self.num_tables * (2 * self.in_features if self.name == "up" else self.out_features)
+
+
+@cache
+def block_layers(config: ModelConfig) -> tuple[Layer, ...]:
+    """The layers of every block, in the order in which they are used."""
+    size, inner = config.hidden_size, config.inner_size
+    found = []
+
+    def add(place: str, kind: str, names: tuple[str, ...], in_features: int, out_features: int) -> None:
+        if kind == "none":
+            return
+        tables = config.num_tables if kind == "memory" else 0
+        bits = config.inner_bits if place == "inner" else config.bits
+        rank = config.rank or 0
+        for name in names:
+            found.append(Layer(name, place, kind, in_features, out_features, tables, bits, rank))  # type: ignore[arg-type]
+
+    add("attention", config.qkv_kind, ("query", "key", "value"), size, size)
+    add("output", config.output_kind, ("output",), size, size)
+    add("ffn", config.ffn_kind, ("up",), size, inner)
+    add("inner", config.ffn_kind, ("down",), inner, size)
+    return tuple(found)
+
+
+class Place(NamedTuple):
+    """What layers of one place read: features that are hashed, or gathered from tensor-parallel ranks, once for all."""
+
+    kind: LayerKind
+    features: int
+    bits: int
+
+
+def block_places(config: ModelConfig) -> list[Place]:
+    """The places of every block at which features are hashed or gathered."""
+    found = {layer.place: Place(layer.kind, layer.in_features, layer.bits) for layer in block_layers(config)}
+    return list(found.values())
+
+
+def block_norms(config: ModelConfig) -> list[tuple[int, NormKind]]:
+    """Features and kind of every norm of a block."""
+    norms = [(config.hidden_size, config.norm)] * (3 if config.output_kind == "memory" else 2)
+    return norms + [(config.inner_size, config.ffn_inner_norm)] * (config.ffn_kind == "memory")

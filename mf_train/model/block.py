@@ -74,7 +74,8 @@ class Block(nn.Module):
         layers = [getattr(self, name) for name in self.inputs[place]]
         if f"hash_{place}" in self._modules:
             codes, weights = getattr(self, f"hash_{place}")(x)
-            return lookup_each(codes, weights, layers)
+            # a module that is called runs its hooks, which time it
+            return lookup_each(codes, weights, layers) if len(layers) > 1 else [layers[0](codes, weights)]
         gathered = getattr(self, f"gather_{place}")(x)
         return [layer(gathered) for layer in layers]
 

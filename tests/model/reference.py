@@ -1,4 +1,4 @@
-"""The two models again, written from the equations with loops in float64: slow, and sharing no code with mf_train."""
+"""The models again, written from the equations with loops in float64: slow, and sharing no code with mf_train."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ def logits_of(weights: Weights, config: ModelConfig, token_ids: Tensor) -> Tenso
         for layer in range(config.num_layers):
             prefix = f"blocks.{layer}."
             block = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-            x = (
-                memory_block(x, block, config)
-                if config.kind == "memoryformer"
-                else dense_block(x, block, config)
-            )
+            x = run_block(x, block, config)
         x = norm(x, weights, "final_norm", config.norm, config.norm_epsilon)
         logits = torch.einsum("sd,vd->sv", x, weights["head.weight"])
         cap = config.logit_softcap
@@ -42,33 +38,36 @@ def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(losses).view(targets.shape)
 
 
-def memory_block(x: Tensor, w: Weights, config: ModelConfig) -> Tensor:
-    """Eq. 13. x [S, D]."""
-    h = norm(x, w, "norm_attention", config.norm, config.norm_epsilon)
-    q, k, v = (memory_layer(h, w, name, config.bits, config) for name in ("query", "key", "value"))
-    q, k = (head_norm(y, w, name, config) for y, name in ((q, "query"), (k, "key")))
-    z = x + attention(q, k, v, config)
-    m = memory_layer(norm(z, w, "norm_ffn", config.norm, config.norm_epsilon), w, "up", config.bits, config)
-    if config.ffn_activation == "gelu":
-        m = gelu(m)
-    elif config.ffn_activation == "relu":
-        m = torch.where(m > 0, m, 0)
-    inner = norm(m, w, "norm_inner", config.ffn_inner_norm, config.norm_epsilon)
-    return z + memory_layer(inner, w, "down", config.bits + config.expand_bits, config)
+def run_block(x: Tensor, w: Weights, config: ModelConfig) -> Tensor:
+    """Eq. 13, or Pythia's block with sequential residuals, or what is between them. x [S, D]."""
+    memory = config.kind == "memoryformer"
+    qkv, ffn = (kind or ("memory" if memory else "dense") for kind in (config.qkv, config.ffn))
+    output = config.output or ("none" if memory else "dense")
 
-
-def dense_block(x: Tensor, w: Weights, config: ModelConfig) -> Tensor:
-    """Pythia's block with sequential residuals."""
-
-    def linear(x: Tensor, name: str) -> Tensor:
+    def layer(x: Tensor, name: str, kind: str, bits: int) -> Tensor:
+        if kind == "memory":
+            return memory_layer(x, w, name, bits, config)
+        if kind == "low_rank":
+            x = torch.einsum("si,ri->sr", x, w[f"{name}.reduce.weight"])
+            name += ".expand"
         return torch.einsum("si,oi->so", x, w[f"{name}.weight"]) + w[f"{name}.bias"]
 
     h = norm(x, w, "norm_attention", config.norm, config.norm_epsilon)
-    q, k, v = (linear(h, name) for name in ("query", "key", "value"))
+    q, k, v = (layer(h, name, qkv, config.bits) for name in ("query", "key", "value"))
     q, k = (head_norm(y, w, name, config) for y, name in ((q, "query"), (k, "key")))
-    z = x + linear(attention(q, k, v, config), "output")
-    h = norm(z, w, "norm_ffn", config.norm, config.norm_epsilon)
-    return z + linear(gelu(linear(h, "up")), "down")
+    y = attention(q, k, v, config)
+    if output == "memory":
+        y = norm(y, w, "norm_output", config.norm, config.norm_epsilon)
+    z = x + (y if output == "none" else layer(y, "output", output, config.bits))
+    h = layer(norm(z, w, "norm_ffn", config.norm, config.norm_epsilon), "up", ffn, config.bits)
+    if ffn != "memory":
+        return z + layer(gelu(h), "down", ffn, 0)
+    if config.ffn_activation == "gelu":
+        h = gelu(h)
+    elif config.ffn_activation == "relu":
+        h = torch.where(h > 0, h, 0)
+    inner = norm(h, w, "norm_inner", config.ffn_inner_norm, config.norm_epsilon)
+    return z + layer(inner, "down", "memory", config.bits + config.expand_bits)
 
 
 def memory_layer(x: Tensor, w: Weights, name: str, bits: int, config: ModelConfig) -> Tensor:

@@ -106,10 +106,11 @@ def test_counts_of_the_paper_s_models_are_those_built(name: str, kind: str) -> N
 
 @pytest.mark.parametrize("kind", ["memoryformer", "dense"])
 def test_counts_of_random_models_are_those_built(kind: str) -> None:
-    for _ in range(10):
+    for _ in range(20):
         bits, heads = random.choice([1, 2, 3, 4, 6]), random.choice([1, 2, 3])
         config = ModelConfig(
             kind=kind,  # type: ignore[arg-type]
+            **random_layers(),
             hidden_size=bits * heads * random.randint(1, 6),
             num_layers=random.randint(1, 5),
             num_heads=heads,
@@ -122,4 +123,24 @@ def test_counts_of_random_models_are_those_built(kind: str) -> None:
         )
         with torch.device("meta"):
             model = MemoryFormer(config)
-        assert count_parameters(config).total == sum(p.numel() for p in model.parameters()), config
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        counts = count_parameters(config)
+        assert counts.total == sum(sizes.values()), config
+        assert counts.tables == sum(size for name, size in sizes.items() if name.endswith(".tables")), config
+
+
+def random_layers() -> dict[str, object]:
+    kinds = [None, "memory", "dense", "low_rank"]
+    layers = {
+        "qkv": random.choice(kinds),
+        "ffn": random.choice(kinds),
+        "output": random.choice([*kinds, "none"]),
+    }
+    return layers | ({"rank": 1} if "low_rank" in layers.values() else {})
+
+
+def test_multiply_adds_of_a_hybrid_are_those_of_its_layers() -> None:
+    """By hand, of a token: Q, K and V of rank r, a matrix after attention, and the FFN's tables."""
+    config = paper_model("tiny", qkv="low_rank", output="dense", rank=32)
+    expected = 3 * 32 * (512 + 512) + 512 * 512 + 3 * 64 * 512
+    assert count_block_flops(config, 100).layers == 100 * expected

@@ -1,4 +1,4 @@
-"""Forward and backward of both models against the float64 re-implementation, torch's own modules and Pythia's."""
+"""Forward and backward of every model against the float64 re-implementation, torch's own modules and Pythia's."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ CASES = {
     "dense": {"kind": "dense"},
     "regularisers": {"qk_norm": True, "logit_softcap": 2.0, "num_heads": 4, "rotary_fraction": 1.0},
     "dense regularisers": {"kind": "dense", "qk_norm": True, "logit_softcap": 2.0},
+    "low rank": {"kind": "dense", "qkv": "low_rank", "ffn": "low_rank", "output": "low_rank", "rank": 5},
+    "matrices in attention": {"qkv": "dense", "output": "low_rank", "rank": 7, "ffn_activation": "relu"},
+    "matrices in the FFN": {"ffn": "dense", "output": "memory", "score": "scaled_probability"},
+    "memory in one place": {"kind": "dense", "output": "memory", "norm": "rmsnorm", "bits": 4},
     "dense rmsnorm": {"kind": "dense", "norm": "rmsnorm", "num_heads": 3, "rotary_base": 100.0},
 }
 

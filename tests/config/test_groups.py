@@ -51,8 +51,12 @@ def test_every_parameter_has_its_group() -> None:
         | {"up": "ffn_tables", "down": "ffn_tables"},
         "dense": dict.fromkeys(("query", "key", "value", "output", "up", "down"), "matrices"),
     }
+    kinds = {kind: {"kind": kind} for kind in expected}
+    kinds["hybrid"] = {"qkv": "low_rank", "output": "memory", "rank": 3}
+    expected["hybrid"] = expected["memoryformer"] | dict.fromkeys(("reduce", "expand"), "matrices")
+    expected["hybrid"]["output"] = "tables"
     for kind, layers in expected.items():
-        for name, parameter in MemoryFormer(ModelConfig(kind=kind, **sizes)).named_parameters():
+        for name, parameter in MemoryFormer(ModelConfig(**kinds[kind], **sizes)).named_parameters():
             module, last = name.split(".")[-2:]
             small = "norm" in module or last == "bias"
             group = "norms" if small else layers.get(module, module)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,10 +120,14 @@ def test_head(vocab_size: int, dtype: torch.dtype) -> None:
         head.bfloat16()(x.bfloat16())
 
 
-@pytest.mark.parametrize("kind", ["memoryformer", "dense"])
-def test_a_whole_model(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "scaled"),
+    [({}, 11), ({"kind": "dense"}, 1), ({"ffn": "low_rank", "rank": 3}, 7)],
+    ids=["memoryformer", "dense", "hybrid"],
+)
+def test_a_whole_model(kind: dict[str, Any], scaled: int) -> None:
     """Its logits are those of a float64 reference whose weights are what the int8 rows stand for."""
-    config = ModelConfig(**{**vars(CONFIG), "kind": kind})
+    config = ModelConfig(**{**vars(CONFIG), **kind})
     model = MemoryFormer(config, seed=3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -140,7 +146,7 @@ def test_a_whole_model(kind: str) -> None:
             stored, steps = quantize_rows(value)
             assert torch.equal(after[name], stored) and torch.equal(after[scales[name]], steps)
             weights[name] = dequantized(stored, steps)
-    assert sum(map(bool, scales.values())) == (11 if kind == "memoryformer" else 1)
+    assert sum(map(bool, scales.values())) == scaled
     tokens = torch.randint(52, (2, 16), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         logits = model(tokens)

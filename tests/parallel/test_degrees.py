@@ -65,7 +65,11 @@ def test_what_divides_is_accepted(tensor: int, world_size: int) -> None:
         (make_config(2, num_heads=3), 2, ["parallel.tensor 2", "model.num_heads 3"]),
         (make_config(4, vocab_size=66), 4, ["parallel.tensor 4", "model.vocab_size 66"]),
         (make_config(4, kind="dense", num_heads=6), 4, ["parallel.tensor 4", "model.num_heads 6"]),
-        (make_config(4, ffn="low_rank", rank=6), 4, ["parallel.tensor 4", "model.rank 6", "choose a divisor"]),
+        (
+            make_config(4, ffn="low_rank", rank=6),
+            4,
+            ["parallel.tensor 4", "model.rank 6", "choose a divisor"],
+        ),
         (
             make_config(1, batch=10),
             11,

@@ -272,14 +272,16 @@ def test_cross_entropy_is_megatron_s(index: int) -> None:
         assert loss_error < 1e-5 and gradient_error < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["memoryformer", "dense"])
-def test_parameter_groups(kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", [{}, {"kind": "dense"}, {"qkv": "low_rank", "rank": 4}], ids=["memoryformer", "dense", "hybrid"]
+)
+def test_parameter_groups(kind: dict[str, Any]) -> None:
     """Each parameter in one group; its decay and multiplier follow from its name."""
     model = MemoryFormer(
-        ModelConfig(kind=kind, hidden_size=32, num_layers=2, num_heads=2, bits=4, vocab_size=32)
+        ModelConfig(hidden_size=32, num_layers=2, num_heads=2, bits=4, vocab_size=32, **kind)
     )
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.3, table_learning_rate_multiplier=2.5))
-    assert len(groups) == (3 if kind == "memoryformer" else 2)
+    assert len(groups) == (3 if "kind" not in kind else 2)
     names = {id(p): name for name, p in model.named_parameters()}
     seen = []
     for group in groups:

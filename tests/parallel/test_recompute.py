@@ -36,6 +36,7 @@ MODELS = {
     "paper": MODEL,
     "activation": replace(MODEL, ffn_activation="gelu", norm="rmsnorm"),
     "dense": replace(MODEL, kind="dense"),
+    "hybrid": replace(MODEL, qkv="low_rank", output="memory", rank=16),
 }
 deepspeed_config = zero3._deepspeed_config
 END_OF_TEXT, BATCH, MICRO, STEPS = 3, 8, 2, 2

@@ -22,6 +22,7 @@ from mf_train.config import ModelConfig
 from mf_train.kernels import lookup_int8
 from mf_train.kernels.backends import find_backend
 from mf_train.model.head import Head
+from mf_train.model.matrix import Matrix
 from mf_train.model.memory import Hash, Lookup, record_codes
 from mf_train.model.model import Embedding, MemoryFormer
 from mf_train.model.quantized import quantize_rows, scales_name
@@ -261,7 +262,8 @@ class _StreamedLinear(nn.Module):
         parts = []
         for rows in _slices(self.features, self.features, x.shape[-1]):
             weight = self.source.rows(self.name, rows)[0]
-            parts.append(F.linear(x, weight, self.bias[rows[0] : rows[-1] + 1]))
+            bias = None if self.bias is None else self.bias[rows[0] : rows[-1] + 1]
+            parts.append(F.linear(x, weight, bias))
         return torch.cat(parts, dim=-1)
 
 
@@ -270,7 +272,7 @@ _STREAMED: dict[type[nn.Module], Callable[[str, Any, Weights], nn.Module]] = {
     Lookup: _StreamedLookup,
     Embedding: _StreamedEmbedding,
     Head: _StreamedHead,
-    nn.Linear: _StreamedLinear,
+    Matrix: _StreamedLinear,
 }
 
 

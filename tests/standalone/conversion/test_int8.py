@@ -38,6 +38,9 @@ CONFIG = ModelConfig(
     hidden_size=64, num_layers=2, num_heads=4, bits=4, vocab_size=4096, sequence_length=24, temperature=1.5
 )
 ODD = ModelConfig(hidden_size=6, num_layers=1, num_heads=1, bits=2, vocab_size=4096, sequence_length=24)
+HYBRID = ModelConfig(
+    output="dense", hidden_size=32, num_layers=1, num_heads=2, vocab_size=4096, sequence_length=24
+)
 DENSE = ModelConfig(
     kind="dense", hidden_size=32, num_layers=1, num_heads=2, vocab_size=4096, sequence_length=24
 )
@@ -181,7 +184,7 @@ def test_a_trained_model_keeps_its_loss(float32_one: Trained, tmp_path: Path) ->
     assert losses[0] != losses[1] == pytest.approx(losses[0], abs=0.01)
 
 
-@pytest.mark.parametrize("config", [CONFIG, ODD, DENSE], ids=["even", "odd", "dense"])
+@pytest.mark.parametrize("config", [CONFIG, ODD, HYBRID, DENSE], ids=["even", "odd", "hybrid", "dense"])
 def test_every_degree_converts_to_the_same_bytes(config: ModelConfig, tmp_path: Path) -> None:
     values = random_weights(config, seed=0)
     files = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config, ModelConfig
-from mf_train.config.model import Kind
 from mf_train.errors import UserError
 from mf_train.model.memory import record_codes
 from mf_train.standalone.conversion import streamed_model as module
@@ -35,9 +35,16 @@ from tests.standalone.checkpoints import random_weights, write_checkpoint, write
 TOKENS = torch.randint(4096, (40,), generator=torch.Generator().manual_seed(3))
 
 
-def config_of(kind: Kind, vocab_size: int = 4096) -> ModelConfig:
+KINDS: dict[str, Any] = {
+    "memoryformer": {},
+    "dense": {"kind": "dense"},
+    "hybrid": {"ffn": "low_rank", "output": "memory", "rank": 4},
+}
+
+
+def config_of(kind: str, vocab_size: int = 4096) -> ModelConfig:
     return ModelConfig(
-        kind=kind,
+        **KINDS[kind],
         hidden_size=48,
         num_layers=2,
         num_heads=4,
@@ -71,7 +78,7 @@ def same(a: Results, b: Results) -> bool:
     return torch.equal(a.logits, b.logits) and all(torch.equal(a.codes[k], b.codes[k]) for k in a.codes)
 
 
-@pytest.fixture(scope="module", params=["memoryformer", "dense"])
+@pytest.fixture(scope="module", params=KINDS)
 def readers(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ModelConfig, list[CheckpointReader]]:
@@ -91,7 +98,7 @@ def test_every_source_gives_the_loaded_models_bits(
     config, found = readers
     folder = write_model(found[1], config, dtype, tmp_path / "model")
     expected = loaded(folder, TOKENS)
-    assert len(expected.codes) == (6 if config.kind == "memoryformer" else 0)
+    assert len(expected.codes) == {"memoryformer": 6, "dense": 0}[config.kind] - 2 * (config.ffn is not None)
     assert expected.logits.isfinite().all() and expected.logits.std() > 0.1
     weights = FolderWeights(folder)
     assert weights.config == config

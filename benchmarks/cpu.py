@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.tables import table
+from mf_train.doctor.timing import compare, copy_bandwidth
 from mf_train.kernels import composition, cpu
 
 HIDDEN, TABLES, TOKENS = 512, 64, 2048  # D = O and K of the tiny model, tau = 8; a micro batch
@@ -111,11 +112,11 @@ def against_composition(dtype: torch.dtype, seconds: float) -> list[Measurement]
     }
     measurements = []
     for name, step in steps.items():
-        times = machine.compare(
+        times = compare(
             {"cpu": lambda step=step: step(cpu), "composition": lambda step=step: step(composition)}, seconds
         )
         measurements.append(Measurement(name, times["cpu"], times["composition"], *counts[name]))
-    times = machine.compare({"cpu": lambda: layer.both(cpu), "autograd": layer.by_autograd}, seconds)
+    times = compare({"cpu": lambda: layer.both(cpu), "autograd": layer.by_autograd}, seconds)
     name = "the same, composition by autograd"
     measurements.append(Measurement(name, times["cpu"], times["autograd"], *counts["forward + backward"]))
     return measurements
@@ -129,7 +130,7 @@ def fused(dtype: torch.dtype, seconds: float) -> list[list[str]]:
         ("forward", lambda: layer.forward(cpu, 0, SETS), lambda: layer.forward_one_by_one(cpu)),
         ("forward + backward", lambda: layer.both(cpu, 0, SETS), lambda: layer.both_one_by_one(cpu)),
     ):
-        times = machine.compare({"one": one, "three": three}, seconds)
+        times = compare({"one": one, "three": three}, seconds)
         rows.append([name, *_milliseconds(times["one"], times["three"])])
     return rows
 
@@ -143,7 +144,7 @@ def one_token(dtype: torch.dtype, seconds: float) -> list[list[str]]:
             "cpu": lambda layer=layer: layer.forward(cpu),
             "composition": lambda layer=layer: layer.forward(composition),
         }
-        times = machine.compare(alternatives, seconds, warmup=100)
+        times = compare(alternatives, seconds, warmup=100)
         rows.append([f"D = O = {hidden}", *_milliseconds(times["cpu"], times["composition"])])
     return rows
 
@@ -196,7 +197,7 @@ def plot(path: Path, measurements: dict[str, list[Measurement]], copy: float, l2
 
 def measure(seconds: float, plot_path: Path | None) -> list[str]:
     """All tables, as text."""
-    copy, l2 = machine.copy_bandwidth(), machine.read_bandwidth(L2_BYTES)
+    copy, l2 = copy_bandwidth(), machine.read_bandwidth(L2_BYTES)
     parts = [
         f"copy {copy / 1e9:.1f} GB/s (read + written, 256 MiB), L2 read {l2 / 1e9:.0f} GB/s",
         "ms are medians of interleaved calls; MB memory: arguments and results once; MB cache: rows and dy gathered",

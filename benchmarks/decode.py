@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import copy_bandwidth, report
+from benchmarks.machine import report
 from benchmarks.tables import table
 from mf_train.checkpoint.safetensors_file import FileLayout, bytes_of
 from mf_train.config import Config, ModelConfig
+from mf_train.doctor.timing import copy_bandwidth
 from mf_train.model import MemoryFormer
 from mf_train.model.quantized import use_int8
 from mf_train.standalone.conversion.settings_files import settings_files

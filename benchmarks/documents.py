@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.tables import table
 from mf_train.config import ModelConfig
+from mf_train.doctor.timing import compare
 from mf_train.model.attention import (
     Attention,
     Lengths,
@@ -53,7 +54,7 @@ def measure(dtype: torch.dtype, median: float, sigma: float) -> tuple[int, dict[
         torch.autograd.grad(y, inputs, gradient)
 
     inside = document_positions(numbers)
-    return len(lengths), machine.compare(
+    return len(lengths), compare(
         {
             "rows": partial(both, torch.arange(LENGTH), None),
             "documents": partial(both, inside, lengths),

@@ -1,56 +1,23 @@
-"""What the benchmarks share: the machine in a line, its bandwidth, interleaved timing, other programs, a report."""
+"""What the benchmarks share: the machine in a line, its caches' bandwidth, other programs, a report."""
 
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from mf_train.processors import processor_name
+
 
 def description() -> str:
     """The processor, torch's version, threads and instruction set, in one line."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    model = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        "unknown processor",
-    )
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{model}, {torch.get_num_threads()} threads, {capability}, torch {torch.__version__}"
-
-
-def compare(
-    alternatives: Mapping[str, Callable[[], object]], seconds: float = 2.0, warmup: int = 2
-) -> dict[str, float]:
-    """Median seconds of each alternative, called in turn until `seconds` are over, and each at least 5 times.
-
-    In turn, so that a slow moment of a shared machine falls on all of them.
-    """
-    for function in list(alternatives.values()) * warmup:
-        function()
-    times: dict[str, list[float]] = {name: [] for name in alternatives}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, function in alternatives.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def copy_bandwidth(megabytes: int = 256, seconds: float = 1.0) -> float:
-    """Bytes a second, read plus written, of copying an array that no cache holds, with torch's threads."""
-    source = torch.ones(megabytes * 2**20 // 4)
-    target = torch.zeros_like(source)
-    return 2 * source.nbytes / compare({"copy": lambda: target.copy_(source)}, seconds)["copy"]
+    return f"{processor_name()}, {torch.get_num_threads()} threads, {capability}, torch {torch.__version__}"
 
 
 def read_bandwidth(bytes_per_thread: int, seconds: float = 0.5) -> float:

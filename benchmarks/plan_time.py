@@ -105,8 +105,8 @@ def calibrate() -> dict[str, float]:
         def both(codes=codes, weights=weights, tables=tables, bias=bias) -> None:  # type: ignore[no-untyped-def]
             lookup(codes, weights, tables, bias).sum().backward()
 
-        rest = 4 * tables.nbytes / found["copy"]
-        found[f"gather.{name}"] = 3 * 1536 * 96 * 96 * tables.element_size() / (_least(both) - rest)
+        rest = 3 * tables.nbytes / found["copy"]
+        found[f"gather.{name}"] = 2 * 1536 * 96 * 96 * tables.element_size() / (_least(both) - rest)
     # a model so small that nothing but its operations takes time
     tiny = replace(SMALL, hidden_size=16, bits=2, vocab_size=64, sequence_length=4, num_layers=6)
     config = make(tiny, 1, 1, 1)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from mf_train.checkpoint.arguments import add_checkpoint
 from mf_train.commands import CommandParser
 from mf_train.data.arguments import add_data, add_tokenizer
-from mf_train.doctor import add_doctor
+from mf_train.doctor.arguments import add_doctor
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.exit_status import FAILED, INTERRUPTED, MISTAKE
 from mf_train.inspection.arguments import add_inspect

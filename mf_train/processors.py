@@ -1,4 +1,4 @@
-"""The processors that this process can use, and their caches."""
+"""The processors that this process can use, their model and their caches."""
 
 import math
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 from mf_train.control_groups import own_groups
 
 CACHES = Path("/sys/devices/system/cpu")
+INFORMATION = Path("/proc/cpuinfo")
 
 
 def usable_processors() -> int:
@@ -36,6 +37,16 @@ def _quotas() -> Iterator[float]:
             continue
         if quota > 0:
             yield quota
+
+
+def processor_name() -> str:
+    """The processors' model (proc(5)), "unknown processor" where the system does not say."""
+    try:
+        lines = INFORMATION.read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown processor")
 
 
 def caches() -> dict[str, tuple[int, int]]:

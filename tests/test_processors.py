@@ -1,4 +1,4 @@
-"""The processors that a process can use, where control groups limit their time, and their caches."""
+"""The processors that a process can use, where control groups limit their time, their name and caches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mf_train import control_groups, processors
-from mf_train.processors import caches, cpu_quota, usable_processors
+from mf_train.processors import caches, cpu_quota, processor_name, usable_processors
 
 
 @pytest.fixture
@@ -47,6 +47,15 @@ def test_the_narrowest_quota_counts(groups: Path, version: int) -> None:
     write_quota(root / "pod" / "box", "9900000", version)
     write_quota(root / "pod", "8800000", version)
     assert usable_processors() == 64
+
+
+def test_the_processors_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processors, "INFORMATION", tmp_path / "cpuinfo")
+    assert processor_name() == "unknown processor"
+    (tmp_path / "cpuinfo").write_text(
+        "processor\t: 0\nmodel\t\t: 143\nmodel name\t: A: 3 GHz\nmodel name\t: B\n"
+    )
+    assert processor_name() == "A: 3 GHz"
 
 
 def write_cache(folder: Path, kind: str, level: int, size: str, shared: str) -> None:

@@ -22,7 +22,7 @@ from benchmarks.gpu.steps import (
     leave_if_device_lost,
     part_arguments,
 )
-from mf_train.kernels import composition, cuda, triton_backend, triton_lookup, triton_norm
+from mf_train.kernels import composition, cuda, triton_backend, triton_blocks, triton_norm
 from mf_train.model.sums import num_chunks
 from mf_train.run_folder import read_records
 
@@ -134,16 +134,16 @@ def build_cuda_kernel() -> Mapping[str, str]:
 
 def sweep(device: TimedDevice, hidden: int, tokens: int) -> Mapping[str, object]:
     """ns a token, forward and backward, over the bytes of a column block of all tables."""
-    layers, chosen = layers_of(device, hidden, tokens), triton_lookup.L2_BYTES
+    layers, chosen = layers_of(device, hidden, tokens), triton_blocks.L2_BYTES
     found = {}
     try:
         for megabytes in (4, 8, 16, 32, 64, 128):
-            triton_lookup.L2_BYTES = megabytes * 2**20
+            triton_blocks.L2_BYTES = megabytes * 2**20
             for name in ("triton", "triton backward"):
                 seconds = device.measure([WAYS[name](layer) for layer in layers])
                 found[f"{name}, {megabytes} MiB"] = 1e9 * seconds / tokens
     finally:
-        triton_lookup.L2_BYTES = chosen
+        triton_blocks.L2_BYTES = chosen
     return found
 
 

@@ -78,6 +78,11 @@ def _check_special_tokens(tokenizer: Tokenizer) -> None:
 
 def tokenizer_in(folder: Path, end_of_text_id: int | None = None) -> Tokenizer:
     """The tokenizer in the folder of a converted model or a checkpoint. Raises UserError."""
+    if not any((folder / name).is_file() for name in (TOKENIZER, TOKENIZER_JSON)):
+        raise UserError(
+            f"{folder}: has no tokenizer: copy {TOKENIZER_JSON} from the model that this one was made from, or from "
+            "what made its token ids"
+        )
     return load_tokenizer(TokenizerConfig(path=str(folder), end_of_text_id=end_of_text_id))
 
 

@@ -8,6 +8,7 @@ in place, rounded at random where they are bfloat16 or int8. `mf_train.parallel.
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,19 @@ class Held(NamedTuple):
 
     kind: str
     tensors: tuple[Tensor, ...]
+
+
+def layout(kind: str, numel: int, unit: int, *, second: bool = False) -> list[tuple[torch.dtype, int]]:
+    """Dtype and elements of each tensor of `Held`; `second`: of a second moment."""
+    of_unit = (torch.float32, numel // unit)
+    layouts = {
+        "float32": [(torch.float32, numel)],
+        "bfloat16": [(torch.bfloat16, numel)],
+        "int8": [(torch.uint8 if second else torch.int8, numel), of_unit],
+        "row": [of_unit],
+        "split": [(torch.bfloat16, numel), (torch.int16, numel)],
+    }
+    return layouts[kind]
 
 
 class Rates(NamedTuple):
@@ -65,3 +79,9 @@ class Draw(NamedTuple):
     mine: int
     units: int
     first: int
+
+    @property
+    def signed_keys(self) -> tuple[int, int]:
+        """Both keys as int32 of the same bits."""
+        low, high = (key - (key >> 31 << 32) for key in (self.low, self.high))
+        return low, high

@@ -5,11 +5,11 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .adamw import Draw, Held, Rates
+from .adamw import Draw, Held, Rates, layout
 from .buffers import address, check
 from .cpu import call
 
-# As csrc/adamw.cpp numbers them, and the dtypes of what is held of each number.
+# As csrc/adamw.cpp numbers them.
 _KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "row": 3, "split": 4}
 
 
@@ -32,24 +32,19 @@ def update(
         raise ValueError(f"{numel} numbers are not whole units of {unit}")
     call(
         *("mf_adamw", address("gradient", gradient, torch.float32, (numel,))),
-        *_pointers("master", master, numel, unit, torch.int8),
-        *_pointers("first", first, numel, unit, torch.int8),
-        *_pointers("second", second, numel, unit, torch.uint8),
+        *_pointers("master", master, numel, unit),
+        *_pointers("first", first, numel, unit),
+        *_pointers("second", second, numel, unit, second=True),
         *(numel // unit, unit, ctypes.byref(_Rates(*rates)), ctypes.byref(_Draw(*draw))),
     )
 
 
-def _pointers(name: str, held: Held, numel: int, unit: int, code: torch.dtype) -> tuple[int | None, ...]:
+def _pointers(
+    name: str, held: Held, numel: int, unit: int, *, second: bool = False
+) -> tuple[int | None, ...]:
     """How it is held, where the numbers are, and where what is held beside them is."""
-    of_unit = (torch.float32, numel // unit)
-    layouts = {
-        "float32": [(torch.float32, numel)],
-        "bfloat16": [(torch.bfloat16, numel)],
-        "int8": [(code, numel), of_unit],
-        "row": [of_unit],
-        "split": [(torch.bfloat16, numel), (torch.int16, numel)],
-    }
-    for tensor, (dtype, size) in zip(held.tensors, layouts[held.kind], strict=True):
+    tensors = layout(held.kind, numel, unit, second=second)
+    for tensor, (dtype, size) in zip(held.tensors, tensors, strict=True):
         check(dtype, (size,), **{name: tensor})
     pointers = [tensor.data_ptr() for tensor in held.tensors]
     return _KINDS[held.kind], pointers[0], pointers[1] if len(pointers) == 2 else None

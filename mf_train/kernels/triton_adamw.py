@@ -150,11 +150,11 @@ def update(
     if units == 0:
         return
     made = constants(unit, master.kind, first.kind, second.kind, rates, draw)
-    low, high = (key - (key >> 31 << 32) for key in (draw.low, draw.high))  # as int32
     tensors = [t for held in (master, first, second) for t in (*held.tensors, None)[:2]]
     with torch.cuda.device_of(gradient):
         _adamw_kernel[(triton.cdiv(units, made["UNITS"]),)](
-            *(gradient, *tensors, units, low, high, draw.begin, rates.keep, rates.rate, rates.root_of_share),
+            *(gradient, *tensors, units, *draw.signed_keys),
+            *(draw.begin, rates.keep, rates.rate, rates.root_of_share),
             **made,
         )
 

@@ -8,7 +8,8 @@ environment when triton is first imported they run on CPU tensors, slowly, for t
 import triton
 
 from .triton_hash import hash_codes, hash_codes_backward
-from .triton_lookup import lookup, lookup_backward, lookup_int8
+from .triton_lookup import lookup, lookup_int8
+from .triton_lookup_backward import lookup_backward
 from .triton_sums import column_sums
 
 __all__ = ["column_sums", "hash_codes", "hash_codes_backward", "lookup", "lookup_backward", "lookup_int8"]

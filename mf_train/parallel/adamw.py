@@ -4,7 +4,7 @@ What is held in float32 is updated where it is, by torch's fused AdamW. Compact 
 pass. Where there is none, and for split masters beside float32 moments, what is held is turned into float32 piece by
 piece, updated and held again, so that little is ever in float32 at once.
 
-With a second moment of one number a row (`Row`), the mean of a unit's squared gradients takes the place of each square,
+With a second moment of one number a row (`row`), the mean of a unit's squared gradients takes the place of each square,
 as recommender systems train their tables (row-wise Adam of FBGEMM, after the row-wise AdaGrad of Mudigere et al. 2022,
 arXiv 2104.05158).
 
@@ -26,7 +26,7 @@ from mf_train.kernels import fast_adamw
 from mf_train.kernels.adamw import Draw, Rates
 from mf_train.parallel.fragment import Fragment
 from mf_train.parallel.kinds import AVERAGE, KINDS, MOMENTS, PIECE
-from mf_train.parallel.stored import Float32, Places, Row, Stored, cut
+from mf_train.parallel.stored import Places, Stored, cut
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Updated:
     @property
     def plain(self) -> bool:
         """Whether everything is in float32."""
-        return all(type(self.fragment.values[kind]) is Float32 for kind in KINDS)
+        return all(self.fragment.values[kind].kind == "float32" for kind in KINDS)
 
     @property
     def compact(self) -> bool:
         """Whether a moment takes fewer bytes."""
-        return any(type(self.fragment.values[kind]) is not Float32 for kind in MOMENTS)
+        return any(self.fragment.values[kind].kind != "float32" for kind in MOMENTS)
 
 
 class AdamW:
@@ -132,7 +132,7 @@ class AdamW:
             gradient = each.gradient.narrow(0, first, numel)
             master, average, square = (each.fragment.values[kind].narrow(first, numel) for kind in KINDS)
             values = [master.read(), average.read()]
-            if isinstance(square, Row):
+            if square.kind == "row":
                 self._update_by_row(
                     gradient, values[0], values[1], square, learning_rate, each.weight_decay, step
                 )
@@ -152,7 +152,7 @@ class AdamW:
         gradient: Tensor,
         master: Tensor,
         average: Tensor,
-        rows: Row,
+        rows: Stored,
         learning_rate: float,
         weight_decay: float,
         step: int,

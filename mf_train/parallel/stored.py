@@ -22,8 +22,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mf_train.kernels.adamw import Draw, Held
-from mf_train.parallel.kinds import BYTES, MOMENTS
+from mf_train.kernels.adamw import Draw, Held, layout
+from mf_train.parallel.kinds import MOMENTS
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,13 @@ def cut(numel: int, size: int, unit: int) -> Iterator[tuple[int, int]]:
 
 def zeros(kind: str, name: str, numel: int, unit: int, device: torch.device) -> Stored:
     """Zeros of a moment `name` (exp_avg, exp_avg_sq), held as `kind`."""
-    first = name == MOMENTS[0]
-    int8, code = (Int8First, torch.int8) if first else (Int8Second, torch.uint8)
+    second = name == MOMENTS[1]
+    int8 = Int8Second if second else Int8First
     classes = {"float32": Float32, "bfloat16": Bfloat16, "int8": int8, "row": Row}
-    dtypes = {4: torch.float32, 2: torch.bfloat16, 1: code}
-    of_number, of_unit = BYTES[kind]
-    tensors = [torch.zeros(numel, dtype=dtypes[of_number], device=device)] if of_number else []
-    tensors += [torch.zeros(numel // unit, dtype=dtypes[of_unit], device=device)] if of_unit else []
+    tensors = (
+        torch.zeros(size, dtype=dtype, device=device)
+        for dtype, size in layout(kind, numel, unit, second=second)
+    )
     return classes[kind](tuple(tensors), numel, unit)
 
 
@@ -242,7 +242,7 @@ class Places:
         draw = self.draw(seed, step, first)
         units = torch.arange(draw.begin, draw.begin + numel // self.unit, device=device)
         places = units // draw.mine * draw.units + units % draw.mine + draw.first
-        low, high = (key - (key >> 31 << 32) for key in (draw.low, draw.high))  # as int32
+        low, high = draw.signed_keys
         keys = _mix(_mix(places.to(torch.int32) + low) + high)
         columns = torch.arange(self.unit, dtype=torch.int32, device=device) * -0x61C88647
         return _mix((keys[:, None] + columns).view(-1))

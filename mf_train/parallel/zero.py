@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mf_train.config import Config
+from mf_train.kernels.composition import Sum, add_to
 from mf_train.parallel.adamw import AdamW, Updated
 from mf_train.parallel.collectives import collective
 from mf_train.parallel.exchange import all_gather, all_to_all, reduce_scatter
@@ -278,8 +279,9 @@ class Zero:
     def _take_gradients(self) -> Iterator[RemovableHandle]:
         for bucket in self.buckets:
             for slot in bucket.slots:
-                slot.parameter.gradient_sum = _SumOf(self, bucket, slot)  # type: ignore[attr-defined]
-                yield slot.parameter.register_post_accumulate_grad_hook(partial(self._take, bucket, slot))
+                sums = _SumOf(self, bucket, slot)
+                slot.parameter.gradient_sum = sums  # type: ignore[attr-defined]
+                yield slot.parameter.register_post_accumulate_grad_hook(sums.take)
 
     def _wait_before_use(self, model: nn.Module) -> Iterator[RemovableHandle]:
         """Have each part of the model wait for its own weights, in its forward pass."""
@@ -292,23 +294,6 @@ class Zero:
     @property
     def _reduces(self) -> bool:
         return self._last or self.stage == 2
-
-    @torch.no_grad()
-    def _take(self, bucket: _Bucket, slot: _Slot, parameter: nn.Parameter) -> None:
-        """Add a parameter's gradient to its sums."""
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            return  # its lookup has added it
-        total, holds = self._sums(bucket, slot)
-        if holds:
-            total.add_(gradient)
-        else:
-            total.copy_(gradient)
-        self._have(bucket)
-
-    def _sums(self, bucket: _Bucket, slot: _Slot) -> tuple[Tensor, bool]:
-        """Of a parameter's gradients, and whether there are any of this step."""
-        return bucket.sum_of(slot), not (self._fresh or self.stage == 2)
 
     def _have(self, bucket: _Bucket) -> None:
         """One more gradient has been added: start what has become complete, in the order that all ranks have."""
@@ -432,17 +417,25 @@ class Zero:
 
 @dataclass(frozen=True)
 class _SumOf:
-    """Of a parameter: where its lookup adds its gradient (`mf_train.kernels.GradientSum`)."""
+    """Where a parameter's gradients are added up (`mf_train.kernels.GradientSum`): by its lookup, or by `take`."""
 
     zero: Zero
     bucket: _Bucket
     slot: _Slot
 
-    def begin(self) -> tuple[Tensor, bool]:
-        return self.zero._sums(self.bucket, self.slot)
+    def begin(self) -> Sum:
+        return self.bucket.sum_of(self.slot), not (self.zero._fresh or self.zero.stage == 2)
 
     def done(self) -> None:
         self.zero._have(self.bucket)
+
+    @torch.no_grad()
+    def take(self, parameter: nn.Parameter) -> None:
+        """Add the parameter's `.grad` and remove it. torch calls this also after a lookup that added it itself."""
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            add_to([self.begin()], [gradient])
+            self.done()
 
 
 def _cut(parameters: Iterable[tuple[str, nn.Parameter]], size: int) -> list[list[tuple[str, nn.Parameter]]]:

@@ -65,7 +65,8 @@ def estimate_step(config: Config, nodes: int, per_node: int, device: Device) -> 
         updates = [replace(work, copy=0, host=work.copy) for work in updates]
         updates.append(PartWork("gradients to host", host=4 * share))
     parts += [_bound(work, device, precision, 1) for work in updates if work.copy or work.host]
-    parts.append(_bound(gradient_copies(config, data), device, precision, times))
+    copies = gradient_copies(config, data, cuda=device.kind == "cuda")
+    parts.append(_bound(copies, device, precision, times))
     if tensor > 1:
         parts.append(_tensor_parallel(config, device, times))
     parts += _data_parallel(config, nodes, per_node, device)

@@ -32,7 +32,6 @@ from mf_train.planning.devices import Peak
 TRAINING_FLOPS = 6  # for each multiply-add of the forward pass: 2 for multiply and add, 3 for the passes
 _CAUSAL = 1 / 2  # of attention's square is below the diagonal
 _ATTENTION_PASSES = 7 / 2  # 2 products forward, 5 backward (Dao 2023, arXiv 2307.08691)
-_LOOKUP_PASSES = 2  # backward: rows for the weights' gradient, and the output's gradient for each table
 # What the update of a number that is not held in float32 computes beside: so many bytes in addition would take as long
 # (benchmarks.moments on a CPU, where they add up within a fifth). A split master alone is updated in torch operations.
 _HELD_BYTES = {"float32": 0, "split": 5, "row": 10, "bfloat16": 10, "int8": 56}
@@ -163,10 +162,11 @@ def _memory_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[Part
     hashed = n * _hashed(model) / tensor * b
     hashes = layers * (3 * hashed + 2 * n * code_bytes(model, b) / tensor)
     return [
-        PartWork("hash", copy=hashes, launches=layers * 6),
-        PartWork("lookup", copy=tables, gather=rows, launches=layers * 6),
-        # gradients of tables written, then read and written where they are summed
-        PartWork("lookup backward", copy=3 * tables, gather=_LOOKUP_PASSES * rows, launches=layers * 12),
+        # launches: tests/kernels/test_launches.py
+        PartWork("hash", copy=hashes, launches=layers * 9),
+        PartWork("lookup", copy=tables, gather=rows, launches=layers * 5),
+        # the output's gradient for each row that was read; tables read and their gradients written
+        PartWork("lookup backward", copy=2 * tables, gather=rows, launches=layers * 54),
     ]
 
 
@@ -231,7 +231,7 @@ def recomputed_work(config: Config, tensor: int) -> list[PartWork]:
                 "lookup again",
                 copy=counts.tables / tensor * b,
                 gather=_rows(model, n, b, tensor),
-                launches=layers * 6,
+                launches=layers * 5,
             ),
         ]
     if model.layer_kinds != {"memory"}:
@@ -261,14 +261,17 @@ def held_work(config: Config, parameters: float) -> PartWork:
     return PartWork("update of compact numbers", copy=parameters * each)
 
 
-def gradient_copies(config: Config, data: int) -> PartWork:
+def gradient_copies(config: Config, data: int, *, cuda: bool) -> PartWork:
     """Passes over a micro-batch's gradients beside the collectives."""
-    n = count_parameters(config.model).total / config.parallel.tensor
+    counts, tensor = count_parameters(config.model), config.parallel.tensor
+    n = counts.total / tensor
     b = element_bytes(config)
     if (
         config.parallel.zero_stage < 3
     ):  # read, and added to float32 sums; stage 2 adds reduced ones to a shard's
         passes = (b + 8) * n + (12 * n / data if config.parallel.zero_stage == 2 else 0)
+        if cuda:  # lookups add to the sums: tables' gradients are not written, as they were counted, nor read
+            passes -= 2 * b * counts.tables / tensor
     else:  # into the bucket, divided, put in the ranks' order, then to the partition, twice
         passes = 6 * b * n + (2 * b + 8) * n / data
     return PartWork("gradient copies", copy=passes, launches=100)

@@ -42,19 +42,18 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype, bool]:
             )
         dtype = getattr(torch, tree["dtype"], None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise UserError(f"{path}: dtype is {tree['dtype']!r}; convert the checkpoint again")
+            raise UserError(f"{path}: dtype is {tree['dtype']!r}; {REMEDY}")
         if tree.get(TABLE_DTYPE) not in (None, INT8):
             raise UserError(
-                f"{path}: {TABLE_DTYPE} is {tree[TABLE_DTYPE]!r}, and this version knows only {INT8!r}; "
-                "convert the checkpoint again"
+                f"{path}: {TABLE_DTYPE} is {tree[TABLE_DTYPE]!r}, and this version knows only {INT8!r}; {REMEDY}"
             )
         keys = {field.name: CONFIG_KEYS.get(field.name, field.name) for field in fields(ModelConfig)}
         given = {name: key for name, key in keys.items() if key in tree or name not in _LATER}
         model = ModelConfig(**{name: tree[key] for name, key in given.items()})
     except KeyError as error:
-        raise UserError(f"{path}: has no key {error}; convert the checkpoint again") from None
+        raise UserError(f"{path}: has no key {error}; {REMEDY}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}); convert the checkpoint again") from None
+        raise UserError(f"{path}: damaged ({error}); {REMEDY}") from None
     return model, dtype, tree.get(TABLE_DTYPE) == INT8
 
 
@@ -71,6 +70,11 @@ def empty_model(
     Raises UserError naming the tensor and its file (of `files`).
     """
     check_layers(config, len(tensors), folder / CONFIG)
+    if f"{PARAMETER_PREFIX}head.weight" not in tensors and _ties_head(folder):
+        raise UserError(
+            f"{folder}: tie_word_embeddings is true in {CONFIG}, and the files hold one weight for embedding and head: "
+            "use the model with transformers, which ties them"
+        )
     with torch.device("meta"):
         model = MemoryFormer(config).to(dtype)
         if int8:
@@ -84,6 +88,10 @@ def empty_model(
                 f"{expected.get(name, 'none')}; {REMEDY}"
             )
     return model
+
+
+def _ties_head(folder: Path) -> bool:
+    return bool(json.loads((folder / CONFIG).read_bytes()).get("tie_word_embeddings"))
 
 
 def _describe(tensor: Tensor | StoredTensor) -> str:

@@ -1,7 +1,6 @@
 """The device that a process trains on, and what it does with its memory."""
 
 import ctypes
-import math
 from collections.abc import Mapping, MutableMapping
 
 import torch
@@ -12,7 +11,7 @@ from mf_train.host_memory import available_memory
 from mf_train.parallel.degrees import Degrees
 from mf_train.parallel.processes import Process
 from mf_train.planning.device_memory import offloaded_bytes
-from mf_train.processors import cpu_quota
+from mf_train.processors import usable_processors
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
@@ -59,9 +58,8 @@ def limit_threads(environment: Mapping[str, str]) -> None:
 
     More of them would stand still together whenever the time of all is used up. `OMP_NUM_THREADS` wins.
     """
-    quota = cpu_quota()
-    if quota is not None and "OMP_NUM_THREADS" not in environment:
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, math.ceil(quota))))
+    if "OMP_NUM_THREADS" not in environment and torch.get_num_threads() > (usable := usable_processors()):
+        torch.set_num_threads(usable)
 
 
 def make_deterministic(environment: MutableMapping[str, str]) -> None:

@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mf_train.kernels import reference, triton_grouping, triton_lookup, triton_norm, triton_sums
+from mf_train.kernels import (
+    reference,
+    triton_blocks,
+    triton_grouping,
+    triton_lookup_backward,
+    triton_norm,
+    triton_sums,
+)
 from mf_train.kernels import triton_backend as backend
 from mf_train.kernels.composition import code_dtype
 from mf_train.model import norm_steps
@@ -71,9 +78,9 @@ def run_reference(codes: Tensor, weights: Tensor, tables: list[Tensor], dys: lis
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Small inputs choose small blocks; here also what large ones choose."""
     if request.param != "as chosen":
-        monkeypatch.setattr(triton_lookup, "MIN_PROGRAMS", 1)
+        monkeypatch.setattr(triton_blocks, "MIN_PROGRAMS", 1)
     if request.param == "narrow blocks":
-        monkeypatch.setattr(triton_lookup, "L2_BYTES", 1)
+        monkeypatch.setattr(triton_blocks, "L2_BYTES", 1)
     return request.param
 
 
@@ -206,8 +213,8 @@ def test_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     one_by_one = torch.stack([backend.lookup(codes[n], weights[n], tables)[0] for n in range(3)])
     assert torch.equal(one_by_one, chosen[:3])
     for programs, l2_bytes in ((1, 2**24), (1, 1)):
-        monkeypatch.setattr(triton_lookup, "MIN_PROGRAMS", programs)
-        monkeypatch.setattr(triton_lookup, "L2_BYTES", l2_bytes)
+        monkeypatch.setattr(triton_blocks, "MIN_PROGRAMS", programs)
+        monkeypatch.setattr(triton_blocks, "L2_BYTES", l2_bytes)
         assert torch.equal(backend.lookup(codes, weights, tables)[0], chosen)
 
 
@@ -320,7 +327,7 @@ def test_rows_of_many_readers_are_cut(
     codes, weights, tables, dys = random_lookup(16, 2, 2, widths, (27,), dtype)
     codes[5:18, 0], codes[:, 1] = 1, 3
     whole = run(codes, weights, tables, dys, chunks)
-    monkeypatch.setattr(triton_lookup, "SEGMENT", 4)
+    monkeypatch.setattr(triton_lookup_backward, "SEGMENT", 4)
     cut = run(codes, weights, tables, dys, chunks)
     for actual, expected in zip(cut, run_reference(codes, weights, tables, dys), strict=True):
         assert actual.dtype == dtype
@@ -350,7 +357,7 @@ def test_rows_of_many_readers_are_cut(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=SLOW)], ids=str)
 def test_gradients_are_added_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """To what sums hold, or in the place of whatever lies there; also of rows that are cut, and of no token at all."""
-    monkeypatch.setattr(triton_lookup, "SEGMENT", 4)
+    monkeypatch.setattr(triton_lookup_backward, "SEGMENT", 4)
     codes, weights, tables, dys = random_lookup(17, 1, 2, (6, 3), (13,), dtype)
     held = [normal(generator(18), *tables[0].shape), torch.full(tables[1].shape, math.nan, device=DEVICE)]
     sums = [(held[0].clone(), True), (held[1].clone(), False)]

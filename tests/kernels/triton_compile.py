@@ -19,9 +19,11 @@ from triton.compiler import ASTSource
 
 from mf_train.kernels import (
     triton_adamw,
+    triton_blocks,
     triton_grouping,
     triton_hash,
     triton_lookup,
+    triton_lookup_backward,
     triton_loss,
     triton_norm,
     triton_rotary,
@@ -99,7 +101,7 @@ def compile_hash(element: str, codes: str, common: dict[str, Any]) -> None:
 def compile_forward(element: str, codes: str, common: dict[str, Any]) -> None:
     pointers = dict.fromkeys(("weights", "tables", "bias", "y"), element) | {"codes": codes}
     for num_tokens in (1, 16384):
-        tokens, block, unroll = triton_lookup.forward_blocks(
+        tokens, block, unroll = triton_blocks.forward_blocks(
             num_tokens, NUM_TABLES, common["ROWS"], COLUMNS, ITEM_BYTES[element]
         )
         constants = {**common, "TOKENS": tokens, "BLOCK": block, "UNROLL": unroll}
@@ -119,17 +121,19 @@ def compile_backward(element: str, codes: str, common: dict[str, Any]) -> None:
     sizes += ["width", "add", "add_tables"]
     for segments, chunks in itertools.product((False, True), (1, 8)):
         pointers["d_tables"] = element if chunks == 1 else total  # alone, or in a sum
-        block, beside, unroll, rows = triton_lookup.backward_blocks(
+        block, beside, unroll, rows = triton_blocks.backward_blocks(
             16384, common["ROWS"], COLUMNS, chunks, ITEM_BYTES[element]
         )
         constants = {**common, "BLOCK": block, "UNROLL": unroll, "ROWS_PER_PROGRAM": rows}
-        constants |= {"CHUNKS": beside, "SEGMENT": triton_lookup.SEGMENT}
-        kernel = triton_lookup._segments_kernel if segments else triton_lookup._backward_kernel
+        constants |= {"CHUNKS": beside, "SEGMENT": triton_lookup_backward.SEGMENT}
+        kernel = (
+            triton_lookup_backward._segments_kernel if segments else triton_lookup_backward._backward_kernel
+        )
         ptx = compile_kernel(kernel, pointers, sizes, 1, constants)["ptx"]
-        if block * ITEM_BYTES[element] >= triton_lookup.WARP_BYTES:
+        if block * ITEM_BYTES[element] >= triton_blocks.WARP_BYTES:
             assert wide_loads(ptx) >= unroll, "rows are not read 16 bytes a lane"
-    constants = {**common, "CHUNKS": 8, "BLOCK": triton_lookup.FINISHED}
-    compile_kernel(triton_lookup._finish_kernel, pointers, ["num_tokens"], 4, constants)
+    constants = {**common, "CHUNKS": 8, "BLOCK": triton_lookup_backward.FINISHED}
+    compile_kernel(triton_lookup_backward._finish_kernel, pointers, ["num_tokens"], 4, constants)
 
 
 def compile_grouping(codes: str, common: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from benchmarks.collectives import Collectives
 from benchmarks.micro_batches import backward_passes
 from mf_train.config import ModelConfig
 from mf_train.model import MemoryFormer
+from mf_train.model.counts import count_parameters
 from mf_train.parallel.degrees import Degrees
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
@@ -25,6 +26,7 @@ from mf_train.planning.devices import Peak, find_device
 from mf_train.planning.time import estimate_step
 from mf_train.planning.work import (
     data_parallel_bytes,
+    gradient_copies,
     micro_batch_work,
     model_flops,
     paper_flops,
@@ -76,8 +78,21 @@ def test_rows_and_tables_of_a_lookup_are_counted_by_hand() -> None:
     tokens = 2 * length
     assert works["lookup"].gather == tokens * sum(tables * columns * 4 for tables, _, columns in shapes)
     assert works["lookup"].copy == sum(tables * rows * columns * 4 for tables, rows, columns in shapes)
-    assert works["lookup backward"].gather == 2 * works["lookup"].gather
-    assert works["lookup backward"].copy == 3 * works["lookup"].copy
+    assert works["lookup backward"].gather == works["lookup"].gather
+    assert works["lookup backward"].copy == 2 * works["lookup"].copy
+
+
+@pytest.mark.parametrize("kind", ["memoryformer", "dense"])
+def test_a_gpu_s_lookups_add_to_the_sums_themselves(kind: Any) -> None:
+    """docs/kernels.md: of a table 8 bytes a number, where a CPU writes, reads and adds 12 in bfloat16."""
+    config = make(replace(SMALL, kind=kind), 4, 2, 1, 1, "bfloat16")
+    counts = count_parameters(config.model)
+    written = 2 * counts.tables  # as `micro_batch_work` counts them
+    assert gradient_copies(config, 1, cuda=False).copy + written == 10 * counts.total + 2 * counts.tables
+    assert gradient_copies(config, 1, cuda=True).copy + written == 10 * counts.total - 2 * counts.tables
+    assert (counts.tables > 0) == (kind == "memoryformer")
+    whole = replace(config, parallel=replace(config.parallel, zero_stage=3))  # where there are no sums
+    assert gradient_copies(whole, 2, cuda=True) == gradient_copies(whole, 2, cuda=False)
 
 
 def test_a_layout_does_not_change_what_a_step_moves() -> None:

@@ -72,7 +72,7 @@ def test_no_more_threads_than_a_container_has_time_for(environment: str, threads
     code = f"""
 import torch
 from mf_train.training import device
-device.cpu_quota = lambda: 2.5
+device.usable_processors = lambda: 3
 torch.set_num_threads(7)
 device.limit_threads({environment})
 print(torch.get_num_threads())

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from mf_train.config import DataConfig, SourceConfig
+from mf_train.data.open_tokenizer import tokenizer_in
 from mf_train.data.stream.validation import ValidationBlocks, validation_tokens
 from mf_train.errors import UserError
 from mf_train.model.attention import document_numbers
 from mf_train.model.model import MemoryFormer
 from mf_train.standalone.exported.names import DOCUMENT_ATTENTION
 from mf_train.standalone.folder import CONFIG
-from mf_train.standalone.use.load import load_model, load_tokenizer
+from mf_train.standalone.use.load import load_model
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def evaluate(
     plain = load_model(model)
     sources = [SourceConfig(path=path) for path in data]
     length = sequence_length or plain.config.sequence_length
-    tokenizer = load_tokenizer(model)
+    tokenizer = tokenizer_in(model)
     tokens = validation_tokens(sources, DataConfig(), tokenizer, length, sequences, key="--data")
     blocks = ValidationBlocks(tokens, tokenizer, length)
     documents = bool(json.loads((model / CONFIG).read_text(encoding="utf-8")).get(DOCUMENT_ATTENTION))

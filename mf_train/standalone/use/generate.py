@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
+from mf_train.data.open_tokenizer import tokenizer_in
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.model.model import MemoryFormer
 from mf_train.standalone.decoding import FastPath
 from mf_train.standalone.exported.cache import Cache
 from mf_train.standalone.use.chat import ChatTokenizer
-from mf_train.standalone.use.load import load_model, load_tokenizer
+from mf_train.standalone.use.load import load_model
 from mf_train.standalone.use.sampling import Sampling
 
 _CONTEXT_TOKENS = 8
@@ -43,7 +44,7 @@ def generate(
     if "" in stop:
         raise UserError("--stop is empty: give the text to stop before, or leave it out")
     plain = load_model(model)
-    tokenizer = ChatTokenizer(model) if chat else load_tokenizer(model)
+    tokenizer = ChatTokenizer(model) if chat else tokenizer_in(model)
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
     longest = plain.config.sequence_length
     if len(ids) + max_new_tokens > longest:

@@ -1,4 +1,4 @@
-"""Loads a standalone model as the plain model, and its tokenizer, without running the folder's own code."""
+"""Loads a standalone model as the plain model, without running the folder's own code."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mf_train.data.open_tokenizer import tokenizer_in
-from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.model.model import MemoryFormer
-from mf_train.run_folder import TOKENIZER, TOKENIZER_JSON
 from mf_train.standalone.exported.names import PARAMETER_PREFIX
 from mf_train.standalone.folder import INDEX, SINGLE, empty_model, read_config
 
@@ -28,16 +25,6 @@ def load_model(folder: Path) -> MemoryFormer:
     state = {name.removeprefix(PARAMETER_PREFIX): tensor for name, tensor in tensors.items()}
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a standalone model. Raises UserError."""
-    if not any((folder / name).is_file() for name in (TOKENIZER, TOKENIZER_JSON)):
-        raise UserError(
-            f"{folder}: has no tokenizer: copy {TOKENIZER_JSON} from the model that this one was made from, or from "
-            "what made its token ids"
-        )
-    return tokenizer_in(folder)
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Path]]:

@@ -225,3 +225,24 @@ def test_damaged_folders_are_named(
         FolderWeights(folder)
     assert message in str(caught.value) and "convert the checkpoint again" in str(caught.value)
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_model_without_a_head_is_for_transformers(
+    tied: bool, readers: tuple[ModelConfig, list[CheckpointReader]], tmp_path: Path
+) -> None:
+    config, found = readers
+    folder = write_model(found[0], config, "float32", tmp_path / "model")
+    tensors = {name: file.read(name) for name, file in open_tensors(folder).items()}
+    for path in folder.glob("model*"):
+        path.unlink()
+    del tensors["model.head.weight"]
+    write_tensors(folder / SINGLE, tensors)
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | {"tie_word_embeddings": tied}))
+    for read in (FolderWeights, load_model):
+        with pytest.raises(UserError) as caught:
+            read(folder)
+        assert ("use the model with transformers" in str(caught.value)) == tied
+        assert ("convert the checkpoint again" in str(caught.value)) != tied
+    shutil.rmtree(folder)

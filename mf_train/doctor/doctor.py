@@ -2,38 +2,29 @@
 
 import logging
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from mf_train.commands import add_command, print_lines
+import torch
+
+from mf_train import kernels
+from mf_train.doctor.timing import compare, copy_bandwidth
 from mf_train.host_memory import available_memory
+from mf_train.kernels import cpu
+from mf_train.kernels.backends import has_triton
 from mf_train.launch.machine import compiler_problem, cuda_versions, versions
-from mf_train.processors import caches, cpu_quota, usable_processors
+from mf_train.processors import caches, cpu_quota, processor_name, usable_processors
 from mf_train.text import human_bytes
 
 DRIVER = Path("/proc/driver/nvidia/version")
 LOAD = Path("/proc/loadavg")
-_COPIED = 256 << 20  # bytes: more than caches hold
 # of the lookup that is timed: tiny.yaml's layer and micro-batch
 _TOKENS, _SIZE, _BITS = 2048, 512, 8
 
 
-def add_doctor(commands: Any) -> None:
-    """Add the command to the command line's parser."""
-    summary = "what this machine has and what would make it faster"
-    add_command(commands, "doctor", summary, "doctor", lambda given: print_lines(doctor()))
-
-
 def doctor() -> Iterator[str]:
     """Lines on versions, processors, memory, GPUs, threads, kernels and rates; then one for each thing to change."""
-    import torch
-
-    from mf_train import kernels
-
     logging.getLogger(kernels.__name__).setLevel(logging.ERROR)  # it is said below
     found = versions()
     yield _line("versions", ", ".join(f"{name} {version}" for name, version in found.items()))
@@ -47,7 +38,7 @@ def doctor() -> Iterator[str]:
     devices = [torch.device("cpu"), *([torch.device("cuda")] if gpus else [])]
     for device in devices:
         yield _line(f"on a {'GPU' if device.type == 'cuda' else 'CPU'}", kernels.describe(device))
-    yield _line("memory copy", f"{_copy_rate() / 1e9:.1f} GB/s, read and written")
+    yield _line("memory copy", f"{copy_bandwidth(0.5) / 1e9:.1f} GB/s, read and written")
     ratio, seconds = _lookup_rate()
     yield _line(
         "memory layer",
@@ -62,9 +53,6 @@ def doctor() -> Iterator[str]:
 
 def suggestions(threads: int, gpus: bool, environment: Mapping[str, str]) -> Iterator[str]:
     """What to change, a sentence each; `threads` are torch's, `gpus` whether torch sees one."""
-    from mf_train.kernels import cpu
-    from mf_train.kernels.backends import has_triton
-
     if problem := cpu.reason():
         remedy = ": install g++" if "no compiler" in problem else ""
         yield f"lookups on the CPU run as torch operations, because {problem}{remedy}"
@@ -99,16 +87,9 @@ def _line(name: str, text: str) -> str:
 
 
 def _processors() -> str:
-    import torch
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     quota = cpu_quota()
     parts = [
-        next(names, "unknown"),
+        processor_name(),
         f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} may be used",
         *([f"for {quota:g} of them the control group gives time"] if quota is not None else []),
         torch.backends.cpu.get_cpu_capability(),
@@ -134,42 +115,14 @@ def _load() -> float | None:
         return None
 
 
-def _median_seconds(seconds: float, *alternatives: Callable[[], object]) -> list[float]:
-    """Of each, called in turn, so that a slow moment of a shared machine falls on all of them."""
-    for work in alternatives:
-        work()
-    taken: list[list[float]] = [[] for _ in alternatives]
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(taken[0]) < 3:
-        for times, work in zip(taken, alternatives, strict=True):
-            begin = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begin)
-    return list(map(statistics.median, taken))
-
-
-def _copy_rate() -> float:
-    """Bytes a second."""
-    import torch
-
-    source = torch.ones(_COPIED // 4)
-    target = torch.zeros_like(source)
-    (seconds,) = _median_seconds(0.5, lambda: target.copy_(source))
-    return 2 * _COPIED / seconds
-
-
 def _lookup_rate() -> tuple[float, float]:
     """How many times torch operations' rate what computes here has, and its seconds."""
-    import torch
-
-    from mf_train.kernels import hash_codes, lookup
-
     x = torch.randn(_TOKENS, _SIZE, requires_grad=True)
     tables = torch.randn(_SIZE // _BITS, 2**_BITS, _SIZE, requires_grad=True)
 
     def work(backend: str) -> None:
-        codes, weights = hash_codes(x, _SIZE // _BITS, backend=backend)
-        lookup(codes, weights, tables, backend=backend).sum().backward()
+        codes, weights = kernels.hash_codes(x, _SIZE // _BITS, backend=backend)
+        kernels.lookup(codes, weights, tables, backend=backend).sum().backward()
 
-    ours, composed = _median_seconds(2.0, partial(work, "auto"), partial(work, "composition"))
-    return composed / ours, ours
+    times = compare({backend: partial(work, backend) for backend in ("auto", "composition")})
+    return times["composition"] / times["auto"], times["auto"]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mf_train import doctor
-from mf_train.doctor import suggestions
-from mf_train.kernels import backends, cpu
+from mf_train.doctor import doctor
+from mf_train.doctor.doctor import suggestions
+from mf_train.kernels import cpu
 from tests.processes import run_python
 
 
@@ -35,7 +35,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(doctor, "LOAD", tmp_path / "loadavg")
     monkeypatch.setattr(doctor, "compiler_problem", lambda environment: None)
     monkeypatch.setattr(cpu, "reason", lambda: "")
-    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    monkeypatch.setattr(doctor, "has_triton", lambda: True)
     (tmp_path / "loadavg").write_text("0.40 3.00 3.00 1/200 4000\n")
     return tmp_path
 
@@ -75,6 +75,6 @@ def test_gpus(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA build" in line
     monkeypatch.setattr(doctor, "compiler_problem", lambda environment: "has no C compiler")
     assert list(suggestions(4, True, {})) == ["this machine has no C compiler"]
-    monkeypatch.setattr(backends, "has_triton", lambda: False)
+    monkeypatch.setattr(doctor, "has_triton", lambda: False)
     (line,) = suggestions(4, True, {})
     assert line.endswith("install triton")

@@ -10,6 +10,7 @@ Kind = Literal["memoryformer", "dense"]
 Score = Literal["probability", "scaled_probability"]
 NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["none", "gelu", "relu"]
+AttentionKind = Literal["softmax", "window"]
 
 MAX_BITS = 16  # a code travels in at most two bytes
 
@@ -40,6 +41,10 @@ class ModelConfig:
     norm_epsilon: float = 1e-5  # added to the variance
     qk_norm: bool = False  # queries and keys are normalised head by head, before the rotary embedding
     logit_softcap: float = 0.0  # logits become cap tanh(logits / cap); 0: they stay as they are
+    attention: AttentionKind = "softmax"  # how queries, keys and values become a result: docs/attention.md
+    # of blocks, counted from 0, that keep softmax whatever `attention` is
+    full_attention_layers: tuple[int, ...] = ()
+    attention_window: int = 256  # w of window: positions that each attends to, its own among them
     rotary_fraction: float = 0.25  # of a head's features that are rotated
     rotary_base: float = 10000.0  # wavelengths grow up to 2 pi times this
     vocab_size: int = 50304  # V, tokens
@@ -70,13 +75,29 @@ class ModelConfig:
         """Features of each head that are rotated; even."""
         return int(self.head_size * self.rotary_fraction) // 2 * 2
 
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """The kind of attention of each block."""
+        full = self.full_attention_layers
+        return tuple("softmax" if i in full else self.attention for i in range(self.num_layers))
+
     def __post_init__(self) -> None:
+        # a list in the JSON of a converted model
+        object.__setattr__(self, "full_attention_layers", tuple(self.full_attention_layers))
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
                 )
-        for name in ("hidden_size", "num_layers", "num_heads", "bits", "vocab_size", "sequence_length"):
+        for name in (
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "bits",
+            "vocab_size",
+            "sequence_length",
+            "attention_window",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("temperature", "norm_epsilon", "rotary_base"):
@@ -93,8 +114,23 @@ class ModelConfig:
                 f"model.num_heads {self.num_heads} does not divide model.hidden_size {self.hidden_size}: "
                 "choose a divisor"
             )
+        self._check_attention()
         if self.kind == "memoryformer":
             self._check_tables()
+
+    def _check_attention(self) -> None:
+        layers = self.full_attention_layers
+        outside = [layer for layer in layers if type(layer) is not int or not 0 <= layer < self.num_layers]
+        if outside or len(set(layers)) < len(layers):
+            raise ValueError(
+                f"model.full_attention_layers is {list(layers)}: name blocks from 0 to {self.num_layers - 1}, "
+                "each once"
+            )
+        if layers and self.attention == "softmax":
+            raise ValueError(
+                f"model.full_attention_layers is {list(layers)} and model.attention is softmax, which every block "
+                "has: leave it out, or choose another model.attention"
+            )
 
     def _check_tables(self) -> None:
         if self.hidden_size % self.bits:
@@ -115,4 +151,5 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": get_args(NormKind),
     "ffn_inner_norm": get_args(NormKind),
     "ffn_activation": get_args(Activation),
+    "attention": get_args(AttentionKind),
 }

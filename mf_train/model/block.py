@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mf_train.config.model import ModelConfig
-from mf_train.model.attention import Attention, KeyValueCache, Lengths, Rotary
+from mf_train.model.attention.base import Context
+from mf_train.model.attention.kinds import build_attention
 from mf_train.model.memory import Hash, Lookup, lookup_each
 from mf_train.model.norm import Norm
 
@@ -21,7 +22,7 @@ class MemoryFormerBlock(nn.Module):
         self.query = Lookup(tables, bits, size)
         self.key = Lookup(tables, bits, size)
         self.value = Lookup(tables, bits, size)
-        self.attention = Attention(config)
+        self.attention = build_attention(config, layer)
         self.norm_ffn = Norm(size, config.norm, config.norm_epsilon)
         self.hash_ffn = Hash(bits, config.temperature, config.score)
         self.up = Lookup(tables, bits, config.inner_size)
@@ -30,17 +31,10 @@ class MemoryFormerBlock(nn.Module):
         self.hash_inner = Hash(config.inner_bits, config.temperature, config.score)
         self.down = Lookup(tables, config.inner_bits, size)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        mask: Tensor | Lengths | None = None,
-        cache: KeyValueCache | None = None,
-        attentions: list[Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         codes, weights = self.hash_attention(self.norm_attention(x))
         q, k, v = lookup_each(codes, weights, (self.query, self.key, self.value))
-        z = x + self.attention(q, k, v, rotary, self.layer, mask, cache, attentions)
+        z = x + self.attention(q, k, v, context)
         m = self.activation(self.up(*self.hash_ffn(self.norm_ffn(z))))
         return z + self.down(*self.hash_inner(self.norm_inner(m)))
 
@@ -56,23 +50,16 @@ class DenseBlock(nn.Module):
         self.query = nn.Linear(size, size)
         self.key = nn.Linear(size, size)
         self.value = nn.Linear(size, size)
-        self.attention = Attention(config)
+        self.attention = build_attention(config, layer)
         self.output = nn.Linear(size, size)
         self.norm_ffn = Norm(size, config.norm, config.norm_epsilon)
         self.up = nn.Linear(size, 4 * size)
         self.down = nn.Linear(4 * size, size)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        mask: Tensor | Lengths | None = None,
-        cache: KeyValueCache | None = None,
-        attentions: list[Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         h = self.norm_attention(x)
         q, k, v = self.query(h), self.key(h), self.value(h)
-        z = x + self.output(self.attention(q, k, v, rotary, self.layer, mask, cache, attentions))
+        z = x + self.output(self.attention(q, k, v, context))
         return z + self.down(F.gelu(self.up(self.norm_ffn(z))))
 
 

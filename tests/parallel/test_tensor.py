@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mf_train.config import ModelConfig
 from mf_train.model import MemoryFormer
-from mf_train.model.attention import document_numbers
+from mf_train.model.attention.masks import document_numbers
 from mf_train.model.memory import Hash, Lookup
 from mf_train.model.norm import Norm
 from mf_train.model.sharding import slice_of_rank

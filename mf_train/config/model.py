@@ -10,7 +10,7 @@ Kind = Literal["memoryformer", "dense"]
 Score = Literal["probability", "scaled_probability"]
 NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["none", "gelu", "relu"]
-AttentionKind = Literal["softmax", "window"]
+AttentionKind = Literal["softmax", "window", "performer", "cosformer", "flow"]
 
 MAX_BITS = 16  # a code travels in at most two bytes
 
@@ -45,6 +45,10 @@ class ModelConfig:
     # of blocks, counted from 0, that keep softmax whatever `attention` is
     full_attention_layers: tuple[int, ...] = ()
     attention_window: int = 256  # w of window: positions that each attends to, its own among them
+    attention_features: int = (
+        0  # of performer: random features; 0: d ln d for heads of d features, rounded up
+    )
+    attention_seed: int = 0  # of performer's random features
     rotary_fraction: float = 0.25  # of a head's features that are rotated
     rotary_base: float = 10000.0  # wavelengths grow up to 2 pi times this
     vocab_size: int = 50304  # V, tokens
@@ -80,6 +84,12 @@ class ModelConfig:
         """The kind of attention of each block."""
         full = self.full_attention_layers
         return tuple("softmax" if i in full else self.attention for i in range(self.num_layers))
+
+    @property
+    def random_features(self) -> int:
+        """Random features of a head, for the kinds of attention that have them."""
+        size = self.head_size
+        return self.attention_features or max(1, math.ceil(size * math.log(size)))
 
     def __post_init__(self) -> None:
         # a list in the JSON of a converted model
@@ -119,6 +129,9 @@ class ModelConfig:
             self._check_tables()
 
     def _check_attention(self) -> None:
+        for name in ("attention_features", "attention_seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be 0 or more")
         layers = self.full_attention_layers
         outside = [layer for layer in layers if type(layer) is not int or not 0 <= layer < self.num_layers]
         if outside or len(set(layers)) < len(layers):

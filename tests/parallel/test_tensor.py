@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mf_train.config import ModelConfig
 from mf_train.model import MemoryFormer
+from mf_train.model.attention.kinds import KINDS
 from mf_train.model.attention.masks import document_numbers
 from mf_train.model.memory import Hash, Lookup
 from mf_train.model.norm import Norm
@@ -50,6 +51,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "wide codes": {"bits": 8, "temperature": 0.7, "num_layers": 1},
     "documents": {},  # packed rows, attention inside their documents
 }
+ATTENTION = [kind for kind in KINDS if kind != "softmax"]
+MODELS |= {kind: {"attention": kind, "attention_window": 7, "qk_norm": True} for kind in ATTENTION}
 BATCH, LENGTH = 2, 24
 END_OF_TEXT = 3
 

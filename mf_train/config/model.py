@@ -13,6 +13,7 @@ Activation = Literal["none", "gelu", "relu"]
 AttentionKind = Literal["softmax", "window", "performer", "cosformer", "flow"]
 
 MAX_BITS = 16  # a code travels in at most two bytes
+CHUNK = 128  # positions that linear attention takes at once
 
 
 @dataclass(frozen=True, kw_only=True)

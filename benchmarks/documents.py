@@ -14,13 +14,10 @@ from benchmarks import machine
 from benchmarks.tables import table
 from mf_train.config import ModelConfig
 from mf_train.doctor.timing import compare
-from mf_train.model.attention import (
-    Attention,
-    Lengths,
-    document_mask,
-    document_positions,
-    rotary_table,
-)
+from mf_train.model.attention.base import Context
+from mf_train.model.attention.masks import Lengths, document_mask, document_positions
+from mf_train.model.attention.rotary import rotary_table
+from mf_train.model.attention.softmax import SoftmaxAttention
 from mf_train.training.device import keep_freed_memory
 
 ROWS, LENGTH, HEADS, HEAD = 4, 2048, 8, 64
@@ -45,19 +42,20 @@ def draw_documents(median: float, sigma: float) -> tuple[Lengths, Tensor]:
 def measure(dtype: torch.dtype, median: float, sigma: float) -> tuple[int, dict[str, float]]:
     """Number of documents, and seconds of a forward and backward pass each way."""
     lengths, numbers = draw_documents(median, sigma)
-    attention = Attention(ModelConfig(hidden_size=HEADS * HEAD, num_heads=HEADS))
+    attention = SoftmaxAttention(ModelConfig(hidden_size=HEADS * HEAD, num_heads=HEADS))
     inputs = [torch.randn(ROWS, LENGTH, HEADS * HEAD, dtype=dtype).requires_grad_() for _ in range(3)]
     gradient = torch.randn(ROWS, LENGTH, HEADS * HEAD, dtype=dtype)
 
-    def both(positions: Tensor, mask: Tensor | Lengths | None) -> None:
-        y = attention(*inputs, rotary_table(positions, HEAD // 4, 10000.0), 0, mask)
+    def both(positions: Tensor, mask: Tensor | None = None, documents: Lengths | None = None) -> None:
+        rotary = rotary_table(positions, HEAD // 4, 10000.0)
+        y = attention(*inputs, Context(rotary, mask, documents=documents))
         torch.autograd.grad(y, inputs, gradient)
 
     inside = document_positions(numbers)
     return len(lengths), compare(
         {
-            "rows": partial(both, torch.arange(LENGTH), None),
-            "documents": partial(both, inside, lengths),
+            "rows": partial(both, torch.arange(LENGTH)),
+            "documents": partial(both, inside, documents=lengths),
             "mask": partial(both, inside, document_mask(numbers, dtype)),
         },
         seconds=8.0,

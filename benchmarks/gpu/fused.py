@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from benchmarks.gpu.device import Call, TimedDevice
 from mf_train.kernels import triton_loss, triton_rotary
 from mf_train.model import loss_steps
-from mf_train.model.attention import rotary_table, rotate
+from mf_train.model.attention.rotary import rotary_table, rotate
 from mf_train.model.sums import num_chunks
 
 DTYPE = torch.bfloat16

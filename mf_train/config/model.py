@@ -12,8 +12,10 @@ NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["none", "gelu", "relu"]
 LayerKind = Literal["memory", "dense", "low_rank"]
 OutputKind = Literal["none", "memory", "dense", "low_rank"]
+AttentionKind = Literal["softmax", "window", "performer", "cosformer", "flow"]
 
 MAX_BITS = 16  # a code travels in at most two bytes
+CHUNK = 128  # positions that linear attention takes at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,14 @@ class ModelConfig:
     norm_epsilon: float = 1e-5  # added to the variance
     qk_norm: bool = False  # queries and keys are normalised head by head, before the rotary embedding
     logit_softcap: float = 0.0  # logits become cap tanh(logits / cap); 0: they stay as they are
+    attention: AttentionKind = "softmax"  # how queries, keys and values become a result: docs/attention.md
+    # of blocks, counted from 0, that keep softmax whatever `attention` is
+    full_attention_layers: tuple[int, ...] = ()
+    attention_window: int = 256  # w of window: positions that each attends to, its own among them
+    attention_features: int = (
+        0  # of performer: random features; 0: d ln d for heads of d features, rounded up
+    )
+    attention_seed: int = 0  # of performer's random features
     rotary_fraction: float = 0.25  # of a head's features that are rotated
     rotary_base: float = 10000.0  # wavelengths grow up to 2 pi times this
     vocab_size: int = 50304  # V, tokens
@@ -110,13 +120,35 @@ class ModelConfig:
         """Features of each head that are rotated; even."""
         return int(self.head_size * self.rotary_fraction) // 2 * 2
 
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """The kind of attention of each block."""
+        full = self.full_attention_layers
+        return tuple("softmax" if i in full else self.attention for i in range(self.num_layers))
+
+    @property
+    def random_features(self) -> int:
+        """Random features of a head, for the kinds of attention that have them."""
+        size = self.head_size
+        return self.attention_features or max(1, math.ceil(size * math.log(size)))
+
     def __post_init__(self) -> None:
+        # a list in the JSON of a converted model
+        object.__setattr__(self, "full_attention_layers", tuple(self.full_attention_layers))
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed and not (value is None and name in _BY_KIND):
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
                 )
-        for name in ("hidden_size", "num_layers", "num_heads", "bits", "vocab_size", "sequence_length"):
+        for name in (
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "bits",
+            "vocab_size",
+            "sequence_length",
+            "attention_window",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("temperature", "norm_epsilon", "rotary_base"):
@@ -133,6 +165,7 @@ class ModelConfig:
                 f"model.num_heads {self.num_heads} does not divide model.hidden_size {self.hidden_size}: "
                 "choose a divisor"
             )
+        self._check_attention()
         if "memory" in self.layer_kinds:
             self._check_tables()
         self._check_rank()
@@ -145,6 +178,23 @@ class ModelConfig:
             raise ValueError(
                 f"model.rank is {'missing' if self.rank is None else self.rank} and layers are low_rank: give a number "
                 f"from 1 to model.hidden_size - 1 = {self.hidden_size - 1}"
+            )
+
+    def _check_attention(self) -> None:
+        for name in ("attention_features", "attention_seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be 0 or more")
+        layers = self.full_attention_layers
+        outside = [layer for layer in layers if type(layer) is not int or not 0 <= layer < self.num_layers]
+        if outside or len(set(layers)) < len(layers):
+            raise ValueError(
+                f"model.full_attention_layers is {list(layers)}: name blocks from 0 to {self.num_layers - 1}, "
+                "each once"
+            )
+        if layers and self.attention == "softmax":
+            raise ValueError(
+                f"model.full_attention_layers is {list(layers)} and model.attention is softmax, which every block "
+                "has: leave it out, or choose another model.attention"
             )
 
     def _check_tables(self) -> None:
@@ -170,4 +220,5 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": get_args(NormKind),
     "ffn_inner_norm": get_args(NormKind),
     "ffn_activation": get_args(Activation),
+    "attention": get_args(AttentionKind),
 }

@@ -16,7 +16,7 @@ from mf_train.files import write_whole
 from mf_train.inspection.figure import draw_reads
 from mf_train.inspection.source import Inspected, open_inspected
 from mf_train.inspection.terminal import reads_lines
-from mf_train.model.attention import document_numbers
+from mf_train.model.attention.masks import document_numbers
 from mf_train.standalone.conversion.streamed_model import streamed_model
 from mf_train.telemetry.alarms import alarming
 from mf_train.telemetry.counts import ReadCounts

@@ -51,7 +51,7 @@ def fast_loss(logits: Tensor) -> ModuleType | None:
 
 
 def fast_rotary(q: Tensor) -> ModuleType | None:
-    """The rotation of queries and keys in Triton, where it runs for q; else mf_train/model/attention.py has it."""
+    """The rotation of queries and keys in Triton, where it runs for q; else mf_train.model.attention.rotary."""
     return _triton_steps("rotary") if _runs_in_triton(q) else None
 
 

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys as a Triton kernel, forward and backward: `mf_train.model.attention.rotate`.
+"""Rotary embedding of queries and keys as a Triton kernel, forward and backward: `model.attention.rotary.rotate`.
 
 In float32, each result rounded once. The backward pass turns the other way.
 """
@@ -80,7 +80,7 @@ def rotate(q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor,
     """Both rotated: q and k [B, H, S, head] of one type -> the same shapes, laid out as [B, S, H, head].
 
     float32, bfloat16 or float16. rotary: cosine and sine, float32 [1 or B, 1, S, size / 2] or without the first
-    dimension, as `mf_train.model.attention.rotary_table` makes them; no gradient goes to them.
+    dimension, as `mf_train.model.attention.rotary.rotary_table` makes them; no gradient goes to them.
     """
     if not rotary[0].shape[-1]:
         return q, k

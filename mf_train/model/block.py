@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from mf_train.config.model import ModelConfig
-from mf_train.model.attention import Attention, KeyValueCache, Lengths, Rotary
+from mf_train.model.attention.base import Context
+from mf_train.model.attention.kinds import build_attention
 from mf_train.model.layers import Layer, block_layers
 from mf_train.model.matrix import Gather, LowRank, Matrix
 from mf_train.model.memory import Hash, Lookup, lookup_each
@@ -28,7 +29,7 @@ class Block(nn.Module):
         # in this order: gradients are reduced, and their norm is summed, in that of the parameters
         self.norm_attention = Norm(size, config.norm, config.norm_epsilon)
         self._add_layers("attention", config)
-        self.attention = Attention(config)
+        self.attention = build_attention(config, layer)
         self.norm_output: Norm | None = None
         if config.output_kind == "memory":
             self.norm_output = Norm(size, config.norm, config.norm_epsilon)
@@ -51,16 +52,9 @@ class Block(nn.Module):
                 self.add_module(f"gather_{place}", Gather())
             self.add_module(layer.name, _build(layer))
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        mask: Tensor | Lengths | None = None,
-        cache: KeyValueCache | None = None,
-        attentions: list[Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self._apply_layers("attention", self.norm_attention(x))
-        y = self.attention(q, k, v, rotary, self.layer, mask, cache, attentions)
+        y = self.attention(q, k, v, context)
         if self.inputs["output"]:
             (y,) = self._apply_layers("output", y if self.norm_output is None else self.norm_output(y))
         z = x + y

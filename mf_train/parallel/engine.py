@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mf_train.config import Config, OptimizerConfig
 from mf_train.config.groups import Rule, group_of, group_rules
 from mf_train.model import MemoryFormer
-from mf_train.model.attention import document_numbers
+from mf_train.model.attention.masks import document_numbers
 from mf_train.parallel.degrees import count_micro_batches
 from mf_train.parallel.fragment import Fragment
 from mf_train.parallel.groups import Groups

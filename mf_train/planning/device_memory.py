@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from mf_train.config import Config, ModelConfig
 from mf_train.config.phases import Phase, phases_of
 from mf_train.errors import UserError
+from mf_train.model.attention.costs import attention_costs
 from mf_train.model.counts import count_parameters
 from mf_train.model.layers import block_layers, block_norms, block_places
 from mf_train.model.sums import num_chunks
@@ -163,16 +164,19 @@ def block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
     The inputs of both norms, what hashes or matrices read, q, k and v after the rotation, attention's result, the
     inner norm's or GELU's input and output, codes with weights, two float32 statistics of each norm, a softmax
     normaliser a head. With `model.qk_norm` q and k before and after their norm as well, and a float32 statistic a head.
-    Matrices keep the features of all ranks, and what lies between those of low rank.
+    Matrices keep the features of all ranks, and what lies between those of low rank. What other kinds of attention keep
+    (`attention.costs`) is the mean of the blocks.
     """
     size, heads = model.hidden_size / tensor, model.num_heads / tensor
     normalised = 4 * size * width + 2 * 4 * heads if model.qk_norm else 0
+    costs = attention_costs(model)
+    kept = sum(cost.kept_numbers * width + cost.kept_sums * 4 for cost in costs) / len(costs) / tensor
     inner, places = model.inner_size / tensor, block_places(model)
     activation = inner * width if model.ffn_kind == "memory" and model.ffn_activation == "gelu" else 0
     output = size * width if model.output_kind == "memory" else 0  # of its norm
     others = sum(place.features for place in places if place.kind != "memory") * (1 - 1 / tensor) * width
     own = activation + normalised + output + others + _between(model) * width + code_bytes(model, width)
-    return (8 * size + 2 * inner) * width + own + len(block_norms(model)) * 8 + 4 * heads
+    return (8 * size + 2 * inner) * width + own + len(block_norms(model)) * 8 + 4 * heads + kept
 
 
 def _between(model: ModelConfig) -> int:

@@ -25,7 +25,7 @@ from mf_train.kernels.decode import (
     ModelTensors,
     NormTensors,
 )
-from mf_train.model.attention import rotary_table
+from mf_train.model.attention.rotary import rotary_table
 
 INTERFACE = 3
 
@@ -43,7 +43,8 @@ _CLASSES = {
 _NORMS = ("norm_attention", "norm_ffn", "norm_inner")
 _HASHES = ("hash_attention", "hash_ffn", "hash_inner")
 _LOOKUPS = ("query", "key", "value", "up", "down")
-_BLOCK_CLASSES = {"": {"Block", "MemoryFormerBlock"}, "attention": {"Attention"}}
+_SOFTMAX = {"SoftmaxAttention", "Attention"}  # the second in models converted when there was no other kind
+_BLOCK_CLASSES = {"": {"Block", "MemoryFormerBlock"}, "attention": _SOFTMAX}
 _BLOCK_CLASSES |= {name: {"Norm"} for name in _NORMS} | {name: {"Hash"} for name in _HASHES}
 _BLOCK_CLASSES |= {name: {"Lookup", "Int8Lookup"} for name in _LOOKUPS}
 _HEAD_NORMS = ("query_norm", "key_norm")  # of attention, with `model.qk_norm`

@@ -22,7 +22,15 @@ CONFIG, CARD, CERTIFICATE = "config.json", "README.md", "certificate.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 REMEDY = "convert the checkpoint again"
 # Keys of ModelConfig that came later: a model that was converted before has their defaults.
-_LATER = ("qk_norm", "logit_softcap")
+_LATER = (
+    "qk_norm",
+    "logit_softcap",
+    "attention",
+    "full_attention_layers",
+    "attention_window",
+    "attention_features",
+    "attention_seed",
+)
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype, bool]:

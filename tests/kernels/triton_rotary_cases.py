@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mf_train.kernels import triton_rotary
-from mf_train.model.attention import Rotary, rotary_table, rotate
+from mf_train.model.attention.rotary import Rotary, rotary_table, rotate
 from tests.closeness import assert_close
 from tests.kernels.triton_cases import DEVICE, INTERPRETED, generator, normal
 

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from mf_train.config import ModelConfig
-from mf_train.model.attention import Attention, causal_mask, rotary_table, rotate
+from mf_train.model.attention.base import Context
+from mf_train.model.attention.masks import causal_mask
+from mf_train.model.attention.rotary import rotary_table, rotate
+from mf_train.model.attention.softmax import SoftmaxAttention
 from tests.model.reference import attention as reference_attention
 from tests.model.test_model import random_tokens
 from tests.models import random_model
@@ -64,11 +67,11 @@ def test_attention_against_the_definition(rotary_fraction: float) -> None:
     generator = torch.Generator().manual_seed(2)
     q, k, v = torch.randn(3, 2, 11, 48, generator=generator, dtype=torch.float64)
     rotary = rotary_table(torch.arange(11), config.rotary_size, config.rotary_base)
-    y = Attention(config)(q, k, v, rotary, 0)
+    y = SoftmaxAttention(config)(q, k, v, Context(rotary))
     expected = torch.stack([reference_attention(q[b], k[b], v[b], config) for b in range(2)])
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     # a rank that holds the last two heads gets their columns
-    part = Attention(config)(q[..., 16:], k[..., 16:], v[..., 16:], rotary, 0)
+    part = SoftmaxAttention(config)(q[..., 16:], k[..., 16:], v[..., 16:], Context(rotary))
     torch.testing.assert_close(part, y[..., 16:], rtol=1e-12, atol=1e-12)
 
 

@@ -8,14 +8,15 @@ from torch import Tensor
 
 from mf_train.config import ModelConfig
 from mf_train.model import MemoryFormer
-from mf_train.model.attention import (
-    Attention,
+from mf_train.model.attention.base import Context
+from mf_train.model.attention.masks import (
     document_lengths,
     document_mask,
     document_numbers,
     document_positions,
-    rotary_table,
 )
+from mf_train.model.attention.rotary import rotary_table
+from mf_train.model.attention.softmax import SoftmaxAttention
 from tests.model.reference import logits_of, losses_of
 from tests.model.test_attention import ListCache
 from tests.model.test_model import TOLERANCE, assert_relative, random_tokens
@@ -196,8 +197,9 @@ def test_attention_in_documents_is_the_masked_one(case: int) -> None:
     inputs = torch.randn(3, rows, length, 24, generator=generator, dtype=torch.float64).requires_grad_()
     gradient = torch.randn(rows, length, 24, generator=generator, dtype=torch.float64)
     rotary, found = rotary_table(document_positions(documents), 4, 100.0), []
-    for mask in (lengths, document_mask(documents, torch.float64)):
-        y = Attention(ModelConfig(hidden_size=24, num_heads=3))(*inputs, rotary, 0, mask)
+    mask = document_mask(documents, torch.float64)
+    for context in (Context(rotary, documents=lengths), Context(rotary, mask)):
+        y = SoftmaxAttention(ModelConfig(hidden_size=24, num_heads=3))(*inputs, context)
         found.append((y, *torch.autograd.grad(y, inputs, gradient)))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)

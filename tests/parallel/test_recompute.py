@@ -14,7 +14,7 @@ from benchmarks.collectives import Collectives
 from benchmarks.micro_batches import backward_passes
 from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from mf_train.model import MemoryFormer
-from mf_train.model.attention import document_numbers
+from mf_train.model.attention.masks import document_numbers
 from mf_train.parallel import zero3
 from mf_train.parallel.degrees import Degrees
 from mf_train.parallel.engine import Engine

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from mf_train.model import MemoryFormer
-from mf_train.model.attention import document_numbers
+from mf_train.model.attention.kinds import KINDS
+from mf_train.model.attention.masks import document_numbers
 from mf_train.model.memory import Hash, Lookup
 from mf_train.model.norm import Norm
 from mf_train.model.sharding import slice_of_rank
@@ -64,6 +65,8 @@ CLOSE = {(model, "float32"): 2e-6 for model in ROUNDED} | {
     ("dense", "bfloat16"): 0.02,
     ("low rank", "bfloat16"): 0.02,
 }
+ATTENTION = [kind for kind in KINDS if kind != "softmax"]
+MODELS |= {kind: {"attention": kind, "attention_window": 7, "qk_norm": True} for kind in ATTENTION}
 BATCH, LENGTH = 2, 24
 END_OF_TEXT = 3
 

@@ -12,7 +12,12 @@ _NAME = _PACKAGE.name
 
 _EXPORTED = f"{_NAME}.standalone.exported"  # its modules are copied, and every module of this package that they import
 # A copy has its module's last name, but these, whose last name would say little beside config.json.
-_FLAT_NAMES = {f"{_NAME}.config.model": "model_config", f"{_NAME}.model.model": "memoryformer"}
+_FLAT_NAMES = {
+    f"{_NAME}.config.model": "model_config",
+    f"{_NAME}.model.model": "memoryformer",
+    f"{_NAME}.model.attention.base": "attention",
+    f"{_NAME}.model.attention.kinds": "attention_kinds",
+}
 # The choice of kernels stays behind: a standalone model computes with torch's operations and registers none, or with
 # those of an installed package.
 _REPLACED = {f"{_NAME}.kernels": f"{_EXPORTED}.operations"}

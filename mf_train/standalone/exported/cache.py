@@ -61,17 +61,26 @@ class Growing:
 
 
 class Cache:
-    """Keys and values of all layers, what the model calls a KeyValueCache."""
+    """Keys and values, or states, of all layers: what the model calls a StateCache."""
 
     def __init__(self, layers: int) -> None:
         self.keys = [Growing() for _ in range(layers)]
         self.values = [Growing() for _ in range(layers)]
+        self.states: list[tuple[Tensor, ...] | None] = [None] * layers
+        self.kept = [0] * layers  # positions whose state a layer has
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer].append(key), self.values[layer].append(value)
 
+    def state(self, layer: int) -> tuple[Tensor, ...] | None:
+        return self.states[layer]
+
+    def keep(self, layer: int, state: tuple[Tensor, ...], positions: int) -> None:
+        self.states[layer] = state
+        self.kept[layer] += positions
+
     def get_seq_length(self) -> int:
-        return self.keys[0].length
+        return self.keys[0].length + self.kept[0]  # the first layer has one of both
 
 
 def _is_front(tensor: Tensor, buffer: Tensor) -> bool:

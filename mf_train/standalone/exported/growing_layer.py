@@ -1,5 +1,6 @@
 """`transformers`' DynamicCache with layers that grow in place; a converted model carries a copy of this file."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -7,6 +8,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from mf_train.standalone.exported.cache import Growing
+from mf_train.standalone.exported.state_layer import StateLayer
 
 
 class GrowingLayer(DynamicLayer):
@@ -48,11 +50,20 @@ class GrowingLayer(DynamicLayer):
         return self.growing_keys.length
 
 
-def check_cache(cache: Any, layers: int) -> None:
-    """Raises ValueError for a cache whose layers give anything but all positions, or that is another model's."""
-    kind = type(cache).__name__
+def check_cache(cache: Any, kinds: Sequence[str]) -> None:
+    """Raises ValueError for a cache whose layers give anything but all positions, or that is another model's.
+
+    `kinds`: of the attention of each of the model's layers. One that is no softmax has a StateLayer.
+    """
+    kind, layers = type(cache).__name__, len(kinds)
     found = getattr(cache, "layers", None)
-    if not isinstance(cache, Cache) or found is None or any(not _gives_all(type(each)) for each in found):
+    others = sorted(set(kinds) - {"softmax"})
+    if others and type(cache) is not DynamicCache:
+        raise ValueError(
+            f"past_key_values is a {kind} and model.attention is {others[0]}, whose state it cannot hold: give a "
+            "DynamicCache, or none for a new one"
+        )
+    if not isinstance(cache, Cache) or found is None or not all(map(_fits, found, kinds)):
         raise ValueError(
             f"past_key_values is a {kind}: give a DynamicCache or StaticCache, or none for a new one"
         )
@@ -65,6 +76,13 @@ def check_cache(cache: Any, layers: int) -> None:
         raise ValueError(f"past_key_values has layers of {sorted(lengths)} positions: give a whole cache")
 
 
+def _fits(layer: Any, kind: str) -> bool:
+    """Whether a cache's layer holds what attention of this kind keeps, or nothing yet."""
+    if kind == "softmax":
+        return _gives_all(type(layer))
+    return isinstance(layer, StateLayer) or (type(layer) is DynamicLayer and not layer.get_seq_length())
+
+
 def _gives_all(layer: Any) -> bool:
     return issubclass(layer, DynamicLayer | StaticLayer) and not layer.is_sliding
 
@@ -75,16 +93,19 @@ def room_of(cache: Any) -> int | None:
     return layer.max_cache_len if isinstance(layer, StaticLayer) else None
 
 
-def grow_in_place(cache: Any, layers: int) -> list[GrowingLayer] | None:
-    """The layers of a DynamicCache, of which plain ones are replaced by growing ones; None for any other cache."""
+def grow_in_place(cache: Any, kinds: Sequence[str]) -> list[GrowingLayer] | None:
+    """The layers of a DynamicCache, of which plain ones are replaced by growing ones; None for any other cache.
+
+    A layer whose attention is no softmax gets a StateLayer, and the result is None.
+    """
     if type(cache) is not DynamicCache:
         return None
-    if len(cache.layers) < layers and cache.layer_class_to_replicate is DynamicLayer:
-        cache.layers += [GrowingLayer() for _ in range(layers - len(cache.layers))]
+    if len(cache.layers) < len(kinds) and cache.layer_class_to_replicate is DynamicLayer:
+        cache.layers += [DynamicLayer() for _ in range(len(kinds) - len(cache.layers))]
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[index] = _growing(layer)
-    if len(cache.layers) != layers or any(type(layer) is not GrowingLayer for layer in cache.layers):
+            cache.layers[index] = _growing(layer) if kinds[index] == "softmax" else StateLayer()
+    if len(cache.layers) != len(kinds) or any(type(layer) is not GrowingLayer for layer in cache.layers):
         return None
     return cache.layers  # type: ignore[no-any-return]
 

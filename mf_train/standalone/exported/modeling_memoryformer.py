@@ -10,7 +10,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
-from mf_train.model.attention import causal_mask, unpadded_positions
+from mf_train.model.attention.masks import causal_mask, unpadded_positions
 from mf_train.model.block import Block
 from mf_train.model.head import IGNORED, Vocabulary
 from mf_train.model.initialise import initialise_parameter
@@ -26,6 +26,7 @@ from mf_train.standalone.exported.growing_layer import (
 from mf_train.standalone.exported.installed import DECODING
 from mf_train.standalone.exported.names import INT8
 from mf_train.standalone.exported.paged import PagedCache, take_paged
+from mf_train.standalone.exported.state_layer import WithStates
 
 
 class MemoryFormerBlock(GradientCheckpointingLayer, Block):
@@ -137,8 +138,8 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         that number. `logits_to_keep` above 0 gives the logits of so many last positions only, and a tensor [N] of
         indices of those. `output_hidden_states`: the input of each block and of the head, [B, S, D] each.
         `output_attentions`: the softmax of each block's attention, [B, H, S, T], with which attention takes more time
-        and memory. A DynamicCache gets layers that grow in place, and there is one unless `use_cache`, by default the
-        configuration's, is false, or gradients are checkpointed.
+        and memory; other kinds of attention have none. A DynamicCache gets layers that grow in place, or hold a state,
+        and there is one unless `use_cache`, by default the configuration's, is false, or gradients are checkpointed.
 
         Raises TypeError for an argument that it does not know, unless it is None or False, and ValueError for one of
         another shape or another kind of cache, for labels together with `logits_to_keep`, and for a cache where
@@ -170,7 +171,9 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
             _check_shape("position_ids", position_ids, (batch, length), "[B, S] or [1, S]")
         states, attentions = self._records(output_hidden_states, output_attentions)
 
-        layers = grow_in_place(past_key_values, self.config.num_hidden_layers)
+        kinds = self.model.config.attention_kinds
+        layers = grow_in_place(past_key_values, kinds)
+        states_too = past_key_values is not None and set(kinds) != {"softmax"}
         logits = None
         one_more = length == 1 and targets is None and states is None and attentions is None
         # only on a CPU, since a look at positions or mask would wait for a GPU, and end a graph that is compiled
@@ -185,7 +188,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
             logits = self.model(
                 input_ids,
                 attention_mask=attention_mask,
-                cache=past_key_values,
+                cache=WithStates(past_key_values) if states_too else past_key_values,
                 logits_to_keep=logits_to_keep,
                 embedded=inputs_embeds,
                 positions=position_ids,
@@ -266,6 +269,11 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         arguments: Mapping[str, Any],
     ) -> CausalLMOutputWithPast:
         """As continuous batching asks: the texts' new tokens lie in one row, and its mask keeps them apart."""
+        if others := sorted(set(self.model.config.attention_kinds) - {"softmax"}):
+            raise ValueError(
+                f"continuous batching pages keys and values and model.attention is {others[0]}, which keeps a state: "
+                "call generate instead"
+            )
         if input_ids is None or mask is None or position_ids is None or arguments["block_table"] is not None:
             raise ValueError(
                 "continuous batching needs a mask: load the model with attn_implementation='sdpa'"
@@ -330,7 +338,7 @@ class MemoryFormerForCausalLM(PreTrainedModel, GenerationMixin):
         wanted = self.config.use_cache if use_cache is None else use_cache
         if given is None:
             return DynamicCache() if wanted and not checkpointed else None
-        check_cache(given, self.config.num_hidden_layers)
+        check_cache(given, self.model.config.attention_kinds)
         return given
 
     def _check_mask(

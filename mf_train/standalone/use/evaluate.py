@@ -12,7 +12,7 @@ from mf_train.config import DataConfig, SourceConfig
 from mf_train.data.open_tokenizer import tokenizer_in
 from mf_train.data.stream.validation import ValidationBlocks, validation_tokens
 from mf_train.errors import UserError
-from mf_train.model.attention import document_numbers
+from mf_train.model.attention.masks import document_numbers
 from mf_train.model.model import MemoryFormer
 from mf_train.standalone.exported.names import DOCUMENT_ATTENTION
 from mf_train.standalone.folder import CONFIG

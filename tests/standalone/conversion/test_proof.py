@@ -18,7 +18,7 @@ from mf_train.checkpoint.probe import probe_tensors, random_tokens
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import ModelConfig
 from mf_train.errors import TrainingError, UserError
-from mf_train.model.attention import Attention
+from mf_train.model.attention.base import Attention
 from mf_train.model.norm import Norm
 from mf_train.standalone.conversion.check import check_conversion
 from mf_train.standalone.conversion.convert import convert, open_checkpoint

@@ -1,0 +1,1 @@
+"""Attention over whole heads: a file for each kind, and what all kinds share."""

@@ -67,7 +67,7 @@ def groups_of(model: ModelConfig) -> list[str]:
     has = {
         "tables": "memory" in kinds,  # also where only the FFN has some, which go by these settings
         "ffn_tables": model.ffn_kind == "memory",
-        "matrices": kinds != {"memory"},
+        "matrices": kinds != {"memory"} or model.residual_rank > 0,
     }
     return [group for group in GROUPS if has.get(group, True)]
 

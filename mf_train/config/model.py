@@ -37,6 +37,9 @@ class ModelConfig:
     )
     output: OutputKind | None = None  # between attention and residual; null: none, or the dense peer's matrix
     rank: int | None = None  # of low_rank layers: features between their two matrices
+    residual_rank: int = (
+        0  # rank of two matrices beside the tables of each memory layer, which add to it; 0: none
+    )
     hidden_size: int = 512  # D, features of a token
     num_layers: int = 6  # L, blocks
     num_heads: int = 8  # H, attention heads
@@ -97,7 +100,11 @@ class ModelConfig:
     @property
     def description(self) -> str:
         """`kind`, with the layers that are not those of the kind."""
-        others = {name: value for name in _BY_KIND if (value := getattr(self, name)) is not None}
+        others: dict[str, str] = {
+            name: value for name in _BY_KIND if (value := getattr(self, name)) is not None
+        }
+        if self.residual_rank:
+            others["residual_rank"] = str(self.residual_rank)
         return self.kind + "".join(f", {name} {value}" for name, value in others.items())
 
     @property
@@ -168,9 +175,18 @@ class ModelConfig:
         self._check_attention()
         if "memory" in self.layer_kinds:
             self._check_tables()
-        self._check_rank()
+        self._check_ranks()
 
-    def _check_rank(self) -> None:
+    def _check_ranks(self) -> None:
+        if not 0 <= self.residual_rank < self.hidden_size:
+            raise ValueError(
+                f"model.residual_rank is {self.residual_rank}: give a number up to model.hidden_size - 1 = "
+                f"{self.hidden_size - 1}, or 0 for none"
+            )
+        if self.residual_rank and "memory" not in self.layer_kinds:
+            raise ValueError(
+                f"model.residual_rank is {self.residual_rank} and the model has no memory layers: leave it out"
+            )
         if "low_rank" not in self.layer_kinds:
             if self.rank is not None:
                 raise ValueError(f"model.rank is {self.rank} and no layer is low_rank: leave it out")

@@ -18,7 +18,8 @@ class Block(nn.Module):
 
     `model.qkv`, `model.output` and `model.ffn` say what the layers are. MemoryFormer has memory layers, no output
     layer, and a norm inside the FFN. Matrices, whole or of low rank, are used as in Pythia, but with sequential
-    residuals: GELU inside the FFN. A memory layer as output layer has a norm before it, as every other has.
+    residuals: GELU inside the FFN. A memory layer as output layer has a norm before it, as every other has. With
+    `model.residual_rank` each memory layer has matrices of low rank beside its tables.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -48,9 +49,12 @@ class Block(nn.Module):
         for layer in layers:
             if layer.kind == "memory":
                 self.add_module(f"hash_{place}", Hash(layer.bits, config.temperature, config.score))
-            else:
+            if layer.matrices:
                 self.add_module(f"gather_{place}", Gather())
             self.add_module(layer.name, _build(layer))
+            if layer.kind == "memory" and layer.rank:
+                beside = LowRank(layer.in_features, layer.out_features, layer.rank, bias=False)
+                self.add_module(f"{layer.name}_path", beside)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self._apply_layers("attention", self.norm_attention(x))
@@ -66,12 +70,17 @@ class Block(nn.Module):
     def _apply_layers(self, place: str, x: Tensor) -> list[Tensor]:
         """What each layer of a place gives."""
         layers = [getattr(self, name) for name in self.inputs[place]]
-        if f"hash_{place}" in self._modules:
-            codes, weights = getattr(self, f"hash_{place}")(x)
-            # a module that is called runs its hooks, which time it
-            return lookup_each(codes, weights, layers) if len(layers) > 1 else [layers[0](codes, weights)]
-        gathered = getattr(self, f"gather_{place}")(x)
-        return [layer(gathered) for layer in layers]
+        if f"hash_{place}" not in self._modules:
+            gathered = getattr(self, f"gather_{place}")(x)
+            return [layer(gathered) for layer in layers]
+        codes, weights = getattr(self, f"hash_{place}")(x)
+        # a module that is called runs its hooks, which time it
+        ys = lookup_each(codes, weights, layers) if len(layers) > 1 else [layers[0](codes, weights)]
+        if f"gather_{place}" in self._modules:
+            gathered = getattr(self, f"gather_{place}")(x)
+            paths = [getattr(self, f"{name}_path") for name in self.inputs[place]]
+            ys = [y + path(gathered) for y, path in zip(ys, paths, strict=True)]
+        return ys
 
     def memory_layers(self) -> Iterator[tuple[Hash, list[Lookup]]]:
         """Each hash with the lookups that read its codes."""

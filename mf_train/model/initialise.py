@@ -56,6 +56,7 @@ def _standard_deviation(name: str, shape: Shape, config: ModelConfig) -> float:
     if kind == "tables" or (module in ("embedding", "head") and config.kind == "memoryformer"):
         return TABLE_STD
     layer, _, half = module.rpartition(".")
+    layer = layer.removesuffix("_path")
     if half == "reduce":
         return 1 / math.sqrt(shape[1])
     if half == "expand":

@@ -12,7 +12,7 @@ from mf_train.config.model import LayerKind, ModelConfig, NormKind
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: O features of D features, by K tables of 2^bits rows, a matrix, or two of rank r. All have a bias."""
+    """One layer, O features of I: K tables of 2^bits rows, a matrix, or two of rank r, also beside tables; a bias."""
 
     name: str  # its module's in the block
     place: str  # what it reads, hashed or gathered once for all layers of one place
@@ -21,7 +21,7 @@ class Layer:
     out_features: int
     num_tables: int
     bits: int
-    rank: int
+    rank: int  # 0: no matrices of low rank
 
     @property
     def table_entries(self) -> int:
@@ -30,26 +30,28 @@ class Layer:
 
     @property
     def matrix_entries(self) -> int:
-        """Numbers in matrices, which are its multiply-adds a token too."""
-        if self.kind == "memory":
-            return 0
-        if self.kind == "low_rank":
-            return self.rank * (self.in_features + self.out_features)
-        return self.in_features * self.out_features
+        """Numbers in matrices, which are their multiply-adds a token too."""
+        if self.kind == "dense":
+            return self.in_features * self.out_features
+        return self.rank * (self.in_features + self.out_features)
+
+    @property
+    def matrices(self) -> int:
+        """The number of matrices."""
+        return 1 if self.kind == "dense" else 2 * (self.rank > 0)
 
     @property
     def largest(self) -> int:
         """Numbers of its largest parameter."""
-        if self.kind == "low_rank":
-            return self.rank * max(self.in_features, self.out_features)
-        return self.table_entries + self.matrix_entries
+        if self.kind == "dense":
+            return self.matrix_entries
+        return max(self.table_entries, self.rank * max(self.in_features, self.out_features))
 
     @property
     def multiply_adds(self) -> int:
         """A token's, as the paper counts them: K O of a memory layer, and of the two of an FFN 3 K D together."""
-        if self.kind != "memory":
-            return self.matrix_entries
-        return self.num_tables * (2 * self.in_features if self.name == "up" else self.out_features)
+        width = 2 * self.in_features if self.name == "up" else self.out_features
+        return self.num_tables * width + self.matrix_entries
 
 
 @cache
@@ -63,7 +65,7 @@ def block_layers(config: ModelConfig) -> tuple[Layer, ...]:
             return
         tables = config.num_tables if kind == "memory" else 0
         bits = config.inner_bits if place == "inner" else config.bits
-        rank = config.rank or 0
+        rank = {"memory": config.residual_rank, "low_rank": config.rank or 0}.get(kind, 0)
         for name in names:
             found.append(Layer(name, place, kind, in_features, out_features, tables, bits, rank))  # type: ignore[arg-type]
 
@@ -77,14 +79,18 @@ def block_layers(config: ModelConfig) -> tuple[Layer, ...]:
 class Place(NamedTuple):
     """What layers of one place read: features that are hashed, or gathered from tensor-parallel ranks, once for all."""
 
-    kind: LayerKind
     features: int
+    hashed: bool
     bits: int
+    gathered: bool
 
 
 def block_places(config: ModelConfig) -> list[Place]:
     """The places of every block at which features are hashed or gathered."""
-    found = {layer.place: Place(layer.kind, layer.in_features, layer.bits) for layer in block_layers(config)}
+    found = {
+        layer.place: Place(layer.in_features, layer.kind == "memory", layer.bits, layer.matrices > 0)
+        for layer in block_layers(config)
+    }
     return list(found.values())
 
 

@@ -27,11 +27,11 @@ class LowRank(nn.Module):
     Gathered features [..., D] -> [..., O]. A rank computes r / P of the r values between, and gathers them.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool = True) -> None:
         super().__init__()
         self.reduce = Matrix(in_features, rank, bias=False)
         self.gather = Gather()
-        self.expand = Matrix(rank, out_features)
+        self.expand = Matrix(rank, out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.expand(self.gather(self.reduce(x)))

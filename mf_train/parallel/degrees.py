@@ -111,8 +111,7 @@ def check_tensor(model: ModelConfig, tensor: int, key: str) -> None:
     parts = {"model.num_heads": model.num_heads, "model.vocab_size": model.vocab_size}
     if "memory" in model.layer_kinds:
         parts["the number of tables (model.hidden_size / model.bits)"] = model.num_tables
-    if model.rank is not None:
-        parts["model.rank"] = model.rank
+    parts |= {"model.rank": model.rank or 0, "model.residual_rank": model.residual_rank}
     for name, value in parts.items():
         if value % tensor:
             raise UserError(f"{key} {tensor} does not divide {name} {value}: choose a divisor")

@@ -154,7 +154,7 @@ def heaviest_phase(config: Config, processes: int, device: str | None = None) ->
 
 def code_bytes(model: ModelConfig, width: int) -> int:
     """Codes and weights that one block keeps, bytes a token: those of all K tables on every rank."""
-    hashed = [place for place in block_places(model) if place.kind == "memory"]
+    hashed = [place for place in block_places(model) if place.hashed]
     return sum(model.num_tables * (_code(place.bits) + width) for place in hashed)
 
 
@@ -171,17 +171,17 @@ def block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
     normalised = 4 * size * width + 2 * 4 * heads if model.qk_norm else 0
     costs = attention_costs(model)
     kept = sum(cost.kept_numbers * width + cost.kept_sums * 4 for cost in costs) / len(costs) / tensor
-    inner, places = model.inner_size / tensor, block_places(model)
+    inner = model.inner_size / tensor
     activation = inner * width if model.ffn_kind == "memory" and model.ffn_activation == "gelu" else 0
     output = size * width if model.output_kind == "memory" else 0  # of its norm
-    others = sum(place.features for place in places if place.kind != "memory") * (1 - 1 / tensor) * width
+    others = sum(place.features for place in block_places(model) if place.gathered) * (1 - 1 / tensor) * width
     own = activation + normalised + output + others + _between(model) * width + code_bytes(model, width)
     return (8 * size + 2 * inner) * width + own + len(block_norms(model)) * 8 + 4 * heads + kept
 
 
 def _between(model: ModelConfig) -> int:
     """Features between the matrices of low rank of a block."""
-    return sum(layer.rank for layer in block_layers(model) if layer.kind == "low_rank")
+    return sum(layer.rank for layer in block_layers(model))
 
 
 def recomputed_block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
@@ -189,7 +189,7 @@ def recomputed_block_bytes(model: ModelConfig, tensor: int, width: int) -> float
 
     Received: codes with weights, features that matrices read, and for each norm two float32 sums of every rank.
     """
-    gathered = sum(place.features for place in block_places(model) if place.kind != "memory")
+    gathered = sum(place.features for place in block_places(model) if place.gathered)
     received = code_bytes(model, width) + (gathered + _between(model)) * width
     received += len(block_norms(model)) * 2 * 4 * tensor
     received = received if tensor > 1 else 0

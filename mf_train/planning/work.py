@@ -150,7 +150,7 @@ def _rows(model: ModelConfig, n: float, b: int, tensor: int) -> float:
 
 def _hashed(model: ModelConfig) -> int:
     """Features that the hashes of a block read."""
-    return sum(place.features for place in block_places(model) if place.kind == "memory")
+    return sum(place.features for place in block_places(model) if place.hashed)
 
 
 def _memory_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartWork]:
@@ -172,27 +172,19 @@ def _memory_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[Part
 
 def _matrix_features(model: ModelConfig, tensor: int) -> float:
     """Inputs, gathered, and results of the matrices of a block, features a token."""
-    layers = [layer for layer in block_layers(model) if layer.kind != "memory"]
+    layers = [layer for layer in block_layers(model) if layer.matrices]
     return sum(
-        layer.in_features
-        + layer.out_features / tensor
-        + layer.rank * (layer.kind == "low_rank") * (1 + 1 / tensor)
-        for layer in layers
+        layer.in_features + layer.out_features / tensor + layer.rank * (1 + 1 / tensor) for layer in layers
     )
 
 
-def _matrix_products(model: ModelConfig) -> int:
-    """Matrices of a block."""
-    return sum({"memory": 0, "dense": 1, "low_rank": 2}[layer.kind] for layer in block_layers(model))
-
-
 def _matrix_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartWork]:
-    if model.layer_kinds == {"memory"}:
+    if not count_parameters(model).dense:
         return []
     dense = count_parameters(model).dense / tensor
     # matrices read, read, gradient written; inputs and results forward, and twice backward
     copied = 3 * dense * b + 3 * model.num_layers * n * _matrix_features(model, tensor) * b
-    launches = model.num_layers * (2 + 3 * _matrix_products(model))
+    launches = model.num_layers * (2 + 3 * sum(layer.matrices for layer in block_layers(model)))
     return [PartWork("dense layers", copy=copied, flops=TRAINING_FLOPS * n * dense, launches=launches)]
 
 
@@ -235,9 +227,12 @@ def recomputed_work(config: Config, tensor: int) -> list[PartWork]:
                 launches=layers * 5,
             ),
         ]
-    if model.layer_kinds != {"memory"}:
+    if counts.dense:
         copied = counts.dense / tensor * b + layers * n * _matrix_features(model, tensor) * b
-        flops, launches = 2 * n * counts.dense / tensor, layers * (1 + _matrix_products(model))
+        flops, launches = (
+            2 * n * counts.dense / tensor,
+            layers * (1 + sum(layer.matrices for layer in block_layers(model))),
+        )
         parts.append(PartWork("dense layers again", copy=copied, flops=flops, launches=launches))
     return parts
 
@@ -322,11 +317,11 @@ def tensor_parallel_bytes_per_token(config: Config) -> float:
     b = element_bytes(config)
     inputs = 0
     for place in block_places(model):
-        if place.kind == "memory":  # a code travels in one byte, or in two
+        if place.hashed:  # a code travels in one byte, or in two
             inputs += model.num_tables * ((1 if place.bits <= 8 else 2) + b + 4)
-        else:
+        if place.gathered:
             inputs += place.features * (b + 4)
-    between = sum(layer.rank for layer in block_layers(model) if layer.kind == "low_rank")
+    between = sum(layer.rank for layer in block_layers(model))
     shared = model.num_layers * (inputs + between * (b + 4))
     shared += model.hidden_size * (b + 4) + num_chunks(model.vocab_size) * 3 * 4
     sums = (len(block_norms(model)) * model.num_layers + 1) * (2 + 2) * 4  # whole on each rank

@@ -182,7 +182,7 @@ def _make_decoder(model: Any) -> _ModelDecoder | None:
     """None where the model is on another device, in another dtype, changed, or there is no library."""
     watch = _Watch(model)
     config = model.config
-    if config.layer_kinds != {"memory"} or watch.hooked or not _is_plain(model, config):
+    if watch.hooked or not _is_plain(model, config):
         return None
     if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in watch.tensors):
         return None

@@ -46,7 +46,11 @@ def run_block(x: Tensor, w: Weights, config: ModelConfig) -> Tensor:
 
     def layer(x: Tensor, name: str, kind: str, bits: int) -> Tensor:
         if kind == "memory":
-            return memory_layer(x, w, name, bits, config)
+            y = memory_layer(x, w, name, bits, config)
+            if not config.residual_rank:
+                return y
+            between = torch.einsum("si,ri->sr", x, w[f"{name}_path.reduce.weight"])
+            return y + torch.einsum("sr,or->so", between, w[f"{name}_path.expand.weight"])
         if kind == "low_rank":
             x = torch.einsum("si,ri->sr", x, w[f"{name}.reduce.weight"])
             name += ".expand"

@@ -136,7 +136,11 @@ def random_layers() -> dict[str, object]:
         "ffn": random.choice(kinds),
         "output": random.choice([*kinds, "none"]),
     }
-    return layers | ({"rank": 1} if "low_rank" in layers.values() else {})
+    if "low_rank" in layers.values():
+        layers["rank"] = 1
+    if "memory" in layers.values():
+        layers["residual_rank"] = random.choice([0, 1])
+    return layers
 
 
 def test_multiply_adds_of_a_hybrid_are_those_of_its_layers() -> None:
@@ -144,3 +148,6 @@ def test_multiply_adds_of_a_hybrid_are_those_of_its_layers() -> None:
     config = paper_model("tiny", qkv="low_rank", output="dense", rank=32)
     expected = 3 * 32 * (512 + 512) + 512 * 512 + 3 * 64 * 512
     assert count_block_flops(config, 100).layers == 100 * expected
+    beside = paper_model("tiny", residual_rank=8)
+    expected = 6 * 64 * 512 + 8 * (3 * (512 + 512) + 2 * (512 + 640))
+    assert count_block_flops(beside, 100).layers == 100 * expected

@@ -29,7 +29,14 @@ CONFIGS = {
         vocab_size=200,
     ),
     "hybrid": ModelConfig(
-        qkv="dense", output="memory", hidden_size=96, num_layers=2, num_heads=8, bits=4, vocab_size=200
+        qkv="dense",
+        output="memory",
+        residual_rank=24,
+        hidden_size=96,
+        num_layers=2,
+        num_heads=8,
+        bits=4,
+        vocab_size=200,
     ),
 }
 
@@ -65,7 +72,7 @@ def documented_value(name: str, config: ModelConfig) -> str:
         whole = next(
             value
             for row, value in documented_rows()
-            if row.endswith("dense") and layer.rpartition(".")[2] in row
+            if row.endswith("dense") and layer.rpartition(".")[2].removesuffix("_path") in row
         )
         value = value.replace("dense", "(" + _formula(whole).removeprefix("N(0, "))
     return value

@@ -40,6 +40,7 @@ CASES = {
     "regularisers": {"qk_norm": True, "logit_softcap": 2.0, "num_heads": 4, "rotary_fraction": 1.0},
     "dense regularisers": {"kind": "dense", "qk_norm": True, "logit_softcap": 2.0},
     "low rank": {"kind": "dense", "qkv": "low_rank", "ffn": "low_rank", "output": "low_rank", "rank": 5},
+    "low rank beside tables": {"residual_rank": 4, "output": "memory"},
     "matrices in attention": {"qkv": "dense", "output": "low_rank", "rank": 7, "ffn_activation": "relu"},
     "matrices in the FFN": {"ffn": "dense", "output": "memory", "score": "scaled_probability"},
     "memory in one place": {"kind": "dense", "output": "memory", "norm": "rmsnorm", "bits": 4},

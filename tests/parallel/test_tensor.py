@@ -59,7 +59,7 @@ ROUNDED: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense"},
     "low rank": {"kind": "dense", "qkv": "low_rank", "output": "low_rank", "ffn": "low_rank", "rank": 16},
     "hybrid": {"qkv": "dense", "output": "memory", "ffn": "low_rank", "rank": 8},
-    "other hybrid": {"qkv": "memory", "output": "dense", "ffn": "memory"},
+    "other hybrid": {"output": "dense", "residual_rank": 8},
 }
 CLOSE = {(model, "float32"): 2e-6 for model in ROUNDED} | {
     ("dense", "bfloat16"): 0.02,
@@ -245,9 +245,11 @@ def bytes_per_token(config: ModelConfig, width: int, size: int) -> dict[str, flo
     hashed["inner"] = config.ffn_kind
     codes = {place: inner_code if place == "inner" else 1 for place in hashed if hashed[place] == "memory"}
     wide = {"attention": d, "output": d, "ffn": d, "inner": 4 * d}
-    matrices = sum(wide[place] for place in hashed if hashed[place] in ("dense", "low_rank"))
+    rank = {place: {"low_rank": r, "memory": config.residual_rank}.get(hashed[place], 0) for place in hashed}
+    wide["inner"] = config.inner_size
+    matrices = sum(wide[place] for place in hashed if hashed[place] == "dense" or rank[place])
     each = {"attention": 3, "output": 1, "ffn": 1, "inner": 1}
-    matrices += sum(r * each[place] for place in hashed if hashed[place] == "low_rank")
+    matrices += sum(rank[place] * each[place] for place in hashed)
     norms = 2 + ("inner" in codes) + ("output" in codes)
     shards = {
         "codes": layers * k / size * sum(codes.values()),

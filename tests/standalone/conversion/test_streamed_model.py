@@ -38,7 +38,7 @@ TOKENS = torch.randint(4096, (40,), generator=torch.Generator().manual_seed(3))
 KINDS: dict[str, Any] = {
     "memoryformer": {},
     "dense": {"kind": "dense"},
-    "hybrid": {"ffn": "low_rank", "output": "memory", "rank": 4},
+    "hybrid": {"ffn": "low_rank", "output": "memory", "rank": 4, "residual_rank": 4},
 }
 
 

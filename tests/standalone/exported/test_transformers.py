@@ -150,6 +150,7 @@ VARIANTS = {
         qkv="low_rank",
         output="memory",
         rank=6,
+        residual_rank=4,
         hidden_size=32,
         num_layers=2,
         num_heads=2,

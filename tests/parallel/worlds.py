@@ -335,7 +335,9 @@ def train_plainly(precision: str, documents: bool, device: torch.device = CPU) -
         weight_decay=OPTIMIZER.weight_decay,
     )
     record = Record()
-    averages = {name: p.detach().double() for name, p in masters.items()}
+    averages = {
+        name: p.detach().double().clone() for name, p in masters.items()
+    }  # float64 would be the parameter itself
     for step in range(1, STEPS + 1):
         sums = {name: torch.zeros_like(p) for name, p in masters.items()}
         loss = 0.0

@@ -78,7 +78,7 @@ def groups_problem(config: Config) -> str:
     for group in GROUPS:
         given = asdict(getattr(optimizer.groups, group))
         if group not in groups_of(config.model) and any(value is not None for value in given.values()):
-            return f"optimizer.groups.{group} is set and the model has none: leave it out"
+            return f"optimizer.groups.{group} is set and the model ({config.model.description}) has none: leave it out"
     multiplier = optimizer.table_learning_rate_multiplier
     if multiplier != 1 and optimizer.groups.tables.learning_rate_multiplier is not None:
         return (

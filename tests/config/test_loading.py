@@ -189,9 +189,15 @@ def random_config(dice: random.Random) -> Config:
     bits, tables = dice.randint(1, 8), dice.randint(1, 6)
     special: dict[str, Any] = {
         "bits": bits,
-        "hidden_size": bits * tables,
-        "num_heads": dice.choice([1, bits, tables]),
+        "hidden_size": bits * tables + bits,
+        "num_heads": dice.choice([1, bits, tables + 1]),
         "expand_bits": dice.randint(0, 3),
+        "qkv": dice.choice([None, "memory", "dense"]),
+        "ffn": dice.choice([None, "low_rank"]),
+        "output": "low_rank",
+        "rank": 1,
+        "residual_rank": 0,
+        "full_attention_layers": (),
         "rotary_fraction": dice.random(),
         "schedule": dice.choice(
             [
@@ -367,7 +373,7 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
         ("optimizer.groups.tables=2", "optimizer.groups.tables is 2: expected keys and values"),
         (
             "optimizer.groups.matrices.weight_decay=0.5",
-            "optimizer.groups.matrices is set and a model of kind memoryformer has none: leave it out",
+            "optimizer.groups.matrices is set and the model (memoryformer) has none: leave it out",
         ),
         (
             "optimizer={table_learning_rate_multiplier: 2, groups: {tables: {learning_rate_multiplier: 3}}}",

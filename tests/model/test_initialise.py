@@ -31,7 +31,7 @@ CONFIGS = {
     "hybrid": ModelConfig(
         qkv="dense",
         output="memory",
-        residual_rank=24,
+        residual_rank=48,
         hidden_size=96,
         num_layers=2,
         num_heads=8,
@@ -94,8 +94,13 @@ def test_every_parameter_is_as_the_docstring_s_table_says(kind: str) -> None:
         formula = re.match(r"N\(0, (.+)\)$", value)
         assert formula, value
         text = formula[1].replace("^", "**").replace("5 D", "5 * D").replace("L sqrt", "L * sqrt")
-        known = {"D": config.hidden_size, "L": config.num_layers, "sqrt": math.sqrt, "r": config.rank}
-        known["I"] = config.inner_size if ".down." in name else config.hidden_size
+        known = {
+            "D": config.hidden_size,
+            "L": config.num_layers,
+            "sqrt": math.sqrt,
+            "r": config.rank or config.residual_rank,
+        }
+        known["I"] = config.inner_size if ".down" in name else config.hidden_size
         variance = eval(text, known)
         assert_normal(parameter.detach(), math.sqrt(variance), name)
 

@@ -39,7 +39,7 @@ CONFIG = ModelConfig(
 )
 ODD = ModelConfig(hidden_size=6, num_layers=1, num_heads=1, bits=2, vocab_size=4096, sequence_length=24)
 HYBRID = ModelConfig(
-    output="dense", hidden_size=32, num_layers=1, num_heads=2, vocab_size=4096, sequence_length=24
+    output="dense", hidden_size=32, bits=4, num_layers=1, num_heads=2, vocab_size=4096, sequence_length=24
 )
 DENSE = ModelConfig(
     kind="dense", hidden_size=32, num_layers=1, num_heads=2, vocab_size=4096, sequence_length=24

@@ -5,19 +5,22 @@
     embedding     of the tokens
     head          the LM head
     matrices      the dense peer's layers
+    attention     what attention has of its own: Linformer's summaries, Luna's slots, EcoFormer's hash
     norms         norms, and the biases of all layers
 
 The width rule `mup` (Yang et al. 2022, arXiv 2203.03466, table 3, Adam) is to keep the best learning rate while the
 hidden size D changes. An update of Adam moves each number by about the rate, whatever its gradient's size. A matrix's
 output adds up D of them in one direction, so its rate goes as 1 / D, and the head's. A memory layer's output is a sum
 over K tables of weight times row, of which an update moves each row that is read: K of them in one direction, and K is
-D / tau. So at the same tau a table's rate goes as 1 / D too. An embedding, a norm or a bias is used as it is: its rate
-stays. Rate times decay, the share that an update takes off a number, stays for all, as with the authors' optimisers.
+D / tau. So at the same tau a table's rate goes as 1 / D too. An embedding, a norm or a bias is used as it is, and
+attention's own weights are summed over a head or a segment: their rates stay. Rate times decay, the share that an
+update takes off a number, stays for all, as with the authors' optimisers.
 """
 
 from dataclasses import asdict, fields
 from typing import NamedTuple
 
+from mf_train.config.model import ModelConfig
 from mf_train.config.sections import Config, GroupsConfig, OptimizerConfig
 
 GROUPS = tuple(field.name for field in fields(GroupsConfig))
@@ -38,6 +41,8 @@ def group_of(name: str, dimensions: int) -> str:
         return "ffn_tables" if name.endswith((".up.tables", ".down.tables")) else "tables"
     if dimensions < 2:
         return "norms"
+    if ".attention." in name:
+        return "attention"
     return {"embedding.weight": "embedding", "head.weight": "head"}.get(name, "matrices")
 
 
@@ -61,18 +66,21 @@ def group_rules(optimizer: OptimizerConfig, hidden_size: int) -> dict[str, Rule]
     return rules
 
 
-def groups_of(kind: str) -> list[str]:
-    """The groups that a model of `kind` has."""
-    others = {group for other, groups in _OF_KIND.items() if other != kind for group in groups}
+def groups_of(model: ModelConfig) -> list[str]:
+    """The groups that a model has."""
+    others = {group for other, groups in _OF_KIND.items() if other != model.kind for group in groups}
+    if not model.has_attention_weights:
+        others.add("attention")
     return [group for group in GROUPS if group not in others]
 
 
 def groups_problem(config: Config) -> str:
     """An error about the groups and the width rule of a configuration; empty where they fit."""
-    optimizer, kind = config.optimizer, config.model.kind
+    optimizer = config.optimizer
     for group in GROUPS:
         given = asdict(getattr(optimizer.groups, group))
-        if group not in groups_of(kind) and any(value is not None for value in given.values()):
+        if group not in groups_of(config.model) and any(value is not None for value in given.values()):
+            kind = config.model.attention if group == "attention" else config.model.kind
             return f"optimizer.groups.{group} is set and a model of kind {kind} has none: leave it out"
     multiplier = optimizer.table_learning_rate_multiplier
     if multiplier != 1 and optimizer.groups.tables.learning_rate_multiplier is not None:

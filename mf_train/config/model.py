@@ -10,8 +10,10 @@ Kind = Literal["memoryformer", "dense"]
 Score = Literal["probability", "scaled_probability"]
 NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["none", "gelu", "relu"]
-AttentionKind = Literal["softmax", "window", "performer", "cosformer", "flow"]
+AttentionKind = Literal["softmax", "window", "performer", "cosformer", "flow", "linformer"]
 
+# kinds of attention that have weights of their own
+LEARNED_ATTENTION: tuple[AttentionKind, ...] = ("linformer",)
 MAX_BITS = 16  # a code travels in at most two bytes
 
 
@@ -49,6 +51,8 @@ class ModelConfig:
         0  # of performer: random features; 0: d ln d for heads of d features, rounded up
     )
     attention_seed: int = 0  # of performer's random features
+    attention_segment: int = 256  # c of linformer: positions of a segment
+    attention_rank: int = 32  # r of linformer: summaries of an earlier segment
     rotary_fraction: float = 0.25  # of a head's features that are rotated
     rotary_base: float = 10000.0  # wavelengths grow up to 2 pi times this
     vocab_size: int = 50304  # V, tokens
@@ -91,6 +95,11 @@ class ModelConfig:
         size = self.head_size
         return self.attention_features or max(1, math.ceil(size * math.log(size)))
 
+    @property
+    def has_attention_weights(self) -> bool:
+        """Whether some block's attention has weights of its own (beside the gains of `qk_norm`)."""
+        return any(kind in LEARNED_ATTENTION for kind in self.attention_kinds)
+
     def __post_init__(self) -> None:
         # a list in the JSON of a converted model
         object.__setattr__(self, "full_attention_layers", tuple(self.full_attention_layers))
@@ -107,6 +116,8 @@ class ModelConfig:
             "vocab_size",
             "sequence_length",
             "attention_window",
+            "attention_segment",
+            "attention_rank",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
@@ -143,6 +154,17 @@ class ModelConfig:
             raise ValueError(
                 f"model.full_attention_layers is {list(layers)} and model.attention is softmax, which every block "
                 "has: leave it out, or choose another model.attention"
+            )
+        if self.attention == "linformer" and self.attention_rank > self.attention_segment:
+            raise ValueError(
+                f"model.attention_rank {self.attention_rank} is more than model.attention_segment "
+                f"{self.attention_segment}: a summary has fewer rows than its segment; lower one or raise the other"
+            )
+        if self.attention == "linformer" and self.attention_segment >= self.sequence_length:
+            raise ValueError(
+                f"model.attention_segment {self.attention_segment} is not below model.sequence_length "
+                f"{self.sequence_length}: no earlier segment would be summarised; lower it, or let model.attention be "
+                "softmax"
             )
 
     def _check_tables(self) -> None:

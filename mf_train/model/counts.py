@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mf_train.config.model import ModelConfig
+from mf_train.config.model import AttentionKind, ModelConfig
 
 CHECKPOINT_BYTES = 12  # of a parameter: its float32 weight and both moments of AdamW
 
@@ -15,11 +15,12 @@ class ParameterCounts:
     dense: int  # matrices of the dense peer's blocks
     embedding: int
     head: int
+    attention: int  # what attention has of its own
     small: int  # norms and biases
 
     @property
     def total(self) -> int:
-        return self.tables + self.dense + self.embedding + self.head + self.small
+        return self.tables + self.dense + self.embedding + self.head + self.attention + self.small
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -48,8 +49,16 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         dense=dense * config.num_layers,
         embedding=vocabulary,
         head=vocabulary,
+        attention=sum(count_attention_parameters(config, kind) for kind in config.attention_kinds),
         small=small * config.num_layers + norm(size, config.norm),
     )
+
+
+def count_attention_parameters(config: ModelConfig, kind: AttentionKind) -> int:
+    """Of one block's attention, but for the gains of queries and keys."""
+    if kind == "linformer":
+        return 2 * config.num_heads * config.attention_rank * config.attention_segment
+    return 0
 
 
 @dataclass(frozen=True)

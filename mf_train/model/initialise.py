@@ -23,6 +23,7 @@ def initialise(model: nn.Module, seed: int, rank: int = 0, size: int = 1) -> Non
     | tables, embedding, head of a MemoryFormer | N(0, 0.02^2) |
     | dense peer: embedding, head, query, key, value, up | N(0, 2 / (5 D)) (small init, arXiv 1910.05895) |
     | dense peer: output, down | N(0, (2 / (L sqrt(D)))^2) (as GPT-NeoX initialises Pythia) |
+    | attention: key_summary, value_summary | N(0, 1 / c): a summary has a row's size |
 
     Each matrix is drawn in up to 8 chunks of its split dimension, each with a generator of its own, on the CPU: a rank
     draws only what it holds, and every number of ranks and every device starts from the same weights.
@@ -49,11 +50,20 @@ def _standard_deviation(name: str, config: ModelConfig) -> float:
     module, _, kind = name.rpartition(".")
     if kind == "bias" or "norm" in module.rpartition(".")[2]:
         return 0.0
+    if module.endswith(".attention"):
+        return _of_attention(kind, config)
     if config.kind == "memoryformer":
         return TABLE_STD
     if module.endswith((".output", ".down")):
         return 2 / (config.num_layers * math.sqrt(config.hidden_size))
     return math.sqrt(2 / (5 * config.hidden_size))
+
+
+def _of_attention(parameter: str, config: ModelConfig) -> float:
+    return {
+        "key_summary": config.attention_segment**-0.5,
+        "value_summary": config.attention_segment**-0.5,
+    }[parameter]
 
 
 def _fill_normal(parameter: Tensor, std: float, seed: int, name: str, rank: int, size: int) -> None:

@@ -138,7 +138,7 @@ def rate_lines(config: Config) -> dict[tuple[float, ...], list[str]]:
     size = config.model.hidden_size
     rules = [group_rules(phase.config.optimizer, size) for phase in phases_of(config)]
     lines: dict[tuple[float, ...], list[str]] = {}
-    for group in groups_of(config.model.kind):
+    for group in groups_of(config.model):
         lines.setdefault(tuple(each[group].multiplier for each in rules), []).append(group)
     return lines
 

@@ -184,7 +184,7 @@ def describe_changes(config: Config, checkpoint: Path) -> list[str]:
     there, here = (group_rules(each.optimizer, each.model.hidden_size) for each in (before, goes_on.config))
     jumps = [
         f"{group} from {there[group].multiplier:g} to {here[group].multiplier:g}"
-        for group in groups_of(config.model.kind)
+        for group in groups_of(config.model)
         if there[group].multiplier != here[group].multiplier
     ]
     if step and jumps:

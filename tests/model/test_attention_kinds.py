@@ -40,6 +40,8 @@ CONFIG = ModelConfig(
     attention_window=5,
     attention_features=24,
     attention_seed=7,
+    attention_segment=6,
+    attention_rank=2,
 )
 LENGTH = 40
 KINDS_WITH_STATE = [kind for kind in KINDS if kind != "softmax"]
@@ -55,15 +57,15 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "CHUNK", 7)
 
 
-# Definitions: of one head, q, k and v [S, head] -> [S, head]
+# Definitions: of one head and its number, q, k and v [S, head] -> [S, head]
 
 
-def softmax(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def softmax(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
     scores = q @ k.T / math.sqrt(q.shape[1])
     return scores.masked_fill(~torch.ones_like(scores).tril().bool(), -torch.inf).softmax(-1) @ v
 
 
-def window(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def window(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
     i = torch.arange(len(q))
     distance = i[:, None] - i
     inside = (distance >= 0) & (distance < CONFIG.attention_window)
@@ -71,7 +73,7 @@ def window(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill(~inside, -torch.inf).softmax(-1) @ v
 
 
-def performer(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def performer(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
     w = random_features(7, attention.layer, 24, q.shape[1], q.device, q.dtype).T
     q, k = (x / q.shape[1] ** 0.25 for x in (q, k))
     phi_q = torch.exp(q @ w.T - (q @ w.T).amax(-1, keepdim=True).detach()) + 1e-6
@@ -80,14 +82,14 @@ def performer(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
-def cosformer(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def cosformer(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
     i = torch.arange(len(q)).clamp(max=CONFIG.sequence_length - 1)
     distance = (i[:, None] - i).to(q.dtype)
     weights = (q.relu() @ k.relu().T * torch.cos(math.pi / 2 * distance / CONFIG.sequence_length)).tril()
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6) @ v
 
 
-def flow(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def flow(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
     q, k = q.sigmoid(), k.sigmoid()
     n = torch.arange(1, len(q) + 1).to(q.dtype)
     weights = (q @ k.T).tril()  # of sink i and source j
@@ -99,12 +101,25 @@ def flow(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return allotted[:, None] * (weights @ (share[:, None] * v)) / (n * taken)[:, None]
 
 
-REFERENCES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
+def linformer(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
+    c, rows = CONFIG.attention_segment, []
+    of_keys, of_values = attention.key_summary[head], attention.value_summary[head]
+    for i in range(len(q)):
+        own = i // c * c
+        earlier = [slice(begin, begin + c) for begin in range(0, own, c)]
+        keys = torch.cat([*(of_keys @ k[part] for part in earlier), k[own : i + 1]])
+        values = torch.cat([*(of_values @ v[part] for part in earlier), v[own : i + 1]])
+        rows.append((keys @ q[i] / math.sqrt(q.shape[1])).softmax(0) @ values)
+    return torch.stack(rows) + 0 * (of_keys.sum() + of_values.sum())
+
+
+REFERENCES: dict[str, Callable[[Any, Tensor, Tensor, Tensor, int], Tensor]] = {
     "softmax": softmax,
     "window": window,
     "performer": performer,
     "cosformer": cosformer,
     "flow": flow,
+    "linformer": linformer,
 }
 
 
@@ -137,7 +152,7 @@ def test_the_definition(kind: str, length: int) -> None:
     y = attend(attention, inputs)
     expected = torch.stack(
         [
-            torch.stack([REFERENCES[kind](attention, *(x[b, h] for x in inputs)) for h in range(2)])
+            torch.stack([REFERENCES[kind](attention, *(x[b, h] for x in inputs), h) for h in range(2)])
             for b in range(2)
         ]
     )
@@ -273,7 +288,8 @@ def test_recomputed_gradients_are_equal(kind: str, documents: bool) -> None:
         assert gradient is not None and torch.equal(gradient, gradients[1][name]), name
 
 
-@pytest.mark.parametrize("kind", KINDS_WITH_STATE)
+# linformer has r summaries of each of S / c segments for each of them, which is a square, if a small one
+@pytest.mark.parametrize("kind", [kind for kind in KINDS_WITH_STATE if kind != "linformer"])
 def test_nothing_of_a_row_s_square_is_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the backward pass: twice the positions, at most twice the largest tensor."""
     monkeypatch.setattr(linear, "CHUNK", 16)
@@ -313,6 +329,9 @@ def test_what_goes_with_softmax_alone_is_refused(kind: str) -> None:
         ({"full_attention_layers": [1]}, "model.attention is softmax"),
         ({"attention_window": 0}, "attention_window is 0: it must be at least 1"),
         ({"attention_features": -1}, "attention_features is -1: it must be 0 or more"),
+        ({"attention_segment": 0}, "attention_segment is 0: it must be at least 1"),
+        ({"attention": "linformer", "attention_rank": 7}, "attention_rank 7 .*attention_segment 6"),
+        ({"attention": "linformer", "attention_segment": 40}, "attention_segment 40 .*sequence_length 40"),
         ({"attention_seed": -1}, "attention_seed is -1: it must be 0 or more"),
     ],
 )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from mf_train.config import ModelConfig
+from mf_train.config.model import LEARNED_ATTENTION
 from mf_train.model import MemoryFormer
 from mf_train.model.initialise import initialise
 from mf_train.model.sharding import split_dimension
@@ -17,6 +19,9 @@ from mf_train.model.sharding import split_dimension
 CONFIGS = {
     "memoryformer": ModelConfig(hidden_size=96, num_layers=2, num_heads=8, bits=4, vocab_size=200),
     "dense": ModelConfig(kind="dense", hidden_size=96, num_layers=3, num_heads=8, vocab_size=200),
+}
+CONFIGS |= {
+    kind: replace(CONFIGS["memoryformer"], attention=kind, num_layers=1) for kind in LEARNED_ATTENTION
 }
 
 
@@ -37,6 +42,9 @@ def documented_value(name: str, kind: str) -> str:
             return "norm" in module and attribute == "weight"
         if row == "all biases":
             return attribute == "bias"
+        if row.startswith("attention:") or module == "attention":
+            words = row.removeprefix("attention:").split(",")
+            return module == "attention" and attribute in [word.strip() for word in words]
         if attribute == "bias" or "norm" in module or row.startswith("dense peer:") != (kind == "dense"):
             return False
         words = row.removeprefix("dense peer:").removesuffix("of a MemoryFormer").split(",")
@@ -55,10 +63,11 @@ def test_every_parameter_is_as_the_docstring_s_table_says(kind: str) -> None:
         if value in ("0", "1"):
             assert (parameter == float(value)).all(), name
             continue
-        formula = re.match(r"N\(0, (.+?)\)(?: \(.*\))?$", value)
+        formula = re.match(r"N\(0, (.+?)\)(?: \(.*\)|: .*)?$", value)
         assert formula, value
         text = formula[1].replace("^", "**").replace("5 D", "5 * D").replace("L sqrt", "L * sqrt")
-        variance = eval(text, {"D": config.hidden_size, "L": config.num_layers, "sqrt": math.sqrt})
+        sizes = {"D": config.hidden_size, "L": config.num_layers, "c": config.attention_segment}
+        variance = eval(text, sizes | {"sqrt": math.sqrt})
         assert_normal(parameter.detach(), math.sqrt(variance), name)
 
 

@@ -52,7 +52,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "documents": {},  # packed rows, attention inside their documents
 }
 ATTENTION = [kind for kind in KINDS if kind != "softmax"]
-MODELS |= {kind: {"attention": kind, "attention_window": 7, "qk_norm": True} for kind in ATTENTION}
+SMALL = {"attention_window": 7, "attention_segment": 5, "attention_rank": 2}
+MODELS |= {kind: SMALL | {"attention": kind, "qk_norm": True} for kind in ATTENTION}
 BATCH, LENGTH = 2, 24
 END_OF_TEXT = 3
 

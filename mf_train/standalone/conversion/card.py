@@ -115,7 +115,7 @@ def _rates(config: Config) -> dict[str, float]:
     """The tables' learning rate, and those of groups that have an unusual one, as multiples of the whole rate."""
     rules = group_rules(config.optimizer, config.model.hidden_size)
     usual = dict.fromkeys(rules, 1.0) | {"ffn_tables": rules["tables"].multiplier}
-    others = [group for group in groups_of(config.model.kind) if group != "tables"]
+    others = [group for group in groups_of(config.model) if group != "tables"]
     return {"tables": rules["tables"].multiplier} | {
         group: rules[group].multiplier for group in others if rules[group].multiplier != usual[group]
     }

@@ -10,10 +10,12 @@ Kind = Literal["memoryformer", "dense"]
 Score = Literal["probability", "scaled_probability"]
 NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["none", "gelu", "relu"]
-AttentionKind = Literal["softmax", "window", "performer", "cosformer", "flow", "linformer"]
+AttentionKind = Literal[
+    "softmax", "window", "performer", "cosformer", "flow", "linformer", "luna", "luna_filtered"
+]
 
 # kinds of attention that have weights of their own
-LEARNED_ATTENTION: tuple[AttentionKind, ...] = ("linformer",)
+LEARNED_ATTENTION: tuple[AttentionKind, ...] = ("linformer", "luna", "luna_filtered")
 MAX_BITS = 16  # a code travels in at most two bytes
 
 
@@ -53,6 +55,8 @@ class ModelConfig:
     attention_seed: int = 0  # of performer's random features
     attention_segment: int = 256  # c of linformer: positions of a segment
     attention_rank: int = 32  # r of linformer: summaries of an earlier segment
+    attention_slots: int = 16  # l of luna and luna_filtered: rows that all positions are packed into
+    attention_filter: int = 4  # w of luna_filtered: positions that its convolution reads
     rotary_fraction: float = 0.25  # of a head's features that are rotated
     rotary_base: float = 10000.0  # wavelengths grow up to 2 pi times this
     vocab_size: int = 50304  # V, tokens
@@ -118,6 +122,8 @@ class ModelConfig:
             "attention_window",
             "attention_segment",
             "attention_rank",
+            "attention_slots",
+            "attention_filter",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")

@@ -58,6 +58,10 @@ def count_attention_parameters(config: ModelConfig, kind: AttentionKind) -> int:
     """Of one block's attention, but for the gains of queries and keys."""
     if kind == "linformer":
         return 2 * config.num_heads * config.attention_rank * config.attention_segment
+    if kind == "luna":
+        return config.attention_slots * config.hidden_size
+    if kind == "luna_filtered":  # a filter and two temperatures of each head
+        return config.attention_slots * config.hidden_size + config.num_heads * (config.attention_filter + 2)
     return 0
 
 

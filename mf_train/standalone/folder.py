@@ -24,7 +24,7 @@ REMEDY = "convert the checkpoint again"
 # Keys of ModelConfig that came later: a model that was converted before has their defaults.
 _LATER = ("qk_norm", "logit_softcap", "attention", "full_attention_layers", "attention_window")
 _LATER += ("attention_features", "attention_seed")
-_LATER += ("attention_segment", "attention_rank")
+_LATER += ("attention_segment", "attention_rank", "attention_slots", "attention_filter")
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype, bool]:

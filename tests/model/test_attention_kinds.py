@@ -42,6 +42,8 @@ CONFIG = ModelConfig(
     attention_seed=7,
     attention_segment=6,
     attention_rank=2,
+    attention_slots=3,
+    attention_filter=3,
 )
 LENGTH = 40
 KINDS_WITH_STATE = [kind for kind in KINDS if kind != "softmax"]
@@ -113,6 +115,29 @@ def linformer(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Ten
     return torch.stack(rows) + 0 * (of_keys.sum() + of_values.sum())
 
 
+def luna(
+    attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int, pack: float = 1.0, unpack: float = 1.0
+) -> Tensor:
+    rows, root = [], math.sqrt(q.shape[1])
+    scores = k @ attention.slots[head].T / root / pack
+    packs = torch.where(scores > 0, scores + 1, scores.exp())
+    for i in range(1, len(q) + 1):
+        keys, values = packs[:i].T @ k[:i] / i, packs[:i].T @ v[:i] / i
+        rows.append((keys @ q[i - 1] / root / unpack).softmax(0) @ values)
+    return torch.stack(rows)
+
+
+def luna_filtered(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
+    def filtered(x: Tensor) -> Tensor:
+        taps = [
+            attention.filter[head, i] * torch.cat((x.new_zeros(i, x.shape[1]), x))[: len(x)] for i in range(3)
+        ]
+        return taps[0] + taps[1] + taps[2]
+
+    pack, unpack = (attention.pack_log_temperature[head].exp(), attention.unpack_log_temperature[head].exp())
+    return luna(attention, q, filtered(k), filtered(v), head, pack, unpack)
+
+
 REFERENCES: dict[str, Callable[[Any, Tensor, Tensor, Tensor, int], Tensor]] = {
     "softmax": softmax,
     "window": window,
@@ -120,6 +145,8 @@ REFERENCES: dict[str, Callable[[Any, Tensor, Tensor, Tensor, int], Tensor]] = {
     "cosformer": cosformer,
     "flow": flow,
     "linformer": linformer,
+    "luna": luna,
+    "luna_filtered": luna_filtered,
 }
 
 
@@ -332,6 +359,8 @@ def test_what_goes_with_softmax_alone_is_refused(kind: str) -> None:
         ({"attention_segment": 0}, "attention_segment is 0: it must be at least 1"),
         ({"attention": "linformer", "attention_rank": 7}, "attention_rank 7 .*attention_segment 6"),
         ({"attention": "linformer", "attention_segment": 40}, "attention_segment 40 .*sequence_length 40"),
+        ({"attention_slots": 0}, "attention_slots is 0: it must be at least 1"),
+        ({"attention_filter": 0}, "attention_filter is 0: it must be at least 1"),
         ({"attention_seed": -1}, "attention_seed is -1: it must be 0 or more"),
     ],
 )

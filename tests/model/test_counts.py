@@ -108,6 +108,8 @@ def test_counts_of_attention_s_own(kind: str) -> None:
         full_attention_layers=(1,),
         attention_segment=7,
         attention_rank=4,
+        attention_slots=3,
+        attention_filter=6,
         vocab_size=77,
     )
     with torch.device("meta"):

@@ -28,7 +28,8 @@ class FlowAttention(Attention):
     ) -> tuple[Tensor, State]:
         dtype, (batch, heads, length, size) = q.dtype, q.shape
         q, k, v = wide(q, k, v)
-        q, k = q.sigmoid(), k.sigmoid()
+        # a sum over features adds in an order that depends on where they lie
+        q, k = _sigmoid(q.contiguous()), _sigmoid(k.contiguous())
         tokens = q.new_ones(batch, length) if padding is None else padding.to(q.dtype)
         if padding is not None:
             q, k = q * tokens[:, None, :, None], k * tokens[:, None, :, None]
@@ -44,7 +45,7 @@ class FlowAttention(Attention):
         given = ((k * queries).sum(-1) / n).clamp(min=_SMALLEST)
         fair_keys = _running(k / given.unsqueeze(-1), flows[:, :, 2])
         fair_queries = _running(q / taken.unsqueeze(-1), flows[:, :, 3])
-        allotted = ((q * fair_keys).sum(-1) / n).sigmoid()
+        allotted = _sigmoid((q * fair_keys).sum(-1) / n)
         strength = ((k * fair_queries).sum(-1) / n).clamp(-1, 1).exp() * tokens.unsqueeze(1)
         rivals = competitors.unsqueeze(-1) + strength.cumsum(-1)
         share = n * strength / rivals.clamp(min=_SMALLEST)
@@ -52,6 +53,11 @@ class FlowAttention(Attention):
         y = y * (allotted / (n * taken)).unsqueeze(-1)
         flows = torch.stack([x[:, :, -1] for x in (keys, queries, fair_keys, fair_queries)], dim=2)
         return y.to(dtype), (flows, rivals[..., -1], counts[:, -1], *past)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + e^-x), whose last bit depends on nothing but x: torch's depends on the tensor's shape on a CPU."""
+    return 1 / (1 + (-x.clamp(min=-80)).exp())
 
 
 def _running(x: Tensor, before: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ class FilteredLunaAttention(LunaAttention):
 
     ConvLuna of "On Difficulties of Attention Factorization through Shared Memory" (Yorsh et al. 2024, arXiv
     2404.00798): a convolution over positions before the memory, one kernel f for each head, of w =
-    `model.attention_filter` positions, and learned temperatures of both attentions; here each head has its own two. The paper's
-    convolution is centred; this one looks back only, and what it gives goes into Luna's causal form.
+    `model.attention_filter` positions, and learned temperatures of both attentions, here two for each head. The paper's
+    convolution is centred. This one looks back only, and what it gives goes into Luna's causal form.
 
     The state: Luna's, and the last w - 1 keys and values [B, H, w - 1, head], 0 before the first.
     """

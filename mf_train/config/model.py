@@ -11,12 +11,14 @@ Score = Literal["probability", "scaled_probability"]
 NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["none", "gelu", "relu"]
 AttentionKind = Literal[
-    "softmax", "window", "performer", "cosformer", "flow", "linformer", "luna", "luna_filtered"
+    "softmax", "window", "performer", "cosformer", "flow", "linformer", "luna", "luna_filtered", "ecoformer"
 ]
 
 # kinds of attention that have weights of their own
-LEARNED_ATTENTION: tuple[AttentionKind, ...] = ("linformer", "luna", "luna_filtered")
+LEARNED_ATTENTION: tuple[AttentionKind, ...] = ("linformer", "luna", "luna_filtered", "ecoformer")
 MAX_BITS = 16  # a code travels in at most two bytes
+HASH_SAMPLE = 64  # positions of a row, at most, from which ecoformer's hash learns in a step
+CHUNK = 128  # positions that linear attention takes at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class ModelConfig:
     attention_rank: int = 32  # r of linformer: summaries of an earlier segment
     attention_slots: int = 16  # l of luna and luna_filtered: rows that all positions are packed into
     attention_filter: int = 4  # w of luna_filtered: positions that its convolution reads
+    attention_bits: int = 16  # b of ecoformer: of the code of a query or key
+    attention_anchors: int = 20  # m of ecoformer: points from which its hash measures distances
     rotary_fraction: float = 0.25  # of a head's features that are rotated
     rotary_base: float = 10000.0  # wavelengths grow up to 2 pi times this
     vocab_size: int = 50304  # V, tokens
@@ -124,6 +128,8 @@ class ModelConfig:
             "attention_rank",
             "attention_slots",
             "attention_filter",
+            "attention_bits",
+            "attention_anchors",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")

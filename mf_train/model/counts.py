@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mf_train.config.model import AttentionKind, ModelConfig
+from mf_train.model.attention.costs import attention_costs
 
 CHECKPOINT_BYTES = 12  # of a parameter: its float32 weight and both moments of AdamW
 
@@ -62,6 +63,9 @@ def count_attention_parameters(config: ModelConfig, kind: AttentionKind) -> int:
         return config.attention_slots * config.hidden_size
     if kind == "luna_filtered":  # a filter and two temperatures of each head
         return config.attention_slots * config.hidden_size + config.num_heads * (config.attention_filter + 2)
+    if kind == "ecoformer":
+        anchors, bits = config.attention_anchors, config.attention_bits
+        return anchors * config.hidden_size + config.num_heads * bits * (anchors + 1)
     return 0
 
 
@@ -69,20 +73,22 @@ def count_attention_parameters(config: ModelConfig, kind: AttentionKind) -> int:
 class BlockFlops:
     """Multiply-adds of one block's forward pass over one sequence (one multiply-add = 1, as in Table 1)."""
 
-    attention: int  # the two products with S x S matrices
+    attention: float  # products with whole S x S matrices, or those of another kind; the mean of the blocks
     layers: int  # fully-connected layers, or the memory layers that replace them
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         return self.attention + self.layers
 
 
 def count_block_flops(config: ModelConfig, sequence_length: int | None = None) -> BlockFlops:
     """FLOPs of a block at a sequence length (default: the configuration's).
 
-    Attention 2 S^2 D; dense layers 12 S D^2; memory layers 6 K S D (section 3.3 of the paper, which counts
-    the two FFN lookups as 3 K S D together whatever e is). Norms are not counted, nor those of queries and keys.
+    Attention 2 S^2 D, other kinds as in `attention.costs`; dense layers 12 S D^2; memory layers 6 K S D (section 3.3
+    of the paper, which counts the two FFN lookups as 3 K S D together whatever e is). Norms are not counted, nor those
+    of queries and keys.
     """
     s, d = sequence_length or config.sequence_length, config.hidden_size
     layers = 6 * config.num_tables * s * d if config.kind == "memoryformer" else 12 * s * d * d
-    return BlockFlops(attention=2 * s * s * d, layers=layers)
+    attention = s * sum(cost.multiply_adds for cost in attention_costs(config, s)) / config.num_layers
+    return BlockFlops(attention=attention, layers=layers)

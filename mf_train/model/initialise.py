@@ -26,7 +26,8 @@ def initialise(model: nn.Module, seed: int, rank: int = 0, size: int = 1) -> Non
     | attention: key_summary, value_summary | N(0, 1 / c): a summary has a row's size |
     | attention: slots | N(0, 1): no two alike |
     | attention: filter | N(0, 1 / w): what is filtered keeps its size |
-    | attention: pack_log_temperature, unpack_log_temperature | 0 |
+    | attention: pack_log_temperature, unpack_log_temperature, hash_threshold | 0 |
+    | attention: anchors, hash_weight | N(0, 1) |
 
     Each matrix is drawn in up to 8 chunks of its split dimension, each with a generator of its own, on the CPU: a rank
     draws only what it holds, and every number of ranks and every device starts from the same weights.
@@ -45,7 +46,7 @@ def initialise_parameter(
     if std > 0:
         _fill_normal(parameter, std, seed, name, rank, size)
     else:
-        parameter.fill_(0.0 if name.endswith((".bias", "_log_temperature")) else 1.0)
+        parameter.fill_(0.0 if name.endswith((".bias", "_log_temperature", ".hash_threshold")) else 1.0)
 
 
 def _standard_deviation(name: str, config: ModelConfig) -> float:
@@ -70,6 +71,9 @@ def _of_attention(parameter: str, config: ModelConfig) -> float:
         "filter": config.attention_filter**-0.5,
         "pack_log_temperature": 0.0,
         "unpack_log_temperature": 0.0,
+        "anchors": 1.0,
+        "hash_weight": 1.0,
+        "hash_threshold": 0.0,
     }[parameter]
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from mf_train.config import Config, ModelConfig
 from mf_train.config.phases import Phase, phases_of
 from mf_train.errors import UserError
+from mf_train.model.attention.costs import attention_costs
 from mf_train.model.counts import count_parameters
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import check_degrees, count_micro_batches, micro_batch_sizes
@@ -161,16 +162,19 @@ def block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
 
     MemoryFormer: the inputs of both norms, what the hashes read, q, k and v after the rotation, attention's result, the
     inner norm's input and output, codes with weights, two float32 statistics of each norm, a softmax normaliser a head.
-    With `model.qk_norm` q and k before and after their norm as well, and a float32 statistic a head.
+    With `model.qk_norm` q and k before and after their norm as well, and a float32 statistic a head. What other kinds
+    of attention keep (`attention.costs`) is the mean of the blocks.
     """
     size, heads = model.hidden_size / tensor, model.num_heads / tensor
     normalised = 4 * size * width + 2 * 4 * heads if model.qk_norm else 0
+    costs = attention_costs(model)
+    kept = sum(cost.kept_numbers * width + cost.kept_sums * 4 for cost in costs) / len(costs) / tensor
     if model.kind == "dense":
-        return (8 * size + 8 * size) * width + 2 * 8 + 4 * heads + normalised
+        return (8 * size + 8 * size) * width + 2 * 8 + 4 * heads + normalised + kept
     inner = model.inner_size / tensor
     activation = inner * width if model.ffn_activation == "gelu" else 0
     own = activation + normalised + code_bytes(model, width)
-    return (8 * size + 2 * inner) * width + own + 3 * 8 + 4 * heads
+    return (8 * size + 2 * inner) * width + own + 3 * 8 + 4 * heads + kept
 
 
 def recomputed_block_bytes(model: ModelConfig, tensor: int, width: int) -> float:

@@ -7,7 +7,7 @@ FLOPs. The paper counts a multiply-add as 1 and the forward pass of the blocks a
 `paper_flops`. `model_flops` are those of training: the blocks and the LM head, 2 for a multiply and an add, times 3 for
 the forward pass and the backward pass's two products; so 6 for each multiply-add. Both count attention's whole square,
 as the paper does. `PartWork.flops` are what a device computes: half of that square, once more in the backward pass, and
-of a lookup nothing, since its time is that of its bytes.
+of a lookup nothing, since its time is that of its bytes. Other kinds of attention: `model.attention.costs`.
 
 Bytes moved. Each part counts what its kernel reads and writes in the memory of its device, activations included. A
 table row is counted for every token that reads it, also where a cache serves it; tables and matrices in whole passes
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from mf_train.config import Config, ModelConfig
 from mf_train.config.phases import phases_of
+from mf_train.model.attention.costs import attention_costs
 from mf_train.model.counts import count_block_flops, count_parameters
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import count_micro_batches
@@ -29,8 +30,6 @@ from mf_train.planning.device_memory import LIVE, average_bytes, code_bytes, mom
 from mf_train.planning.devices import Peak
 
 TRAINING_FLOPS = 6  # for each multiply-add of the forward pass: 2 for multiply and add, 3 for the passes
-_CAUSAL = 1 / 2  # of attention's square is below the diagonal
-_ATTENTION_PASSES = 7 / 2  # 2 products forward, 5 backward (Dao 2023, arXiv 2307.08691)
 _LOOKUP_PASSES = 2  # backward: rows for the weights' gradient, and the output's gradient for each table
 # What the update of a number that is not held in float32 computes beside: so many bytes in addition would take as long
 # (benchmarks.moments on a CPU, where they add up within a fifth). A split master alone is updated in torch operations.
@@ -120,17 +119,18 @@ def micro_batch_work(config: Config, tensor: int) -> list[PartWork]:
 
 
 def _attention(model: ModelConfig, n: float, b: int, tensor: int) -> PartWork:
-    """q, k, v and the result, forward; these, their gradients and the rotation's copies, backward: 12 passes.
+    """Of all blocks (`attention.costs`).
 
     Where q and k are normalised, each is read and written twice forward, and in 6 passes backward.
     """
-    layers = model.num_layers
-    products = layers * count_block_flops(model).attention / model.sequence_length * n / tensor
+    costs = attention_costs(model)
+    moved = sum(cost.numbers * b + cost.sums * 4 for cost in costs)
+    normalised = 20 * len(costs) * model.hidden_size * b if model.qk_norm else 0
     return PartWork(
         "attention",
-        copy=layers * n * model.hidden_size / tensor * b * (12 + (20 if model.qk_norm else 0)),
-        flops=2 * _CAUSAL * _ATTENTION_PASSES * products,
-        launches=layers * 12,
+        copy=n / tensor * (moved + normalised),
+        flops=2 * n / tensor * sum(cost.computed * cost.passes for cost in costs),
+        launches=sum(cost.launches for cost in costs),
     )
 
 
@@ -173,13 +173,14 @@ def recomputed_work(config: Config, tensor: int) -> list[PartWork]:
     n = config.training.micro_batch_size * model.sequence_length
     layers, size = model.num_layers, model.hidden_size / tensor
     inner = 4 * size if model.kind == "dense" else model.inner_size / tensor
-    attended = layers * count_block_flops(model).attention / model.sequence_length * n / tensor
+    costs = attention_costs(model)
+    moved = sum(cost.forward * (cost.numbers * b + cost.sums * 4) for cost in costs)
     parts = [
         PartWork(
             "attention again",
-            copy=layers * n * size * b * (4 + (8 if model.qk_norm else 0)),
-            flops=2 * _CAUSAL * attended,
-            launches=layers * 6,
+            copy=n / tensor * moved + (layers * n * size * b * 8 if model.qk_norm else 0),
+            flops=2 * n / tensor * sum(cost.computed for cost in costs),
+            launches=sum(cost.launches for cost in costs) / 2,
         ),
         # norms read and written, and residual sums
         PartWork(

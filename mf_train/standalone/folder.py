@@ -22,9 +22,21 @@ CONFIG, CARD, CERTIFICATE = "config.json", "README.md", "certificate.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 REMEDY = "convert the checkpoint again"
 # Keys of ModelConfig that came later: a model that was converted before has their defaults.
-_LATER = ("qk_norm", "logit_softcap", "attention", "full_attention_layers", "attention_window")
-_LATER += ("attention_features", "attention_seed")
-_LATER += ("attention_segment", "attention_rank", "attention_slots", "attention_filter")
+_LATER = (
+    "qk_norm",
+    "logit_softcap",
+    "attention",
+    "full_attention_layers",
+    "attention_window",
+    "attention_features",
+    "attention_seed",
+    "attention_segment",
+    "attention_rank",
+    "attention_slots",
+    "attention_filter",
+    "attention_bits",
+    "attention_anchors",
+)
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype, bool]:

@@ -5,6 +5,7 @@ A kind of the table `KINDS` takes part by a reference in `REFERENCES`, a few lin
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mf_train.config import ModelConfig
-from mf_train.config.model import AttentionKind
+from mf_train.config.model import HASH_SAMPLE, AttentionKind
+from mf_train.model.attention import ecoformer as ecoformer_module
 from mf_train.model.attention import linear
 from mf_train.model.attention.base import Attention, Context
 from mf_train.model.attention.kinds import KINDS, build_attention
@@ -44,6 +46,8 @@ CONFIG = ModelConfig(
     attention_rank=2,
     attention_slots=3,
     attention_filter=3,
+    attention_bits=6,
+    attention_anchors=5,
 )
 LENGTH = 40
 KINDS_WITH_STATE = [kind for kind in KINDS if kind != "softmax"]
@@ -138,6 +142,25 @@ def luna_filtered(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) ->
     return luna(attention, q, filtered(k), filtered(v), head, pack, unpack)
 
 
+def before_sign(attention: Any, x: Tensor, head: int) -> Tensor:
+    anchors, weight = attention.anchors[head], attention.hash_weight[head]
+    x, anchors = (y / y.square().sum(-1, keepdim=True).sqrt() for y in (x, anchors))
+    distance = (x[:, None] - anchors).square().sum(-1)
+    return (torch.exp(-distance / 4) - math.exp(-0.5)) @ weight.T - attention.hash_threshold[head]
+
+
+def ecoformer(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
+    """Without gradients of the hash, which has a loss of its own."""
+
+    def code(x: Tensor) -> Tensor:
+        z = before_sign(attention, x, head)
+        straight = z.clamp(-1, 1)
+        return torch.where(z >= 0, 1.0, -1.0) + straight - straight.detach()
+
+    weights = (code(q) @ code(k).T + CONFIG.attention_bits + 1).tril()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
 REFERENCES: dict[str, Callable[[Any, Tensor, Tensor, Tensor, int], Tensor]] = {
     "softmax": softmax,
     "window": window,
@@ -147,6 +170,7 @@ REFERENCES: dict[str, Callable[[Any, Tensor, Tensor, Tensor, int], Tensor]] = {
     "linformer": linformer,
     "luna": luna,
     "luna_filtered": luna_filtered,
+    "ecoformer": ecoformer,
 }
 
 
@@ -185,7 +209,7 @@ def test_the_definition(kind: str, length: int) -> None:
     )
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
     gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
-    wanted = [*inputs, *attention.parameters()]
+    wanted = inputs if kind == "ecoformer" else [*inputs, *attention.parameters()]
     ours, theirs = (
         torch.autograd.grad(result, wanted, gradient, allow_unused=True, retain_graph=True)
         for result in (y, expected)
@@ -361,6 +385,8 @@ def test_what_goes_with_softmax_alone_is_refused(kind: str) -> None:
         ({"attention": "linformer", "attention_segment": 40}, "attention_segment 40 .*sequence_length 40"),
         ({"attention_slots": 0}, "attention_slots is 0: it must be at least 1"),
         ({"attention_filter": 0}, "attention_filter is 0: it must be at least 1"),
+        ({"attention_bits": 0}, "attention_bits is 0: it must be at least 1"),
+        ({"attention_anchors": 0}, "attention_anchors is 0: it must be at least 1"),
         ({"attention_seed": -1}, "attention_seed is -1: it must be 0 or more"),
     ],
 )
@@ -378,6 +404,38 @@ def test_layers_with_full_attention() -> None:
         "WindowAttention",
     ]
     assert config == config_of("window", full_attention_layers=(1,)) and hash(config)
+
+
+@pytest.mark.parametrize("length", [2, 40, 100])
+def test_the_hash_learns_from_pairs(length: int) -> None:
+    """Its gradient is that of its loss, whatever the model's is; and training lowers that loss."""
+    attention: Any = attention_of("ecoformer")
+    q, k, _ = inputs = [x.requires_grad_() for x in heads(19, length)]
+    weights = [attention.anchors, attention.hash_weight, attention.hash_threshold]
+    found = torch.autograd.grad(attend(attention, inputs).mul(1e3).sum(), weights)
+
+    step = -(-length // HASH_SAMPLE)
+    total = torch.zeros((), dtype=torch.float64)
+    for b, h in itertools.product(range(2), range(CONFIG.num_heads)):
+        q_h, k_h = q[b, h, ::step].detach(), k[b, h, ::step].detach()
+        codes = [2 * before_sign(attention, x, h).sigmoid() - 1 for x in (q_h, k_h)]
+        alike = torch.nn.functional.cosine_similarity(q_h[:, None], k_h, dim=-1)
+        order, count = alike.argsort(-1), -(-len(q_h) // ecoformer_module.SHARE)
+        wanted = torch.zeros_like(alike)
+        for row, places in zip(wanted, order, strict=True):
+            row[places[-count:]], row[places[:count]] = 1.0, -1.0
+        total = total + (codes[0] @ codes[1].T / CONFIG.attention_bits - wanted).square().mean()
+    expected = torch.autograd.grad(total * ecoformer_module.LOSS_WEIGHT, weights)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-14)
+
+    optimizer, losses = torch.optim.AdamW(weights, 0.1), []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(attention._loss(q.detach(), k.detach()).item())
+        attend(attention, inputs).sum().backward()
+        optimizer.step()
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_random_features() -> None:

@@ -110,6 +110,8 @@ def test_counts_of_attention_s_own(kind: str) -> None:
         attention_rank=4,
         attention_slots=3,
         attention_filter=6,
+        attention_bits=9,
+        attention_anchors=2,
         vocab_size=77,
     )
     with torch.device("meta"):

@@ -32,7 +32,7 @@ class CosformerAttention(Attention):
         numbers = past.unsqueeze(-1) + tokens.cumsum(-1)  # of tokens, a position's own included
         place = (numbers - 1).clamp(0, self.longest - 1)
         angles = (place.to(q.dtype) * (math.pi / 2 / self.longest))[:, None, :, None]
-        turn = torch.cat((angles.cos().expand_as(q), angles.sin().expand_as(q)), -1)
+        turn = torch.cat([x.expand(-1, -1, -1, self.head_size) for x in (angles.cos(), angles.sin())], -1)
         q, k = q.relu().repeat(1, 1, 1, 2) * turn, k.relu().repeat(1, 1, 1, 2) * turn
         if padding is not None:
             k = k * tokens[:, None, :, None]

@@ -3,6 +3,7 @@
 from mf_train.config.model import ModelConfig
 from mf_train.model.attention.base import Attention
 from mf_train.model.attention.cosformer import CosformerAttention
+from mf_train.model.attention.ecoformer import EcoformerAttention
 from mf_train.model.attention.flow import FlowAttention
 from mf_train.model.attention.linformer import LinformerAttention
 from mf_train.model.attention.luna import FilteredLunaAttention, LunaAttention
@@ -19,6 +20,7 @@ KINDS: dict[str, type[Attention]] = {
     "linformer": LinformerAttention,
     "luna": LunaAttention,
     "luna_filtered": FilteredLunaAttention,
+    "ecoformer": EcoformerAttention,
 }
 
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mf_train.config.model import CHUNK
 from mf_train.model.attention.base import State
 
-CHUNK = 128
 _SMALLEST = 1e-6  # that a sum of weights is taken for, where all are 0
 
 

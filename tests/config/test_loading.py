@@ -193,6 +193,8 @@ def random_config(dice: random.Random) -> Config:
         "num_heads": dice.choice([1, bits, tables]),
         "expand_bits": dice.randint(0, 3),
         "rotary_fraction": dice.random(),
+        "attention": dice.choice(["window", "performer", "cosformer", "flow"]),
+        "full_attention_layers": dice.choice([(), (0,)]),
         "schedule": dice.choice(
             [
                 ScheduleConfig(kind="warmup_stable_decay", warmup_steps=0, decay_steps=1),

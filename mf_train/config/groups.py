@@ -5,14 +5,16 @@
     embedding     of the tokens
     head          the LM head
     matrices      of layers that are dense or of low rank
+    attention     what attention has of its own: Linformer's summaries, Luna's slots, EcoFormer's hash
     norms         norms, and the biases of all layers
 
 The width rule `mup` (Yang et al. 2022, arXiv 2203.03466, table 3, Adam) is to keep the best learning rate while the
 hidden size D changes. An update of Adam moves each number by about the rate, whatever its gradient's size. A matrix's
 output adds up D of them in one direction, so its rate goes as 1 / D, and the head's. A memory layer's output is a sum
 over K tables of weight times row, of which an update moves each row that is read: K of them in one direction, and K is
-D / tau. So at the same tau a table's rate goes as 1 / D too. An embedding, a norm or a bias is used as it is: its rate
-stays. Rate times decay, the share that an update takes off a number, stays for all, as with the authors' optimisers.
+D / tau. So at the same tau a table's rate goes as 1 / D too. An embedding, a norm or a bias is used as it is, and
+attention's own weights are summed over a head or a segment: their rates stay. Rate times decay, the share that an
+update takes off a number, stays for all, as with the authors' optimisers.
 """
 
 from dataclasses import asdict, fields
@@ -38,6 +40,8 @@ def group_of(name: str, dimensions: int) -> str:
         return "ffn_tables" if name.endswith((".up.tables", ".down.tables")) else "tables"
     if dimensions < 2:
         return "norms"
+    if ".attention." in name:
+        return "attention"
     return {"embedding.weight": "embedding", "head.weight": "head"}.get(name, "matrices")
 
 
@@ -68,6 +72,7 @@ def groups_of(model: ModelConfig) -> list[str]:
         "tables": "memory" in kinds,  # also where only the FFN has some, which go by these settings
         "ffn_tables": model.ffn_kind == "memory",
         "matrices": kinds != {"memory"} or model.residual_rank > 0,
+        "attention": model.has_attention_weights,
     }
     return [group for group in GROUPS if has.get(group, True)]
 
@@ -78,7 +83,8 @@ def groups_problem(config: Config) -> str:
     for group in GROUPS:
         given = asdict(getattr(optimizer.groups, group))
         if group not in groups_of(config.model) and any(value is not None for value in given.values()):
-            return f"optimizer.groups.{group} is set and the model ({config.model.description}) has none: leave it out"
+            model = f"{config.model.description}, attention {config.model.attention}"
+            return f"optimizer.groups.{group} is set and the model ({model}) has none: leave it out"
     multiplier = optimizer.table_learning_rate_multiplier
     if multiplier != 1 and optimizer.groups.tables.learning_rate_multiplier is not None:
         return (

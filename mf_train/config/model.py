@@ -12,9 +12,14 @@ NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["none", "gelu", "relu"]
 LayerKind = Literal["memory", "dense", "low_rank"]
 OutputKind = Literal["none", "memory", "dense", "low_rank"]
-AttentionKind = Literal["softmax", "window", "performer", "cosformer", "flow"]
+AttentionKind = Literal[
+    "softmax", "window", "performer", "cosformer", "flow", "linformer", "luna", "luna_filtered", "ecoformer"
+]
 
+# kinds of attention that have weights of their own
+LEARNED_ATTENTION: tuple[AttentionKind, ...] = ("linformer", "luna", "luna_filtered", "ecoformer")
 MAX_BITS = 16  # a code travels in at most two bytes
+HASH_SAMPLE = 64  # positions of a row, at most, from which ecoformer's hash learns in a step
 CHUNK = 128  # positions that linear attention takes at once
 
 
@@ -62,6 +67,12 @@ class ModelConfig:
         0  # of performer: random features; 0: d ln d for heads of d features, rounded up
     )
     attention_seed: int = 0  # of performer's random features
+    attention_segment: int = 256  # c of linformer: positions of a segment
+    attention_rank: int = 32  # r of linformer: summaries of an earlier segment
+    attention_slots: int = 16  # l of luna and luna_filtered: rows that all positions are packed into
+    attention_filter: int = 4  # w of luna_filtered: positions that its convolution reads
+    attention_bits: int = 16  # b of ecoformer: of the code of a query or key
+    attention_anchors: int = 20  # m of ecoformer: points from which its hash measures distances
     rotary_fraction: float = 0.25  # of a head's features that are rotated
     rotary_base: float = 10000.0  # wavelengths grow up to 2 pi times this
     vocab_size: int = 50304  # V, tokens
@@ -139,6 +150,11 @@ class ModelConfig:
         size = self.head_size
         return self.attention_features or max(1, math.ceil(size * math.log(size)))
 
+    @property
+    def has_attention_weights(self) -> bool:
+        """Whether some block's attention has weights of its own (beside the gains of `qk_norm`)."""
+        return any(kind in LEARNED_ATTENTION for kind in self.attention_kinds)
+
     def __post_init__(self) -> None:
         # a list in the JSON of a converted model
         object.__setattr__(self, "full_attention_layers", tuple(self.full_attention_layers))
@@ -155,6 +171,12 @@ class ModelConfig:
             "vocab_size",
             "sequence_length",
             "attention_window",
+            "attention_segment",
+            "attention_rank",
+            "attention_slots",
+            "attention_filter",
+            "attention_bits",
+            "attention_anchors",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
@@ -211,6 +233,17 @@ class ModelConfig:
             raise ValueError(
                 f"model.full_attention_layers is {list(layers)} and model.attention is softmax, which every block "
                 "has: leave it out, or choose another model.attention"
+            )
+        if self.attention == "linformer" and self.attention_rank > self.attention_segment:
+            raise ValueError(
+                f"model.attention_rank {self.attention_rank} is more than model.attention_segment "
+                f"{self.attention_segment}: a summary has fewer rows than its segment; lower one or raise the other"
+            )
+        if self.attention == "linformer" and self.attention_segment >= self.sequence_length:
+            raise ValueError(
+                f"model.attention_segment {self.attention_segment} is not below model.sequence_length "
+                f"{self.sequence_length}: no earlier segment would be summarised; lower it, or let model.attention be "
+                "softmax"
             )
 
     def _check_tables(self) -> None:

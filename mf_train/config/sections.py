@@ -79,6 +79,9 @@ class GroupsConfig:
     embedding: GroupConfig = field(default_factory=GroupConfig)
     head: GroupConfig = field(default_factory=GroupConfig)
     matrices: GroupConfig = field(default_factory=GroupConfig)  # of the dense peer's layers
+    attention: GroupConfig = field(
+        default_factory=GroupConfig
+    )  # of attention's own weights (docs/attention.md)
     norms: GroupConfig = field(default_factory=GroupConfig)  # norms and all biases; None: no decay
 
 

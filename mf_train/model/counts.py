@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mf_train.config.model import ModelConfig
+from mf_train.config.model import AttentionKind, ModelConfig
 from mf_train.model.attention.costs import attention_costs
 from mf_train.model.layers import block_layers, block_norms
 
@@ -17,11 +17,12 @@ class ParameterCounts:
     dense: int  # matrices of the blocks
     embedding: int
     head: int
+    attention: int  # what attention has of its own
     small: int  # norms and biases
 
     @property
     def total(self) -> int:
-        return self.tables + self.dense + self.embedding + self.head + self.small
+        return self.tables + self.dense + self.embedding + self.head + self.attention + self.small
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -44,8 +45,23 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         dense=sum(layer.matrix_entries for layer in layers) * config.num_layers,
         embedding=vocabulary,
         head=vocabulary,
+        attention=sum(count_attention_parameters(config, kind) for kind in config.attention_kinds),
         small=small * config.num_layers + norm(size, config.norm),
     )
+
+
+def count_attention_parameters(config: ModelConfig, kind: AttentionKind) -> int:
+    """Of one block's attention, but for the gains of queries and keys."""
+    if kind == "linformer":
+        return 2 * config.num_heads * config.attention_rank * config.attention_segment
+    if kind == "luna":
+        return config.attention_slots * config.hidden_size
+    if kind == "luna_filtered":  # a filter and two temperatures of each head
+        return config.attention_slots * config.hidden_size + config.num_heads * (config.attention_filter + 2)
+    if kind == "ecoformer":
+        anchors, bits = config.attention_anchors, config.attention_bits
+        return anchors * config.hidden_size + config.num_heads * bits * (anchors + 1)
+    return 0
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,11 @@ def initialise(model: nn.Module, seed: int, rank: int = 0, size: int = 1) -> Non
     | output, down that are dense | N(0, (2 / (L sqrt(D)))^2) (as GPT-NeoX initialises Pythia) |
     | reduce [r, I], of low rank | N(0, 1 / I) |
     | expand [O, r], of low rank | N(0, dense * I / r): the product has the variance of the dense one |
+    | attention: key_summary, value_summary | N(0, 1 / c): a summary has a row's size |
+    | attention: slots | N(0, 1): no two alike |
+    | attention: filter | N(0, 1 / w): what is filtered keeps its size |
+    | attention: pack_log_temperature, unpack_log_temperature, hash_threshold | 0 |
+    | attention: anchors, hash_weight | N(0, 1) |
 
     Each matrix is drawn in up to 8 chunks of its split dimension, each with a generator of its own, on the CPU: a rank
     draws only what it holds, and every number of ranks and every device starts from the same weights.
@@ -45,7 +50,7 @@ def initialise_parameter(
     if std > 0:
         _fill_normal(parameter, std, seed, name, rank, size)
     else:
-        parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+        parameter.fill_(0.0 if name.endswith((".bias", "_log_temperature", ".hash_threshold")) else 1.0)
 
 
 def _standard_deviation(name: str, shape: Shape, config: ModelConfig) -> float:
@@ -53,6 +58,8 @@ def _standard_deviation(name: str, shape: Shape, config: ModelConfig) -> float:
     module, _, kind = name.rpartition(".")
     if kind == "bias" or "norm" in module.rpartition(".")[2]:
         return 0.0
+    if module.endswith(".attention"):
+        return _of_attention(kind, config)
     if kind == "tables" or (module in ("embedding", "head") and config.kind == "memoryformer"):
         return TABLE_STD
     layer, _, half = module.rpartition(".")
@@ -69,6 +76,20 @@ def _of_matrix(module: str, config: ModelConfig) -> float:
     if module.endswith((".output", ".down")):
         return 2 / (config.num_layers * math.sqrt(config.hidden_size))
     return math.sqrt(2 / (5 * config.hidden_size))
+
+
+def _of_attention(parameter: str, config: ModelConfig) -> float:
+    return {
+        "key_summary": config.attention_segment**-0.5,
+        "value_summary": config.attention_segment**-0.5,
+        "slots": 1.0,
+        "filter": config.attention_filter**-0.5,
+        "pack_log_temperature": 0.0,
+        "unpack_log_temperature": 0.0,
+        "anchors": 1.0,
+        "hash_weight": 1.0,
+        "hash_threshold": 0.0,
+    }[parameter]
 
 
 def _fill_normal(parameter: Tensor, std: float, seed: int, name: str, rank: int, size: int) -> None:

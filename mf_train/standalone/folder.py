@@ -30,6 +30,12 @@ _LATER = (
     "attention_window",
     "attention_features",
     "attention_seed",
+    "attention_segment",
+    "attention_rank",
+    "attention_slots",
+    "attention_filter",
+    "attention_bits",
+    "attention_anchors",
 )
 
 

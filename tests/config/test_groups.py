@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from mf_train.config.groups import GROUPS, group_of, group_rules
+from mf_train.config.groups import GROUPS, group_of, group_rules, groups_of
 from mf_train.config.loading import parse_config
+from mf_train.config.model import LEARNED_ATTENTION
 from mf_train.model import MemoryFormer, ModelConfig
 from mf_train.model.memory import Lookup
 
@@ -39,7 +40,7 @@ def test_the_width_rule_divides_rates_and_keeps_rate_times_decay() -> None:
     before = rules(512, groups=groups)
     after = rules(512, groups=groups, width_rule="mup", base_hidden_size=128)
     for group, (multiplier, decay) in before.items():
-        share = 1 if group in ("embedding", "norms") else 4
+        share = 1 if group in ("embedding", "attention", "norms") else 4
         assert after[group] == (multiplier / share, decay * share), group
     assert rules(512, width_rule="mup", base_hidden_size=512) == rules(512)
 
@@ -55,12 +56,18 @@ def test_every_parameter_has_its_group() -> None:
     kinds["hybrid"] = {"qkv": "low_rank", "output": "memory", "rank": 3}
     expected["hybrid"] = expected["memoryformer"] | dict.fromkeys(("reduce", "expand"), "matrices")
     expected["hybrid"]["output"] = "tables"
+    kinds |= {kind: {"attention": kind} for kind in LEARNED_ATTENTION}
+    expected |= dict.fromkeys(LEARNED_ATTENTION, expected["memoryformer"])
     for kind, layers in expected.items():
-        for name, parameter in MemoryFormer(ModelConfig(**kinds[kind], **sizes)).named_parameters():
+        config = ModelConfig(**kinds[kind], **sizes)
+        found = set()
+        for name, parameter in MemoryFormer(config).named_parameters():
             module, last = name.split(".")[-2:]
-            small = "norm" in module or last == "bias"
+            small = "norm" in module or last in ("bias", "pack_log_temperature", "unpack_log_temperature")
             group = "norms" if small else layers.get(module, module)
             assert group_of(name, parameter.dim()) == group, name
+            found.add(group)
+        assert found == set(groups_of(config))
 
 
 def output_change(num_tables: int, multiplier: float) -> float:

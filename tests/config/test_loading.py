@@ -199,6 +199,8 @@ def random_config(dice: random.Random) -> Config:
         "residual_rank": 0,
         "full_attention_layers": (),
         "rotary_fraction": dice.random(),
+        "attention": dice.choice(["window", "performer", "cosformer", "flow"]),
+        "full_attention_layers": dice.choice([(), (0,)]),
         "schedule": dice.choice(
             [
                 ScheduleConfig(kind="warmup_stable_decay", warmup_steps=0, decay_steps=1),
@@ -373,7 +375,7 @@ def test_wrong_types(text: str, words: str, tmp_path: Path) -> None:
         ("optimizer.groups.tables=2", "optimizer.groups.tables is 2: expected keys and values"),
         (
             "optimizer.groups.matrices.weight_decay=0.5",
-            "optimizer.groups.matrices is set and the model (memoryformer) has none: leave it out",
+            "optimizer.groups.matrices is set and the model (memoryformer, attention softmax) has none: leave it out",
         ),
         (
             "optimizer={table_learning_rate_multiplier: 2, groups: {tables: {learning_rate_multiplier: 3}}}",

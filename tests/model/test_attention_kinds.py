@@ -5,6 +5,7 @@ A kind of the table `KINDS` takes part by a reference in `REFERENCES`, a few lin
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mf_train.config import ModelConfig
-from mf_train.config.model import AttentionKind
+from mf_train.config.model import HASH_SAMPLE, AttentionKind
+from mf_train.model.attention import ecoformer as ecoformer_module
 from mf_train.model.attention import linear
 from mf_train.model.attention.base import Attention, Context
 from mf_train.model.attention.kinds import KINDS, build_attention
@@ -40,6 +42,12 @@ CONFIG = ModelConfig(
     attention_window=5,
     attention_features=24,
     attention_seed=7,
+    attention_segment=6,
+    attention_rank=2,
+    attention_slots=3,
+    attention_filter=3,
+    attention_bits=6,
+    attention_anchors=5,
 )
 LENGTH = 40
 KINDS_WITH_STATE = [kind for kind in KINDS if kind != "softmax"]
@@ -55,15 +63,15 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "CHUNK", 7)
 
 
-# Definitions: of one head, q, k and v [S, head] -> [S, head]
+# Definitions: of one head and its number, q, k and v [S, head] -> [S, head]
 
 
-def softmax(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def softmax(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
     scores = q @ k.T / math.sqrt(q.shape[1])
     return scores.masked_fill(~torch.ones_like(scores).tril().bool(), -torch.inf).softmax(-1) @ v
 
 
-def window(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def window(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
     i = torch.arange(len(q))
     distance = i[:, None] - i
     inside = (distance >= 0) & (distance < CONFIG.attention_window)
@@ -71,7 +79,7 @@ def window(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill(~inside, -torch.inf).softmax(-1) @ v
 
 
-def performer(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def performer(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
     w = random_features(7, attention.layer, 24, q.shape[1], q.device, q.dtype).T
     q, k = (x / q.shape[1] ** 0.25 for x in (q, k))
     phi_q = torch.exp(q @ w.T - (q @ w.T).amax(-1, keepdim=True).detach()) + 1e-6
@@ -80,14 +88,14 @@ def performer(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
-def cosformer(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def cosformer(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
     i = torch.arange(len(q)).clamp(max=CONFIG.sequence_length - 1)
     distance = (i[:, None] - i).to(q.dtype)
     weights = (q.relu() @ k.relu().T * torch.cos(math.pi / 2 * distance / CONFIG.sequence_length)).tril()
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6) @ v
 
 
-def flow(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def flow(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
     q, k = q.sigmoid(), k.sigmoid()
     n = torch.arange(1, len(q) + 1).to(q.dtype)
     weights = (q @ k.T).tril()  # of sink i and source j
@@ -99,12 +107,70 @@ def flow(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return allotted[:, None] * (weights @ (share[:, None] * v)) / (n * taken)[:, None]
 
 
-REFERENCES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
+def linformer(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
+    c, rows = CONFIG.attention_segment, []
+    of_keys, of_values = attention.key_summary[head], attention.value_summary[head]
+    for i in range(len(q)):
+        own = i // c * c
+        earlier = [slice(begin, begin + c) for begin in range(0, own, c)]
+        keys = torch.cat([*(of_keys @ k[part] for part in earlier), k[own : i + 1]])
+        values = torch.cat([*(of_values @ v[part] for part in earlier), v[own : i + 1]])
+        rows.append((keys @ q[i] / math.sqrt(q.shape[1])).softmax(0) @ values)
+    return torch.stack(rows) + 0 * (of_keys.sum() + of_values.sum())
+
+
+def luna(
+    attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int, pack: float = 1.0, unpack: float = 1.0
+) -> Tensor:
+    rows, root = [], math.sqrt(q.shape[1])
+    scores = k @ attention.slots[head].T / root / pack
+    packs = torch.where(scores > 0, scores + 1, scores.exp())
+    for i in range(1, len(q) + 1):
+        keys, values = packs[:i].T @ k[:i] / i, packs[:i].T @ v[:i] / i
+        rows.append((keys @ q[i - 1] / root / unpack).softmax(0) @ values)
+    return torch.stack(rows)
+
+
+def luna_filtered(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
+    def filtered(x: Tensor) -> Tensor:
+        taps = [
+            attention.filter[head, i] * torch.cat((x.new_zeros(i, x.shape[1]), x))[: len(x)] for i in range(3)
+        ]
+        return taps[0] + taps[1] + taps[2]
+
+    pack, unpack = (attention.pack_log_temperature[head].exp(), attention.unpack_log_temperature[head].exp())
+    return luna(attention, q, filtered(k), filtered(v), head, pack, unpack)
+
+
+def before_sign(attention: Any, x: Tensor, head: int) -> Tensor:
+    anchors, weight = attention.anchors[head], attention.hash_weight[head]
+    x, anchors = (y / y.square().sum(-1, keepdim=True).sqrt() for y in (x, anchors))
+    distance = (x[:, None] - anchors).square().sum(-1)
+    return (torch.exp(-distance / 4) - math.exp(-0.5)) @ weight.T - attention.hash_threshold[head]
+
+
+def ecoformer(attention: Any, q: Tensor, k: Tensor, v: Tensor, head: int) -> Tensor:
+    """Without gradients of the hash, which has a loss of its own."""
+
+    def code(x: Tensor) -> Tensor:
+        z = before_sign(attention, x, head)
+        straight = z.clamp(-1, 1)
+        return torch.where(z >= 0, 1.0, -1.0) + straight - straight.detach()
+
+    weights = (code(q) @ code(k).T + CONFIG.attention_bits + 1).tril()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+REFERENCES: dict[str, Callable[[Any, Tensor, Tensor, Tensor, int], Tensor]] = {
     "softmax": softmax,
     "window": window,
     "performer": performer,
     "cosformer": cosformer,
     "flow": flow,
+    "linformer": linformer,
+    "luna": luna,
+    "luna_filtered": luna_filtered,
+    "ecoformer": ecoformer,
 }
 
 
@@ -137,13 +203,13 @@ def test_the_definition(kind: str, length: int) -> None:
     y = attend(attention, inputs)
     expected = torch.stack(
         [
-            torch.stack([REFERENCES[kind](attention, *(x[b, h] for x in inputs)) for h in range(2)])
+            torch.stack([REFERENCES[kind](attention, *(x[b, h] for x in inputs), h) for h in range(2)])
             for b in range(2)
         ]
     )
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
     gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
-    wanted = [*inputs, *attention.parameters()]
+    wanted = inputs if kind == "ecoformer" else [*inputs, *attention.parameters()]
     ours, theirs = (
         torch.autograd.grad(result, wanted, gradient, allow_unused=True, retain_graph=True)
         for result in (y, expected)
@@ -273,7 +339,8 @@ def test_recomputed_gradients_are_equal(kind: str, documents: bool) -> None:
         assert gradient is not None and torch.equal(gradient, gradients[1][name]), name
 
 
-@pytest.mark.parametrize("kind", KINDS_WITH_STATE)
+# linformer has r summaries of each of S / c segments for each of them, which is a square, if a small one
+@pytest.mark.parametrize("kind", [kind for kind in KINDS_WITH_STATE if kind != "linformer"])
 def test_nothing_of_a_row_s_square_is_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the backward pass: twice the positions, at most twice the largest tensor."""
     monkeypatch.setattr(linear, "CHUNK", 16)
@@ -313,6 +380,13 @@ def test_what_goes_with_softmax_alone_is_refused(kind: str) -> None:
         ({"full_attention_layers": [1]}, "model.attention is softmax"),
         ({"attention_window": 0}, "attention_window is 0: it must be at least 1"),
         ({"attention_features": -1}, "attention_features is -1: it must be 0 or more"),
+        ({"attention_segment": 0}, "attention_segment is 0: it must be at least 1"),
+        ({"attention": "linformer", "attention_rank": 7}, "attention_rank 7 .*attention_segment 6"),
+        ({"attention": "linformer", "attention_segment": 40}, "attention_segment 40 .*sequence_length 40"),
+        ({"attention_slots": 0}, "attention_slots is 0: it must be at least 1"),
+        ({"attention_filter": 0}, "attention_filter is 0: it must be at least 1"),
+        ({"attention_bits": 0}, "attention_bits is 0: it must be at least 1"),
+        ({"attention_anchors": 0}, "attention_anchors is 0: it must be at least 1"),
         ({"attention_seed": -1}, "attention_seed is -1: it must be 0 or more"),
     ],
 )
@@ -330,6 +404,38 @@ def test_layers_with_full_attention() -> None:
         "WindowAttention",
     ]
     assert config == config_of("window", full_attention_layers=(1,)) and hash(config)
+
+
+@pytest.mark.parametrize("length", [2, 40, 100])
+def test_the_hash_learns_from_pairs(length: int) -> None:
+    """Its gradient is that of its loss, whatever the model's is; and training lowers that loss."""
+    attention: Any = attention_of("ecoformer")
+    q, k, _ = inputs = [x.requires_grad_() for x in heads(19, length)]
+    weights = [attention.anchors, attention.hash_weight, attention.hash_threshold]
+    found = torch.autograd.grad(attend(attention, inputs).mul(1e3).sum(), weights)
+
+    step = -(-length // HASH_SAMPLE)
+    total = torch.zeros((), dtype=torch.float64)
+    for b, h in itertools.product(range(2), range(CONFIG.num_heads)):
+        q_h, k_h = q[b, h, ::step].detach(), k[b, h, ::step].detach()
+        codes = [2 * before_sign(attention, x, h).sigmoid() - 1 for x in (q_h, k_h)]
+        alike = torch.nn.functional.cosine_similarity(q_h[:, None], k_h, dim=-1)
+        order, count = alike.argsort(-1), -(-len(q_h) // ecoformer_module.SHARE)
+        wanted = torch.zeros_like(alike)
+        for row, places in zip(wanted, order, strict=True):
+            row[places[-count:]], row[places[:count]] = 1.0, -1.0
+        total = total + (codes[0] @ codes[1].T / CONFIG.attention_bits - wanted).square().mean()
+    expected = torch.autograd.grad(total * ecoformer_module.LOSS_WEIGHT, weights)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-14)
+
+    optimizer, losses = torch.optim.AdamW(weights, 0.1), []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(attention._loss(q.detach(), k.detach()).item())
+        attend(attention, inputs).sum().backward()
+        optimizer.step()
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_random_features() -> None:

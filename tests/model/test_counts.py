@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mf_train.config import ModelConfig
+from mf_train.config.model import LEARNED_ATTENTION
 from mf_train.model import MemoryFormer
 from mf_train.model.counts import count_block_flops, count_parameters
 
@@ -93,6 +94,32 @@ def test_counts_are_those_of_the_built_model(kind: str, norm: str, inner_norm: s
     assert counts.embedding == sizes["embedding.weight"] and counts.head == sizes["head.weight"]
     small = [n for n in sizes if n.endswith(".bias") or "norm" in n]
     assert counts.small == sum(sizes[name] for name in small)
+
+
+@pytest.mark.parametrize("kind", LEARNED_ATTENTION)
+def test_counts_of_attention_s_own(kind: str) -> None:
+    config = ModelConfig(
+        attention=kind,
+        hidden_size=30,
+        num_layers=3,
+        num_heads=5,
+        bits=3,
+        qk_norm=True,
+        full_attention_layers=(1,),
+        attention_segment=7,
+        attention_rank=4,
+        attention_slots=3,
+        attention_filter=6,
+        attention_bits=9,
+        attention_anchors=2,
+        vocab_size=77,
+    )
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in MemoryFormer(config).named_parameters()}
+    counts = count_parameters(config)
+    assert counts.total == sum(sizes.values())
+    own = [size for name, size in sizes.items() if ".attention." in name and "_norm." not in name]
+    assert counts.attention == sum(own) > 0
 
 
 @pytest.mark.parametrize("kind", ["memoryformer", "dense"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from mf_train.config import ModelConfig
+from mf_train.config.model import LEARNED_ATTENTION
 from mf_train.model import MemoryFormer
 from mf_train.model.initialise import initialise
 from mf_train.model.sharding import split_dimension
@@ -39,6 +41,9 @@ CONFIGS = {
         vocab_size=200,
     ),
 }
+CONFIGS |= {
+    kind: replace(CONFIGS["memoryformer"], attention=kind, num_layers=1) for kind in LEARNED_ATTENTION
+}
 
 
 def documented_rows() -> list[tuple[str, str]]:
@@ -59,6 +64,9 @@ def documented_value(name: str, config: ModelConfig) -> str:
             return "norm" in module and attribute == "weight"
         if row == "all biases":
             return attribute == "bias"
+        if row.startswith("attention:") or module == "attention":
+            words = row.removeprefix("attention:").split(",")
+            return module == "attention" and attribute in [word.strip() for word in words]
         if attribute == "bias" or "norm" in module:
             return False
         words, _, where = row.partition(" where ")
@@ -101,6 +109,7 @@ def test_every_parameter_is_as_the_docstring_s_table_says(kind: str) -> None:
             "r": config.rank or config.residual_rank,
         }
         known["I"] = config.inner_size if ".down" in name else config.hidden_size
+        known |= {"c": config.attention_segment, "w": config.attention_filter}
         variance = eval(text, known)
         assert_normal(parameter.detach(), math.sqrt(variance), name)
 
@@ -121,6 +130,9 @@ def test_no_two_chunks_or_parameters_are_drawn_alike(kind: str) -> None:
     for name, parameter in MemoryFormer(CONFIGS[kind]).named_parameters():
         if parameter.dim() > 1:
             chunks = parameter.detach().chunk(8, dim=split_dimension(name))
+            if len(chunks[0].flatten()) < 500:  # too few to tell: of small parameters no two chunks are equal
+                assert len({tuple(chunk.flatten().tolist()) for chunk in chunks}) == len(chunks)
+                continue
             drawn += [chunk.flatten()[:500] / chunk.std() for chunk in chunks]
     correlation = torch.corrcoef(torch.stack(drawn)).fill_diagonal_(0)
     assert correlation.abs().max() < 6 / math.sqrt(500)

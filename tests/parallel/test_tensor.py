@@ -66,7 +66,9 @@ CLOSE = {(model, "float32"): 2e-6 for model in ROUNDED} | {
     ("low rank", "bfloat16"): 0.02,
 }
 ATTENTION = [kind for kind in KINDS if kind != "softmax"]
-MODELS |= {kind: {"attention": kind, "attention_window": 7, "qk_norm": True} for kind in ATTENTION}
+SMALL = {"attention_window": 7, "attention_segment": 5, "attention_rank": 2}
+SMALL |= {"attention_slots": 3, "attention_filter": 3, "attention_bits": 6, "attention_anchors": 5}
+MODELS |= {kind: SMALL | {"attention": kind, "qk_norm": True} for kind in ATTENTION}
 BATCH, LENGTH = 2, 24
 END_OF_TEXT = 3
 

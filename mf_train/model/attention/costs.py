@@ -1,9 +1,9 @@
 """What each kind of attention costs, from the configuration alone: products, numbers moved, numbers kept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mf_train.config.model import CHUNK, ModelConfig
+from mf_train.config.model import CHUNK, HASH_SAMPLE, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,85 @@ def _flow(config: ModelConfig, length: int) -> AttentionCost:
     )
 
 
+def _linformer(config: ModelConfig, length: int) -> AttentionCost:
+    """2 products of each segment with its own keys and all earlier summaries, and the summaries; kernels compute all.
+
+    Beside softmax's passes segments are copied, with the summaries in each.
+    """
+    size, c, rank = config.hidden_size, config.attention_segment, config.attention_rank
+    segments, finished = -(-length // c), length // c
+    queries = length if segments == 1 else segments * c
+    keys = c + (segments - 1) * rank
+    products = 2 * size * (queries * keys + rank * finished * c) / length
+    copied = 2 * size * (segments * keys + finished * c) / length
+    filled = 0 if segments * c == length else size
+    return AttentionCost(
+        products,
+        products,
+        7 / 2,
+        12 * size + 3 * (2 * copied + 4 * size),
+        kept_numbers=copied + filled + queries * (3 * size + keys) / length,
+        launches=80,
+    )
+
+
+def _luna(config: ModelConfig, length: int) -> AttentionCost:
+    """The mean of float32, whose k and v are kept anyway, and of bfloat16, whose float32 copies are kept beside."""
+    size, head, slots = config.hidden_size, config.head_size, config.attention_slots
+    squares, packs = config.num_heads * mean_chunk(length), config.num_heads * slots
+    products = slots * size + _linear(config, length, head, slots) + _linear(config, length, slots, head)
+    return AttentionCost(
+        products,
+        products,
+        3,
+        12 * size,
+        sums=3 * (8 * squares + 20 * size + 30 * packs),
+        kept_sums=2 * squares + 2 * size + 5 * packs + 2 * _states(config, length, head, slots),
+        launches=2 * _launches(length),
+    )
+
+
+def _luna_filtered(config: ModelConfig, length: int) -> AttentionCost:
+    """Luna's, and what is filtered: read and written for each of the filter's weights."""
+    size, luna = config.hidden_size, _luna(config, length)
+    packs, width = config.num_heads * config.attention_slots, config.attention_filter
+    return replace(
+        luna,
+        sums=luna.sums + 3 * (6 * width * size + 8 * packs),
+        kept_numbers=2 * size,
+        kept_sums=luna.kept_sums + size + 2 * packs,
+        launches=luna.launches + 20 * width,
+    )
+
+
+def _ecoformer(config: ModelConfig, length: int) -> AttentionCost:
+    """Also the hash's own loss, over a sample of the row. Kept: see Luna."""
+    size, heads, squares = config.hidden_size, config.num_heads, config.num_heads * mean_chunk(length)
+    bits, anchors, columns = config.attention_bits, config.attention_anchors, config.head_size + 1
+    sample = 0 if length == 1 else -(-length // -(-length // HASH_SAMPLE))
+    hash_ = 2 * (anchors * size + heads * (anchors + 1) * bits)
+    taught = sample * hash_ + sample**2 * (size + heads * bits)
+    products = hash_ + _linear(config, length, bits + 1, columns) + taught / length
+    taught_kept = sample * (2 * size + heads * (4 * bits + 4 * anchors)) + heads * sample**2
+    return AttentionCost(
+        products,
+        products,
+        3,
+        12 * size,
+        sums=3 * (30 * size + 4 * squares + 2 * heads * (8 * anchors + 6 * bits)),
+        kept_sums=squares + 4 * size + heads * (2 * anchors + 3 * bits) + taught_kept / length,
+        launches=_launches(length) + 120,
+    )
+
+
 COSTS: dict[str, Callable[[ModelConfig, int], AttentionCost]] = {
     "softmax": _softmax,
     "window": _window,
     "performer": _performer,
     "cosformer": _cosformer,
     "flow": _flow,
+    "linformer": _linformer,
+    "luna": _luna,
+    "luna_filtered": _luna_filtered,
+    "ecoformer": _ecoformer,
 }

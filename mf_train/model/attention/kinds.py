@@ -3,7 +3,10 @@
 from mf_train.config.model import ModelConfig
 from mf_train.model.attention.base import Attention
 from mf_train.model.attention.cosformer import CosformerAttention
+from mf_train.model.attention.ecoformer import EcoformerAttention
 from mf_train.model.attention.flow import FlowAttention
+from mf_train.model.attention.linformer import LinformerAttention
+from mf_train.model.attention.luna import FilteredLunaAttention, LunaAttention
 from mf_train.model.attention.performer import PerformerAttention
 from mf_train.model.attention.softmax import SoftmaxAttention
 from mf_train.model.attention.window import WindowAttention
@@ -14,6 +17,10 @@ KINDS: dict[str, type[Attention]] = {
     "performer": PerformerAttention,
     "cosformer": CosformerAttention,
     "flow": FlowAttention,
+    "linformer": LinformerAttention,
+    "luna": LunaAttention,
+    "luna_filtered": FilteredLunaAttention,
+    "ecoformer": EcoformerAttention,
 }
 
 

@@ -102,14 +102,17 @@ def _read_dense(read: Callable[[str, Tensor], Tensor], name: str, indices: Tenso
 
 
 def streamed_model(config: ModelConfig, weights: Weights) -> MemoryFormer:
-    """The model on the CPU, for inference. Only norms and biases are in memory."""
+    """The model on the CPU, for inference. Only norms, biases and what attention has of its own are in memory."""
     with torch.device("meta"):
         model = MemoryFormer(config).to(weights.dtype)
     for name, module in list(model.named_modules()):
         if (streamed := _STREAMED.get(type(module))) is not None:
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, streamed(name, module, weights))
-    small = {name: weights.rows(name, torch.zeros(1, dtype=torch.long))[0][0] for name in model.state_dict()}
+    small = {}
+    for name, value in model.state_dict().items():
+        rows = torch.arange(value.numel() // value.shape[-1])
+        small[name] = weights.rows(name, rows)[0].view(value.shape)
     model.load_state_dict(small, assign=True)
     return model.requires_grad_(False).eval()
 

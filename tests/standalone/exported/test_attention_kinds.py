@@ -38,6 +38,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         vocab_size=4096,
         sequence_length=48,
         attention_window=6,
+        attention_segment=7,
+        attention_rank=3,
+        attention_slots=5,
         **MODELS[request.param],
     )
     folder = tmp_path_factory.mktemp("models")

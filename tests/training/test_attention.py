@@ -1,0 +1,66 @@
+"""Each kind of attention through all of the system: trained, killed, resumed on another shape, converted, prompted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mf_train.checkpoint.layout import resolve_checkpoint
+from mf_train.model.attention.kinds import KINDS
+from mf_train.standalone.conversion.check import check_conversion
+from mf_train.standalone.conversion.convert import convert
+from mf_train.standalone.use.evaluate import evaluate
+from mf_train.standalone.use.generate import generate
+from tests.standalone.checkpoints import certificate_of
+from tests.training.runs import has_steps, read_metrics, small_config, start, train, wait_for, write_text
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+NAMES = [kind for kind in KINDS if kind != "softmax"]
+# processes and tensor-parallel degree before the kill and after it, and the stage of ZeRO
+SHAPES = [((1, 1), (2, 2), 1), ((2, 2), (2, 1), 2), ((2, 1), (4, 2), 3)]
+
+
+def configuration(folder: Path, kind: str, documents: bool) -> dict[str, Any]:
+    tree = small_config(folder, write_text(folder.parent / "text.jsonl"))
+    tree["model"] |= {"attention": kind, "full_attention_layers": [1], "attention_window": 8}
+    tree["model"] |= {"num_layers": 3, "qk_norm": True}
+    tree["data"] |= {"document_attention": documents, "workers": 0}
+    tree["checkpoint"] = {"interval": 2}
+    return tree
+
+
+@pytest.mark.parametrize(("index", "kind"), list(enumerate(NAMES)), ids=NAMES)
+def test_a_run_of_every_kind(index: int, kind: str, tmp_path: Path) -> None:
+    before, after, stage = SHAPES[index % len(SHAPES)]
+    tree = configuration(tmp_path / "run", kind, documents=index % 2 == 0)
+    tree["parallel"] = {"zero_stage": stage, "tensor": before[1]}
+    tree["training"]["steps"] = 10_000
+    running = start(tree, processes=before[0])
+    wait_for(lambda: has_steps(tree, 3) and list(tmp_path.glob("run/checkpoints/step-*")))
+    running.kill()
+    running.communicate()
+    steps = int(resolve_checkpoint(tmp_path / "run").name.removeprefix("step-")) + 4
+    tree["training"]["steps"] = steps
+    tree["parallel"]["tensor"] = after[1]
+    train(tree, processes=after[0])
+    undisturbed = configuration(tmp_path / "undisturbed", kind, documents=index % 2 == 0)
+    undisturbed["training"]["steps"] = steps
+    train(undisturbed)
+    found, expected = (read_metrics(tmp_path / name) for name in ("run", "undisturbed"))
+    assert [line["step"] for line in found] == list(range(1, steps + 1))
+    assert [line["batch_digest"] for line in found] == [line["batch_digest"] for line in expected]
+    losses = [line["loss"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-4)
+    assert losses[-1] < losses[0] - 0.1
+
+    checkpoint, model = resolve_checkpoint(tmp_path / "run"), tmp_path / "model"
+    list(convert(checkpoint, model))
+    list(check_conversion(checkpoint, model))
+    probe = certificate_of(model)["probe"]
+    assert probe["largest_logit_difference"] < 1e-4 and not any(probe["changed_codes"].values())
+    text = "".join(generate(model, "The union of states", max_new_tokens=8))
+    assert text.startswith("The union of states") and len(text) > 20
+    assert any(line.startswith("perplexity") for line in evaluate(model, [str(tmp_path / "text.jsonl")]))

@@ -197,7 +197,6 @@ def random_config(dice: random.Random) -> Config:
         "output": "low_rank",
         "rank": 1,
         "residual_rank": 0,
-        "full_attention_layers": (),
         "rotary_fraction": dice.random(),
         "attention": dice.choice(["window", "performer", "cosformer", "flow"]),
         "full_attention_layers": dice.choice([(), (0,)]),

@@ -468,3 +468,17 @@ def test_cosformer_beyond_its_length() -> None:
     y = attend(attention_of("cosformer"), [q, k, v])
     low, high = (v.cummin(2).values, v.cummax(2).values)
     assert (y - y.clamp(low, high)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_graph_under_torch_compile(kind: str) -> None:
+    attention = build_attention(config_of(kind), 1).double()
+    inputs, rotary = heads(19, LENGTH), rotary_table(torch.arange(1), 0, 1.0)
+    padding = torch.ones(2, LENGTH, dtype=torch.long)
+    padding[0, :3] = 0
+
+    def function(*inputs: Tensor) -> Tensor:
+        return attention.attend_within(*inputs, Context(rotary, padding=padding))
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), function(*inputs), rtol=1e-12, atol=1e-12)

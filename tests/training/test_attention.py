@@ -54,7 +54,8 @@ def test_a_run_of_every_kind(index: int, kind: str, tmp_path: Path) -> None:
     assert [line["step"] for line in found] == list(range(1, steps + 1))
     assert [line["batch_digest"] for line in found] == [line["batch_digest"] for line in expected]
     losses = [line["loss"] for line in expected]
-    assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-4)
+    # other numbers of ranks round otherwise, and a code may change where a value rounds across zero
+    assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-3)
     assert losses[-1] < losses[0] - 0.1
 
     checkpoint, model = resolve_checkpoint(tmp_path / "run"), tmp_path / "model"

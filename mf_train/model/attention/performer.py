@@ -50,7 +50,6 @@ class PerformerAttention(Attention):
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=256)
 def random_features(
     seed: int, layer: int, count: int, size: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -58,6 +57,11 @@ def random_features(
 
     A block is `size` columns, the last one the rest. Drawn in float64 on the CPU, so that all devices have the same.
     """
+    return _drawn(seed, layer, count, size, device, dtype)
+
+
+@lru_cache(maxsize=256)
+def _drawn(seed: int, layer: int, count: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         generator = torch.Generator("cpu").manual_seed(seed * 2**20 + layer)
         blocks = []

@@ -26,6 +26,7 @@ SHAPES = [((1, 1), (2, 2), 1), ((2, 2), (2, 1), 2), ((2, 1), (4, 2), 3)]
 def configuration(folder: Path, kind: str, documents: bool) -> dict[str, Any]:
     tree = small_config(folder, write_text(folder.parent / "text.jsonl"))
     tree["model"] |= {"attention": kind, "full_attention_layers": [1], "attention_window": 8}
+    tree["model"] |= {"attention_segment": 8, "attention_rank": 3, "attention_slots": 4}
     tree["model"] |= {"num_layers": 3, "qk_norm": True}
     tree["data"] |= {"document_attention": documents, "workers": 0}
     tree["checkpoint"] = {"interval": 2}

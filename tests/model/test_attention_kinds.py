@@ -472,6 +472,7 @@ def test_cosformer_beyond_its_length() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_under_torch_compile(kind: str) -> None:
+    torch._dynamo.reset()
     attention = build_attention(config_of(kind), 1).double()
     inputs, rotary = heads(19, LENGTH), rotary_table(torch.arange(1), 0, 1.0)
     padding = torch.ones(2, LENGTH, dtype=torch.long)

@@ -37,14 +37,12 @@ class ModelConfig:
 
     kind: Kind = "memoryformer"  # or its dense peer: what the three layers below are that are null
     qkv: LayerKind | None = None  # query, key and value: memory layers, matrices, or matrices of low rank
-    ffn: LayerKind | None = (
-        None  # both layers of the FFN; those of matrices have 4 hidden_size features and GELU between
-    )
+    # both layers of the FFN; those of matrices have 4 hidden_size features and GELU between
+    ffn: LayerKind | None = None
     output: OutputKind | None = None  # between attention and residual; null: none, or the dense peer's matrix
     rank: int | None = None  # of low_rank layers: features between their two matrices
-    residual_rank: int = (
-        0  # rank of two matrices beside the tables of each memory layer, which add to it; 0: none
-    )
+    # rank of two matrices beside the tables of each memory layer, which add to it; 0: none
+    residual_rank: int = 0
     hidden_size: int = 512  # D, features of a token
     num_layers: int = 6  # L, blocks
     num_heads: int = 8  # H, attention heads
@@ -63,9 +61,8 @@ class ModelConfig:
     # of blocks, counted from 0, that keep softmax whatever `attention` is
     full_attention_layers: tuple[int, ...] = ()
     attention_window: int = 256  # w of window: positions that each attends to, its own among them
-    attention_features: int = (
-        0  # of performer: random features; 0: d ln d for heads of d features, rounded up
-    )
+    # of performer: random features; 0: d ln d for heads of d features, rounded up
+    attention_features: int = 0
     attention_seed: int = 0  # of performer's random features
     attention_segment: int = 256  # c of linformer: positions of a segment
     attention_rank: int = 32  # r of linformer: summaries of an earlier segment

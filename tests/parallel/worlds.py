@@ -335,9 +335,8 @@ def train_plainly(precision: str, documents: bool, device: torch.device = CPU) -
         weight_decay=OPTIMIZER.weight_decay,
     )
     record = Record()
-    averages = {
-        name: p.detach().double().clone() for name, p in masters.items()
-    }  # float64 would be the parameter itself
+    # a copy, where a float64 parameter would be itself
+    averages = {name: p.detach().double().clone() for name, p in masters.items()}
     for step in range(1, STEPS + 1):
         sums = {name: torch.zeros_like(p) for name, p in masters.items()}
         loss = 0.0

@@ -11,7 +11,7 @@ class AttentionCost:
     """Of one token in one block, all heads together. Numbers are of the activations' dtype, sums of float32."""
 
     multiply_adds: (
-        float  # of the forward pass's products, whole squares included, as Table 1 of the paper counts
+        float  # of the forward pass's products, whole squares included, as the paper's Table 1 counts
     )
     computed: float  # of these, by a device
     passes: float  # forward and backward pass, in forward passes

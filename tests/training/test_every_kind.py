@@ -1,4 +1,4 @@
-"""Each kind of attention through all of the system: trained, killed, resumed on another shape, converted, prompted."""
+"""Kinds of attention and layers through all of the system: trained, killed, resumed on another shape, converted, used."""
 
 from __future__ import annotations
 
@@ -18,25 +18,40 @@ from tests.training.runs import has_steps, read_metrics, small_config, start, tr
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-NAMES = [kind for kind in KINDS if kind != "softmax"]
+MODELS: dict[str, dict[str, Any]] = {
+    kind: {"attention": kind, "full_attention_layers": [1], "qk_norm": True}
+    for kind in KINDS
+    if kind != "softmax"
+}
+MODELS |= {
+    "dense": {"kind": "dense"},
+    "low rank": {"kind": "dense", "qkv": "low_rank", "ffn": "low_rank", "output": "low_rank", "rank": 8},
+    "tables in the FFN": {"kind": "dense", "ffn": "memory"},
+    "matrices in the FFN": {"ffn": "dense", "output": "memory"},
+    "low rank beside tables": {"residual_rank": 4, "attention": "flow"},
+}
 # processes and tensor-parallel degree before the kill and after it, and the stage of ZeRO
 SHAPES = [((1, 1), (2, 2), 1), ((2, 2), (2, 1), 2), ((2, 1), (4, 2), 3)]
 
 
-def configuration(folder: Path, kind: str, documents: bool) -> dict[str, Any]:
+def configuration(folder: Path, model: str, documents: bool) -> dict[str, Any]:
     tree = small_config(folder, write_text(folder.parent / "text.jsonl"))
-    tree["model"] |= {"attention": kind, "full_attention_layers": [1], "attention_window": 8}
-    tree["model"] |= {"attention_segment": 8, "attention_rank": 3, "attention_slots": 4}
-    tree["model"] |= {"num_layers": 3, "qk_norm": True}
+    tree["model"] |= {
+        "attention_window": 8,
+        "attention_segment": 8,
+        "attention_rank": 3,
+        "attention_slots": 4,
+    }
+    tree["model"] |= {"num_layers": 3, **MODELS[model]}
     tree["data"] |= {"document_attention": documents, "workers": 0}
     tree["checkpoint"] = {"interval": 2}
     return tree
 
 
-@pytest.mark.parametrize(("index", "kind"), list(enumerate(NAMES)), ids=NAMES)
-def test_a_run_of_every_kind(index: int, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("index", "name"), list(enumerate(MODELS)), ids=list(MODELS))
+def test_a_run_of_every_kind(index: int, name: str, tmp_path: Path) -> None:
     before, after, stage = SHAPES[index % len(SHAPES)]
-    tree = configuration(tmp_path / "run", kind, documents=index % 2 == 0)
+    tree = configuration(tmp_path / "run", name, documents=index % 2 == 0)
     tree["parallel"] = {"zero_stage": stage, "tensor": before[1]}
     tree["training"]["steps"] = 10_000
     running = start(tree, processes=before[0])
@@ -47,7 +62,7 @@ def test_a_run_of_every_kind(index: int, kind: str, tmp_path: Path) -> None:
     tree["training"]["steps"] = steps
     tree["parallel"]["tensor"] = after[1]
     train(tree, processes=after[0])
-    undisturbed = configuration(tmp_path / "undisturbed", kind, documents=index % 2 == 0)
+    undisturbed = configuration(tmp_path / "undisturbed", name, documents=index % 2 == 0)
     undisturbed["training"]["steps"] = steps
     train(undisturbed)
     found, expected = (read_metrics(tmp_path / name) for name in ("run", "undisturbed"))

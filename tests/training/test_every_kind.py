@@ -1,4 +1,4 @@
-"""Kinds of attention and layers through all of the system: trained, killed, resumed on another shape, converted, used."""
+"""Kinds of attention and layers through the whole system: trained, killed, resumed elsewhere, converted, used."""
 
 from __future__ import annotations
 

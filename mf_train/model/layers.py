@@ -8,6 +8,7 @@ from functools import cache
 from typing import NamedTuple
 
 from mf_train.config.model import LayerKind, ModelConfig, NormKind
+from mf_train.model.sums import MAX_CHUNKS, num_chunks
 
 
 @dataclass(frozen=True)
@@ -98,3 +99,18 @@ def block_norms(config: ModelConfig) -> list[tuple[int, NormKind]]:
     """Features and kind of every norm of a block."""
     norms = [(config.hidden_size, config.norm)] * (3 if config.output_kind == "memory" else 2)
     return norms + [(config.inner_size, config.ffn_inner_norm)] * (config.ffn_kind == "memory")
+
+
+def tensor_problem(config: ModelConfig, tensor: int, key: str) -> str:
+    """Why so many tensor-parallel ranks cannot share a model, with `key`, which says how many; empty where they can."""
+    if tensor < 1 or MAX_CHUNKS % tensor:
+        return f"{key} is {tensor}: choose 1, 2, 4 or 8"
+    parts = {"model.num_heads": config.num_heads, "model.vocab_size": config.vocab_size}
+    if "memory" in config.layer_kinds:
+        parts["the number of tables (model.hidden_size / model.bits)"] = config.num_tables
+    parts |= {"model.rank": config.rank or 0, "model.residual_rank": config.residual_rank}
+    for name, value in parts.items():
+        if value % tensor:
+            return f"{key} {tensor} does not divide {name} {value}: choose a divisor"
+    assert num_chunks(config.hidden_size) % tensor == 0 and num_chunks(config.inner_size) % tensor == 0
+    return ""

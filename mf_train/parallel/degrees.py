@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from mf_train.config import Config, ModelConfig
+from mf_train.config import Config
 from mf_train.errors import UserError
-from mf_train.model.layers import block_layers
-from mf_train.model.sums import MAX_CHUNKS, num_chunks
+from mf_train.model.layers import block_layers, tensor_problem
+from mf_train.model.sums import num_chunks
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def check_degrees(config: Config, world_size: int) -> None:
             f"parallel.tensor {tensor} does not divide the number of processes {world_size}: "
             f"start {tensor} or a multiple (torchrun --nproc-per-node {tensor} -m mf_train train ...), or change it"
         )
-    check_tensor(model, tensor, "parallel.tensor")
+    if problem := tensor_problem(model, tensor, "parallel.tensor"):
+        raise UserError(problem)
     data, batch = world_size // tensor, config.training.global_batch_size
     if batch < data:
         raise UserError(
@@ -102,17 +103,3 @@ def _check_shards(config: Config, data: int) -> None:
                 f"data-parallel ranks do not divide {rows} rows into equal parts: choose parallel.zero_stage 1 or "
                 "2, or a power of two of ranks"
             )
-
-
-def check_tensor(model: ModelConfig, tensor: int, key: str) -> None:
-    """Refuse a tensor-parallel degree that does not divide the model. Raises UserError with both."""
-    if tensor < 1 or MAX_CHUNKS % tensor:
-        raise UserError(f"{key} is {tensor}: choose 1, 2, 4 or 8")
-    parts = {"model.num_heads": model.num_heads, "model.vocab_size": model.vocab_size}
-    if "memory" in model.layer_kinds:
-        parts["the number of tables (model.hidden_size / model.bits)"] = model.num_tables
-    parts |= {"model.rank": model.rank or 0, "model.residual_rank": model.residual_rank}
-    for name, value in parts.items():
-        if value % tensor:
-            raise UserError(f"{key} {tensor} does not divide {name} {value}: choose a divisor")
-    assert num_chunks(model.hidden_size) % tensor == 0 and num_chunks(model.inner_size) % tensor == 0

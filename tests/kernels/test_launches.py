@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mf_train.config import ModelConfig
 from mf_train.config.model import NormKind
 from mf_train.kernels import composition, triton_backend
-from mf_train.model.block import MemoryFormerBlock
+from mf_train.model.block import Block
 from mf_train.model.norm import Norm
 from tests.kernels.launches import Launches, launches
 
@@ -69,7 +69,7 @@ def run_block(launches: Launches) -> tuple[int, int]:
     """Launches of a block of tiny but for attention, forward and backward, in bfloat16."""
     config = ModelConfig(hidden_size=512, num_layers=6, num_heads=8, bits=8, expand_bits=2)
     with torch.device("meta"):
-        block = MemoryFormerBlock(config, 0).bfloat16()
+        block = Block(config, 0).bfloat16()
         x = torch.empty(BATCH, LENGTH, 512, dtype=torch.bfloat16, requires_grad=True)
         nothing = torch.empty(0)
     block.attention = _Sum()

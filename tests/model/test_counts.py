@@ -138,7 +138,7 @@ def test_counts_of_random_models_are_those_built(kind: str) -> None:
         config = ModelConfig(
             kind=kind,  # type: ignore[arg-type]
             **random_layers(),
-            hidden_size=bits * heads * random.randint(1, 6),
+            hidden_size=bits * heads * random.randint(2, 6),
             num_layers=random.randint(1, 5),
             num_heads=heads,
             bits=bits,

@@ -10,9 +10,8 @@ from mf_train.config.model import ModelConfig
 from mf_train.model.attention.base import Attention, State
 from mf_train.model.attention.linear import causal_mean, wide
 
-_EPSILON = (
-    1e-6  # added to a query's features, of which the largest is 1: no query gives all keys the weight 0
-)
+# added to a query's features, of which the largest is 1: no query gives all keys the weight 0
+_EPSILON = 1e-6
 
 
 class PerformerAttention(Attention):
@@ -49,7 +48,6 @@ class PerformerAttention(Attention):
         return y.to(dtype), state
 
 
-@torch.compiler.assume_constant_result
 def random_features(
     seed: int, layer: int, count: int, size: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -58,6 +56,10 @@ def random_features(
     A block is `size` columns, the last one the rest. Drawn in float64 on the CPU, so that all devices have the same.
     """
     return _drawn(seed, layer, count, size, device, dtype)
+
+
+# torch.compiler.assume_constant_result, which would import the compiler: 155 MB, also where nothing is compiled
+random_features._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)

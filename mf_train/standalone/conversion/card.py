@@ -65,7 +65,7 @@ def model_card(phases: Sequence[Phase], certificate: Mapping[str, Any]) -> bytes
             name=_name(config),
             data_lists=list(_data_lists(phases)),
             counts=count_parameters(config.model),
-            settings=asdict(config.model),
+            settings={key: value for key, value in asdict(config.model).items() if value is not None},
             weights=weights,
             rates=_rates(config),
             before="checkpoint's average" if average else "trainer",

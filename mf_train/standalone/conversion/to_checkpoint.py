@@ -28,8 +28,8 @@ from mf_train.data.open_tokenizer import is_own_file, load_tokenizer, tokenizer_
 from mf_train.data.tokenizer import Tokenizer
 from mf_train.errors import UserError
 from mf_train.files import write_synced
+from mf_train.model.layers import tensor_problem
 from mf_train.model.sharding import slice_shape
-from mf_train.parallel.degrees import check_tensor
 from mf_train.run_folder import TOKENIZER_JSON
 from mf_train.standalone.conversion.checkpoint_parts import write_parts
 from mf_train.standalone.conversion.convert import check_output, new_folder
@@ -82,7 +82,8 @@ def _configuration(folder: Path, tensor: int) -> tuple[Config, dict[str, bytes]]
     if int8 or dtype not in precisions:
         kind = "int8" if int8 else str(dtype).removeprefix("torch.")
         raise UserError(f"{folder}: its weights are {kind}: give a model in float32 or bfloat16")
-    check_tensor(model, tensor, "--tensor")
+    if problem := tensor_problem(model, tensor, "--tensor"):
+        raise UserError(problem)
     tree: dict[str, Any] = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
     model_file = folder / TOKENIZER
     own = model_file.is_file() and is_own_file(model_file)  # which says its end of text itself

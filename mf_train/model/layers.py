@@ -95,6 +95,21 @@ def block_places(config: ModelConfig) -> list[Place]:
     return list(found.values())
 
 
+def gathered_features(config: ModelConfig) -> int:
+    """Features that tensor-parallel ranks gather for the matrices of a block: what these read at first."""
+    return sum(place.features for place in block_places(config) if place.gathered)
+
+
+def rank_features(config: ModelConfig) -> int:
+    """Features between the matrices of low rank of a block, which ranks gather too."""
+    return sum(layer.rank for layer in block_layers(config))
+
+
+def count_matrices(config: ModelConfig) -> int:
+    """Matrices of a block."""
+    return sum(layer.matrices for layer in block_layers(config))
+
+
 def block_norms(config: ModelConfig) -> list[tuple[int, NormKind]]:
     """Features and kind of every norm of a block."""
     norms = [(config.hidden_size, config.norm)] * (3 if config.output_kind == "memory" else 2)

@@ -17,7 +17,7 @@ from mf_train.config.phases import Phase, phases_of
 from mf_train.errors import UserError
 from mf_train.model.attention.costs import attention_costs
 from mf_train.model.counts import count_parameters
-from mf_train.model.layers import block_layers, block_norms, block_places
+from mf_train.model.layers import block_layers, block_norms, block_places, gathered_features, rank_features
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import check_degrees, count_micro_batches, micro_batch_sizes
 from mf_train.parallel.kinds import PIECE, held_bytes
@@ -174,14 +174,9 @@ def block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
     inner = model.inner_size / tensor
     activation = inner * width if model.ffn_kind == "memory" and model.ffn_activation == "gelu" else 0
     output = size * width if model.output_kind == "memory" else 0  # of its norm
-    others = sum(place.features for place in block_places(model) if place.gathered) * (1 - 1 / tensor) * width
-    own = activation + normalised + output + others + _between(model) * width + code_bytes(model, width)
+    others = gathered_features(model) * (1 - 1 / tensor) * width
+    own = activation + normalised + output + others + rank_features(model) * width + code_bytes(model, width)
     return (8 * size + 2 * inner) * width + own + len(block_norms(model)) * 8 + 4 * heads + kept
-
-
-def _between(model: ModelConfig) -> int:
-    """Features between the matrices of low rank of a block."""
-    return sum(layer.rank for layer in block_layers(model))
 
 
 def recomputed_block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
@@ -189,8 +184,7 @@ def recomputed_block_bytes(model: ModelConfig, tensor: int, width: int) -> float
 
     Received: codes with weights, features that matrices read, and for each norm two float32 sums of every rank.
     """
-    gathered = sum(place.features for place in block_places(model) if place.gathered)
-    received = code_bytes(model, width) + (gathered + _between(model)) * width
+    received = code_bytes(model, width) + (gathered_features(model) + rank_features(model)) * width
     received += len(block_norms(model)) * 2 * 4 * tensor
     received = received if tensor > 1 else 0
     return model.hidden_size / tensor * width + received

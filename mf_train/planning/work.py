@@ -24,7 +24,14 @@ from mf_train.config import Config, ModelConfig
 from mf_train.config.phases import phases_of
 from mf_train.model.attention.costs import attention_costs
 from mf_train.model.counts import count_block_flops, count_parameters
-from mf_train.model.layers import block_layers, block_norms, block_places
+from mf_train.model.layers import (
+    block_layers,
+    block_norms,
+    block_places,
+    count_matrices,
+    gathered_features,
+    rank_features,
+)
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import count_micro_batches
 from mf_train.planning.device_memory import LIVE, average_bytes, code_bytes, moment_bytes
@@ -179,12 +186,12 @@ def _matrix_features(model: ModelConfig, tensor: int) -> float:
 
 
 def _matrix_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartWork]:
-    if not count_parameters(model).dense:
-        return []
     dense = count_parameters(model).dense / tensor
+    if not dense:
+        return []
     # matrices read, read, gradient written; inputs and results forward, and twice backward
     copied = 3 * dense * b + 3 * model.num_layers * n * _matrix_features(model, tensor) * b
-    launches = model.num_layers * (2 + 3 * sum(layer.matrices for layer in block_layers(model)))
+    launches = model.num_layers * (2 + 3 * count_matrices(model))
     return [PartWork("dense layers", copy=copied, flops=TRAINING_FLOPS * n * dense, launches=launches)]
 
 
@@ -229,10 +236,7 @@ def recomputed_work(config: Config, tensor: int) -> list[PartWork]:
         ]
     if counts.dense:
         copied = counts.dense / tensor * b + layers * n * _matrix_features(model, tensor) * b
-        flops, launches = (
-            2 * n * counts.dense / tensor,
-            layers * (1 + sum(layer.matrices for layer in block_layers(model))),
-        )
+        flops, launches = 2 * n * counts.dense / tensor, layers * (1 + count_matrices(model))
         parts.append(PartWork("dense layers again", copy=copied, flops=flops, launches=launches))
     return parts
 
@@ -315,14 +319,11 @@ def tensor_parallel_bytes_per_token(config: Config) -> float:
     if tensor == 1:
         return 0
     b = element_bytes(config)
-    inputs = 0
-    for place in block_places(model):
-        if place.hashed:  # a code travels in one byte, or in two
-            inputs += model.num_tables * ((1 if place.bits <= 8 else 2) + b + 4)
-        if place.gathered:
-            inputs += place.features * (b + 4)
-    between = sum(layer.rank for layer in block_layers(model))
-    shared = model.num_layers * (inputs + between * (b + 4))
+    # a code travels in one byte, or in two
+    codes = [1 if place.bits <= 8 else 2 for place in block_places(model) if place.hashed]
+    hashed = model.num_tables * sum(code + b + 4 for code in codes)
+    gathered = (gathered_features(model) + rank_features(model)) * (b + 4)
+    shared = model.num_layers * (hashed + gathered)
     shared += model.hidden_size * (b + 4) + num_chunks(model.vocab_size) * 3 * 4
     sums = (len(block_norms(model)) * model.num_layers + 1) * (2 + 2) * 4  # whole on each rank
     return (tensor - 1) / tensor * shared + (tensor - 1) * sums

@@ -75,6 +75,21 @@ def _states(config: ModelConfig, length: int, features: int, columns: int) -> fl
     return config.num_heads * features * columns * -(-length // CHUNK) / length
 
 
+def _of_sums(
+    config: ModelConfig, length: int, products: float, *, sums: float, kept_sums: float
+) -> AttentionCost:
+    """Of a kind that `linear.causal_sums` computes once, with the `sums` that its forward pass reads and writes."""
+    return AttentionCost(
+        products,
+        products,
+        3,
+        12 * config.hidden_size,
+        sums=3 * sums,
+        kept_sums=kept_sums,
+        launches=_launches(length),
+    )
+
+
 # Passes over features, inputs and chunks' squares are counted from the operations, and tripled for the backward pass.
 
 
@@ -83,42 +98,36 @@ def _performer(config: ModelConfig, length: int) -> AttentionCost:
     columns, squares = config.head_size + 1, heads * mean_chunk(length)
     products = 2 * features * size + _linear(config, length, features, columns)
     wide = heads * features
-    return AttentionCost(
+    return _of_sums(
+        config,
+        length,
         products,
-        products,
-        3,
-        12 * size,
-        sums=3 * (22 * wide + 20 * size + 9 * squares),
+        sums=22 * wide + 20 * size + 9 * squares,
         kept_sums=4 * wide + 3 * size + 2 * squares + _states(config, length, features, columns),
-        launches=_launches(length),
     )
 
 
 def _cosformer(config: ModelConfig, length: int) -> AttentionCost:
     size, features, columns = config.hidden_size, 2 * config.head_size, config.head_size + 1
     products, squares = _linear(config, length, features, columns), config.num_heads * mean_chunk(length)
-    return AttentionCost(
+    return _of_sums(
+        config,
+        length,
         products,
-        products,
-        3,
-        12 * size,
-        sums=3 * (45 * size + 4 * squares),
+        sums=45 * size + 4 * squares,
         kept_sums=8 * size + squares + _states(config, length, features, columns),
-        launches=_launches(length),
     )
 
 
 def _flow(config: ModelConfig, length: int) -> AttentionCost:
     size, features = config.hidden_size, config.head_size
     products, squares = _linear(config, length, features, features), config.num_heads * mean_chunk(length)
-    return AttentionCost(
+    return _of_sums(
+        config,
+        length,
         products,
-        products,
-        3,
-        12 * size,
-        sums=3 * (65 * size + 4 * squares),
+        sums=65 * size + 4 * squares,
         kept_sums=15 * size + squares + _states(config, length, features, features),
-        launches=_launches(length),
     )
 
 

@@ -42,7 +42,7 @@ LAYERS = {
     "config": {"errors", "text"},
     "host_memory": {"control_groups"},
     "processors": {"control_groups"},
-    "kernels": {"files"},
+    "kernels": {"files", "processors"},
     "model": {"kernels", "config"},
     "parallel": BASE | {"model", "kernels"},
     "checkpoint": BASE | {"parallel", "model"},

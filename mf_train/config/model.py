@@ -150,7 +150,7 @@ class ModelConfig:
     @property
     def has_attention_weights(self) -> bool:
         """Whether some block's attention has weights of its own (beside the gains of `qk_norm`)."""
-        return any(kind in LEARNED_ATTENTION for kind in self.attention_kinds)
+        return self.attention in LEARNED_ATTENTION and len(self.full_attention_layers) < self.num_layers
 
     def __post_init__(self) -> None:
         # a list in the JSON of a converted model

@@ -120,23 +120,16 @@ def load(instruction_set: str) -> ctypes.CDLL:
     runtime = str(_openmp_runtime())
     sources = sorted(build.SOURCES.glob("*.cpp"))
 
-    def command(output: Path) -> list[str]:
+    def commands(output: Path) -> build.Commands:
+        flags = [*FLAGS, *INSTRUCTION_SETS[instruction_set]]
+        objects = {str(source): str(output.with_name(f"{source.stem}.o")) for source in sources}
+        compiling = [["g++", *flags, "-c", source, "-o", file] for source, file in objects.items()]
         # Without GCC's default libraries, whose OpenMP runtime would be a second pool of threads beside torch's.
-        return [
-            *(
-                "g++",
-                *FLAGS,
-                *INSTRUCTION_SETS[instruction_set],
-                "-shared",
-                *map(str, sources),
-                "-o",
-                str(output),
-            ),
-            *("-nodefaultlibs", runtime, "-lstdc++", "-lm", "-lgcc_s", "-lgcc", "-lc"),
-        ]
+        linking = ["g++", *flags, "-shared", *objects.values(), "-o", str(output), "-nodefaultlibs", runtime]
+        return [compiling, [[*linking, "-lstdc++", "-lm", "-lgcc_s", "-lgcc", "-lc"]]]
 
     path = build.compile_once(
-        f"cpu-{instruction_set}", [*sources, *sorted(build.SOURCES.glob("*.h"))], command
+        f"cpu-{instruction_set}", [*sources, *sorted(build.SOURCES.glob("*.h"))], commands
     )
     try:
         loaded = ctypes.CDLL(str(path))

@@ -102,7 +102,7 @@ def build() -> Path:
     return compile_once(
         "lookup_sm90",
         [source, SOURCES / "lookup_sm90.h"],
-        lambda output: [nvcc, *FLAGS, str(source), "-o", str(output)],
+        lambda output: [[[nvcc, *FLAGS, str(source), "-o", str(output)]]],
     )
 
 

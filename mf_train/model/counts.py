@@ -1,6 +1,7 @@
 """Parameters and FLOPs of a model from its configuration alone, counted as the paper counts them."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mf_train.config.model import AttentionKind, ModelConfig
 from mf_train.model.attention.costs import attention_costs
@@ -29,6 +30,7 @@ class ParameterCounts:
         return CHECKPOINT_BYTES * self.total
 
 
+@lru_cache(maxsize=1024)  # plan asks for the same model's in each of its layouts
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Exact number of parameters of the model that `MemoryFormer(config)` builds."""
     size = config.hidden_size

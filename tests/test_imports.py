@@ -157,20 +157,25 @@ socket.socket.connect = socket.socket.connect_ex = refuse
     return done.stdout
 
 
-# Imports each module in a fork of one process that has the core dependencies already, so that no module profits from
-# another's imports. Prints the failures: module, then the missing top-level package or the error.
+# Imports each module; with "apart" in a fork of one process that has the core dependencies already, so that no module
+# profits from another's imports. Prints the failures: module, then the missing top-level package or the error.
 IMPORT_EACH = """
 import importlib, os, sys, traceback
 import numpy, safetensors.torch, torch, yaml
-for module in sys.argv[1:]:
+def attempt(module):
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        print(module, (error.name or "").split(".")[0], flush=True)
+    except BaseException:
+        print(module, traceback.format_exc(), flush=True)
+for module in sys.argv[2:]:
+    if sys.argv[1] == "together":
+        attempt(module)
+        continue
     child = os.fork()
     if child == 0:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            print(module, (error.name or "").split(".")[0], flush=True)
-        except BaseException:
-            print(module, traceback.format_exc(), flush=True)
+        attempt(module)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if status:
@@ -287,7 +292,8 @@ def test_lower_parts_need_little(module: str) -> None:
     assert foreign <= THIRD_PARTY[part_of(module)]
 
 
-def test_every_module_imports_with_the_core_dependencies(bare_environment: BareEnvironment) -> None:
+@pytest.mark.parametrize("how", ["together", pytest.param("apart", marks=pytest.mark.slow)])
+def test_every_module_imports_with_the_core_dependencies(how: str, bare_environment: BareEnvironment) -> None:
     """Without environment variables and network, too.
 
     What needs an extra is imported when it is used; only that dependency's file may ask for it at once.
@@ -296,10 +302,10 @@ def test_every_module_imports_with_the_core_dependencies(bare_environment: BareE
     for name in [*ONE_FILE_EACH, *ONE_FOLDER_EACH]:
         for module in files_importing(name):
             owners[module].add(name)
-    failures = run_python(bare_environment(CORE_DISTRIBUTIONS), IMPORT_EACH, *MODULES).splitlines()
+    failures = run_python(bare_environment(CORE_DISTRIBUTIONS), IMPORT_EACH, how, *MODULES).splitlines()
     unexpected = [line for line in failures if line.partition(" ")[2] not in owners[line.split(" ")[0]]]
     assert not unexpected, "\n".join(unexpected)
-    assert run_python(sys.executable, IMPORT_EACH, *(line.split(" ")[0] for line in failures)) == ""
+    assert run_python(sys.executable, IMPORT_EACH, how, *(line.split(" ")[0] for line in failures)) == ""
 
 
 @pytest.mark.parametrize(

@@ -158,9 +158,9 @@ def test_training_keeps_x_alone() -> None:
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "score", "backend"), in_pairs([torch.float32, torch.bfloat16], SCORES, BACKENDS), ids=str
+)
 def test_opcheck(dtype: torch.dtype, score: str, backend: str) -> None:
     for shape, num_tables in (((5, 20), 2), ((3, 12), 4), ((12,), 1), ((0, 12), 3)):
         x = torch.randn(shape, dtype=dtype)

@@ -280,8 +280,18 @@ def test_no_earlier_logit_changes(kind: str, dtype: torch.dtype) -> None:
             assert not torch.equal(model(changed)[:, place], logits[:, place])
 
 
-@pytest.mark.parametrize("full", [(), (1,), (0, 2)], ids=str)
-@pytest.mark.parametrize("kind", KINDS_WITH_STATE)
+MIXED = [(), (1,), (0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "full"),
+    [
+        pytest.param(kind, full, marks=[] if i % len(MIXED) == j else [pytest.mark.slow])
+        for i, kind in enumerate(KINDS_WITH_STATE)
+        for j, full in enumerate(MIXED)
+    ],
+    ids=str,
+)
 def test_cached_decoding_is_the_whole_pass(kind: str, full: tuple[int, ...]) -> None:
     """Also of rows that are padded on the left, whose logits are those of the rows alone."""
     config = config_of(kind, full_attention_layers=full)
@@ -473,8 +483,7 @@ def test_cosformer_beyond_its_length() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_under_torch_compile(kind: str) -> None:
     torch._dynamo.reset()
-    attention = build_attention(config_of(kind), 1).double()
-    inputs, rotary = heads(19, LENGTH), rotary_table(torch.arange(1), 0, 1.0)
+    attention, inputs, rotary = attention_of(kind), heads(19, LENGTH), rotary_table(torch.arange(1), 0, 1.0)
     padding = torch.ones(2, LENGTH, dtype=torch.long)
     padding[0, :3] = 0
 

@@ -6,6 +6,7 @@ import functools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,6 @@ pytestmark = pytest.mark.distributed
 MODEL = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, bits=4, vocab_size=128, sequence_length=16)
 BATCH, MICRO, STEPS = 8, 1, 3
 CPU = torch.device("cpu")
-SIZES = {1: 1, 2: 2, 4: 4}
 STAGES, PRECISIONS = (0, 1, 2, 3), ("float32", "bfloat16")
 
 
@@ -76,9 +76,20 @@ class Outcome:
 CASES = [Case(stage, precision) for stage in STAGES for precision in PRECISIONS]
 PLAIN = [*CASES]
 CASES += [replace(case, overlap=False) for case in CASES]
-CASES += [Case(stage, "bfloat16", reduce_dtype="bfloat16") for stage in (0, 1, 2)]
+NARROW = [Case(stage, "bfloat16", reduce_dtype="bfloat16") for stage in (0, 1, 2)]
+CASES += NARROW
 OFFLOADED = [replace(case, offload="optimizer") for case in PLAIN]
 CASES += OFFLOADED
+QUICK = {1: PLAIN, 2: CASES, 4: PLAIN}  # by ranks; the drills run every case on 4
+
+
+def on_ranks(cases: list[Case]) -> list[Any]:
+    """Ranks and case, as parameters of a test."""
+    return [
+        pytest.param(ranks, case, marks=[] if case in QUICK[ranks] else [pytest.mark.slow])
+        for ranks in (2, 4)
+        for case in cases
+    ]
 
 
 def batch_of(step: int) -> Tensor:
@@ -88,10 +99,10 @@ def batch_of(step: int) -> Tensor:
     ).long()
 
 
-def train(rank: int, ranks: int) -> list[Outcome]:
+def train(rank: int, ranks: int, cases: list[Case]) -> list[Outcome]:
     start_processes(find_process(), CPU, 120)
     groups = Groups(Degrees(rank, ranks, 1), 120)
-    return [train_case(case, groups) for case in (CASES if ranks > 1 else PLAIN)]
+    return [train_case(case, groups) for case in cases]
 
 
 def train_case(case: Case, groups: Groups) -> Outcome:
@@ -168,11 +179,17 @@ def whole(engine: Engine, kind: str) -> Tensor:
     return joined
 
 
+def outcomes(ranks: int, case: Case = PLAIN[0]) -> list[dict[Case, Outcome]]:
+    """By rank: of the trainings among which this one is."""
+    return _outcomes(ranks, quick=case in QUICK[ranks])
+
+
 @functools.cache
-def outcomes(ranks: int) -> list[dict[Case, Outcome]]:
-    """By rank."""
-    found = run_distributed(train, ranks, timeout=300)
-    return [dict(zip(CASES, of_rank, strict=False)) for of_rank in found]
+def _outcomes(ranks: int, quick: bool) -> list[dict[Case, Outcome]]:
+    cases = QUICK[ranks] if quick else CASES
+    return [
+        dict(zip(cases, found, strict=True)) for found in run_distributed(train, ranks, cases, timeout=300)
+    ]
 
 
 EVERY = [
@@ -201,18 +218,18 @@ def assert_sum(actual: Tensor, addends: list[Tensor], sizes: list[Tensor]) -> No
     assert bool((error <= (BATCH + 6) * 2.0**-24 * size + 1e-30).all()), (error / size).nan_to_num().max()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("case", PLAIN, ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "case"), on_ranks([replace(case, overlap=False) for case in PLAIN]), ids=str
+)
 def test_overlap_changes_no_bit(ranks: int, case: Case) -> None:
-    for outcome in outcomes(ranks):
-        assert_equal(outcome[case], outcome[replace(case, overlap=False)])
+    for outcome in outcomes(ranks, case):
+        assert_equal(outcome[replace(case, overlap=True)], outcome[case])
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("case", OFFLOADED, ids=str)
+@pytest.mark.parametrize(("ranks", "case"), on_ranks(OFFLOADED), ids=str)
 def test_host_memory_changes_no_bit(ranks: int, case: Case) -> None:
     """But DeepSpeed's norm, which it adds up in another order there."""
-    for outcome in outcomes(ranks):
+    for outcome in outcomes(ranks, case):
         here, there = outcome[replace(case, offload="none")], outcome[case]
         if case.stage == 3:
             assert there.norms == pytest.approx(here.norms, rel=1e-6)
@@ -233,15 +250,13 @@ def assert_equal(one: Outcome, other: Outcome) -> None:
         assert torch.equal(values, other.state[kind]), kind
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_bfloat16_on_the_wire_rounds_each_rank_s_sums_once(ranks: int, stage: int) -> None:
+@pytest.mark.parametrize(("ranks", "case"), on_ranks(NARROW), ids=str)
+def test_bfloat16_on_the_wire_rounds_each_rank_s_sums_once(ranks: int, case: Case) -> None:
     """Stage 2 sends a micro-batch's gradients, which are bfloat16 already: nothing is lost."""
-    case = Case(stage, "bfloat16", reduce_dtype="bfloat16")
-    found = outcomes(ranks)
-    other = found[0][Case(stage, "bfloat16")].reduced
-    assert torch.equal(found[0][case].reduced, other) == (stage == 2)
-    if stage < 2:
+    found = outcomes(ranks, case)
+    other = found[0][replace(case, reduce_dtype="float32")].reduced
+    assert torch.equal(found[0][case].reduced, other) == (case.stage == 2)
+    if case.stage < 2:
         rounded = [outcome[case].own.bfloat16().float() for outcome in found]
         assert_sum(found[0][case].reduced, rounded, [outcome[case].own_size for outcome in found])
 
@@ -281,28 +296,32 @@ def test_the_collectives_of_a_step(ranks: int, precision: str) -> None:
     assert three[weights] < parameters * micro_batches / 2
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("ranks", "case"), on_ranks(CASES), ids=str)
 def test_bytes_are_those_of_the_plan(ranks: int, case: Case) -> None:
-    outcome = outcomes(ranks)[0][case]
+    outcome = outcomes(ranks, case)[0][case]
     sent = sum(call.sent_bytes for call in outcome.calls if call.elements > 8)
     planned = sum(data_parallel_bytes(case.config(), ranks).values())
     # buckets are filled up to whole shards: at most some elements for each of their parameters
     assert planned <= sent <= 1.1 * planned
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_reductions_start_while_the_backward_pass_runs(ranks: int, stage: int, precision: str) -> None:
-    for overlap in (True, False):
-        outcome = outcomes(ranks)[0][Case(stage, precision, overlap=overlap)]
-        reductions = [call for call in outcome.calls if call.name == "reduce_scatter"]
-        early = [call for call in reductions if call.during_backward]
-        if overlap:
-            assert len(early) >= len(reductions) - 1
-        elif stage < 2:
-            assert not early
+STARTS = [
+    Case(stage, precision, overlap)
+    for stage in (0, 1, 2)
+    for precision in PRECISIONS
+    for overlap in (True, False)
+]
+
+
+@pytest.mark.parametrize(("ranks", "case"), on_ranks(STARTS), ids=str)
+def test_reductions_start_while_the_backward_pass_runs(ranks: int, case: Case) -> None:
+    outcome = outcomes(ranks, case)[0][case]
+    reductions = [call for call in outcome.calls if call.name == "reduce_scatter"]
+    early = [call for call in reductions if call.during_backward]
+    if case.overlap:
+        assert len(early) >= len(reductions) - 1
+    elif case.stage < 2:
+        assert not early
 
 
 def test_ranks_agree_closer_than_their_gradients_rounded() -> None:

@@ -1,10 +1,10 @@
 """The groups of parameters that have a learning rate and a weight decay of their own (`optimizer.groups`).
 
     tables        of the query, key and value layers, and of an output layer
-    ffn_tables    of both layers of the FFN
+    ffn_tables    of the FFN: both its layers, or the values of a product-key memory
     embedding     of the tokens
     head          the LM head
-    matrices      of layers that are dense or of low rank
+    matrices      of layers that are dense or of low rank; queries and keys of a product-key memory
     attention     what attention has of its own: Linformer's summaries, Luna's slots, EcoFormer's hash
     norms         norms, and the biases of all layers
 
@@ -37,7 +37,7 @@ class Rule(NamedTuple):
 def group_of(name: str, dimensions: int) -> str:
     """The group of a parameter, by its name in the plain model and its number of dimensions."""
     if name.endswith(".tables"):
-        return "ffn_tables" if name.endswith((".up.tables", ".down.tables")) else "tables"
+        return "ffn_tables" if name.endswith((".up.tables", ".down.tables", ".values.tables")) else "tables"
     if dimensions < 2:
         return "norms"
     if ".attention." in name:
@@ -69,8 +69,9 @@ def groups_of(model: ModelConfig) -> list[str]:
     """The groups that a model has."""
     kinds = model.layer_kinds
     has = {
-        "tables": "memory" in kinds,  # also where only the FFN has some, which go by these settings
-        "ffn_tables": model.ffn_kind == "memory",
+        # also where only the FFN has some, which go by these settings
+        "tables": bool(kinds & {"memory", "product_key"}),
+        "ffn_tables": model.ffn_kind in ("memory", "product_key"),
         "matrices": kinds != {"memory"} or model.residual_rank > 0,
         "attention": model.has_attention_weights,
     }

@@ -11,6 +11,7 @@ Score = Literal["probability", "scaled_probability"]
 NormKind = Literal["layernorm", "rmsnorm"]
 Activation = Literal["none", "gelu", "relu"]
 LayerKind = Literal["memory", "dense", "low_rank"]
+FfnKind = Literal["memory", "dense", "low_rank", "product_key"]
 OutputKind = Literal["none", "memory", "dense", "low_rank"]
 AttentionKind = Literal[
     "softmax", "window", "performer", "cosformer", "flow", "linformer", "luna", "luna_filtered", "ecoformer"
@@ -38,11 +39,16 @@ class ModelConfig:
     kind: Kind = "memoryformer"  # or its dense peer: what the three layers below are that are null
     qkv: LayerKind | None = None  # query, key and value: memory layers, matrices, or matrices of low rank
     # both layers of the FFN; those of matrices have 4 hidden_size features and GELU between
-    ffn: LayerKind | None = None
+    # or one product-key memory, which has no second layer
+    ffn: FfnKind | None = None
     output: OutputKind | None = None  # between attention and residual; null: none, or the dense peer's matrix
     rank: int | None = None  # of low_rank layers: features between their two matrices
     # rank of two matrices beside the tables of each memory layer, which add to it; 0: none
     residual_rank: int = 0
+    product_keys: int = 256  # n of product_key: half keys, whose n^2 pairs have a value each
+    product_heads: int = 4  # H of product_key: queries of a token
+    product_query: int = 128  # d of product_key: features of a query, half of them for each half key
+    product_reads: int = 16  # k of product_key: values that a query reads
     hidden_size: int = 512  # D, features of a token
     num_layers: int = 6  # L, blocks
     num_heads: int = 8  # H, attention heads
@@ -86,8 +92,8 @@ class ModelConfig:
         return self.qkv or self._standard_kind
 
     @property
-    def ffn_kind(self) -> LayerKind:
-        """What both layers of the FFN are."""
+    def ffn_kind(self) -> FfnKind:
+        """What the FFN is: two layers of a kind, or a product-key memory."""
         return self.ffn or self._standard_kind
 
     @property
@@ -127,7 +133,9 @@ class ModelConfig:
 
     @property
     def inner_size(self) -> int:
-        """Features between the two layers of the FFN: (tau + e) * K between memory layers, 4 D between matrices."""
+        """Features between the two layers of the FFN: (tau + e) * K between memory layers, 4 D of matrices; else 0."""
+        if self.ffn_kind == "product_key":
+            return 0
         return self.inner_bits * self.num_tables if self.ffn_kind == "memory" else 4 * self.hidden_size
 
     @property
@@ -174,6 +182,10 @@ class ModelConfig:
             "attention_filter",
             "attention_bits",
             "attention_anchors",
+            "product_keys",
+            "product_heads",
+            "product_query",
+            "product_reads",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
@@ -195,6 +207,8 @@ class ModelConfig:
         if "memory" in self.layer_kinds:
             self._check_tables()
         self._check_ranks()
+        if self.ffn_kind == "product_key":
+            self._check_products()
 
     def _check_ranks(self) -> None:
         if not 0 <= self.residual_rank < self.hidden_size:
@@ -213,6 +227,17 @@ class ModelConfig:
             raise ValueError(
                 f"model.rank is {'missing' if self.rank is None else self.rank} and layers are low_rank: give a number "
                 f"from 1 to model.hidden_size - 1 = {self.hidden_size - 1}"
+            )
+
+    def _check_products(self) -> None:
+        if self.product_query % 2:
+            raise ValueError(
+                f"model.product_query is {self.product_query}: it must be even, half of it for each half key"
+            )
+        if self.product_reads > self.product_keys:
+            raise ValueError(
+                f"model.product_reads {self.product_reads} is more than model.product_keys {self.product_keys}: lower "
+                "one or raise the other"
             )
 
     def _check_attention(self) -> None:
@@ -260,7 +285,7 @@ _BY_KIND = ("qkv", "ffn", "output")  # null where `kind` says it
 _CHOICES: dict[str, tuple[str, ...]] = {
     "kind": get_args(Kind),
     "qkv": get_args(LayerKind),
-    "ffn": get_args(LayerKind),
+    "ffn": get_args(FfnKind),
     "output": get_args(OutputKind),
     "score": get_args(Score),
     "norm": get_args(NormKind),

@@ -35,7 +35,9 @@ def open_inspected(path: Path, data: Sequence[str]) -> Inspected:
     given = [SourceConfig(path=glob) for glob in data]
     found = _open_model(path, given) if (path / CONFIG).is_file() else _open_checkpoint(path, given)
     if "memory" not in found.config.layer_kinds:
-        raise UserError(f"{found.name}: a dense model, which has no tables; give a MemoryFormer's folder")
+        raise UserError(
+            f"{found.name}: a model without memory layers, whose reads are counted; give a MemoryFormer's folder"
+        )
     return found
 
 

@@ -11,6 +11,7 @@ from mf_train.model.layers import Layer, block_layers
 from mf_train.model.matrix import Gather, LowRank, Matrix
 from mf_train.model.memory import Hash, Lookup, lookup_each
 from mf_train.model.norm import Norm
+from mf_train.model.product_key import ProductKey
 
 
 class Block(nn.Module):
@@ -19,7 +20,8 @@ class Block(nn.Module):
     `model.qkv`, `model.output` and `model.ffn` say what the layers are. MemoryFormer has memory layers, no output
     layer, and a norm inside the FFN. Matrices, whole or of low rank, are used as in Pythia, but with sequential
     residuals: GELU inside the FFN. A memory layer as output layer has a norm before it, as every other has. With
-    `model.residual_rank` each memory layer has matrices of low rank beside its tables.
+    `model.residual_rank` each memory layer has matrices of low rank beside its tables. A product-key memory is the
+    whole FFN.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -63,6 +65,8 @@ class Block(nn.Module):
             (y,) = self._apply_layers("output", y if self.norm_output is None else self.norm_output(y))
         z = x + y
         (m,) = self._apply_layers("ffn", self.norm_ffn(z))
+        if not self.inputs["inner"]:
+            return z + m
         m = self.activation(m)
         (y,) = self._apply_layers("inner", m if self.norm_inner is None else self.norm_inner(m))
         return z + y
@@ -94,6 +98,8 @@ def _build(layer: Layer) -> nn.Module:
         return Lookup(layer.num_tables, layer.bits, layer.out_features)
     if layer.kind == "low_rank":
         return LowRank(layer.in_features, layer.out_features, layer.rank)
+    if layer.products:
+        return ProductKey(layer.in_features, layer.out_features, layer.products)
     return Matrix(layer.in_features, layer.out_features)
 
 

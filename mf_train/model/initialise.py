@@ -23,9 +23,10 @@ def initialise(model: nn.Module, seed: int, rank: int = 0, size: int = 1) -> Non
     | tables | N(0, 0.02^2) |
     | embedding, head where `model.kind` is memoryformer | N(0, 0.02^2) |
     | embedding, head where `model.kind` is dense | N(0, 2 / (5 D)) (small init, arXiv 1910.05895) |
-    | query, key, value, up that are dense | N(0, 2 / (5 D)) |
+    | query, key, value, up, queries that are dense | N(0, 2 / (5 D)) |
     | output, down that are dense | N(0, (2 / (L sqrt(D)))^2) (as GPT-NeoX initialises Pythia) |
     | reduce [r, I], of low rank | N(0, 1 / I) |
+    | keys, of product_key | N(0, 2 / d): a score has variance 1 |
     | expand [O, r], of low rank | N(0, dense * I / r): the product has the variance of the dense one |
     | attention: key_summary, value_summary | N(0, 1 / c): a summary has a row's size |
     | attention: slots | N(0, 1): no two alike |
@@ -62,6 +63,8 @@ def _standard_deviation(name: str, shape: Shape, config: ModelConfig) -> float:
         return _of_attention(kind, config)
     if kind == "tables" or (module in ("embedding", "head") and config.kind == "memoryformer"):
         return TABLE_STD
+    if kind == "keys":
+        return shape[-1] ** -0.5
     layer, _, half = module.rpartition(".")
     layer = layer.removesuffix("_path")
     if half == "reduce":

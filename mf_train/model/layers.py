@@ -7,39 +7,60 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from mf_train.config.model import LayerKind, ModelConfig, NormKind
+from mf_train.config.model import FfnKind, ModelConfig, NormKind
 from mf_train.model.sums import MAX_CHUNKS, num_chunks
+
+
+class ProductSizes(NamedTuple):
+    """Of a product-key memory: n half keys, H heads, d features of a query, k values that each reads."""
+
+    keys: int
+    heads: int
+    features: int
+    reads: int
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer, O features of I: K tables of 2^bits rows, a matrix, or two of rank r, also beside tables; a bias."""
+    """One layer, O features of I: K tables of 2^bits rows, a matrix, or two of rank r, also beside tables; a bias. Or a
+    product-key memory.
+    """
 
     name: str  # its module's in the block
     place: str  # what it reads, hashed or gathered once for all layers of one place
-    kind: LayerKind
+    kind: FfnKind
     in_features: int
     out_features: int
     num_tables: int
     bits: int
     rank: int  # 0: no matrices of low rank
+    products: ProductSizes | None = None  # of a product-key memory alone
 
     @property
     def table_entries(self) -> int:
         """Numbers in tables."""
-        return self.num_tables * 2**self.bits * self.out_features if self.kind == "memory" else 0
+        if self.products:
+            return self.products.keys**2 * self.out_features
+        return self.num_tables * 2**self.bits * self.out_features
+
+    @property
+    def rows_read(self) -> int:
+        """Rows of tables that a token reads."""
+        return self.products.heads * self.products.reads if self.products else self.num_tables
 
     @property
     def matrix_entries(self) -> int:
         """Numbers in matrices, which are their multiply-adds a token too."""
         if self.kind == "dense":
             return self.in_features * self.out_features
+        if self.products:  # of the queries, and half keys
+            return self.products.heads * self.products.features * (self.in_features + self.products.keys)
         return self.rank * (self.in_features + self.out_features)
 
     @property
     def matrices(self) -> int:
         """The number of matrices."""
-        return 1 if self.kind == "dense" else 2 * (self.rank > 0)
+        return 1 if self.kind == "dense" else 2 * (self.rank > 0 or self.products is not None)
 
     @property
     def largest(self) -> int:
@@ -50,9 +71,12 @@ class Layer:
 
     @property
     def multiply_adds(self) -> int:
-        """A token's, as the paper counts them: K O of a memory layer, and of the two of an FFN 3 K D together."""
+        """A token's, as the paper counts them: K O of a memory layer, and of the two of an FFN 3 K D together.
+
+        A product-key memory's are those of its queries, its half keys and the values that are read.
+        """
         width = 2 * self.in_features if self.name == "up" else self.out_features
-        return self.num_tables * width + self.matrix_entries
+        return self.rows_read * width + self.matrix_entries
 
 
 @cache
@@ -67,13 +91,18 @@ def block_layers(config: ModelConfig) -> tuple[Layer, ...]:
         tables = config.num_tables if kind == "memory" else 0
         bits = config.inner_bits if place == "inner" else config.bits
         rank = {"memory": config.residual_rank, "low_rank": config.rank or 0}.get(kind, 0)
+        sizes = (config.product_keys, config.product_heads, config.product_query, config.product_reads)
+        products = ProductSizes(*sizes) if kind == "product_key" else None
         for name in names:
-            found.append(Layer(name, place, kind, in_features, out_features, tables, bits, rank))  # type: ignore[arg-type]
+            found.append(Layer(name, place, kind, in_features, out_features, tables, bits, rank, products))  # type: ignore[arg-type]
 
     add("attention", config.qkv_kind, ("query", "key", "value"), size, size)
     add("output", config.output_kind, ("output",), size, size)
-    add("ffn", config.ffn_kind, ("up",), size, inner)
-    add("inner", config.ffn_kind, ("down",), inner, size)
+    if config.ffn_kind == "product_key":
+        add("ffn", config.ffn_kind, ("product_key",), size, size)
+    else:
+        add("ffn", config.ffn_kind, ("up",), size, inner)
+        add("inner", config.ffn_kind, ("down",), inner, size)
     return tuple(found)
 
 
@@ -105,6 +134,13 @@ def rank_features(config: ModelConfig) -> int:
     return sum(layer.rank for layer in block_layers(config))
 
 
+def product_codes(config: ModelConfig) -> tuple[int, int]:
+    """Values of a product-key memory that a token reads, and bytes of a value's code; zeros where there is none."""
+    products = [layer.products for layer in block_layers(config) if layer.products]
+    reads = sum(each.heads * each.reads for each in products)
+    return reads, max((4 if each.keys**2 <= 2**16 else 8 for each in products), default=0)
+
+
 def count_matrices(config: ModelConfig) -> int:
     """Matrices of a block."""
     return sum(layer.matrices for layer in block_layers(config))
@@ -123,6 +159,8 @@ def tensor_problem(config: ModelConfig, tensor: int, key: str) -> str:
     parts = {"model.num_heads": config.num_heads, "model.vocab_size": config.vocab_size}
     if "memory" in config.layer_kinds:
         parts["the number of tables (model.hidden_size / model.bits)"] = config.num_tables
+    if config.ffn_kind == "product_key":
+        parts["model.product_heads"] = config.product_heads
     parts |= {"model.rank": config.rank or 0, "model.residual_rank": config.residual_rank}
     for name, value in parts.items():
         if value % tensor:

@@ -8,6 +8,7 @@ from mf_train.kernels import lookup_int8
 from mf_train.model.head import Head
 from mf_train.model.memory import Lookup
 from mf_train.model.model import MemoryFormer
+from mf_train.model.product_key import Values, weighted_rows
 from mf_train.model.sums import num_chunks
 
 LARGEST = 127  # -128 is not used, so that a row and its negative are stored alike
@@ -60,6 +61,26 @@ class Int8Lookup(nn.Module):
         return lookup_int8(codes, weights, self.tables, self.scales) + self.bias
 
 
+class Int8Values(nn.Module):
+    """Values with an int8 table [1, N, O] and scales [1, N]: codes and weights [..., R] -> [..., O]."""
+
+    tables: Tensor
+    scales: Tensor
+
+    def __init__(self, plain: Values) -> None:
+        super().__init__()
+        tables, scales = quantize_rows(plain.tables.detach())
+        self.register_buffer("tables", tables)
+        self.register_buffer("scales", scales)
+        self.bias = plain.bias
+
+    def forward(self, codes: Tensor, weights: Tensor) -> Tensor:
+        """The rows that are read become float32, each once."""
+        rows, places = torch.unique(codes, return_inverse=True)
+        values = self.tables[0, rows].float() * self.scales[0, rows].unsqueeze(-1)
+        return weighted_rows(places, weights, values).to(weights.dtype) + self.bias
+
+
 class Int8Head(Head):
     """A Head with int8 weight [V, D] and scales [V]; products are summed and scaled in float32, then rounded once."""
 
@@ -93,6 +114,8 @@ def use_int8(model: MemoryFormer) -> MemoryFormer:
         owner, _, attribute = name.rpartition(".")
         if type(module) is Lookup:
             setattr(model.get_submodule(owner), attribute, Int8Lookup(module))
+        elif type(module) is Values:
+            setattr(model.get_submodule(owner), attribute, Int8Values(module))
         elif type(module) is Head:
             setattr(model.get_submodule(owner), attribute, Int8Head(module))
     return model

@@ -95,7 +95,9 @@ def _check_shards(config: Config, data: int) -> None:
     """Under stage 3 a rank's part of a table is so many of its numbers, which must not cut what is held together."""
     model = config.model
     chunks = min(num_chunks(model.hidden_size), num_chunks(model.inner_size)) // config.parallel.tensor
-    of_tables = (layer.num_tables * 2**layer.bits for layer in block_layers(model) if layer.kind == "memory")
+    of_tables = (
+        layer.table_entries // layer.out_features for layer in block_layers(model) if layer.table_entries
+    )
     for rows in (model.vocab_size, *of_tables):
         if rows * chunks % data:
             raise UserError(

@@ -13,6 +13,7 @@ from mf_train.model.initialise import initialise
 from mf_train.model.matrix import Gather
 from mf_train.model.memory import Hash
 from mf_train.model.norm import Norm
+from mf_train.model.product_key import ProductKeys
 from mf_train.model.sharding import slice_of_rank
 from mf_train.parallel.exchange import Exchange, gather_codes, gather_features, mix_features, scatter_features
 
@@ -36,12 +37,14 @@ def shard_model(model: MemoryFormer, exchange: Exchange) -> MemoryFormer:
     1. Every parameter becomes its slice (`split_dimension`): columns of tables and embedding, rows of matrices and
        head, features of norms and biases. Nothing is replicated. Meta tensors stay meta. A rank's features are whole
        heads.
-    2. Norms exchange their sums. 3. Hashes exchange codes and weights. 4. Matrices and head gather features.
+    2. Norms exchange their sums. 3. Hashes and product keys exchange codes and weights. 4. Matrices and head gather
+       features.
     Names of modules and parameters do not change. The degrees must have passed `check_degrees`.
     """
     _slice_parameters(model, exchange)
     _swap(model, Norm, lambda norm: TensorParallelNorm(norm, exchange))
     _swap(model, Hash, lambda hash_: TensorParallelHash(hash_, exchange))
+    _swap(model, ProductKeys, lambda keys: TensorParallelProductKeys(keys, exchange))
     _swap(model, Gather, lambda _: TensorParallelGather(exchange))
     _swap(model, Head, lambda head: TensorParallelHead(head, exchange))
     return model
@@ -62,6 +65,18 @@ class TensorParallelHash(Hash):
 
     def __init__(self, plain: Hash, exchange: Exchange) -> None:
         super().__init__(plain.bits, plain.temperature, plain.score)
+        self.exchange = exchange
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return gather_codes(*super().forward(x), self.exchange)
+
+
+class TensorParallelProductKeys(ProductKeys):
+    """Finds values for this rank's H/P heads, then gathers the codes and weights of all H."""
+
+    def __init__(self, plain: ProductKeys, exchange: Exchange) -> None:
+        nn.Module.__init__(self)
+        self.reads, self.queries, self.keys = plain.reads, plain.queries, plain.keys
         self.exchange = exchange
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,14 @@ from mf_train.config.phases import Phase, phases_of
 from mf_train.errors import UserError
 from mf_train.model.attention.costs import attention_costs
 from mf_train.model.counts import count_parameters
-from mf_train.model.layers import block_layers, block_norms, block_places, gathered_features, rank_features
+from mf_train.model.layers import (
+    block_layers,
+    block_norms,
+    block_places,
+    gathered_features,
+    product_codes,
+    rank_features,
+)
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import check_degrees, count_micro_batches, micro_batch_sizes
 from mf_train.parallel.kinds import PIECE, held_bytes
@@ -153,9 +160,10 @@ def heaviest_phase(config: Config, processes: int, device: str | None = None) ->
 
 
 def code_bytes(model: ModelConfig, width: int) -> int:
-    """Codes and weights that one block keeps, bytes a token: those of all K tables on every rank."""
+    """Codes and weights that one block keeps, bytes a token: those of all K tables, or heads, on every rank."""
     hashed = [place for place in block_places(model) if place.hashed]
-    return sum(model.num_tables * (_code(place.bits) + width) for place in hashed)
+    reads, code = product_codes(model)
+    return sum(model.num_tables * (_code(place.bits) + width) for place in hashed) + reads * (code + width)
 
 
 def block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
@@ -176,7 +184,20 @@ def block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
     output = size * width if model.output_kind == "memory" else 0  # of its norm
     others = gathered_features(model) * (1 - 1 / tensor) * width
     own = activation + normalised + output + others + rank_features(model) * width + code_bytes(model, width)
+    own += _product_bytes(model, tensor)[0]
     return (8 * size + 2 * inner) * width + own + len(block_norms(model)) * 8 + 4 * heads + kept
+
+
+def _product_bytes(model: ModelConfig, tensor: int) -> tuple[float, float]:
+    """Of a product-key memory, bytes a token of a rank: what it keeps, and what its backward pass holds at once.
+
+    It keeps queries before and after their norm, the places of the best half keys and pairs, and the softmax.
+    """
+    if model.ffn_kind != "product_key":
+        return 0.0, 0.0
+    d, k, n = model.product_query, model.product_reads, model.product_keys
+    heads = model.product_heads / tensor
+    return heads * (8 * d + 16 * k + 24 * k + 4 * k), heads * 8 * (2 * n + k * k)
 
 
 def recomputed_block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
@@ -192,7 +213,8 @@ def recomputed_block_bytes(model: ModelConfig, tensor: int, width: int) -> float
 
 def working_bytes(model: ModelConfig, tensor: int, width: int) -> float:
     """Gradients that a block's backward pass holds at once, bytes a token of a rank."""
-    return (4 * model.hidden_size + 2 * model.inner_size) / tensor * width
+    gradients = (4 * model.hidden_size + 2 * model.inner_size) / tensor * width
+    return gradients + _product_bytes(model, tensor)[1]
 
 
 def _states(config: Config, n: float, data: int, device: str) -> _States:
@@ -269,7 +291,7 @@ def _owned(config: Config, n: float, data: int) -> float:
 def moment_bytes(config: Config) -> float:
     """Both moments, bytes a parameter, as `parallel.moments` holds them."""
     model, counts = config.model, count_parameters(config.model)
-    widths = [layer.out_features for layer in block_layers(model) if layer.kind == "memory"]
+    widths = [layer.out_features for layer in block_layers(model) if layer.table_entries]
     # of the units that a row is cut into the smallest, which is all but a fifth of the tables'
     unit = min(size // num_chunks(size) for size in (model.hidden_size, *widths))
     share = (counts.tables + counts.embedding) / counts.total

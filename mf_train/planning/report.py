@@ -174,7 +174,7 @@ def layout_lines(
     for part in sorted(time.parts, key=lambda part: -part.seconds):
         share = part.seconds / time.seconds
         yield f"    {part.name:<18} {part.seconds:>9.4f} s  {share:>4.0%}  bound: {part.bound}"
-    if "memory" in layout.config.model.layer_kinds:
+    if layout.config.model.layer_kinds & {"memory", "product_key"}:
         slow, quick = sensitivity(layout, device)
         source = "measured" if "gather" in device.measured else "a guess"
         yield (

@@ -30,6 +30,7 @@ from mf_train.model.layers import (
     block_places,
     count_matrices,
     gathered_features,
+    product_codes,
     rank_features,
 )
 from mf_train.model.sums import num_chunks
@@ -151,7 +152,7 @@ def _normed(model: ModelConfig) -> int:
 
 def _rows(model: ModelConfig, n: float, b: int, tensor: int) -> float:
     """Bytes of table rows that the lookups of all blocks read."""
-    columns = sum(layer.num_tables * layer.out_features for layer in block_layers(model))
+    columns = sum(layer.rows_read * layer.out_features for layer in block_layers(model))
     return model.num_layers * n * columns / tensor * b
 
 
@@ -161,11 +162,11 @@ def _hashed(model: ModelConfig) -> int:
 
 
 def _memory_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartWork]:
-    if "memory" not in model.layer_kinds:
+    tables = count_parameters(model).tables / tensor * b
+    if not tables:
         return []
     layers = model.num_layers
     rows = _rows(model, n, b, tensor)
-    tables = count_parameters(model).tables / tensor * b
     hashed = n * _hashed(model) / tensor * b
     hashes = layers * (3 * hashed + 2 * n * code_bytes(model, b) / tensor)
     return [
@@ -223,7 +224,7 @@ def recomputed_work(config: Config, tensor: int) -> list[PartWork]:
         ),
     ]
     counts = count_parameters(model)
-    if "memory" in model.layer_kinds:
+    if counts.tables:
         hashed = layers * n * (_hashed(model) * b + code_bytes(model, b)) / tensor
         parts += [
             PartWork("hash again", copy=hashed, launches=layers * 3),
@@ -322,6 +323,8 @@ def tensor_parallel_bytes_per_token(config: Config) -> float:
     # a code travels in one byte, or in two
     codes = [1 if place.bits <= 8 else 2 for place in block_places(model) if place.hashed]
     hashed = model.num_tables * sum(code + b + 4 for code in codes)
+    reads, code = product_codes(model)
+    hashed += reads * ((2 if code == 4 else code) + b + 4)
     gathered = (gathered_features(model) + rank_features(model)) * (b + 4)
     shared = model.num_layers * (hashed + gathered)
     shared += model.hidden_size * (b + 4) + num_chunks(model.vocab_size) * 3 * 4

@@ -196,6 +196,7 @@ def random_config(dice: random.Random) -> Config:
         "ffn": dice.choice([None, "low_rank"]),
         "output": "low_rank",
         "rank": 1,
+        "product_reads": 1,
         "residual_rank": 0,
         "rotary_fraction": dice.random(),
         "attention": dice.choice(["window", "performer", "cosformer", "flow", "luna_filtered", "ecoformer"]),

@@ -118,7 +118,7 @@ def test_damage_and_dense_models_are_named(text: Path, tmp_path: Path, capsys: C
     assert f"{weights}: missing from the checkpoint" in inspect(capsys, damaged, "--data", text, status=2)
     dense = replace(MODEL, kind="dense", num_layers=1)
     folder = write_checkpoint(tmp_path / "dense", dense, random_weights(dense, 1), tensor=1)
-    assert "a dense model, which has no tables" in inspect(capsys, folder, "--data", text, status=2)
+    assert "a model without memory layers" in inspect(capsys, folder, "--data", text, status=2)
     model = tmp_path / "model"
     list(convert(folder, model))
     assert "a converted model knows no text: add --data GLOB" in inspect(capsys, model, status=2)

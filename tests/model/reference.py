@@ -63,6 +63,8 @@ def run_block(x: Tensor, w: Weights, config: ModelConfig) -> Tensor:
     if output == "memory":
         y = norm(y, w, "norm_output", config.norm, config.norm_epsilon)
     z = x + (y if output == "none" else layer(y, "output", output, config.bits))
+    if ffn == "product_key":
+        return z + product_key(norm(z, w, "norm_ffn", config.norm, config.norm_epsilon), w, config)
     h = layer(norm(z, w, "norm_ffn", config.norm, config.norm_epsilon), "up", ffn, config.bits)
     if ffn != "memory":
         return z + layer(gelu(h), "down", ffn, 0)
@@ -91,6 +93,27 @@ def memory_layer(x: Tensor, w: Weights, name: str, bits: int, config: ModelConfi
             if config.score == "scaled_probability":
                 weight = weight * total
             y = y + weight * table[code]
+        outputs.append(y)
+    return torch.stack(outputs)
+
+
+def product_key(x: Tensor, w: Weights, config: ModelConfig) -> Tensor:
+    """Of every token of x [S, D]: the best of all n^2 values for each head, by all sums of two half keys' scores."""
+    n, d, k = config.product_keys, config.product_query, config.product_reads
+    queries, keys = w["product_key.select.queries.weight"], w["product_key.select.keys"]
+    outputs = []
+    for token in x:
+        y = w["product_key.values.bias"]
+        for head in range(config.product_heads):
+            q = queries[head * d : (head + 1) * d] @ token
+            q = q - q.sum() / d
+            q = q / ((q * q).sum() / d + 1e-5).sqrt()
+            first, second = keys[head, 0] @ q[: d // 2], keys[head, 1] @ q[d // 2 :]
+            scores = torch.stack([one + other for one in first for other in second])
+            best = sorted(range(n * n), key=lambda i: -scores[i].item())[:k]
+            shares = (scores[best] - scores[best].max().detach()).exp()
+            for i, share in zip(best, shares / shares.sum(), strict=True):
+                y = y + share * w["product_key.values.tables"][0, i]
         outputs.append(y)
     return torch.stack(outputs)
 

@@ -160,7 +160,11 @@ def random_layers() -> dict[str, object]:
     kinds = [None, "memory", "dense", "low_rank"]
     layers = {
         "qkv": random.choice(kinds),
-        "ffn": random.choice(kinds),
+        "ffn": random.choice([*kinds, "product_key"]),
+        "product_keys": 20,
+        "product_heads": 2,
+        "product_query": 6,
+        "product_reads": random.randint(1, 20),
         "output": random.choice([*kinds, "none"]),
     }
     if "low_rank" in layers.values():
@@ -175,6 +179,9 @@ def test_multiply_adds_of_a_hybrid_are_those_of_its_layers() -> None:
     config = paper_model("tiny", qkv="low_rank", output="dense", rank=32)
     expected = 3 * 32 * (512 + 512) + 512 * 512 + 3 * 64 * 512
     assert count_block_flops(config, 100).layers == 100 * expected
+    products = paper_model("tiny", ffn="product_key", product_keys=100, product_heads=3, product_query=10)
+    expected = 3 * 64 * 512 + 30 * 512 + 3 * 2 * 100 * 5 + 3 * 16 * 512
+    assert count_block_flops(products, 100).layers == 100 * expected
     beside = paper_model("tiny", residual_rank=8)
     expected = 6 * 64 * 512 + 8 * (3 * (512 + 512) + 2 * (512 + 640))
     assert count_block_flops(beside, 100).layers == 100 * expected

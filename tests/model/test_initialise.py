@@ -30,6 +30,17 @@ CONFIGS = {
         num_heads=8,
         vocab_size=200,
     ),
+    "product keys": ModelConfig(
+        ffn="product_key",
+        product_keys=40,
+        product_heads=8,
+        product_query=32,
+        hidden_size=96,
+        num_layers=2,
+        num_heads=8,
+        bits=4,
+        vocab_size=200,
+    ),
     "hybrid": ModelConfig(
         qkv="dense",
         output="memory",
@@ -57,7 +68,7 @@ def documented_value(name: str, config: ModelConfig) -> str:
     """What the table says of one parameter, in D, L, I and r; exactly one row must."""
     owner, _, attribute = name.rpartition(".")
     layer, _, module = owner.rpartition(".")
-    module = "tables" if attribute == "tables" else module
+    module = attribute if attribute in ("tables", "keys") else module
 
     def covers(row: str) -> bool:
         if row == "norm weights":
@@ -106,6 +117,7 @@ def test_every_parameter_is_as_the_docstring_s_table_says(kind: str) -> None:
             "D": config.hidden_size,
             "L": config.num_layers,
             "sqrt": math.sqrt,
+            "d": config.product_query,
             "r": config.rank or config.residual_rank,
         }
         known["I"] = config.inner_size if ".down" in name else config.hidden_size

@@ -29,6 +29,7 @@ def assert_relative(actual: Tensor, expected: Tensor, tolerance: float, name: st
     assert error <= tolerance, (name, error.item())
 
 
+PRODUCT = {"product_keys": 5, "product_heads": 3, "product_query": 6, "product_reads": 2}
 CASES = {
     "paper": {},
     "released": {"score": "scaled_probability", "norm": "rmsnorm", "temperature": 1.4},
@@ -44,6 +45,8 @@ CASES = {
     "matrices in attention": {"qkv": "dense", "output": "low_rank", "rank": 7, "ffn_activation": "relu"},
     "matrices in the FFN": {"ffn": "dense", "output": "memory", "score": "scaled_probability"},
     "memory in one place": {"kind": "dense", "output": "memory", "norm": "rmsnorm", "bits": 4},
+    "product keys": {"ffn": "product_key"} | PRODUCT,
+    "product keys and matrices": {"kind": "dense", "ffn": "product_key"} | PRODUCT | {"product_reads": 5},
     "dense rmsnorm": {"kind": "dense", "norm": "rmsnorm", "num_heads": 3, "rotary_base": 100.0},
 }
 
@@ -219,3 +222,29 @@ def test_compiled_with_aot_autograd(kind: str) -> None:
         torch.autograd.grad(losses.sum(), list(model.parameters())), gradients, strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"ffn": "product"}, "model.ffn is 'product': choose one of memory, dense, low_rank, product_key"),
+        ({"qkv": "product_key"}, "model.qkv is 'product_key': choose one of memory, dense, low_rank"),
+        ({"ffn": "low_rank"}, "model.rank is missing and layers are low_rank: give a number from 1 to"),
+        ({"ffn": "low_rank", "rank": 24}, "model.rank is 24 .* = 23"),
+        ({"rank": 3}, "model.rank is 3 and no layer is low_rank: leave it out"),
+        ({"residual_rank": 24}, "model.residual_rank is 24: give a number up to .* = 23, or 0"),
+        (
+            {"kind": "dense", "residual_rank": 2},
+            "model.residual_rank is 2 and the model has no memory layers",
+        ),
+        ({"product_keys": 0}, "model.product_keys is 0: it must be at least 1"),
+        ({"ffn": "product_key", "product_query": 5}, "model.product_query is 5: it must be even"),
+        (
+            {"ffn": "product_key", "product_keys": 4, "product_reads": 5},
+            "product_reads 5 is more than model.product_keys 4",
+        ),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(keys: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ModelConfig(hidden_size=24, bits=3, num_heads=2, **keys)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from mf_train.model.memory import Lookup
 from mf_train.model.quantized import Int8Head, Int8Lookup, quantize_rows, row_scales, scales_name, use_int8
 from tests.examples import examples
 from tests.model.reference import logits_of
+from tests.model.test_model import PRODUCT
 
 CONFIG = ModelConfig(
     hidden_size=24, num_layers=2, num_heads=2, bits=3, expand_bits=1, vocab_size=52, sequence_length=16
@@ -122,8 +123,13 @@ def test_head(vocab_size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "scaled"),
-    [({}, 11), ({"kind": "dense"}, 1), ({"ffn": "low_rank", "rank": 3}, 7)],
-    ids=["memoryformer", "dense", "hybrid"],
+    [
+        ({}, 11),
+        ({"kind": "dense"}, 1),
+        ({"ffn": "low_rank", "rank": 3}, 7),
+        ({"ffn": "product_key"} | PRODUCT, 9),
+    ],
+    ids=["memoryformer", "dense", "hybrid", "product keys"],
 )
 def test_a_whole_model(kind: dict[str, Any], scaled: int) -> None:
     """Its logits are those of a float64 reference whose weights are what the int8 rows stand for."""

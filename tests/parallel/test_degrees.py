@@ -66,6 +66,11 @@ def test_what_divides_is_accepted(tensor: int, world_size: int) -> None:
         (make_config(4, vocab_size=66), 4, ["parallel.tensor 4", "model.vocab_size 66"]),
         (make_config(4, kind="dense", num_heads=6), 4, ["parallel.tensor 4", "model.num_heads 6"]),
         (
+            make_config(4, ffn="product_key", product_heads=6),
+            4,
+            ["parallel.tensor 4", "model.product_heads 6", "choose a divisor"],
+        ),
+        (
             make_config(4, ffn="low_rank", rank=6),
             4,
             ["parallel.tensor 4", "model.rank 6", "choose a divisor"],

@@ -273,7 +273,9 @@ def test_cross_entropy_is_megatron_s(index: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"kind": "dense"}, {"qkv": "low_rank", "rank": 4}], ids=["memoryformer", "dense", "hybrid"]
+    "kind",
+    [{}, {"kind": "dense"}, {"qkv": "low_rank", "rank": 4}, {"ffn": "product_key", "product_keys": 20}],
+    ids=["memoryformer", "dense", "hybrid", "product keys"],
 )
 def test_parameter_groups(kind: dict[str, Any]) -> None:
     """Each parameter in one group; its decay and multiplier follow from its name."""

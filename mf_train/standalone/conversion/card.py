@@ -113,9 +113,9 @@ def _name(config: Config) -> str:
         return "MemoryFormer"
     if "memory" in model.layer_kinds:
         return f"MemoryFormer with other layers ({model.description})"
-    return "Dense peer of a MemoryFormer" + (
-        "" if "low_rank" not in model.layer_kinds else " with layers of low rank"
-    )
+    others = {"low_rank": "layers of low rank", "product_key": "product-key memories"}
+    found = [words for kind, words in others.items() if kind in model.layer_kinds]
+    return "Dense peer of a MemoryFormer" + (f" with {' and '.join(found)}" if found else "")
 
 
 def _rates(config: Config) -> dict[str, float]:

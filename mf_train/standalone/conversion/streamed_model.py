@@ -25,6 +25,7 @@ from mf_train.model.head import Head
 from mf_train.model.matrix import Matrix
 from mf_train.model.memory import Hash, Lookup, record_codes
 from mf_train.model.model import Embedding, MemoryFormer
+from mf_train.model.product_key import Values, weighted_rows
 from mf_train.model.quantized import quantize_rows, scales_name
 from mf_train.model.sums import num_chunks
 from mf_train.standalone.exported.names import INT8, PARAMETER_PREFIX
@@ -102,7 +103,7 @@ def _read_dense(read: Callable[[str, Tensor], Tensor], name: str, indices: Tenso
 
 
 def streamed_model(config: ModelConfig, weights: Weights) -> MemoryFormer:
-    """The model on the CPU, for inference. Only norms, biases and what attention has of its own are in memory."""
+    """The model on the CPU, for inference. Norms, biases, half keys and what attention has of its own are held."""
     with torch.device("meta"):
         model = MemoryFormer(config).to(weights.dtype)
     for name, module in list(model.named_modules()):
@@ -199,6 +200,31 @@ class _StreamedLookup(nn.Module):
         return y_no + self.bias
 
 
+class _StreamedValues(nn.Module):
+    """Values: codes and weights [..., R] -> [..., O]."""
+
+    def __init__(self, name: str, plain: Values, source: Weights) -> None:
+        super().__init__()
+        self.name, self.source = f"{name}.tables", source
+        self.features = plain.tables.shape[-1]
+        self.bias = plain.bias
+
+    def forward(self, codes: Tensor, weights: Tensor) -> Tensor:
+        codes_nr, weights_nr = codes.flatten(0, -2).long(), weights.flatten(0, -2)
+        tokens = max(TABLE_BYTES // (codes.shape[-1] * self.features * 4), 1)
+        parts = zip(codes_nr.split(tokens), weights_nr.split(tokens), strict=True)
+        return torch.cat([self._add_up(*part) for part in parts]).view(*codes.shape[:-1], self.features)
+
+    def _add_up(self, codes_nr: Tensor, weights_nr: Tensor) -> Tensor:
+        rows, places = torch.unique(codes_nr, return_inverse=True)
+        values, scales = _gather(
+            self.source, self.name, rows, torch.arange(len(rows)), len(rows), self.features
+        )
+        if scales is not None:
+            values = values.float() * scales.unsqueeze(-1)
+        return weighted_rows(places, weights_nr, values).to(weights_nr.dtype) + self.bias
+
+
 def _gather(
     source: Weights, name: str, rows: Tensor, slots: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor | None]:
@@ -273,6 +299,7 @@ class _StreamedLinear(nn.Module):
 _STREAMED: dict[type[nn.Module], Callable[[str, Any, Weights], nn.Module]] = {
     Hash: _PlainHash,
     Lookup: _StreamedLookup,
+    Values: _StreamedValues,
     Embedding: _StreamedEmbedding,
     Head: _StreamedHead,
     Matrix: _StreamedLinear,

@@ -146,6 +146,18 @@ VARIANTS = {
     "dense": ModelConfig(
         kind="dense", hidden_size=32, num_layers=2, num_heads=2, vocab_size=4096, sequence_length=40
     ),
+    "product keys": ModelConfig(
+        ffn="product_key",
+        product_keys=24,
+        product_query=8,
+        product_reads=4,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        bits=4,
+        vocab_size=4096,
+        sequence_length=40,
+    ),
     "hybrid": ModelConfig(
         qkv="low_rank",
         output="memory",

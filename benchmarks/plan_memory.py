@@ -29,6 +29,7 @@ TABLES = ModelConfig(hidden_size=192, num_layers=3, num_heads=4, bits=8, vocab_s
 ROWS = ModelConfig(hidden_size=128, num_layers=6, num_heads=4, bits=4, vocab_size=4096, sequence_length=512)
 LONG = replace(ROWS, num_layers=4, bits=8)  # its activations are larger than its tables
 DEEP = replace(ROWS, num_layers=16, vocab_size=1024)  # its activations are larger than its logits
+PRODUCT = replace(ROWS, ffn="product_key", product_keys=64, product_query=64)  # and 16 reads of 4 heads each
 DENSE = replace(ROWS, kind="dense", hidden_size=512, vocab_size=16384)
 
 
@@ -75,6 +76,8 @@ CASES: dict[str, tuple[int, Config]] = {
     "2 micro-batches": (1, case(LONG, 8, 4, 0)),
     "2 micro-batches, bfloat16": (1, case(LONG, 8, 4, 0, "bfloat16")),
     "dense": (1, case(DENSE, 4, 2, 1)),
+    "product keys": (1, case(PRODUCT, 4, 2, 1)),
+    "product keys, bfloat16, P = 2": (2, case(PRODUCT, 8, 4, 1, "bfloat16", tensor=2)),
     "deep": (1, case(DEEP, 8, 4, 1)),
     # recomputation
     "recompute": (1, case(DEEP, 8, 4, 1, recompute="block")),

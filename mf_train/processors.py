@@ -1,8 +1,9 @@
-"""The processors that this process can use, their model and their caches."""
+"""The processors that this process can use, what others leave of them, their model and their caches."""
 
 import math
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from mf_train.control_groups import own_groups
 
 CACHES = Path("/sys/devices/system/cpu")
 INFORMATION = Path("/proc/cpuinfo")
+STATISTICS = Path("/proc/stat")
 
 
 def usable_processors() -> int:
@@ -22,6 +24,29 @@ def usable_processors() -> int:
 def cpu_quota() -> float | None:
     """Seconds of processor time a second that the control groups allow at most; None where nothing limits it."""
     return min(_quotas(), default=None)
+
+
+def busy_processors(seconds: float = 0.2) -> float | None:
+    """How many of those that the process may run on others keep busy; it sleeps so long. None where it is not known."""
+    before = _ticks()
+    time.sleep(seconds)
+    after = _ticks()
+    passed = [[now - then for now, then in zip(after[name], before[name], strict=True)] for name in after]
+    if not passed or not all(map(sum, passed)):
+        return None
+    return sum(
+        1 - (ticks[3] + ticks[4]) / sum(ticks) for ticks in passed
+    )  # idle, and idle while a disk is read
+
+
+def _ticks() -> dict[str, list[int]]:
+    """Of each processor that the process may run on, by what it did (proc(5), /proc/stat)."""
+    names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    try:
+        lines = [line.split() for line in STATISTICS.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {words[0]: [int(word) for word in words[1:9]] for words in lines if words and words[0] in names}
 
 
 def _quotas() -> Iterator[float]:

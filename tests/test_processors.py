@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from mf_train import control_groups, processors
-from mf_train.processors import caches, cpu_quota, processor_name, usable_processors
+from mf_train.processors import busy_processors, caches, cpu_quota, processor_name, usable_processors
 
 
 @pytest.fixture
@@ -47,6 +48,22 @@ def test_the_narrowest_quota_counts(groups: Path, version: int) -> None:
     write_quota(root / "pod" / "box", "9900000", version)
     write_quota(root / "pod", "8800000", version)
     assert usable_processors() == 64
+
+
+def test_what_others_keep_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processors, of four, that may be used: three quarters of one and a tenth of the other."""
+    monkeypatch.setattr(processors, "STATISTICS", tmp_path / "stat")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2})
+    assert busy_processors(0) is None
+    head = "cpu  9 9 9 9 9 9 9 9 9 9\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
+    states = [
+        f"{head}cpu1 100 0 50 700 30 0 0 0 0 0\ncpu2 5 0 5 90 0 0 0 0 0 0\ncpu3 0 0 0 0 0 0 0 0 0 0\nintr 5\n",
+        f"{head}cpu1 160 5 60 720 35 0 0 0 0 0\ncpu2 5 0 14 171 0 0 0 0 0 0\ncpu3 99 0 0 0 0 0 0 0 0 0\nintr 9\n",
+    ]
+    (tmp_path / "stat").write_text(states[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: (tmp_path / "stat").write_text(states[1]))
+    assert busy_processors() == pytest.approx(0.75 + 0.1)
+    assert busy_processors() is None  # nothing has passed
 
 
 def test_the_processors_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,10 @@ from mf_train.host_memory import available_memory
 from mf_train.kernels import cpu
 from mf_train.kernels.backends import has_triton
 from mf_train.launch.machine import compiler_problem, cuda_versions, versions
-from mf_train.processors import caches, cpu_quota, processor_name, usable_processors
+from mf_train.processors import busy_processors, caches, cpu_quota, processor_name, usable_processors
 from mf_train.text import human_bytes
 
 DRIVER = Path("/proc/driver/nvidia/version")
-LOAD = Path("/proc/loadavg")
 # of the lookup that is timed: tiny.yaml's layer and micro-batch
 _TOKENS, _SIZE, _BITS = 2048, 512, 8
 
@@ -65,11 +64,11 @@ def suggestions(threads: int, gpus: bool, environment: Mapping[str, str]) -> Ite
             else f"{processors} may be used"
         )
         yield f"{threads} threads compute, but of the processors {why}: set OMP_NUM_THREADS={processors}"
-    busy = _load()
-    if _waiting(environment) == "spinning" and busy is not None and busy > 0.5 * processors:
+    busy = busy_processors()
+    if _waiting(environment) == "spinning" and busy is not None and busy > 0.5:
         yield (
             f"other programs keep {busy:.1f} of {processors} processors busy, and threads that spin while they wait "
-            "take time from each other: set OMP_WAIT_POLICY=passive"
+            "take time from each other: set OMP_WAIT_POLICY=passive (training in one process does so by itself)"
         )
     if not gpus and DRIVER.is_file():
         yield (
@@ -105,14 +104,6 @@ def _processors() -> str:
 def _waiting(environment: Mapping[str, str]) -> str:
     """How OpenMP's threads wait for each other: libgomp spins for a while unless told otherwise (OpenMP 5.2, 21.7)."""
     return "asleep" if environment.get("OMP_WAIT_POLICY", "").lower() == "passive" else "spinning"
-
-
-def _load() -> float | None:
-    """Programs that ran or wanted to, on average over the last minute (proc(5)); None where it is not known."""
-    try:
-        return float(LOAD.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def _lookup_rate() -> tuple[float, float]:

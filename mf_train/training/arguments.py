@@ -17,7 +17,7 @@ def add_train(commands: Any) -> None:
 def _train(given: argparse.Namespace) -> int:
     from mf_train.config.loading import load_config
     from mf_train.parallel.processes import find_process
-    from mf_train.training.environment import set_allocator, set_flight_recorder
+    from mf_train.training.environment import set_allocator, set_flight_recorder, set_waiting
 
     config = load_config(given.config, given.overrides)
     process = find_process()
@@ -25,6 +25,8 @@ def _train(given: argparse.Namespace) -> int:
     set_flight_recorder(os.environ, Path(config.training.output_dir) / "stacks" / "collectives-")
     if config.training.device != "cpu":
         set_allocator(os.environ)
+    if config.training.device != "cuda" and process.world_size == 1 and (told := set_waiting(os.environ)):
+        print(told, flush=True)
 
     from mf_train.training.run import train
 

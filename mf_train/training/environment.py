@@ -1,4 +1,4 @@
-"""Environment variables that torch and Triton read in a run on GPUs. Imports neither of them."""
+"""Environment variables that torch, OpenMP and Triton read. Imports none of them."""
 
 import os
 import stat
@@ -6,6 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from mf_train.errors import UserError
+from mf_train.processors import busy_processors, usable_processors
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"  # read by torch 2.8 and, first of all names, by 2.13
 _ALLOCATOR_NAMES = (ALLOCATOR, "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -14,6 +15,8 @@ CACHE = "TRITON_CACHE_DIR"
 RECORDER, RECORDER_FILE = "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"
 _RECORDER_NAMES = (RECORDER, "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _RECORDER_FILE_NAMES = (RECORDER_FILE, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+WAITING = "OMP_WAIT_POLICY"
+_WAITING_NAMES = (WAITING, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _RECORDED = 2000  # collectives, the last ones
 _TRIES = 100
 
@@ -37,6 +40,25 @@ def set_flight_recorder(environment: MutableMapping[str, str], prefix: Path) -> 
     if not any(name in environment for name in _RECORDER_FILE_NAMES):
         environment[RECORDER_FILE] = str(prefix.absolute())
     environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def set_waiting(environment: MutableMapping[str, str]) -> str:
+    """Have OpenMP's threads sleep while they wait for each other, where other programs keep processors busy; before
+    torch is imported. Returns what to tell of it, empty where nothing is set. What the user has set stays.
+
+    Threads that spin, as they do otherwise, are quicker on a quiet machine and take time from each other on a busy one:
+    beside one busy program a step of the quickstart on two processors took twice as long.
+    """
+    if environment.get("OMP_NUM_THREADS") == "1" or any(name in environment for name in _WAITING_NAMES):
+        return ""
+    busy, processors = busy_processors(), usable_processors()
+    if busy is None or busy < max(0.5, processors / 16):
+        return ""
+    environment[WAITING] = "passive"
+    return (
+        f"other programs keep {busy:.1f} of {processors} processors busy: threads sleep while they wait for "
+        f"each other ({WAITING}=passive)"
+    )
 
 
 def set_kernel_cache(environment: MutableMapping[str, str]) -> None:

@@ -11,12 +11,14 @@ import pytest
 import yaml
 
 from mf_train.errors import UserError
+from mf_train.training import environment as environment_module
 from mf_train.training.environment import (
     CACHE,
     private_folder,
     set_allocator,
     set_flight_recorder,
     set_kernel_cache,
+    set_waiting,
     temporary_folder,
 )
 from tests.training.runs import REPOSITORY, environment, small_config, write_text
@@ -49,6 +51,22 @@ def test_the_flight_recorder_is_set_where_the_user_has_not(tmp_path: Path) -> No
         own = {size: "0", file: "mine-", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
         set_flight_recorder(own, tmp_path)
         assert own == {size: "0", file: "mine-", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+
+
+def test_threads_sleep_beside_other_programs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy: list[float | None] = [1.0]
+    monkeypatch.setattr(environment_module, "busy_processors", lambda: busy[0])
+    monkeypatch.setattr(environment_module, "usable_processors", lambda: 4)
+    given: dict[str, str] = {}
+    assert "1.0 of 4 processors busy" in set_waiting(given)
+    assert given == {"OMP_WAIT_POLICY": "passive"}
+    for own in ({"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "9"}, {"OMP_NUM_THREADS": "1"}):
+        before = dict(own)
+        assert not set_waiting(own) and own == before
+    for busy[0], processors in ((0.4, 4), (None, 4), (3.0, 64)):
+        monkeypatch.setattr(environment_module, "usable_processors", lambda number=processors: number)
+        given = {}
+        assert not set_waiting(given) and not given
 
 
 @pytest.mark.parametrize("module", ["mf_train.cli", "mf_train.launch.rank"])

@@ -4,7 +4,8 @@
     ffn_tables    of the FFN: both its layers, or the values of a product-key memory
     embedding     of the tokens
     head          the LM head
-    matrices      of layers that are dense or of low rank; queries and keys of a product-key memory
+    matrices      of layers that are dense or of low rank; queries and keys of a product-key memory;
+                  rotations
     attention     what attention has of its own: Linformer's summaries, Luna's slots, EcoFormer's hash
     norms         norms, and the biases of all layers
 
@@ -72,7 +73,7 @@ def groups_of(model: ModelConfig) -> list[str]:
         # also where only the FFN has some, which go by these settings
         "tables": bool(kinds & {"memory", "product_key"}),
         "ffn_tables": model.ffn_kind in ("memory", "product_key"),
-        "matrices": kinds != {"memory"} or model.residual_rank > 0,
+        "matrices": kinds != {"memory"} or model.residual_rank > 0 or model.rotation,
         "attention": model.has_attention_weights,
     }
     return [group for group in GROUPS if has.get(group, True)]

@@ -49,6 +49,7 @@ class ModelConfig:
     product_heads: int = 4  # H of product_key: queries of a token
     product_query: int = 128  # d of product_key: features of a query, half of them for each half key
     product_reads: int = 16  # k of product_key: values that a query reads
+    rotation: bool = False  # each table's features are turned by a learned rotation before they are hashed
     hidden_size: int = 512  # D, features of a token
     num_layers: int = 6  # L, blocks
     num_heads: int = 8  # H, attention heads
@@ -119,6 +120,8 @@ class ModelConfig:
         }
         if self.residual_rank:
             others["residual_rank"] = str(self.residual_rank)
+        if self.rotation:
+            others["rotation"] = "learned"
         return self.kind + "".join(f", {name} {value}" for name, value in others.items())
 
     @property
@@ -220,6 +223,8 @@ class ModelConfig:
             raise ValueError(
                 f"model.residual_rank is {self.residual_rank} and the model has no memory layers: leave it out"
             )
+        if self.rotation and "memory" not in self.layer_kinds:
+            raise ValueError("model.rotation is true and the model has no memory layers: leave it out")
         if "low_rank" not in self.layer_kinds:
             if self.rank is not None:
                 raise ValueError(f"model.rank is {self.rank} and no layer is low_rank: leave it out")

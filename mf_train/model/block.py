@@ -12,6 +12,7 @@ from mf_train.model.matrix import Gather, LowRank, Matrix
 from mf_train.model.memory import Hash, Lookup, lookup_each
 from mf_train.model.norm import Norm
 from mf_train.model.product_key import ProductKey
+from mf_train.model.rotation import Rotation
 
 
 class Block(nn.Module):
@@ -20,8 +21,8 @@ class Block(nn.Module):
     `model.qkv`, `model.output` and `model.ffn` say what the layers are. MemoryFormer has memory layers, no output
     layer, and a norm inside the FFN. Matrices, whole or of low rank, are used as in Pythia, but with sequential
     residuals: GELU inside the FFN. A memory layer as output layer has a norm before it, as every other has. With
-    `model.residual_rank` each memory layer has matrices of low rank beside its tables. A product-key memory is the
-    whole FFN.
+    `model.residual_rank` each memory layer has matrices of low rank beside its tables. With `model.rotation`
+    what they hash is turned before. A product-key memory is the whole FFN.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -49,6 +50,8 @@ class Block(nn.Module):
         layers = [layer for layer in block_layers(config) if layer.place == place]
         self.inputs[place] = [layer.name for layer in layers]
         for layer in layers:
+            if layer.kind == "memory" and config.rotation and f"rotate_{place}" not in self._modules:
+                self.add_module(f"rotate_{place}", Rotation(layer.num_tables, layer.bits))
             if layer.kind == "memory":
                 self.add_module(f"hash_{place}", Hash(layer.bits, config.temperature, config.score))
             if layer.matrices:
@@ -77,7 +80,8 @@ class Block(nn.Module):
         if f"hash_{place}" not in self._modules:
             gathered = getattr(self, f"gather_{place}")(x)
             return [layer(gathered) for layer in layers]
-        codes, weights = getattr(self, f"hash_{place}")(x)
+        turned = getattr(self, f"rotate_{place}")(x) if f"rotate_{place}" in self._modules else x
+        codes, weights = getattr(self, f"hash_{place}")(turned)
         # a module that is called runs its hooks, which time it
         ys = lookup_each(codes, weights, layers) if len(layers) > 1 else [layers[0](codes, weights)]
         if f"gather_{place}" in self._modules:

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from mf_train.config.model import AttentionKind, ModelConfig
 from mf_train.model.attention.costs import attention_costs
-from mf_train.model.layers import block_layers, block_norms
+from mf_train.model.layers import block_layers, block_norms, rotation_entries
 
 CHECKPOINT_BYTES = 12  # of a parameter: its float32 weight and both moments of AdamW
 
@@ -15,7 +15,7 @@ class ParameterCounts:
     """Numbers of parameters by kind."""
 
     tables: int  # table entries of all memory layers
-    dense: int  # matrices of the blocks
+    dense: int  # matrices of the blocks, rotations among them
     embedding: int
     head: int
     attention: int  # what attention has of its own
@@ -44,7 +44,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     vocabulary = config.vocab_size * size
     return ParameterCounts(
         tables=sum(layer.table_entries for layer in layers) * config.num_layers,
-        dense=sum(layer.matrix_entries for layer in layers) * config.num_layers,
+        dense=(sum(layer.matrix_entries for layer in layers) + rotation_entries(config)) * config.num_layers,
         embedding=vocabulary,
         head=vocabulary,
         attention=sum(count_attention_parameters(config, kind) for kind in config.attention_kinds),
@@ -86,6 +86,6 @@ def count_block_flops(config: ModelConfig, sequence_length: int | None = None) -
     (`model.layers`). Norms are not counted, nor those of queries and keys.
     """
     s = sequence_length or config.sequence_length
-    layers = s * sum(layer.multiply_adds for layer in block_layers(config))
+    layers = s * (sum(layer.multiply_adds for layer in block_layers(config)) + rotation_entries(config))
     attention = s * sum(cost.multiply_adds for cost in attention_costs(config, s)) / config.num_layers
     return BlockFlops(attention=attention, layers=layers)

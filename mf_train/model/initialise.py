@@ -26,6 +26,7 @@ def initialise(model: nn.Module, seed: int, rank: int = 0, size: int = 1) -> Non
     | query, key, value, up, queries that are dense | N(0, 2 / (5 D)) |
     | output, down that are dense | N(0, (2 / (L sqrt(D)))^2) (as GPT-NeoX initialises Pythia) |
     | reduce [r, I], of low rank | N(0, 1 / I) |
+    | skew, of rotations | 0 |
     | keys, of product_key | N(0, 2 / d): a score has variance 1 |
     | expand [O, r], of low rank | N(0, dense * I / r): the product has the variance of the dense one |
     | attention: key_summary, value_summary | N(0, 1 / c): a summary has a row's size |
@@ -51,13 +52,15 @@ def initialise_parameter(
     if std > 0:
         _fill_normal(parameter, std, seed, name, rank, size)
     else:
-        parameter.fill_(0.0 if name.endswith((".bias", "_log_temperature", ".hash_threshold")) else 1.0)
+        parameter.fill_(
+            0.0 if name.endswith((".bias", ".skew", "_log_temperature", ".hash_threshold")) else 1.0
+        )
 
 
 def _standard_deviation(name: str, shape: Shape, config: ModelConfig) -> float:
-    """Of a parameter that is drawn; 0 for one that is set (norms and biases)."""
+    """Of a parameter that is drawn; 0 for one that is set (norms, biases, rotations)."""
     module, _, kind = name.rpartition(".")
-    if kind == "bias" or "norm" in module.rpartition(".")[2]:
+    if kind in ("bias", "skew") or "norm" in module.rpartition(".")[2]:
         return 0.0
     if module.endswith(".attention"):
         return _of_attention(kind, config)

@@ -134,6 +134,17 @@ def rank_features(config: ModelConfig) -> int:
     return sum(layer.rank for layer in block_layers(config))
 
 
+def rotated_features(config: ModelConfig) -> int:
+    """Features of a block that learned rotations turn."""
+    return sum(place.features for place in block_places(config) if place.hashed) if config.rotation else 0
+
+
+def rotation_entries(config: ModelConfig) -> int:
+    """Numbers in the rotations of a block, [K, tau, tau] at each place, which are their multiply-adds a token too."""
+    places = [place for place in block_places(config) if place.hashed] if config.rotation else []
+    return sum(place.features * place.bits for place in places)
+
+
 def product_codes(config: ModelConfig) -> tuple[int, int]:
     """Values of a product-key memory that a token reads, and bytes of a value's code; zeros where there is none."""
     products = [layer.products for layer in block_layers(config) if layer.products]

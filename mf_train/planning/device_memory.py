@@ -24,6 +24,7 @@ from mf_train.model.layers import (
     gathered_features,
     product_codes,
     rank_features,
+    rotated_features,
 )
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import check_degrees, count_micro_batches, micro_batch_sizes
@@ -184,7 +185,9 @@ def block_bytes(model: ModelConfig, tensor: int, width: int) -> float:
     output = size * width if model.output_kind == "memory" else 0  # of its norm
     others = gathered_features(model) * (1 - 1 / tensor) * width
     own = activation + normalised + output + others + rank_features(model) * width + code_bytes(model, width)
-    own += _product_bytes(model, tensor)[0]
+    own += (
+        _product_bytes(model, tensor)[0] + rotated_features(model) / tensor * width
+    )  # beside what is turned
     return (8 * size + 2 * inner) * width + own + len(block_norms(model)) * 8 + 4 * heads + kept
 
 

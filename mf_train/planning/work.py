@@ -32,6 +32,7 @@ from mf_train.model.layers import (
     gathered_features,
     product_codes,
     rank_features,
+    rotated_features,
 )
 from mf_train.model.sums import num_chunks
 from mf_train.parallel.degrees import count_micro_batches
@@ -181,9 +182,10 @@ def _memory_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[Part
 def _matrix_features(model: ModelConfig, tensor: int) -> float:
     """Inputs, gathered, and results of the matrices of a block, features a token."""
     layers = [layer for layer in block_layers(model) if layer.matrices]
-    return sum(
+    found = sum(
         layer.in_features + layer.out_features / tensor + layer.rank * (1 + 1 / tensor) for layer in layers
     )
+    return found + 2 * rotated_features(model) / tensor
 
 
 def _matrix_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartWork]:

@@ -56,6 +56,9 @@ def test_every_parameter_has_its_group() -> None:
     kinds["hybrid"] = {"qkv": "low_rank", "output": "memory", "rank": 3}
     expected["hybrid"] = expected["memoryformer"] | dict.fromkeys(("reduce", "expand"), "matrices")
     expected["hybrid"]["output"] = "tables"
+    kinds["rotated"] = {"rotation": True}
+    turned = dict.fromkeys(("rotate_attention", "rotate_ffn", "rotate_inner"), "matrices")
+    expected["rotated"] = expected["memoryformer"] | turned
     kinds["products"] = {"ffn": "product_key", "product_keys": 20}
     expected["products"] = expected["memoryformer"] | dict.fromkeys(("select", "queries"), "matrices")
     expected["products"]["values"] = "ffn_tables"

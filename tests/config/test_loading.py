@@ -197,6 +197,7 @@ def random_config(dice: random.Random) -> Config:
         "output": "low_rank",
         "rank": 1,
         "product_reads": 1,
+        "rotation": False,  # not every model has what it turns
         "residual_rank": 0,
         "rotary_fraction": dice.random(),
         "attention": dice.choice(["window", "performer", "cosformer", "flow", "luna_filtered", "ecoformer"]),

@@ -79,6 +79,13 @@ def run_block(x: Tensor, w: Weights, config: ModelConfig) -> Tensor:
 def memory_layer(x: Tensor, w: Weights, name: str, bits: int, config: ModelConfig) -> Tensor:
     """Eq. 2-11 for every token of x [S, K * bits], one table after the other."""
     tables, bias = w[f"{name}.tables"], w[f"{name}.bias"]
+    if config.rotation:
+        place = {"up": "ffn", "down": "inner", "output": "output"}.get(name, "attention")
+        parts = []
+        for z, a in zip(x.split(bits, 1), w[f"rotate_{place}.skew"], strict=True):
+            s, one = a - a.T, torch.eye(bits, dtype=a.dtype)
+            parts.append(z @ (one - s) @ torch.linalg.inv(one + s))
+        x = torch.cat(parts, 1)
     outputs = []
     for token in x:
         y = bias

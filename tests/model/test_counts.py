@@ -171,6 +171,7 @@ def random_layers() -> dict[str, object]:
         layers["rank"] = 1
     if "memory" in layers.values():
         layers["residual_rank"] = random.choice([0, 1])
+        layers["rotation"] = random.choice([False, True])
     return layers
 
 
@@ -182,6 +183,9 @@ def test_multiply_adds_of_a_hybrid_are_those_of_its_layers() -> None:
     products = paper_model("tiny", ffn="product_key", product_keys=100, product_heads=3, product_query=10)
     expected = 3 * 64 * 512 + 30 * 512 + 3 * 2 * 100 * 5 + 3 * 16 * 512
     assert count_block_flops(products, 100).layers == 100 * expected
+    rotated = paper_model("tiny", rotation=True)
+    expected = 6 * 64 * 512 + 2 * 512 * 8 + 640 * 10
+    assert count_block_flops(rotated, 100).layers == 100 * expected
     beside = paper_model("tiny", residual_rank=8)
     expected = 6 * 64 * 512 + 8 * (3 * (512 + 512) + 2 * (512 + 640))
     assert count_block_flops(beside, 100).layers == 100 * expected

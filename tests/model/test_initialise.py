@@ -45,6 +45,7 @@ CONFIGS = {
         qkv="dense",
         output="memory",
         residual_rank=48,
+        rotation=True,
         hidden_size=96,
         num_layers=2,
         num_heads=8,
@@ -68,7 +69,7 @@ def documented_value(name: str, config: ModelConfig) -> str:
     """What the table says of one parameter, in D, L, I and r; exactly one row must."""
     owner, _, attribute = name.rpartition(".")
     layer, _, module = owner.rpartition(".")
-    module = attribute if attribute in ("tables", "keys") else module
+    module = attribute if attribute in ("tables", "keys", "skew") else module
 
     def covers(row: str) -> bool:
         if row == "norm weights":

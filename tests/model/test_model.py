@@ -45,6 +45,7 @@ CASES = {
     "matrices in attention": {"qkv": "dense", "output": "low_rank", "rank": 7, "ffn_activation": "relu"},
     "matrices in the FFN": {"ffn": "dense", "output": "memory", "score": "scaled_probability"},
     "memory in one place": {"kind": "dense", "output": "memory", "norm": "rmsnorm", "bits": 4},
+    "rotated": {"rotation": True, "output": "memory", "expand_bits": 1, "residual_rank": 2},
     "product keys": {"ffn": "product_key"} | PRODUCT,
     "product keys and matrices": {"kind": "dense", "ffn": "product_key"} | PRODUCT | {"product_reads": 5},
     "dense rmsnorm": {"kind": "dense", "norm": "rmsnorm", "num_heads": 3, "rotary_base": 100.0},
@@ -237,6 +238,7 @@ def test_compiled_with_aot_autograd(kind: str) -> None:
             {"kind": "dense", "residual_rank": 2},
             "model.residual_rank is 2 and the model has no memory layers",
         ),
+        ({"kind": "dense", "rotation": True}, "model.rotation is true and the model has no memory layers"),
         ({"product_keys": 0}, "model.product_keys is 0: it must be at least 1"),
         ({"ffn": "product_key", "product_query": 5}, "model.product_query is 5: it must be even"),
         (

@@ -37,7 +37,7 @@ MODELS = {
     "activation": replace(MODEL, ffn_activation="gelu", norm="rmsnorm"),
     "dense": replace(MODEL, kind="dense"),
     "product keys": replace(MODEL, ffn="product_key", product_keys=20, product_query=8, product_reads=4),
-    "hybrid": replace(MODEL, qkv="low_rank", output="memory", rank=16),
+    "hybrid": replace(MODEL, qkv="low_rank", output="memory", rank=16, rotation=True),
 }
 deepspeed_config = zero3._deepspeed_config
 END_OF_TEXT, BATCH, MICRO, STEPS = 3, 8, 2, 2

@@ -51,6 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     # codes of 8 and 10 bits, as in the paper's models: one and two bytes
     "wide codes": {"bits": 8, "temperature": 0.7, "num_layers": 1},
+    "rotated": {"rotation": True, "output": "memory"},
     "documents": {},  # packed rows, attention inside their documents
 }
 # A matrix's sums go over all features, in an order that depends on who holds how many outputs. In bfloat16 the last bit

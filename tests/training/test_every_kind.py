@@ -29,6 +29,7 @@ MODELS |= {
     "tables in the FFN": {"kind": "dense", "ffn": "memory"},
     "matrices in the FFN": {"ffn": "dense", "output": "memory"},
     "product keys": {"ffn": "product_key", "product_keys": 16, "product_query": 8, "product_reads": 3},
+    "rotated": {"rotation": True, "output": "memory"},
     "low rank beside tables": {"residual_rank": 4, "attention": "flow"},
 }
 # processes and tensor-parallel degree before the kill and after it, and the stage of ZeRO

@@ -109,7 +109,7 @@ def _shown_path(path: str) -> str:
 
 def _name(config: Config) -> str:
     model = config.model
-    if model.layer_kinds == {"memory"} and not model.residual_rank:
+    if model.layer_kinds == {"memory"} and not model.residual_rank and not model.rotation:
         return "MemoryFormer"
     if "memory" in model.layer_kinds:
         return f"MemoryFormer with other layers ({model.description})"

@@ -39,7 +39,7 @@ KINDS: dict[str, Any] = {
     "memoryformer": {},
     "dense": {"kind": "dense"},
     "product keys": {"ffn": "product_key", "product_keys": 30, "product_query": 8, "product_reads": 3},
-    "hybrid": {"ffn": "low_rank", "output": "memory", "rank": 4, "residual_rank": 4},
+    "hybrid": {"ffn": "low_rank", "output": "memory", "rank": 4, "residual_rank": 4, "rotation": True},
 }
 
 
@@ -149,7 +149,11 @@ def test_only_small_parameters_are_held(readers: tuple[ModelConfig, list[Checkpo
     config, found = readers
     state = streamed_model(config, CheckpointWeights(found[0], "bfloat16")).state_dict()
     assert state and all(value.dtype == torch.bfloat16 for value in state.values())
-    small = {name for name, shape in found[0].shapes.items() if len(shape) == 1 or name.endswith(".keys")}
+    small = {
+        name
+        for name, shape in found[0].shapes.items()
+        if len(shape) == 1 or name.endswith((".keys", ".skew"))
+    }
     assert set(state) == small
 
 

@@ -163,6 +163,7 @@ VARIANTS = {
         output="memory",
         rank=6,
         residual_rank=4,
+        rotation=True,
         hidden_size=32,
         num_layers=2,
         num_heads=2,

@@ -49,13 +49,14 @@ class Block(nn.Module):
     def _add_layers(self, place: str, config: ModelConfig) -> None:
         layers = [layer for layer in block_layers(config) if layer.place == place]
         self.inputs[place] = [layer.name for layer in layers]
-        for layer in layers:
-            if layer.kind == "memory" and config.rotation and f"rotate_{place}" not in self._modules:
-                self.add_module(f"rotate_{place}", Rotation(layer.num_tables, layer.bits))
+        for layer in layers[:1]:  # all are of one kind
             if layer.kind == "memory":
+                if config.rotation:
+                    self.add_module(f"rotate_{place}", Rotation(layer.num_tables, layer.bits))
                 self.add_module(f"hash_{place}", Hash(layer.bits, config.temperature, config.score))
             if layer.matrices:
                 self.add_module(f"gather_{place}", Gather())
+        for layer in layers:
             self.add_module(layer.name, _build(layer))
             if layer.kind == "memory" and layer.rank:
                 beside = LowRank(layer.in_features, layer.out_features, layer.rank, bias=False)

@@ -50,7 +50,7 @@ class Int8Lookup(nn.Module):
     tables: Tensor
     scales: Tensor
 
-    def __init__(self, plain: Lookup) -> None:
+    def __init__(self, plain: Lookup | Values) -> None:
         super().__init__()
         tables, scales = quantize_rows(plain.tables.detach())
         self.register_buffer("tables", tables)
@@ -61,18 +61,8 @@ class Int8Lookup(nn.Module):
         return lookup_int8(codes, weights, self.tables, self.scales) + self.bias
 
 
-class Int8Values(nn.Module):
+class Int8Values(Int8Lookup):
     """Values with an int8 table [1, N, O] and scales [1, N]: codes and weights [..., R] -> [..., O]."""
-
-    tables: Tensor
-    scales: Tensor
-
-    def __init__(self, plain: Values) -> None:
-        super().__init__()
-        tables, scales = quantize_rows(plain.tables.detach())
-        self.register_buffer("tables", tables)
-        self.register_buffer("scales", scales)
-        self.bias = plain.bias
 
     def forward(self, codes: Tensor, weights: Tensor) -> Tensor:
         """The rows that are read become float32, each once."""

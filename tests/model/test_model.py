@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mf_train.config import ModelConfig
+from mf_train.model import MemoryFormer
 from tests.model.reference import logits_of, losses_of
 from tests.models import random_model
 
@@ -250,3 +251,18 @@ def test_compiled_with_aot_autograd(kind: str) -> None:
 def test_layers_that_do_not_fit_are_refused(keys: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ModelConfig(hidden_size=24, bits=3, num_heads=2, **keys)  # type: ignore[arg-type]
+
+
+def test_a_rotation_turns_each_table_s_features_and_begins_as_none() -> None:
+    keys = {"hidden_size": 24, "num_layers": 2, "num_heads": 2, "bits": 3, "vocab_size": 37}
+    plain, turned = (MemoryFormer(ModelConfig(**keys, rotation=each), seed=4) for each in (False, True))  # type: ignore[arg-type]
+    tokens, _ = random_tokens(plain.config, 5, 2, 9)
+    assert torch.equal(turned(tokens), plain(tokens))
+    rotation = random_model(turned.config, 6).blocks[0].rotate_ffn
+    x = torch.randn(4, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    y = rotation(x)
+    torch.testing.assert_close(y.view(4, 8, 3).norm(dim=-1), x.view(4, 8, 3).norm(dim=-1))
+    assert (y - x).norm() > 0.1 * x.norm()
+    changed = x.clone()
+    changed[:, 3:6] += 1.0  # of the second table
+    assert torch.equal(rotation(changed)[:, :3], y[:, :3]) and torch.equal(rotation(changed)[:, 6:], y[:, 6:])

@@ -23,7 +23,12 @@ def start_python(code: str, *arguments: object, **options: Any) -> subprocess.Po
 
 def result(process: subprocess.Popen[str], status: int = 0) -> str:
     """What a process has printed when it has ended, which must be with this exit status: its errors unless with 0."""
-    out, errors = process.communicate(timeout=120)
+    try:
+        out, errors = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, errors = process.communicate()
+        raise AssertionError(f"not ended after 120 s: {out}{errors}") from None
     assert process.returncode == status, out + errors
     return errors if status else out
 

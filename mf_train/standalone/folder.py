@@ -21,21 +21,24 @@ CONFIG, CARD, CERTIFICATE = "config.json", "README.md", "certificate.json"
 # One file of weights, or the index of several.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 REMEDY = "convert the checkpoint again"
-# Keys of ModelConfig that came later: a model that was converted before has their defaults.
-_LATER = (
-    "qk_norm",
-    "logit_softcap",
-    "attention",
-    "full_attention_layers",
-    "attention_window",
-    "attention_features",
-    "attention_seed",
-    "attention_segment",
-    "attention_rank",
-    "attention_slots",
-    "attention_filter",
-    "attention_bits",
-    "attention_anchors",
+# Keys of ModelConfig that every converted model has; one that was converted before another came has that one's default.
+_FIRST_KEYS = (
+    "kind",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "bits",
+    "expand_bits",
+    "score",
+    "temperature",
+    "norm",
+    "ffn_inner_norm",
+    "ffn_activation",
+    "norm_epsilon",
+    "rotary_fraction",
+    "rotary_base",
+    "vocab_size",
+    "sequence_length",
 )
 
 
@@ -62,7 +65,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype, bool]:
                 f"{path}: {TABLE_DTYPE} is {tree[TABLE_DTYPE]!r}, and this version knows only {INT8!r}; {REMEDY}"
             )
         keys = {field.name: CONFIG_KEYS.get(field.name, field.name) for field in fields(ModelConfig)}
-        given = {name: key for name, key in keys.items() if key in tree or name not in _LATER}
+        given = {name: key for name, key in keys.items() if key in tree or name in _FIRST_KEYS}
         model = ModelConfig(**{name: tree[key] for name, key in given.items()})
     except KeyError as error:
         raise UserError(f"{path}: has no key {error}; {REMEDY}") from None

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from mf_train.config import ModelConfig
+from mf_train.errors import UserError
 from mf_train.standalone.conversion.convert import convert
 from mf_train.standalone.decoding import FastPath
 from mf_train.standalone.exported.cache import Cache
+from mf_train.standalone.exported.names import CONFIG_KEYS
 from mf_train.standalone.folder import CERTIFICATE, CONFIG
 from mf_train.standalone.use.generate import new_tokens
 from mf_train.standalone.use.load import load_model
@@ -68,15 +70,25 @@ def _caches(model: torch.nn.Module) -> tuple[list[object], list[object]]:
 
 
 def test_a_model_that_was_converted_before_loads(tmp_path: Path) -> None:
-    """Its config.json lacks the keys; any other that is missing is still an error."""
+    """Its config.json lacks every key that came later; one of the first that is missing is an error."""
     list(convert(write(tmp_path), tmp_path / "model"))
     tokens = torch.arange(9)[None]
     expected = load_model(tmp_path / "model")(tokens)
     path = tmp_path / "model" / CONFIG
     tree = json.loads(path.read_text())
-    assert (tree.pop("qk_norm"), tree.pop("logit_softcap")) == (False, 0)
-    path.write_text(json.dumps(tree))
+    first = "kind hidden_size num_layers num_heads bits expand_bits score temperature norm ffn_inner_norm "
+    first += "ffn_activation norm_epsilon rotary_fraction rotary_base vocab_size sequence_length"
+    names = {CONFIG_KEYS.get(name, name): name for name in vars(ModelConfig())}
+    old = {key: value for key, value in tree.items() if names.get(key) in (None, *first.split())}
+    assert len(tree) - len(old) == len(names) - 16 > 10
+    path.write_text(json.dumps(old))
     assert torch.equal(load_model(tmp_path / "model")(tokens), expected)
+    del old["bits"]
+    path.write_text(json.dumps(old))
+    with pytest.raises(
+        UserError, match=r"config.json: has no key 'bits'; convert the checkpoint again"
+    ):
+        load_model(tmp_path / "model")
 
 
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Kind = Literal["memoryformer", "dense"]
@@ -38,8 +38,8 @@ class ModelConfig:
 
     kind: Kind = "memoryformer"  # or its dense peer: what the three layers below are that are null
     qkv: LayerKind | None = None  # query, key and value: memory layers, matrices, or matrices of low rank
-    # both layers of the FFN; those of matrices have 4 hidden_size features and GELU between
-    # or one product-key memory, which has no second layer
+    # both layers of the FFN; those of matrices have 4 hidden_size features and GELU between. Or one product-key memory,
+    # which is all of it
     ffn: FfnKind | None = None
     output: OutputKind | None = None  # between attention and residual; null: none, or the dense peer's matrix
     rank: int | None = None  # of low_rank layers: features between their two matrices
@@ -71,6 +71,8 @@ class ModelConfig:
     # of performer: random features; 0: d ln d for heads of d features, rounded up
     attention_features: int = 0
     attention_seed: int = 0  # of performer's random features
+    # steps after which performer's random features are drawn anew, each time from the next seed; 0: never
+    attention_redraw: int = 0
     attention_segment: int = 256  # c of linformer: positions of a segment
     attention_rank: int = 32  # r of linformer: summaries of an earlier segment
     attention_slots: int = 16  # l of luna and luna_filtered: rows that all positions are packed into
@@ -157,6 +159,13 @@ class ModelConfig:
         """Random features of a head, for the kinds of attention that have them."""
         size = self.head_size
         return self.attention_features or max(1, math.ceil(size * math.log(size)))
+
+    def after(self, steps: int) -> ModelConfig:
+        """The model's after so many steps of training: its random features are those of the last one."""
+        if not self.attention_redraw:
+            return self
+        drawings = max(steps - 1, 0) // self.attention_redraw
+        return replace(self, attention_seed=self.attention_seed + drawings)
 
     @property
     def has_attention_weights(self) -> bool:
@@ -246,7 +255,7 @@ class ModelConfig:
             )
 
     def _check_attention(self) -> None:
-        for name in ("attention_features", "attention_seed"):
+        for name in ("attention_features", "attention_seed", "attention_redraw"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}: it must be 0 or more")
         layers = self.full_attention_layers

@@ -21,6 +21,7 @@ from mf_train.config.phases import phase_at
 from mf_train.config.schedule import Rewarm, rate_of
 from mf_train.errors import PeerError, TrainingError
 from mf_train.exit_status import DONE, FAILED, STOPPED
+from mf_train.model.attention.performer import PerformerAttention
 from mf_train.parallel.agreement import any_rank, run_on_all, run_on_first
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
@@ -161,6 +162,7 @@ class PhaseRun:
             entering=watch.entering,
             still_alive=watch.still_alive,
         )
+        self._draw_features(self.step)
         if checkpoint is not None:
             watch.entering(f"restoring {checkpoint.checkpoint.name}")
             load_checkpoint(self.engine, checkpoint, watch.still_alive)
@@ -232,8 +234,18 @@ class PhaseRun:
 
     # one step
 
+    def _draw_features(self, step: int) -> None:
+        """Give attention by random features those of a step."""
+        if not self.config.model.attention_redraw:
+            return
+        seed = self.config.model.after(step).attention_seed
+        for module in self.engine.model.modules():
+            if isinstance(module, PerformerAttention):
+                module.seed = seed
+
     def _train_step(self, batch: Batch) -> dict[str, Any]:
         config, step, digest = self.config, self.step + 1, batch.digest
+        self._draw_features(step)
         sent = self.exchange.bytes_sent if self.exchange else 0
         trained = not self.bad_steps.is_listed(step)
         loss, gradient_norm = torch.full((2,), math.nan, device=self.device)

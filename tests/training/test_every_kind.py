@@ -11,18 +11,18 @@ from mf_train.checkpoint.layout import resolve_checkpoint
 from mf_train.model.attention.kinds import KINDS
 from mf_train.standalone.conversion.check import check_conversion
 from mf_train.standalone.conversion.convert import convert
+from mf_train.standalone.folder import read_config
 from mf_train.standalone.use.evaluate import evaluate
 from mf_train.standalone.use.generate import generate
 from tests.standalone.checkpoints import certificate_of
 from tests.training.runs import has_steps, read_metrics, small_config, start, train, wait_for, write_text
-
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 MODELS: dict[str, dict[str, Any]] = {
     kind: {"attention": kind, "full_attention_layers": [1], "qk_norm": True}
     for kind in KINDS
     if kind != "softmax"
 }
+MODELS["performer"]["attention_redraw"] = 2
 MODELS |= {
     "dense": {"kind": "dense"},
     "low rank": {"kind": "dense", "qkv": "low_rank", "ffn": "low_rank", "output": "low_rank", "rank": 8},
@@ -50,6 +50,8 @@ def configuration(folder: Path, model: str, documents: bool) -> dict[str, Any]:
     return tree
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize(("index", "name"), list(enumerate(MODELS)), ids=list(MODELS))
 def test_a_run_of_every_kind(index: int, name: str, tmp_path: Path) -> None:
     before, after, stage = SHAPES[index % len(SHAPES)]
@@ -83,3 +85,20 @@ def test_a_run_of_every_kind(index: int, name: str, tmp_path: Path) -> None:
     text = "".join(generate(model, "The union of states", max_new_tokens=8))
     assert text.startswith("The union of states") and len(text) > 20
     assert any(line.startswith("perplexity") for line in evaluate(model, [str(tmp_path / "text.jsonl")]))
+
+
+def test_random_features_are_drawn_anew(tmp_path: Path) -> None:
+    """Steps 1 and 2 have the first drawing, 3 and 4 the second, 5 the third, also where a run goes on after step 3."""
+    losses = {}
+    for name, steps, redraw in (("once", (5,), 0), ("anew", (5,), 2), ("resumed", (3, 5), 2)):
+        tree = configuration(tmp_path / name, "performer", documents=False)
+        tree["model"] |= {"num_layers": 2, "attention_redraw": redraw, "attention_seed": 7}
+        for tree["training"]["steps"] in steps:
+            train(tree)
+        losses[name] = [line["loss"] for line in read_metrics(tmp_path / name)]
+    assert losses["anew"] == losses["resumed"] and losses["anew"][:2] == losses["once"][:2]
+    assert losses["anew"][2] != losses["once"][2]
+    list(convert(tmp_path / "anew", tmp_path / "model"))
+    config, _, _ = read_config(tmp_path / "model")
+    assert (config.attention_seed, config.attention_redraw) == (9, 2)
+    assert certificate_of(tmp_path / "model")["probe"]["largest_logit_difference"] < 1e-4

@@ -20,9 +20,9 @@ class PerformerAttention(Attention):
         phi(x)_f = exp(w_f . x - |x|^2 / 2),   x = q or k over head^(1/4)
 
     w_f are `model.attention_features` random vectors, orthogonal in blocks (section 2.4), drawn from
-    `model.attention_seed` and the block's number. They stay the same through training and after conversion; the
-    paper's redrawing is left out. Before the exponential a query's largest exponent is taken off, and a key's, which
-    is put back relative to the largest of the keys so far: both cancel in the quotient, and look at nothing later.
+    `model.attention_seed` and the block's number; training draws them anew by setting `seed`. Before the exponential a
+    query's largest exponent is taken off, and a key's, which is put back relative to the largest of the keys so far:
+    both cancel in the quotient, and look at nothing later.
     """
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:

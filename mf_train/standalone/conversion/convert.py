@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def open_checkpoint(path: Path, *, average: bool = False) -> tuple[CheckpointRea
             "training.average_decay"
         )
     reader.read_file(CONFIG)  # its checksum
-    config = phase_at(load_config(reader.checkpoint / CONFIG), reader.manifest.step).config
+    step = reader.manifest.step
+    config = phase_at(load_config(reader.checkpoint / CONFIG), step).config
+    config = replace(config, model=config.model.after(step))
     check_layers(config.model, len(reader.shapes), reader.checkpoint / CONFIG)
     with torch.device("meta"):
         model = MemoryFormer(config.model)

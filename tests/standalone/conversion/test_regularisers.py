@@ -85,9 +85,7 @@ def test_a_model_that_was_converted_before_loads(tmp_path: Path) -> None:
     assert torch.equal(load_model(tmp_path / "model")(tokens), expected)
     del old["bits"]
     path.write_text(json.dumps(old))
-    with pytest.raises(
-        UserError, match=r"config.json: has no key 'bits'; convert the checkpoint again"
-    ):
+    with pytest.raises(UserError, match=r"config.json: has no key 'bits'; convert the checkpoint again"):
         load_model(tmp_path / "model")
 
 

@@ -63,7 +63,7 @@ ROUNDED: dict[str, dict[str, Any]] = {
     "product keys": {"ffn": "product_key", "product_heads": 8, "product_keys": 12, "product_query": 6}
     | {"product_reads": 3},
     "many product keys": {"kind": "dense", "ffn": "product_key", "product_heads": 8, "product_keys": 300}
-    | {"product_query": 4, "product_reads": 2, "num_layers": 1},
+    | {"product_query": 4, "product_reads": 2},
     "other hybrid": {"output": "dense", "residual_rank": 8},
 }
 CLOSE = {(model, "float32"): 2e-6 for model in ROUNDED} | {
@@ -227,7 +227,7 @@ def test_matrices_come_close(model: str, dtype: str, size: int, results: Any) ->
     """Outputs of every module, losses and gradients, relative to their norm."""
     for rank in range(size):
         found = results[rank][model, dtype, size]
-        assert found["compared"] > 10 and found["worst"] < CLOSE[model, dtype]
+        assert found["compared"] > 15 and found["worst"] < CLOSE[model, dtype]
     errors = results[0][model, dtype, size]["gradient errors"]
     # adds the same to every score, but for the rotation
     errors = {name: error for name, error in errors.items() if not name.endswith("key.bias")}

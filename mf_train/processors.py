@@ -34,9 +34,8 @@ def busy_processors(seconds: float = 0.2) -> float | None:
     passed = [[now - then for now, then in zip(after[name], before[name], strict=True)] for name in after]
     if not passed or not all(map(sum, passed)):
         return None
-    return sum(
-        1 - (ticks[3] + ticks[4]) / sum(ticks) for ticks in passed
-    )  # idle, and idle while a disk is read
+    # idle, and idle while a disk is read
+    return sum(1 - (ticks[3] + ticks[4]) / sum(ticks) for ticks in passed)
 
 
 def _ticks() -> dict[str, list[int]]:

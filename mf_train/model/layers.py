@@ -19,6 +19,11 @@ class ProductSizes(NamedTuple):
     features: int
     reads: int
 
+    @property
+    def code_bytes(self) -> int:
+        """Of the code of one of n^2 values: 4, of which 2 travel between ranks, or 8 beyond 2^16 values."""
+        return 4 if self.keys**2 <= 2**16 else 8
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -134,9 +139,14 @@ def rank_features(config: ModelConfig) -> int:
     return sum(layer.rank for layer in block_layers(config))
 
 
+def hashed_features(config: ModelConfig) -> int:
+    """Features that the hashes of a block read."""
+    return sum(place.features for place in block_places(config) if place.hashed)
+
+
 def rotated_features(config: ModelConfig) -> int:
     """Features of a block that learned rotations turn."""
-    return sum(place.features for place in block_places(config) if place.hashed) if config.rotation else 0
+    return hashed_features(config) if config.rotation else 0
 
 
 def rotation_entries(config: ModelConfig) -> int:
@@ -149,7 +159,7 @@ def product_codes(config: ModelConfig) -> tuple[int, int]:
     """Values of a product-key memory that a token reads, and bytes of a value's code; zeros where there is none."""
     products = [layer.products for layer in block_layers(config) if layer.products]
     reads = sum(each.heads * each.reads for each in products)
-    return reads, max((4 if each.keys**2 <= 2**16 else 8 for each in products), default=0)
+    return reads, max((each.code_bytes for each in products), default=0)
 
 
 def count_matrices(config: ModelConfig) -> int:

@@ -26,6 +26,7 @@ class ProductKeys(nn.Module):
     def __init__(self, in_features: int, sizes: ProductSizes) -> None:
         super().__init__()
         self.reads = sizes.reads
+        self.code_dtype = torch.int32 if sizes.code_bytes == 4 else torch.int64
         self.queries = Matrix(in_features, sizes.heads * sizes.features, bias=False)
         self.keys = nn.Parameter(torch.empty(sizes.heads, 2, sizes.keys, sizes.features // 2))
 
@@ -39,7 +40,7 @@ class ProductKeys(nn.Module):
         top, pair = sums.flatten(-2).topk(self.reads)
         first = place[..., 0, :].gather(-1, pair // self.reads)
         second = place[..., 1, :].gather(-1, pair % self.reads)
-        codes = (first * n + second).to(torch.int32 if n * n <= 2**16 else torch.int64)
+        codes = (first * n + second).to(self.code_dtype)
         return codes.flatten(-2), top.softmax(-1).flatten(-2).to(x.dtype)
 
 

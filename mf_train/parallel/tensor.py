@@ -76,7 +76,8 @@ class TensorParallelProductKeys(ProductKeys):
 
     def __init__(self, plain: ProductKeys, exchange: Exchange) -> None:
         nn.Module.__init__(self)
-        self.reads, self.queries, self.keys = plain.reads, plain.queries, plain.keys
+        self.reads, self.code_dtype = plain.reads, plain.code_dtype
+        self.queries, self.keys = plain.queries, plain.keys
         self.exchange = exchange
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from mf_train.model.layers import (
     block_places,
     count_matrices,
     gathered_features,
+    hashed_features,
     product_codes,
     rank_features,
     rotated_features,
@@ -157,18 +158,13 @@ def _rows(model: ModelConfig, n: float, b: int, tensor: int) -> float:
     return model.num_layers * n * columns / tensor * b
 
 
-def _hashed(model: ModelConfig) -> int:
-    """Features that the hashes of a block read."""
-    return sum(place.features for place in block_places(model) if place.hashed)
-
-
 def _memory_work(model: ModelConfig, n: float, b: int, tensor: int) -> list[PartWork]:
     tables = count_parameters(model).tables / tensor * b
     if not tables:
         return []
     layers = model.num_layers
     rows = _rows(model, n, b, tensor)
-    hashed = n * _hashed(model) / tensor * b
+    hashed = n * hashed_features(model) / tensor * b
     hashes = layers * (3 * hashed + 2 * n * code_bytes(model, b) / tensor)
     return [
         # launches: tests/kernels/test_launches.py
@@ -227,7 +223,7 @@ def recomputed_work(config: Config, tensor: int) -> list[PartWork]:
     ]
     counts = count_parameters(model)
     if counts.tables:
-        hashed = layers * n * (_hashed(model) * b + code_bytes(model, b)) / tensor
+        hashed = layers * n * (hashed_features(model) * b + code_bytes(model, b)) / tensor
         parts += [
             PartWork("hash again", copy=hashed, launches=layers * 3),
             PartWork(

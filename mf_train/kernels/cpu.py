@@ -142,16 +142,36 @@ def load(instruction_set: str) -> ctypes.CDLL:
 
 
 def _openmp_runtime() -> Path:
-    """The OpenMP library that torch has loaded."""
+    """The OpenMP library that torch computes with.
+
+    Other packages bring their own: sentencepiece, scikit-learn. With the first one in memory the library would depend
+    on what else is imported, and be compiled once for each.
+    """
+    address = _address_that_torch_calls("omp_get_max_threads")
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         raise build.BuildError("there is no /proc/self/maps to find torch's OpenMP library in") from None
     for line in maps.splitlines():
-        name = line.split(maxsplit=5)[-1]
-        if Path(name).name.startswith(("libgomp", "libiomp5")):
+        places, *_, name = line.split(maxsplit=5)
+        first, end = (int(place, 16) for place in places.split("-"))
+        if first <= address < end and Path(name).name.startswith(("libgomp", "libiomp5")):
             return Path(name)
     raise build.BuildError("torch has loaded no OpenMP library named libgomp or libiomp5")
+
+
+def _address_that_torch_calls(name: str) -> int:
+    """Of a function, as the loader finds it for torch: what is loaded for all comes first, then what torch needs.
+
+    0 where there is none.
+    """
+    for library in (None, Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"):
+        try:
+            function = getattr(ctypes.CDLL(library and str(library)), name)
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
 
 
 def function(name: str) -> Callable[..., int]:

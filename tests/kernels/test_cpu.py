@@ -19,6 +19,7 @@ from mf_train.kernels import build, composition, cpu, reference
 from mf_train.model.sums import pairwise_sum
 from tests.closeness import assert_close
 from tests.examples import examples
+from tests.processes import run_python
 from tests.threads import threads
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason=cpu.reason())
@@ -200,6 +201,7 @@ def test_same_bits_in_every_run_and_for_any_number_of_threads(dtype, tokens: int
 
 @needs_library
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the machine has no AVX-512")
+@pytest.mark.slow  # it compiles the library again
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_both_instruction_sets_give_the_same_bits(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -410,6 +412,15 @@ def test_a_copy_of_the_package_takes_the_same_library(tmp_path: Path) -> None:
         [sys.executable, "-c", place], cwd=tmp_path, env=variables, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["True", "True"]
+
+
+@needs_library
+def test_it_is_linked_with_torch_s_openmp() -> None:
+    """Other packages bring such a library, too: sentencepiece's comes before torch's or after it in memory."""
+    code = "import {}; from mf_train.kernels import cpu; print(cpu.library()._name)"
+    orders = ("torch, sentencepiece", "sentencepiece, torch")
+    first, second = (run_python(code.format(order)) for order in orders)
+    assert first == second
 
 
 @needs_library

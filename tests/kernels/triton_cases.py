@@ -308,7 +308,7 @@ def test_all_tokens_in_one_row() -> None:
 @pytest.mark.parametrize(
     ("widths", "dtype", "chunks", "blocks"),
     [
-        ((260,), torch.float32, 2, "narrow blocks"),  # two of each chunk
+        pytest.param((260,), torch.float32, 2, "narrow blocks", marks=SLOW),  # two of each chunk
         ((8, 4), torch.bfloat16, 4, "narrow blocks"),
         pytest.param((80,), torch.float64, 2, "as chosen", marks=SLOW),
         pytest.param((200, 40), torch.float16, 8, "narrow blocks", marks=SLOW),

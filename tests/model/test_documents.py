@@ -233,7 +233,7 @@ def test_misuse() -> None:
         model(tokens, documents_bs=documents, cache=ListCache())
 
 
-@pytest.mark.parametrize("kind", ["memoryformer", "dense"])
+@pytest.mark.parametrize("kind", ["memoryformer", pytest.param("dense", marks=pytest.mark.slow)])
 def test_compiled_with_aot_autograd(kind: str) -> None:
     """`torch.compile` traces it whole and changes no number beyond rounding."""
     config = ModelConfig(kind=kind, hidden_size=32, num_layers=1, num_heads=2, bits=4, vocab_size=48)

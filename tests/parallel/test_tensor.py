@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -126,22 +127,42 @@ def outputs_of(model: MemoryFormer, config: ModelConfig, documents: bool) -> tup
     return outputs, losses
 
 
-def compare(rank: int, group: dist.ProcessGroup, model: str, dtype: torch.dtype) -> Any:
+@dataclass
+class Expected:
+    """Of the plain model, as `outputs_and_gradients` has them."""
+
+    outputs: dict[str, Tensor]
+    losses: Tensor
+    gradients: dict[str, Tensor]
+
+
+def expected_of(rank: int, plain: MemoryFormer, documents: bool) -> Expected:
+    """Computed by rank 0 and sent to all."""
+    expected: list[Expected | None] = [None]
+    if rank == 0:
+        plain = copy.deepcopy(plain)
+        outputs, losses = outputs_and_gradients(plain, plain.config, documents)
+        gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+        expected = [Expected(outputs, losses, gradients)]
+    dist.broadcast_object_list(expected)
+    assert expected[0] is not None
+    return expected[0]
+
+
+def compare(
+    rank: int, group: dist.ProcessGroup, plain: MemoryFormer, expected: Expected, documents: bool
+) -> Any:
     """What one rank sees of one case."""
-    config = ModelConfig(**SIZES | (MODELS | ROUNDED)[model])
-    documents, size = model == "documents", group.size()
-    plain = random_model(config, 1, dtype, std=0.2)
-    exchange = Exchange(group)
+    size, exchange = group.size(), Exchange(group)
     sharded = shard_model(copy.deepcopy(plain), exchange)
     kinds = {type(module) for module in sharded.modules()}
     assert not kinds & {Norm, Hash} and sharded.head is not plain.head
-    expected, expected_losses = outputs_and_gradients(plain, config, documents)
-    outputs, losses = outputs_and_gradients(sharded, config, documents)
+    outputs, losses = outputs_and_gradients(sharded, plain.config, documents)
     sent = exchange.bytes_sent
 
     different, compared = [], 0
-    worst = float(relative_error(losses, expected_losses))
-    for name, whole in expected.items():
+    worst = float(relative_error(losses, expected.losses))
+    for name, whole in expected.outputs.items():
         if ".gather" in name or name.endswith(".reduce"):
             continue  # whole on every rank, or what is gathered there
         compared += 1
@@ -150,14 +171,13 @@ def compare(rank: int, group: dist.ProcessGroup, model: str, dtype: torch.dtype)
         if not torch.equal(outputs[name].to(whole.dtype), whole):  # ranks have weights as float32
             different.append(name)
             worst = max(worst, float(relative_error(outputs[name], whole)))
-    if not torch.equal(losses, expected_losses):
+    if not torch.equal(losses, expected.losses):
         different.append("losses")
 
     assert all(p.grad is not None for p in sharded.parameters())
-    reference = {name: p.grad for name, p in plain.named_parameters()}
     errors = []
     for name, parameter in sharded.named_parameters():
-        part = slice_of_rank(reference[name], name, rank, size).double()
+        part = slice_of_rank(expected.gradients[name], name, rank, size).double()
         assert parameter.shape == part.shape
         errors.append(torch.stack([(parameter.grad.double() - part).square().sum(), part.square().sum()]))
     squares = torch.stack(errors)
@@ -167,7 +187,7 @@ def compare(rank: int, group: dist.ProcessGroup, model: str, dtype: torch.dtype)
         "compared": compared,
         "different": different,
         "worst": worst,
-        "gradient errors": dict(zip(reference, relative, strict=True)),
+        "gradient errors": dict(zip(expected.gradients, relative, strict=True)),
         "numel": sum(p.numel() for p in sharded.parameters()),
         "bytes": sent,
     }
@@ -179,11 +199,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
 
 def all_cases(rank: int, world_size: int) -> dict[tuple[str, str, int], Any]:
     results = {}
-    for size in DEGREES:
-        group = dist.new_group(list(range(size)))
-        if rank < size:
-            for model, dtype in (*itertools.product(MODELS, DTYPES), *CLOSE):
-                results[model, dtype, size] = compare(rank, group, model, DTYPES[dtype])
+    groups = {size: dist.new_group(list(range(size))) for size in DEGREES}
+    for model, dtype in (*itertools.product(MODELS, DTYPES), *CLOSE):
+        config, documents = ModelConfig(**SIZES | (MODELS | ROUNDED)[model]), model == "documents"
+        plain = random_model(config, 1, DTYPES[dtype], std=0.2)
+        expected = expected_of(rank, plain, documents)
+        for size, group in groups.items():
+            if rank < size:
+                results[model, dtype, size] = compare(rank, group, plain, expected, documents)
     dist.barrier()
     return results
 

@@ -103,7 +103,7 @@ def config(texts: list[list[str]], tmp_path_factory: pytest.TempPathFactory, tok
     )
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 4, 8), (8, 1, 4, 2)])
+@pytest.mark.parametrize("sizes", [pytest.param((1, 2, 4, 8), marks=pytest.mark.slow), (8, 1, 4, 2)])
 def test_every_document_of_an_epoch_once_across_restarts(
     sizes: tuple[int, ...],
     config: Config,

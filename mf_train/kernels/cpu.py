@@ -165,9 +165,9 @@ def _address_that_torch_calls(name: str) -> int:
 
     0 where there is none.
     """
-    for library in (None, Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"):
+    for library in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
         try:
-            function = getattr(ctypes.CDLL(library and str(library)), name)
+            function = getattr(ctypes.CDLL(library), name)
         except (OSError, AttributeError):
             continue
         return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -87,7 +87,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda" and has_triton():
         return "Triton kernels"
     if device.type == "cpu" and cpu.library() is not None:
-        return f"C++ operation ({torch.backends.cpu.get_cpu_capability()})"
+        return f"C++ operation ({cpu.instruction_set().upper()})"
     why = {"cpu": cpu.reason, "cuda": lambda: "triton is not installed"}.get(device.type)
     return "torch operations" + (f", slower: {why()}" if why else "")
 

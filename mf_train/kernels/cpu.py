@@ -2,10 +2,11 @@
 
 The functions have the seam's surface; what the seam checks of values they leave to it, but no tensor reaches C++ that
 is not what C++ takes it for (`address`). Codes out of range raise. Sums and roundings are those that
-`mf_train.kernels.lookup` names; the same bits in every run, for any number of threads, and for AVX2 as for AVX-512.
+`mf_train.kernels.lookup` names; the same bits in every run, for any number of threads, on AVX2, AVX-512 and NEON.
 """
 
 import ctypes
+import platform
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from .composition import Sum, add_biases, add_to, code_dtype
 INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
     "avx2": ["-mavx2", "-mfma"],
+    "neon": [],  # every aarch64 has it
 }
 # -ffp-contract=off: GCC would fuse multiplications and additions that are written apart, differently for each
 # instruction set. -fno-math-errno, -fno-trapping-math: roots and comparisons become vectors; no result changes.
@@ -102,17 +104,24 @@ def reason() -> str:
 
 @lru_cache(maxsize=1)
 def _library_or_reason() -> tuple[ctypes.CDLL | None, str]:
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    if capability not in INSTRUCTION_SETS:
-        return None, f"this machine offers {capability}; the C++ operation is written for AVX2 and AVX-512"
+    chosen = instruction_set()
+    if chosen not in INSTRUCTION_SETS:
+        return None, f"this machine offers {chosen}; the C++ operation is written for AVX2, AVX-512 and NEON"
     try:
-        return load(capability), ""
+        return load(chosen), ""
     except build.BuildError as error:
         return None, str(error)
 
 
+def instruction_set() -> str:
+    """This machine's, in INSTRUCTION_SETS or not: x86's as torch names it, which ATEN_CPU_CAPABILITY lowers."""
+    if platform.machine() == "aarch64":
+        return "neon"
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
 def load(instruction_set: str) -> ctypes.CDLL:
-    """The operations compiled for "avx512" or "avx2", which the machine must have.
+    """The operations compiled for one of INSTRUCTION_SETS, which the machine must have.
 
     Raises:
         build.BuildError: they cannot be compiled or loaded.

@@ -1,10 +1,18 @@
 // Runs every function of training on random and odd sizes, each array exactly as large as it must be, so that
 // AddressSanitizer and UndefinedBehaviorSanitizer see any access outside. Results are checked elsewhere.
+//
+//     sanitize_driver ROUNDS [digests]
+//
+// With `digests` floats are small numbers, and a digest of what each function wrote is printed: another instruction set
+// has to give the same. A NaN's sign and payload are no result: they differ between x86 and Arm.
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <map>
 #include <random>
+#include <string>
 #include <vector>
 
 extern "C" {
@@ -34,6 +42,8 @@ void mf_loss_gradient(const void*, int32_t, const float*, const float*, const in
 namespace {
 
 std::mt19937_64 random_bits(1);
+bool with_digests = false;
+std::map<std::string, uint64_t> digests;
 
 int64_t between(int64_t low, int64_t high) { return low + int64_t(random_bits() % uint64_t(high - low + 1)); }
 
@@ -41,6 +51,10 @@ int64_t between(int64_t low, int64_t high) { return low + int64_t(random_bits() 
 struct Array {
     explicit Array(int64_t bytes) : data(static_cast<uint8_t*>(std::malloc(size_t(bytes ? bytes : 1)))) {
         for (int64_t i = 0; i < bytes; ++i) data[i] = uint8_t(random_bits());  // NaN and infinities among the floats
+        for (int64_t i = 0; with_digests && i + 2 <= bytes; i += 2) {
+            const float value = float(between(-1000, 1000)) / 250.0f;  // in its upper half a bfloat16
+            std::memcpy(data + i, reinterpret_cast<const uint8_t*>(&value) + 2, 2);
+        }
     }
     ~Array() { std::free(data); }
     Array(const Array&) = delete;
@@ -50,6 +64,19 @@ struct Array {
 
 int64_t float_bytes(int32_t type) { return type == 0 ? 4 : 2; }
 
+// What `function` wrote: FNV-1a of its bytes. `type`: 0 float32, 1 bfloat16, 2 bytes.
+void note(const char* function, const void* p, int64_t count, int32_t type) {
+    const int64_t size = type == 0 ? 4 : type == 1 ? 2 : 1;
+    uint64_t& digest = digests.emplace(function, 0xcbf29ce484222325u).first->second;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits = 0;
+        std::memcpy(&bits, static_cast<const uint8_t*>(p) + i * size, size_t(size));
+        const uint32_t infinity = type == 0 ? 0x7f800000u : 0x7f80u;
+        if (type < 2 && (bits & (infinity | (infinity - 1))) > infinity) bits = infinity + 1;
+        digest = (digest ^ bits) * 0x100000001b3u;
+    }
+}
+
 void hash_once() {
     const int32_t type = int32_t(between(0, 1)), tau = int32_t(between(1, 16)), threads = int32_t(between(1, 3));
     const int64_t count = between(0, 3000);
@@ -58,7 +85,10 @@ void hash_once() {
     Array dx(count * tau * float_bytes(type));
     for (int32_t scaled = 0; scaled < 2; ++scaled) {
         mf_hash(x.data, type, count, tau, 0.7f, scaled, codes.data, weights.data, threads);
+        note("hash", codes.data, count * code_bytes, 2);
+        note("hash", weights.data, count, type);
         mf_hash_backward(weights.data, x.data, type, count, tau, 0.7f, scaled, dx.data, threads);
+        note("hash backward", dx.data, count * tau, type);
     }
 }
 
@@ -102,7 +132,15 @@ void lookup_once(int32_t code_type, int32_t weight_type, int32_t table_type) {
                               reinterpret_cast<const int8_t*>(int8_tables.data), columns[0],
                               reinterpret_cast<const float*>(scales.data), int8_y.data, threads);
     };
-    if (forward() || backward() || int8()) std::abort();
+    note("column sums", d_bias.data, columns[0], 0);
+    if (forward()) std::abort();
+    note("lookup", y0.data, tokens * columns[0], table_type);
+    note("lookup", y1.data, tokens * columns[1], table_type);
+    if (backward() || int8()) std::abort();
+    note("lookup backward", d_tables0.data, tables * rows * columns[0], table_type);
+    note("lookup backward", d_tables1.data, tables * rows * columns[1], table_type);
+    note("lookup backward", d_weights.data, tokens * tables, 0);
+    note("lookup of int8", int8_y.data, tokens * columns[0], weight_type);
     if (tokens == 0 || (code_type == 0 && rows == 256)) return;
     // A code past the last row, or a negative one, anywhere: refused, and nothing is read for it.
     put_code(codes.data, code_bytes, between(0, tokens * tables - 1), between(0, 1) ? rows : -1);
@@ -120,6 +158,7 @@ void count_once(int32_t code_type) {
         return mf_count(codes.data, code_type, tokens, stride, tables, rows, counts.data(), int32_t(between(1, 3)));
     };
     if (run()) std::abort();
+    note("count", counts.data(), tables * rows * 8, 2);
     if (tokens == 0 || (code_type == 0 && rows == 256)) return;
     put_code(codes.data, code_bytes, between(0, tokens - 1) * stride + between(0, tables - 1),
              between(0, 1) ? rows : -1);
@@ -135,11 +174,16 @@ void norm_once() {
     const int64_t ranks = int64_t(1) << between(0, 3);
     Array mean(tokens * 4), rstd(tokens * 4), sums(ranks * tokens * 8), d_weight(features * 4), d_bias(features * 4);
     for (int32_t centred = 0; centred < 2; ++centred) {
+        const int64_t size = tokens * features;
         float* gathered = between(0, 2) ? sums.floats() : nullptr;
         mf_norm_moments(x.data, type, tokens, features, chunk, centred, sums.floats(), threads);
+        note("norm's moments", sums.data, tokens * 2, 0);
         mf_norm_normalise(x.data, type, gathered, gathered ? ranks : 1, weight.data, centred ? weight.data : nullptr,
                           weight_type, tokens, features, chunk, centred, 1e-5f, out.data, mean.floats(), rstd.floats(),
                           threads);
+        note("norm", out.data, size, type);
+        note("norm", mean.data, tokens, 0);
+        note("norm", rstd.data, tokens, 0);
         mf_norm_gradient_sums(dy.data, x.data, type, mean.floats(), rstd.floats(), weight.data, weight_type, tokens,
                               features, chunk, sums.floats(), threads);
         if (mf_norm_gradients(dy.data, x.data, type, mean.floats(), rstd.floats(), weight.data, weight_type,
@@ -147,6 +191,9 @@ void norm_once() {
                               d_weight.floats(), d_bias.floats(), threads)) {
             std::abort();
         }
+        note("norm's gradients", out.data, size, type);
+        note("norm's gradients", d_weight.data, features, 0);
+        if (centred) note("norm's gradients", d_bias.data, features, 0);
     }
 }
 
@@ -158,9 +205,11 @@ void loss_once() {
     std::vector<int64_t> target;
     for (int64_t n = 0; n < tokens; ++n) target.push_back(between(-1, vocabulary - 1));
     mf_loss_sums(logits.data, type, target.data(), tokens, vocabulary, chunk, sums.floats(), threads);
+    note("loss", sums.data, tokens * 3 * (vocabulary / chunk), 0);
     for (void* out : {d_logits.data, logits.data}) {
         mf_loss_gradient(logits.data, type, normaliser.floats(), factor.floats(), target.data(), tokens, vocabulary,
                          out == logits.data ? 0.05f : 0.0f, out, threads);
+        note("loss's gradient", out, tokens * vocabulary, type);
     }
 }
 
@@ -168,6 +217,7 @@ void loss_once() {
 
 int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
+    with_digests = argc > 2;
     for (int round = 0; round < rounds; ++round) {
         hash_once();
         norm_once();
@@ -176,6 +226,9 @@ int main(int argc, char** argv) {
             lookup_once(code_type, round & 1, (round >> 1) & 1);
             count_once(code_type);
         }
+    }
+    for (const auto& [function, digest] : digests) {
+        if (with_digests) std::printf("%s %016llx\n", function.c_str(), static_cast<unsigned long long>(digest));
     }
     std::puts("done");
 }

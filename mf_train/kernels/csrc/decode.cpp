@@ -90,7 +90,7 @@ public:
         constexpr int kSpins = 4096;
         for (int i = 0; round_.load(std::memory_order_acquire) == round; ++i) {
             if (i < kSpins) {
-                _mm_pause();
+                relax();
             } else {
                 sched_yield();
             }

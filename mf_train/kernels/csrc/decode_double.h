@@ -12,24 +12,24 @@ namespace mf {
 
 typedef double Double8 __attribute__((vector_size(64)));
 typedef float Float8 __attribute__((vector_size(32)));
+typedef double Double2 __attribute__((vector_size(16)));
 typedef int64_t Int8 __attribute__((vector_size(64)));
 
 inline void widen(const Vec& a, Double8& low, Double8& high) {
+    float all[kLanes];
+    store(all, a);
     Float8 half;
-    __m256 part = low_half(a);
-    std::memcpy(&half, &part, sizeof(half));
+    std::memcpy(&half, all, sizeof(half));
     low = __builtin_convertvector(half, Double8);
-    part = high_half(a);
-    std::memcpy(&half, &part, sizeof(half));
+    std::memcpy(&half, all + 8, sizeof(half));
     high = __builtin_convertvector(half, Double8);
 }
 
 inline double sum(const Double8& a) {
-    __m256d half[2];
-    std::memcpy(half, &a, sizeof(half));
-    const __m256d four = _mm256_add_pd(half[0], half[1]);
-    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+    Double2 pair[4];
+    std::memcpy(pair, &a, sizeof(pair));
+    const Double2 two = (pair[0] + pair[2]) + (pair[1] + pair[3]);
+    return two[0] + two[1];
 }
 
 // e^x for x <= 0 to about 3e-16 of itself; 0 below -708; NaN for NaN. x = n ln 2 + r, |r| <= ln 2 / 2, and e^r by its

@@ -20,7 +20,7 @@ inline Range share(int64_t count, int64_t unit, int64_t index, int64_t parts) {
     return {min(count, units * index / parts * unit), min(count, units * (index + 1) / parts * unit)};
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // Rows that are summed in one pass over the columns, while as many others are on their way.
 constexpr int kGroup = 8;

@@ -8,6 +8,8 @@ namespace mf {
 
 #if defined(__AVX512F__)
 constexpr int kTorchLanes = 16;
+#elif defined(__aarch64__)
+constexpr int kTorchLanes = 4;
 #else
 constexpr int kTorchLanes = 8;
 #endif

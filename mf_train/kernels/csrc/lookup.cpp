@@ -49,7 +49,7 @@ inline void sum_rows(const Read* reads, const Shape& shape, const T* tables, int
         if (k + kRowsAhead < shape.tables) {
             const T* next = tables + (k + kRowsAhead) * table_size + reads[k + kRowsAhead].code * columns;
             for (int64_t c = 0; c < ahead; c += line) {
-                _mm_prefetch(reinterpret_cast<const char*>(next + c), _MM_HINT_T0);
+                __builtin_prefetch(next + c);
             }
         }
         const T* row = tables + k * table_size + reads[k].code * columns;
@@ -109,7 +109,7 @@ void copy_tile(const T* table, int64_t rows, int64_t columns, int width, T* tile
     for (int64_t r = 0; r < rows; ++r) {
         if (r + kTileRowsAhead < rows) {
             const char* ahead = reinterpret_cast<const char*>(table + (r + kTileRowsAhead) * columns);
-            for (int64_t b = 0; b < int64_t(kWidth * sizeof(T)); b += kCacheLine) _mm_prefetch(ahead + b, _MM_HINT_T0);
+            for (int64_t b = 0; b < int64_t(kWidth * sizeof(T)); b += kCacheLine) __builtin_prefetch(ahead + b);
         }
         if (width == kWidth) {
             std::memcpy(tile + r * kWidth, table + r * columns, kWidth * sizeof(T));

@@ -76,7 +76,7 @@ inline void add_tokens(const T* dy, const int32_t* tokens, const float* weights,
     }
     // A token's sum does not depend on the three beside it, so neither does its d weight.
     float each[4];
-    _mm_storeu_ps(each, sums(products[0], products[1], products[2], products[3]));
+    store_four(each, sums(products[0], products[1], products[2], products[3]));
     for (int i = 0; i < Count; ++i) d_weights[i] += each[i];
 }
 
@@ -242,8 +242,7 @@ void pass_backward(const T* dy, const Groups& groups, const Shape& shape, const 
             const int64_t ahead = min(i + kRowsAhead, end - 1);
             for (int v = 0; v < Vecs; ++v) {
                 const Piece<T>& piece = pass.pieces[v];
-                _mm_prefetch(reinterpret_cast<const char*>(piece.table + ahead * piece.columns + piece.whole),
-                             _MM_HINT_T0);
+                __builtin_prefetch(piece.table + ahead * piece.columns + piece.whole);
             }
             Vec row[Vecs], gradient[Vecs];
             load_row<Vecs>(pass, i, row);
@@ -256,7 +255,7 @@ void pass_backward(const T* dy, const Groups& groups, const Shape& shape, const 
                                gradient, d_weights + start);
             store_row<Vecs>(pass, i, streamed, gradient);
         }
-        _mm_sfence();  // what was streamed is there before the threads meet
+        stream_fence();  // what was streamed is there before the threads meet
     }
 }
 

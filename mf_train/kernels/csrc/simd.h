@@ -13,6 +13,20 @@
 
 namespace mf {
 
+// The first `count` lanes, the others zero; memory past them is not touched. 0 <= count <= 16. AVX-512 has its own.
+#if !defined(__AVX512F__)
+template <typename T>
+inline Vec load(const T* p, int count) {
+    T all[kLanes] = {};
+    std::memcpy(all, p, size_t(count) * sizeof(T));
+    return load(all);
+}
+inline void store(float* p, Vec a, int count) {
+    float all[kLanes];
+    store(all, a);
+    std::memcpy(p, all, size_t(count) * sizeof(float));
+}
+#endif
 inline void store(bf16* p, Vec a, int count) {
     bf16 all[kLanes];
     store(all, a);

@@ -92,19 +92,6 @@ inline void stream(T* p, Vec a) {
     store(p, a);
 }
 
-// The first `count` lanes, the others zero; memory past them is not touched. 0 <= count <= 16.
-template <typename T>
-inline Vec load(const T* p, int count) {
-    T all[kLanes] = {};
-    std::memcpy(all, p, size_t(count) * sizeof(T));
-    return load(all);
-}
-inline void store(float* p, Vec a, int count) {
-    float all[kLanes];
-    store(all, a);
-    std::memcpy(p, all, size_t(count) * sizeof(float));
-}
-
 // values[i * stride] for i = 0..15.
 inline Vec gather(const float* p, int stride) {
     return each_part([=](int i) {

@@ -157,19 +157,6 @@ inline void stream(float* p, Vec a) {
     _mm256_stream_ps(p + 8, a.high);
 }
 
-// The first `count` lanes, the others zero; memory past them is not touched. 0 <= count <= 16.
-template <typename T>
-inline Vec load(const T* p, int count) {
-    T all[kLanes] = {};
-    std::memcpy(all, p, size_t(count) * sizeof(T));
-    return load(all);
-}
-inline void store(float* p, Vec a, int count) {
-    float all[kLanes];
-    store(all, a);
-    std::memcpy(p, all, size_t(count) * sizeof(float));
-}
-
 // values[i * stride] for i = 0..15.
 inline Vec gather(const float* p, int stride) {
     __m256i index = _mm256_mullo_epi32(_mm256_set1_epi32(stride), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

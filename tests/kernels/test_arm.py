@@ -1,4 +1,6 @@
-"""The C++ operation on Arm: compiled for it here, and run under an emulator, it gives x86's results to the last bit.
+"""The C++ operation on Arm, compiled for it here and run under an emulator: x86's results to the last bit.
+
+What moments in fewer bytes are updated by (adamw.cpp) is compiled alone: the driver has no case of it.
 
 Needs root's `apt-get install g++-aarch64-linux-gnu qemu-user` on x86.
 """

@@ -255,17 +255,18 @@ def test_storage_of_tables_may_go_and_come_back(with_hash: bool) -> None:
         assert torch.equal(swapped, kept)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype, backend: str) -> None:
-    has_biases = dtype == torch.float32  # in turn: each shape with biases in one of the dtypes
+@pytest.mark.parametrize(
+    ("dtype", "backend", "has_biases"),
+    in_pairs([torch.float32, torch.bfloat16], BACKENDS, [False, True]),
+    ids=str,
+)
+def test_opcheck(dtype: torch.dtype, backend: str, has_biases: bool) -> None:
     for tau, num_tables, out_features, lead in (
         (3, 4, 6, (5,)),
         (9, 2, 3, (2, 3)),
         (2, 1, 1, ()),
         (2, 3, 4, (0,)),
     ):
-        has_biases = not has_biases
         codes, weights, tables = random_arguments(21, tau, num_tables, out_features, lead, dtype)
         others = torch.randn(num_tables, 2**tau, out_features + 3).to(dtype)
         dys = [torch.randn(*lead, size).to(dtype) for size in (out_features, out_features + 3)]

@@ -19,7 +19,7 @@ from mf_train.standalone.use.generate import new_tokens
 from mf_train.standalone.use.load import load_model
 from tests.standalone.checkpoints import certificate_of, random_weights, write_checkpoint
 
-NEW = 12
+NEW = 20
 STATES = [kind for kind in KINDS if kind != "softmax"]
 MODELS: dict[str, dict[str, Any]] = {kind: {"attention": kind} for kind in STATES}
 # softmax in one of the blocks

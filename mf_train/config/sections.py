@@ -172,6 +172,15 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """What hash, lookup, norms, loss, rotation and compact AdamW are computed by (docs/kernels.md)."""
+
+    # auto: C++ on a CPU, Triton on a GPU, torch operations where these do not run; composition: torch operations; cpu,
+    # triton: as auto, and the run ends where it cannot be had; cuda: as triton, with lookups in CUDA C++ (H100, H200)
+    backend: Literal["auto", "composition", "cpu", "triton", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     """Which steps and ranks are profiled, into the run's folder (docs/profiling.md)."""
 
@@ -283,6 +292,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -13,12 +13,22 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backends import BACKENDS, describe, fast_adamw, fast_loss, fast_norm, fast_rotary, find_backend
+from .backends import (
+    BACKENDS,
+    choose_backend,
+    describe,
+    fast_adamw,
+    fast_loss,
+    fast_norm,
+    fast_rotary,
+    find_backend,
+)
 from .counting import count_codes
 from .ops import GradientSum
 
 __all__ = [
     "GradientSum",
+    "choose_backend",
     "count_codes",
     "describe",
     "fast_adamw",

@@ -15,28 +15,51 @@ from torch import Tensor
 
 from . import composition, cpu, cpu_adamw, cpu_loss, cpu_norm
 
+_chosen = "auto"  # what `choose_backend` was told last
+
 BACKENDS = ("auto", "composition", "cpu", "triton", "cuda", "reference")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def find_backend(name: str, *tensors: Tensor) -> ModuleType:
-    """The backend `name` for floating-point tensors of one device; "auto" is the fastest that takes them.
+class UnsupportedError(ValueError):
+    """A backend cannot compute with these tensors, or not on this machine; the message says why."""
 
-    Raises ValueError where the one asked for cannot run here or does not take them.
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Decide what "auto" is in this process from here on, on `device` and in `dtype`: one of BACKENDS but "reference".
+
+    "composition" takes the place of every kernel, those of norms, loss, rotation, counts and AdamW too. "cpu" and
+    "triton" are what "auto" takes where they run; "cuda" is Triton but for the lookups.
+
+    Raises UnsupportedError where it cannot run there, with the reason.
+    """
+    global _chosen
+    if name not in ("auto", "composition") and (problem := _problem(name, device, [dtype])):
+        raise UnsupportedError(problem)
+    _chosen = name
+
+
+def find_backend(name: str, *tensors: Tensor) -> ModuleType:
+    """The backend `name` for floating-point tensors of one device; "auto" is the fastest that takes them, or what
+    `choose_backend` says.
+
+    Raises UnsupportedError where the one asked for cannot run here or does not take them.
     """
     device, dtypes = tensors[0].device, [tensor.dtype for tensor in tensors]
-    if name == "composition":
+    if name == "composition" or (name == "auto" and _chosen == "composition"):
         return composition
     if name == "auto":
         if device.type == "cpu" and all(dtype in CPU_DTYPES for dtype in dtypes):
             return cpu if cpu.library() is not None else _composition_instead(cpu.reason())
         if device.type == "cuda" and all(dtype in GPU_DTYPES for dtype in dtypes) and has_triton():
-            return _triton()
+            return _cuda() if _chosen == "cuda" else _triton()
         return composition
     problem = _problem(name, device, dtypes)
     if problem:
-        raise ValueError(f"backend {name!r} cannot be used: {problem}; leave the choice to backend='auto'")
+        raise UnsupportedError(
+            f"backend {name!r} cannot be used: {problem}; leave the choice to backend='auto'"
+        )
     return cpu if name == "cpu" else _triton() if name == "triton" else _cuda()
 
 
@@ -58,8 +81,8 @@ def fast_rotary(q: Tensor) -> ModuleType | None:
 def fast_counting(counts: Tensor) -> ModuleType | None:
     """`count_codes` in C++ or Triton, where it runs for counts [K, rows]; else counting.py has it."""
     if counts.is_cpu:
-        return cpu if cpu.library() is not None else None
-    if not (counts.is_cuda and has_triton()):
+        return cpu if uses_c() else None
+    if not (counts.is_cuda and uses_triton(counts.device)):
         return None
     grouping = _triton_steps("grouping")
     return grouping if counts.shape[1] <= grouping.MAX_COUNTED_ROWS else None
@@ -73,20 +96,30 @@ def fast_adamw(gradient: Tensor) -> ModuleType | None:
 
 
 def _runs_in_c(x: Tensor) -> bool:
-    return (
-        x.is_cpu and x.dtype in CPU_DTYPES and not torch.compiler.is_compiling() and cpu.library() is not None
-    )
+    return x.is_cpu and x.dtype in CPU_DTYPES and not torch.compiler.is_compiling() and uses_c()
 
 
 def _runs_in_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in GPU_DTYPES and not torch.compiler.is_compiling() and has_triton()
+    return x.is_cuda and x.dtype in GPU_DTYPES and not torch.compiler.is_compiling() and uses_triton(x.device)
+
+
+def uses_c() -> bool:
+    """Whether "auto" is the C++ operation for tensors of a CPU, in the dtypes that it takes."""
+    return _chosen != "composition" and cpu.library() is not None
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether "auto" is Triton for tensors of a device, in the dtypes that it takes."""
+    return _chosen != "composition" and device.type == "cuda" and has_triton()
 
 
 def describe(device: torch.device) -> str:
     """What "auto" runs on a device, and why not something faster: one line for a log."""
-    if device.type == "cuda" and has_triton():
-        return "Triton kernels"
-    if device.type == "cpu" and cpu.library() is not None:
+    if _chosen == "composition":
+        return "torch operations, slower: kernels.backend is composition"
+    if uses_triton(device):
+        return "Triton kernels" + (", lookups in CUDA C++" if _chosen == "cuda" else "")
+    if device.type == "cpu" and uses_c():
         return f"C++ operation ({cpu.instruction_set().upper()})"
     why = {"cpu": cpu.reason, "cuda": lambda: "triton is not installed"}.get(device.type)
     return "torch operations" + (f", slower: {why()}" if why else "")
@@ -100,7 +133,7 @@ def _problem(name: str, device: torch.device, dtypes: list[torch.dtype]) -> str:
         "cuda": ("cuda", CPU_DTYPES),
     }[name]
     if device.type != wanted:
-        return f"the tensors are on {device}"
+        return f"it computes on {'GPUs' if wanted == 'cuda' else 'CPUs'}, and the tensors are on {device}"
     if wrong := [dtype for dtype in dtypes if dtype not in known]:
         return f"it does not compute in {wrong[0]}"
     if name == "cpu":

@@ -46,6 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import UnsupportedError
 from .build import SOURCES, BuildError, compile_once
 from .composition import Sum, add_biases
 
@@ -152,7 +153,7 @@ def lookup(
     A token with a code outside its table gets NaN. An infinity or NaN in a row reaches the tokens that read it.
 
     Raises:
-        ValueError: arguments that the kernel does not take, with what to use instead.
+        UnsupportedError: arguments that the kernel does not take, with what to use instead.
         BuildError: it could not be compiled.
         RuntimeError: CUDA failed, in its words.
     """
@@ -161,7 +162,7 @@ def lookup(
         problem = f"the tensors are on {codes.device}"
     problem = problem or unavailable_reason(codes.device)
     if problem:
-        raise ValueError(f"backend 'cuda' cannot look this up: {problem}; use backend='triton'")
+        raise UnsupportedError(f"backend 'cuda' cannot look this up: {problem}; use backend='triton'")
     library = _library()
     num_tables, rows, _ = tables[0].shape
     value_bytes = tables[0].element_size()

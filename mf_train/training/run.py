@@ -13,7 +13,9 @@ from mf_train.checkpoint.fence import Fence
 from mf_train.checkpoint.read import CheckpointReader
 from mf_train.config import Config
 from mf_train.config.phases import named, phases_of
+from mf_train.errors import UserError
 from mf_train.exit_status import DONE, STOPPED
+from mf_train.kernels.backends import UnsupportedError
 from mf_train.parallel.agreement import run_on_all, run_on_first
 from mf_train.parallel.degrees import Degrees, check_degrees
 from mf_train.parallel.groups import Groups, start_processes, stop_processes
@@ -79,6 +81,7 @@ def train(config: Config, process: Process) -> int:
 def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopRequest, watch: Watch) -> int:
     watch.entering("making process groups")
     groups = Groups(degrees, config.training.collective_timeout_seconds + _WATCH_SPEAKS_FIRST_SECONDS)
+    run_on_all(partial(_choose_kernels, config, device), device)
     for phase in phases_of(config):
         run_on_all(partial(check_host_memory, phase.config, degrees), device)
     watch.entering("opening the data")
@@ -116,6 +119,17 @@ def _train(config: Config, degrees: Degrees, device: torch.device, stop: StopReq
         return _train_phases(shared, opened, fence, checkpoint)
     finally:
         shared.records.close()
+
+
+def _choose_kernels(config: Config, device: torch.device) -> None:
+    """Has the process compute by `kernels.backend`; UserError where that cannot be."""
+    backend = config.kernels.backend
+    try:
+        kernels.choose_backend(backend, device, getattr(torch, config.training.precision))
+    except UnsupportedError as error:
+        raise UserError(
+            f"kernels.backend is {backend}, which cannot be used here: {error}: set kernels.backend=auto"
+        ) from error
 
 
 def _first_look(config: Config) -> int:

@@ -18,7 +18,8 @@ from mf_train.checkpoint.probe import probe_length
 from mf_train.config import Config
 from mf_train.errors import TrainingError, UserError
 from mf_train.kernels import hash_codes, lookup_all
-from mf_train.kernels.backends import has_triton
+from mf_train.kernels.backends import UnsupportedError, uses_triton
+from mf_train.kernels.build import BuildError
 from mf_train.model.memory import Hash
 from mf_train.parallel.agreement import run_long_on_all
 from mf_train.parallel.degrees import micro_batch_sizes
@@ -43,7 +44,7 @@ def compile_kernels(
     `still_alive` is called after each launch, `stop` as in `run_long_on_all`. Raises as that does: UserError where a
     node cannot compile, TrainingError where a kernel fails.
     """
-    if engine.device.type == "cuda" and has_triton() and "memory" in config.model.layer_kinds:
+    if uses_triton(engine.device) and "memory" in config.model.layer_kinds:
         passes = run_passes(config, engine.groups.degrees.data)
         local_rank = engine.groups.degrees.local_rank
         first_of_node(lambda: _launch(engine, passes, still_alive), local_rank, engine.device, stop)
@@ -162,6 +163,8 @@ def explain(error: Exception) -> UserError | TrainingError:
             f"Triton could not compile the kernels of hash and lookup ({words}): it needs a C compiler and Python.h on "
             "every GPU node and in every image: install gcc and Python's headers (python3-dev), or set CC"
         )
+    if isinstance(error, BuildError | UnsupportedError):  # there is no nvcc, or it does not take these tables
+        return UserError(f"kernels.backend: {error}")
     if isinstance(error, ImportError | OSError):
         return UserError(
             f"Triton could not keep or load the kernels of hash and lookup ({words}): set TRITON_CACHE_DIR to a folder "

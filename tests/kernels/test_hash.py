@@ -195,7 +195,8 @@ def test_errors_name_the_argument(arguments: tuple, message: str) -> None:
         ("fast", "backend must be one of auto, composition, cpu, triton, cuda, reference, got 'fast'"),
         (
             "triton",
-            "backend 'triton' cannot be used: the tensors are on cpu; leave the choice to backend='auto'",
+            "backend 'triton' cannot be used: it computes on GPUs, and the tensors are on cpu; "
+            "leave the choice to backend='auto'",
         ),
     ],
 )

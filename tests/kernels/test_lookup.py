@@ -401,8 +401,16 @@ def test_errors_name_the_argument(arguments: tuple, message: str, backend: str) 
             torch.float32,
             "backend must be one of auto, composition, cpu, triton, cuda, reference, got 'fast'",
         ),
-        ("triton", torch.float32, "backend 'triton' cannot be used: the tensors are on cpu"),
-        ("cuda", torch.float32, "backend 'cuda' cannot be used: the tensors are on cpu"),
+        (
+            "triton",
+            torch.float32,
+            "backend 'triton' cannot be used: it computes on GPUs, and the tensors are on cpu",
+        ),
+        (
+            "cuda",
+            torch.float32,
+            "backend 'cuda' cannot be used: it computes on GPUs, and the tensors are on cpu",
+        ),
         ("cpu", torch.float16, "backend 'cpu' cannot be used: it does not compute in torch.float16"),
     ],
 )

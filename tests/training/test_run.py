@@ -249,6 +249,19 @@ def test_a_nan_loss_stops_the_run(reference: Path, tmp_path: Path) -> None:
     assert [entry["loss"] is None for entry in metrics] == [False] * (len(metrics) - 2) + [True] * 2
 
 
+def test_kernels_of_the_backend_that_is_asked_for(reference: Path, tmp_path: Path) -> None:
+    tree = tree_beside(reference, tmp_path / "run")
+    done = train(tree, "kernels.backend=triton", "training.device=cpu", processes=2, expect=2)
+    (line,) = complaints(done)
+    assert "kernels.backend is triton" in line and line.endswith("set kernels.backend=auto")
+    assert not (tmp_path / "run").exists()
+    done = train(tree, "kernels.backend=composition", "training.steps=1")
+    assert "hash and lookup: torch operations, slower: kernels.backend is composition" in done.stdout
+    first, expected = read_metrics(tmp_path / "run")[0], read_metrics(reference)[0]
+    assert first["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_keeps_the_last_checkpoint(reference: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"

@@ -18,6 +18,8 @@ import torch
 from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.kernels import ops
+from mf_train.kernels.backends import UnsupportedError
+from mf_train.kernels.build import BuildError
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import start_processes
@@ -200,10 +202,12 @@ def test_nothing_happens_on_a_cpu() -> None:
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/no/cc"), UserError, "install gcc"),
         (ImportError("x.so: failed to map segment from shared object"), UserError, "noexec"),
         (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), UserError, "TRITON_CACHE_DIR"),
+        (BuildError("nvcc is not on the PATH; install it"), UserError, "kernels.backend: nvcc is not on"),
+        (UnsupportedError("it takes no more rows"), UserError, "kernels.backend: it takes no more rows"),
         (torch.OutOfMemoryError("CUDA out of memory"), TrainingError, "OutOfMemoryError: CUDA out of memory"),
         (AssertionError(), TrainingError, "AssertionError: no message"),
     ],
-    ids=["no compiler", "no header", "wrong CC", "noexec", "full", "memory", "other"],
+    ids=["no compiler", "no header", "wrong CC", "noexec", "full", "nvcc", "tables", "memory", "other"],
 )
 def test_an_error_is_one_line_with_its_remedy(
     error: Exception, kind: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch

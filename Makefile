@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format drills faults slurm-quick slurm gpu site clean
+.PHONY: help setup quickstart test check format drills faults slurm-quick slurm gpu site wheel clean
 
 help:
 	@echo "make setup       create .venv with everything that is needed (once)"
@@ -23,6 +23,7 @@ help:
 	@echo "make slurm       these and SLURM drills on a real cluster of namespaces (root): preemption, dead nodes; half an hour"
 	@echo "make gpu         prove and time everything on this machine's GPU, 8 minutes; sets nothing up"
 	@echo "make site        the documents as a site in build/site, with its links checked"
+	@echo "make wheel       wheels in dist/ with the C++ operation compiled, for machines without a compiler"
 	@echo "make clean       remove .venv, caches and runs/quickstart"
 
 # pip's hundreds of lines: a line that is rewritten on a terminal, and the two parts that take time.
@@ -98,6 +99,9 @@ check: $(STAMP)
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+wheel: $(STAMP)
+	@$(VENV)/bin/python -m mf_train.kernels.wheel
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache runs/quickstart

@@ -6,6 +6,7 @@ is not what C++ takes it for (`address`). Codes out of range raise. Sums and rou
 """
 
 import ctypes
+import os
 import platform
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -126,21 +127,11 @@ def load(instruction_set: str) -> ctypes.CDLL:
     Raises:
         build.BuildError: they cannot be compiled or loaded.
     """
-    runtime = str(_openmp_runtime())
-    sources = sorted(build.SOURCES.glob("*.cpp"))
-
-    def commands(output: Path) -> build.Commands:
-        flags = [*FLAGS, *INSTRUCTION_SETS[instruction_set]]
-        objects = {str(source): str(output.with_name(f"{source.stem}.o")) for source in sources}
-        compiling = [["g++", *flags, "-c", source, "-o", file] for source, file in objects.items()]
-        # Without GCC's default libraries, whose OpenMP runtime would be a second pool of threads beside torch's.
-        linking = ["g++", *flags, "-shared", *objects.values(), "-o", str(output), "-nodefaultlibs", runtime]
-        return [compiling, [[*linking, "-lstdc++", "-lm", "-lgcc_s", "-lgcc", "-lc"]]]
-
-    path = build.compile_once(
-        f"cpu-{instruction_set}", [*sources, *sorted(build.SOURCES.glob("*.h"))], commands
-    )
+    runtime = _openmp_runtime()
+    path = build.compile_once(*recipe(instruction_set), commands(instruction_set))
     try:
+        # torch has its OpenMP library where all others look first; said again here for a torch that has not
+        ctypes.CDLL(str(runtime), os.RTLD_GLOBAL | os.RTLD_NOLOAD)
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise build.BuildError(f"{path} cannot be loaded: {error}") from None
@@ -150,12 +141,36 @@ def load(instruction_set: str) -> ctypes.CDLL:
     return loaded
 
 
-def _openmp_runtime() -> Path:
-    """The OpenMP library that torch computes with.
+def recipe(instruction_set: str) -> tuple[str, list[Path], list[str]]:
+    """The library's name, and the sources and flags that decide what it is."""
+    sources = sorted([*build.SOURCES.glob("*.cpp"), *build.SOURCES.glob("*.h")])
+    return f"cpu-{instruction_set}", sources, [*FLAGS, *INSTRUCTION_SETS[instruction_set]]
 
-    Other packages bring their own: sentencepiece, scikit-learn. With the first one in memory the library would depend
-    on what else is imported, and be compiled once for each.
+
+def commands(
+    instruction_set: str, compiler: str = "g++", more: Sequence[str] = ()
+) -> Callable[[Path], build.Commands]:
+    """What compiles, with `more` flags that change no result, and links it, given the file to write.
+
+    Linked with no OpenMP library (-fopenmp would name GCC's own, a second pool of threads beside torch's): the loader
+    takes the functions from the one that torch computes with, wherever that lies.
     """
+    _, sources, flags = recipe(instruction_set)
+
+    def lines(output: Path) -> build.Commands:
+        objects = {
+            str(source): str(output.with_name(f"{source.stem}.o"))
+            for source in sources
+            if source.suffix == ".cpp"
+        }
+        compiling = [[compiler, *flags, *more, "-c", source, "-o", file] for source, file in objects.items()]
+        return [compiling, [[compiler, "-shared", *objects.values(), "-o", str(output)]]]
+
+    return lines
+
+
+def _openmp_runtime() -> Path:
+    """The OpenMP library that torch computes with. Other packages bring their own: sentencepiece, scikit-learn."""
     address = _address_that_torch_calls("omp_get_max_threads")
     try:
         maps = Path("/proc/self/maps").read_text()

@@ -103,6 +103,7 @@ def build() -> Path:
     return compile_once(
         "lookup_sm90",
         [source, SOURCES / "lookup_sm90.h"],
+        FLAGS,
         lambda output: [[[nvcc, *FLAGS, str(source), "-o", str(output)]]],
     )
 

@@ -26,7 +26,7 @@ from mf_train.errors import TrainingError, UserError
 CODE, VERSION, PATCH = "code", "version.json", "code.patch"
 _PACKAGE = Path(mf_train.__file__).resolve().parent
 # "shipped": the quickstart's text, which no job needs
-_SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", ".*", "*~", "shipped")
+_SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "*~", "shipped")
 _GIT_SECONDS = 60.0
 
 

@@ -4,6 +4,7 @@ import copy
 import ctypes
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from mf_train.kernels import build, composition, cpu, reference
 from mf_train.model.sums import pairwise_sum
 from tests.closeness import assert_close
 from tests.examples import examples
-from tests.processes import run_python
 from tests.threads import threads
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason=cpu.reason())
@@ -416,12 +416,18 @@ def test_a_copy_of_the_package_takes_the_same_library(tmp_path: Path) -> None:
 
 
 @needs_library
-def test_it_is_linked_with_torch_s_openmp() -> None:
+@pytest.mark.parametrize("order", ["torch, sentencepiece", "sentencepiece, torch"])
+def test_it_computes_with_torch_s_openmp(order: str) -> None:
     """Other packages bring such a library, too: sentencepiece's comes before torch's or after it in memory."""
-    code = "import {}; from mf_train.kernels import cpu; print(cpu.library()._name)"
-    orders = ("torch, sentencepiece", "sentencepiece, torch")
-    first, second = (run_python(code.format(order)) for order in orders)
-    assert first == second
+    code = f"import {order}; from mf_train.kernels import cpu; cpu.library(); print(cpu._openmp_runtime())"
+    variables = {**os.environ, "LD_DEBUG": "bindings"}  # the loader says where it finds each function
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
+    )
+    found = re.findall(r"binding file \S*/cpu-\S+ \[0\] to (\S+) .* `(?:GOMP|omp)_", done.stderr)
+    assert len(found) >= 3 and {os.path.realpath(file) for file in found} == {
+        os.path.realpath(done.stdout.strip())
+    }
 
 
 @needs_library

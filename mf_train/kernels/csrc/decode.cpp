@@ -18,7 +18,7 @@
 #include "decode_sums.h"
 #include "operation.h"
 
-// In wheels: the function that every glibc has, in place of the version of 2.29, which differs in errors alone.
+// In wheels: the function that every glibc has, in place of the version of 2.29, which reports errors otherwise.
 #if defined(MF_OLD_GLIBC) && defined(__x86_64__)
 __asm__(".symver exp, exp@GLIBC_2.2.5");
 #elif defined(MF_OLD_GLIBC) && defined(__aarch64__)

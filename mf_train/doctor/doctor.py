@@ -91,7 +91,7 @@ def _processors() -> str:
         processor_name(),
         f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} may be used",
         *([f"for {quota:g} of them the control group gives time"] if quota is not None else []),
-        torch.backends.cpu.get_cpu_capability(),
+        cpu.instruction_set().upper(),
         ", ".join(
             f"{name} {size / 1024:,.0f} KiB" + (f" for {shared}" if shared > 1 else "")
             for name, (size, shared) in caches().items()

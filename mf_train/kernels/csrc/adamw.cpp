@@ -29,16 +29,6 @@ namespace {
 
 enum Kind : int32_t { kHeldFloat32 = 0, kHeldBfloat16 = 1, kHeldInt8 = 2, kHeldRow = 3, kHeldSplit = 4 };
 
-inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
-}
-inline float float_of(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
 // lowbias32 of C. Wellons.
 inline uint32_t mix(uint32_t x) {
     x = (x ^ (x >> 16)) * 0x7feb352du;

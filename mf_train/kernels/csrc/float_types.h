@@ -1,4 +1,4 @@
-// The types of numbers that the operations read and write.
+// The types of numbers that the operations read and write, and how many of them a vector has.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +12,24 @@ struct bf16 {
     uint16_t bits;
 };
 
-inline float to_float(float value) { return value; }
-inline float to_float(bf16 value) {
-    uint32_t bits = uint32_t(value.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, 4);
-    return wide;
+inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
 }
+
+inline float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(bf16 value) { return float_of(uint32_t(value.bits) << 16); }
 
 // Round to nearest even; a NaN stays one.
 inline bf16 to_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
+    const uint32_t bits = bits_of(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t((bits >> 16) | 0x40)};
     return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
 }

@@ -20,7 +20,7 @@ from .build import PREBUILT, BuildError, compile_library, file_name
 PACKAGE = Path(__file__).parents[1]
 BESIDE = ("pyproject.toml", "README.md", "LICENSE")  # what a wheel is made of, beside the package
 MACHINES = {"x86_64": ("avx2", "avx512"), "aarch64": ("neon",)}
-GLIBC = (2, 17)  # as the tag manylinux_2_17 says
+GLIBC = (2, 17)  # the oldest that they run with, as the tag manylinux_2_17 says
 
 
 def tool(machine: str, name: str) -> str:
@@ -35,26 +35,36 @@ def newest_glibc(library: Path, machine: str) -> tuple[int, ...]:
     return max(tuple(map(int, version.split("."))) for version in re.findall(r"\(GLIBC_([0-9.]+)\)", symbols))
 
 
-def compile_into(folder: Path, machine: str) -> None:
-    """Every library of a machine, named as the loader looks for it. Raises BuildError where one cannot be made."""
-    folder.mkdir()
+def libraries_for(machine: str) -> list[Path]:
+    """Every library of a machine, named as the loader looks for it, in build/. Raises BuildError."""
+    folder = PACKAGE.parent / "build" / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
     for instruction_set in MACHINES[machine]:
         library = folder / file_name(*cpu.recipe(instruction_set), machine)
-        print(f"compiling {library.name} for {machine}", flush=True)
-        compile_library(library, cpu.commands(instruction_set, tool(machine, "g++"), ["-DMF_OLD_GLIBC"]))
+        if not library.is_file():
+            print(f"compiling {library.name} for {machine}", flush=True)
+            compile_library(library, cpu.commands(instruction_set, tool(machine, "g++"), ["-DMF_OLD_GLIBC"]))
         if (needed := newest_glibc(library, machine)) > GLIBC:
-            raise BuildError(f"{library.name} needs glibc {'.'.join(map(str, needed))}, not {GLIBC}")
+            needed_words, words = (".".join(map(str, version)) for version in (needed, GLIBC))
+            raise BuildError(f"{library} needs glibc {needed_words}, and wheels are for {words}")
+        found.append(library)
+    return found
 
 
 def make_wheel(output: Path, machine: str) -> Path:
     """A wheel for a machine, in a folder. Raises BuildError where it cannot be made."""
+    libraries = libraries_for(machine)
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
         ignored = shutil.ignore_patterns("__pycache__", PREBUILT.name)
         shutil.copytree(PACKAGE, tree / PACKAGE.name, ignore=ignored)
         for name in BESIDE:
             shutil.copy(PACKAGE.parent / name, tree)
-        compile_into(tree / PREBUILT.relative_to(PACKAGE.parent), machine)
+        compiled = tree / PREBUILT.relative_to(PACKAGE.parent)
+        compiled.mkdir()
+        for library in libraries:
+            shutil.copy(library, compiled)
         tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{machine}"
         command = [
             sys.executable,
@@ -62,11 +72,10 @@ def make_wheel(output: Path, machine: str) -> Path:
             "pip",
             "wheel",
             str(tree),
-            "--no-deps",
-            "--no-build-isolation",
-            "--quiet",
+            "--wheel-dir",
+            str(Path(scratch) / "made"),
         ]
-        command += ["--disable-pip-version-check", "--wheel-dir", str(Path(scratch) / "made")]
+        command += ["--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check"]
         command += [f"--config-settings=--build-option=--plat-name={tag}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

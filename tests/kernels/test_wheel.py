@@ -92,11 +92,14 @@ def test_a_wheel_for_arm(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_nothing_is_left(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "mf_train", tmp_path / "mf_train")  # nothing was compiled beside this copy
+    for name in wheel.BESIDE:
+        shutil.copy(REPOSITORY / name, tmp_path)
     command = [sys.executable, "-m", "mf_train.kernels.wheel", "--output", str(tmp_path / "dist")]
-    variables = {**os.environ, "PATH": str(tmp_path)}
+    variables = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [*command, "--machines", platform.machine()],
-        cwd=REPOSITORY,
+        cwd=tmp_path,
         env=variables,
         capture_output=True,
         text=True,
@@ -106,7 +109,7 @@ def test_without_a_compiler_nothing_is_left(tmp_path: Path) -> None:
         f"no wheel for {platform.machine()}: there is no compiler g++ on the PATH"
     ]
     assert not (tmp_path / "dist").exists()
-    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("there is no ") == len(wheel.MACHINES)
 
 

@@ -31,6 +31,9 @@ from mf_train.text import first_line, no_such_column
 LONGEST_LINE_BYTES = 256_000_000  # of JSON: parsing a line takes some ten times the memory of its text
 PIECE_BYTES = 1 << 20  # of plain text, which is read in pieces
 _DAMAGE_BYTES = 1 << 16  # text before a damaged place that may be lost with it (zstd)
+_COMPRESSED_BYTES = (
+    1 << 13
+)  # of xz and bzip2 at once: the text of these may be lost with a damaged place in them
 
 
 class Sink(Protocol):
@@ -251,17 +254,59 @@ def _decompressed(name: str, raw: BinaryIO) -> BinaryIO:
     return raw
 
 
-_BY_PYTHON: dict[str, Callable[[BinaryIO], gzip.GzipFile | lzma.LZMAFile | bz2.BZ2File]] = {
+class _Streams:
+    """The streams of a bzip2 or xz file, one after another; what is no stream raises OSError or LZMAError.
+
+    bz2.BZ2File and lzma.LZMAFile take damage at the beginning of a later stream for the end of the file.
+    """
+
+    def __init__(
+        self, file: BinaryIO, begin: type[bz2.BZ2Decompressor] | type[lzma.LZMADecompressor]
+    ) -> None:
+        self._file = file
+        self._begin = begin
+        self._stream = begin()
+
+    def read1(self, size: int) -> bytes:
+        """At most `size` bytes, b"" at the end. Raises EOFError where the file ends inside a stream."""
+        while True:
+            compressed = b""
+            if self._stream.eof:
+                compressed = self._after_stream(self._stream.unused_data)
+                if not compressed:
+                    return b""
+                self._stream = self._begin()
+            elif self._stream.needs_input:
+                compressed = self._file.read(_COMPRESSED_BYTES)
+                if not compressed:
+                    raise EOFError("the file ends inside a stream")
+            if data := self._stream.decompress(compressed, size):
+                return data
+
+    def _after_stream(self, rest: bytes) -> bytes:
+        """The beginning of the next stream, without the zeros that xz allows before it; b"" at the end."""
+        zeros = 0
+        while compressed := rest or self._file.read(_COMPRESSED_BYTES):
+            rest = compressed.lstrip(b"\0") if self._begin is lzma.LZMADecompressor else compressed
+            zeros += len(compressed) - len(rest)
+            if rest:
+                break
+        if zeros % 4:  # section 2.2 of the format
+            raise lzma.LZMAError(f"{zeros} zero bytes after a stream, not a multiple of 4")
+        return rest
+
+
+_BY_PYTHON: dict[str, Callable[[BinaryIO], gzip.GzipFile | _Streams]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
-    ".xz": lzma.LZMAFile,
-    ".bz2": bz2.BZ2File,
+    ".xz": lambda raw: _Streams(raw, lzma.LZMADecompressor),
+    ".bz2": lambda raw: _Streams(raw, bz2.BZ2Decompressor),
 }
 
 
 class _Decompressed(io.RawIOBase):
     """Decompressed bytes, all of them that come before a damaged place (a GzipFile may drop the last it read)."""
 
-    def __init__(self, file: gzip.GzipFile | lzma.LZMAFile | bz2.BZ2File) -> None:
+    def __init__(self, file: gzip.GzipFile | _Streams) -> None:
         self._file = file
 
     def readable(self) -> bool:

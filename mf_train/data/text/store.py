@@ -33,7 +33,7 @@ from mf_train.errors import UserError
 from mf_train.files import publish, sync
 from mf_train.progress import ProgressLine
 
-_READER_VERSION = 2  # raise it when the same files give other documents: old caches are then not used
+_READER_VERSION = 3  # raise it when the same files give other documents: old caches are then not used
 _PART_BYTES = 64 << 20  # of input
 _ENDS_AT_ONCE = 1 << 16
 _BLOCK = 64  # neighbouring documents whose ends are read together

@@ -83,6 +83,8 @@ def test_json_lines(tmp_path: Path) -> None:
         "a.jsonl.xz": lzma.compress(LINES),
         "two-streams.jsonl.xz": lzma.compress(LINES[:40]) + lzma.compress(LINES[40:]),
         "a.json.bz2": bz2.compress(LINES[:40]) + bz2.compress(LINES[40:]),
+        "three-streams.json.bz2": b"".join(map(bz2.compress, (LINES[:40], b"", LINES[40:]))),
+        "padded.jsonl.xz": lzma.compress(LINES[:40]) + bytes(20_000) + lzma.compress(LINES[40:]) + bytes(4),
         "two-frames.json.zst": zstandard.compress(LINES[:40]) + zstandard.compress(LINES[40:]),
     }
     for name, content in contents.items():
@@ -194,6 +196,18 @@ ARROW_STREAM, ARROW_FILE = (
     _arrow(new, n=pa.array(range(100)), text=pa.array(["a", "b"] * 50))
     for new in (pa.ipc.new_stream, pa.ipc.new_file)
 )
+STREAMS = [json_lines(LONG_TEXTS[begin:end]) for begin, end in ((0, 20), (20, 40), (40, 50))]
+XZ_3, BZ2_3 = [lzma.compress(text) for text in STREAMS], [bz2.compress(text) for text in STREAMS]
+
+
+def _joined(streams: list[bytes], at: int) -> bytes:
+    """The streams of a file, with another byte at `at` of the second."""
+    damaged = bytearray(streams[1])
+    damaged[at] ^= 1
+    return b"".join((streams[0], damaged, *streams[2:]))
+
+
+BAD_XZ, BAD_BZ2 = "a.jsonl.xz: truncated or damaged xz", "a.jsonl.bz2: truncated or damaged bzip2"
 # name, content, message, and how many documents are kept when it is skipped (None: some)
 BAD_FILES: dict[str, tuple[str, bytes, str, int | None]] = {
     "truncated gz": ("a.jsonl.gz", GZ[:-9], "a.jsonl.gz: truncated or damaged gzip", None),
@@ -218,6 +232,18 @@ BAD_FILES: dict[str, tuple[str, bytes, str, int | None]] = {
     "not an xz": ("a.csv.xz", LINES, "a.csv.xz: truncated or damaged xz", 0),
     "damaged bz2": ("a.txt.bz2", BZ2[:200] + b"x" + BZ2[201:], "a.txt.bz2: truncated or damaged bzip2", 0),
     "half a bz2": ("a.txt.bz2", BZ2[: len(BZ2) // 2], "a.txt.bz2: truncated or damaged bzip2", 0),
+    "2nd xz's header": ("a.jsonl.xz", _joined(XZ_3, 1), BAD_XZ, 20),
+    "2nd xz's block": ("a.jsonl.xz", _joined(XZ_3, 13), BAD_XZ, 20),
+    "2nd xz's index": ("a.jsonl.xz", _joined(XZ_3, -13), BAD_XZ, None),
+    "2nd bz2's header": ("a.jsonl.bz2", _joined(BZ2_3, 1), BAD_BZ2, 20),
+    "2nd bz2's block": ("a.jsonl.bz2", _joined(BZ2_3, 5000), BAD_BZ2, 20),
+    "3rd xz truncated": ("a.jsonl.xz", b"".join(XZ_3)[:-9], BAD_XZ, None),
+    "3rd bz2 truncated": ("a.jsonl.bz2", b"".join(BZ2_3)[:-5000], BAD_BZ2, 40),
+    "3rd xz, 5 bytes": ("a.jsonl.xz", b"".join(XZ_3[:2]) + XZ_3[2][:5], BAD_XZ, 40),
+    "not an xz behind one": ("a.jsonl.xz", XZ + LINES, BAD_XZ, 50),
+    "not a bz2 behind one": ("a.jsonl.bz2", BZ2 + LINES, BAD_BZ2, 50),
+    "odd xz padding": ("a.jsonl.xz", XZ + bytes(6), BAD_XZ, 50),
+    "empty bz2": ("a.jsonl.bz2", b"", BAD_BZ2, 0),
     "no CSV column": ("a.csv", b"id,body\n1,a\n", "a.csv: has no column 'text' .it has 'id', 'body'.", 0),
     "few CSV columns": (
         "a.csv",

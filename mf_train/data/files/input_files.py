@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import os
@@ -164,6 +165,7 @@ def _find_local(path: str, key: str) -> FoundFiles:
             raise UserError(
                 f"{key}: {error.filename} cannot be listed ({error.strerror}): check its permissions"
             ) from error
+        _refuse_lost_folders(names, key)
         known, left_out = _of_folder(names, path, key)
         return FoundFiles(_stat_all(known, key), left_out)
     if expanded.is_file():
@@ -171,8 +173,9 @@ def _find_local(path: str, key: str) -> FoundFiles:
     elif os.path.isfile(f"{expanded}.bin") and os.path.isfile(f"{expanded}.idx"):
         named = [f"{expanded}.bin"]
     elif glob.has_magic(path):
-        matches = (Path(match) for match in glob.glob(str(expanded), recursive=True))
-        named = [str(file) for file in sorted(matches) if file.is_file()]
+        matches = glob.glob(str(expanded), recursive=True)
+        _refuse_lost_folders(sorted({*matches, *_above(str(expanded))}), key)
+        named = [str(file) for file in sorted(map(Path, matches)) if file.is_file() or _is_lost(str(file))]
     else:
         raise UserError(f"{key}: {path} does not exist: check the path and the working folder {Path.cwd()}")
     if not named:
@@ -183,7 +186,10 @@ def _find_local(path: str, key: str) -> FoundFiles:
 
 
 def _walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Files below a folder, without hidden ones. Links are followed, but for those to a folder that they are in."""
+    """Files below a folder, without hidden ones, and links whose target is gone.
+
+    Links are followed, but for those to a folder that they are in.
+    """
     status = os.stat(folder)
     if (own := (status.st_dev, status.st_ino)) in above:
         return
@@ -193,8 +199,24 @@ def _walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Itera
                 continue
             if entry.is_dir():
                 yield from _walk(entry.path, above | {own})
-            elif entry.is_file():
+            elif entry.is_file() or _is_lost(entry.path):
                 yield entry.path
+
+
+def _is_lost(path: str) -> bool:
+    """Whether it is a link whose target is gone, as behind a mount that is down."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def _refuse_lost_folders(names: list[str], key: str) -> None:
+    """Raises UserError for a lost link without a suffix: it may be to a folder, whose files would be left out."""
+    _stat_all([name for name in names if not _suffixes(name) and _is_lost(name)], key)
+
+
+def _above(pattern: str) -> Iterator[str]:
+    """What the folders of a pattern match: glob passes over those that are lost."""
+    while glob.has_magic(pattern := os.path.dirname(pattern)):
+        yield from glob.iglob(pattern, recursive=True)
 
 
 def _stat_all(paths: list[str], key: str) -> list[InputFile]:
@@ -202,7 +224,9 @@ def _stat_all(paths: list[str], key: str) -> list[InputFile]:
     for path in paths:
         try:
             status = with_retries(lambda: os.stat(path), path)  # noqa: B023
-        except FileNotFoundError:  # deleted meanwhile, or the .bin of a named .idx
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise  # else deleted meanwhile, the .bin of a named .idx, or a link whose target is gone
             raise UserError(f"{key}: {path} does not exist: put it back or name other files") from None
         files.append(InputFile(path, status.st_size, str(status.st_mtime_ns)))
     return files

@@ -96,6 +96,30 @@ def test_a_folder_s_links_and_what_is_left_out(tmp_path: Path) -> None:
     ]
 
 
+def test_links_whose_target_is_gone(tmp_path: Path) -> None:
+    """As behind a mount that is down: a run must not train on what is left."""
+    touch(tmp_path, "corpus/a.jsonl", "corpus/en/b.jsonl")
+    (tmp_path / "corpus/notes.md").symlink_to(tmp_path / "gone.md")
+    assert names(tmp_path / "corpus", tmp_path) == ["corpus/a.jsonl", "corpus/en/b.jsonl"]
+    assert find_files(str(tmp_path / "corpus"), "k").left_out == [str(tmp_path / "corpus/notes.md")]
+    for link, paths in (
+        ("corpus/c.jsonl", ["corpus", "corpus/*.jsonl", "corpus/**/*.jsonl"]),
+        ("corpus/en/c.parquet", ["corpus", "corpus/*/*.[jp]*"]),
+        ("corpus/linked", ["corpus", "corpus/[al]*", "corpus/*/*.jsonl", "corpus/**/*.jsonl"]),
+    ):
+        (tmp_path / link).symlink_to(tmp_path / "gone" / Path(link).name)
+        for path in paths:
+            with pytest.raises(UserError, match=rf"data.train\[0\]: .*{link} does not exist: put it back"):
+                names(tmp_path / path)
+        (tmp_path / link).unlink()
+    (tmp_path / "corpus/loop.jsonl").symlink_to("loop.jsonl")
+    with pytest.raises(UserError, match=r"loop.jsonl does not exist: put it back"):
+        names(tmp_path / "corpus/*.jsonl")
+    (tmp_path / "corpus/loop.jsonl").unlink()
+    (tmp_path / "corpus/null").symlink_to(os.devnull)  # no file, but there
+    assert names(tmp_path / "corpus", tmp_path) == ["corpus/a.jsonl", "corpus/en/b.jsonl"]
+
+
 def test_token_shards(tmp_path: Path) -> None:
     touch(
         tmp_path, "p/a.bin", "p/a.idx", "p/b.bin", "p/b.idx", "p/manifest.json", "mixed/a.bin", "mixed/b.txt"

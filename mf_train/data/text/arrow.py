@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -101,25 +102,43 @@ def _rows_of_batch(group: Any, text_field: str) -> int:
 def _utf8_values(column: Any, where: str, row: int, text_field: str) -> Iterator[bytes | UserError]:
     """`row` is the number of the column's first row."""
     values = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
-    try:
-        column.validate(full=True)  # Parquet does not promise that its strings are UTF-8
-        valid = True
-    except pa.ArrowInvalid:
-        valid = False
+    valid = _is_valid(column)
     for number, value in enumerate(values, row):
         if value is None:
             yield UserError(f"{where} {number} (counted from 0) has no {text_field!r}: remove it or fill it")
         elif not valid and not _is_utf8(value):
-            yield UserError(
-                f"{where} {number} (counted from 0): {text_field!r} is not valid UTF-8: convert it"
-            )
+            yield UserError(f"{not_utf8(where, number, text_field)}: convert it")
         else:
             yield value
 
 
-def _is_utf8(value: bytes) -> bool:
+def rows_not_utf8(column: Any) -> Iterator[int]:
+    """The rows of a column of `as_text` whose text is not valid UTF-8. Reads the column once; nothing is copied."""
+    row = 0
+    for chunk in column.chunks:
+        if len(chunk) and not _is_valid(chunk):
+            offsets, data = text_buffers(chunk)
+            for i, (begin, end) in enumerate(itertools.pairwise(offsets), row):
+                if not _is_utf8(data[begin:end]):
+                    yield i
+        row += len(chunk)
+
+
+def not_utf8(where: str, row: int, text_field: str) -> str:
+    return f"{where} {row} (counted from 0): {text_field!r} is not valid UTF-8"
+
+
+def _is_valid(column: Any) -> bool:
     try:
-        value.decode("utf-8")
+        column.validate(full=True)  # Parquet does not promise that its strings are UTF-8
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _is_utf8(value: bytes | memoryview) -> bool:
+    try:
+        str(value, "utf-8")
     except UnicodeDecodeError:
         return False
     return True

@@ -12,19 +12,19 @@ import numpy as np
 
 from mf_train.config import OnError, SourceConfig
 from mf_train.data.documents import TextDocuments
-from mf_train.data.text.arrow import as_text, text_buffers
+from mf_train.data.text.arrow import as_text, not_utf8, rows_not_utf8, text_buffers
 from mf_train.errors import UserError
 from mf_train.text import no_such_column
 
 
 class HubDocuments(TextDocuments):
-    """The documents of a text column of Arrow arrays (memory-mapped, not copied); empty ones are left out."""
+    """The documents of a text column of Arrow arrays (memory-mapped, not copied), but for empty ones and `bad_rows`."""
 
     files = 0
 
-    def __init__(self, name: str, chunks: Sequence[Any]) -> None:
+    def __init__(self, name: str, chunks: Sequence[Any], bad_rows: Sequence[int] = ()) -> None:
         self.name = name
-        self.opened_by: tuple[SourceConfig, OnError, str] | None = None  # the arguments of `open_hub`
+        self.opened_by: tuple[Any, ...] | None = None  # the arguments of `open_hub`
         self.skipped: dict[str, int] = {}
         self._chunks = [text_buffers(chunk) for chunk in chunks if len(chunk)]
         self._ends = np.cumsum([0, *(len(offsets) - 1 for offsets, _ in self._chunks)], dtype=np.int64)
@@ -33,18 +33,22 @@ class HubDocuments(TextDocuments):
             np.flatnonzero(offsets[1:] == offsets[:-1]) + begin
             for (offsets, _), begin in zip(self._chunks, self._ends, strict=False)
         ]
-        rows = np.concatenate(empty) if empty else np.zeros(0, np.int64)
-        self._before_empty = rows - np.arange(len(rows))  # documents before each empty row
+        self._before_left_out = np.zeros(0, np.int64)  # documents before each row that is left out: none yet
+        for row in bad_rows:
+            _, begin, end = self._find(row)
+            self.num_bytes -= end - begin
+        rows = np.sort(np.concatenate([np.array(bad_rows, np.int64), *empty]))
+        self._before_left_out = rows - np.arange(len(rows))
 
     def __reduce__(self) -> tuple[Any, ...]:
         assert self.opened_by is not None
-        return open_hub, self.opened_by  # another process maps the same arrays
+        return open_hub, self.opened_by  # another process maps the same arrays, and need not check them
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) - len(self._before_empty)
+        return int(self._ends[-1]) - len(self._before_left_out)
 
     def _find(self, i: int) -> tuple[memoryview, int, int]:
-        row = i + int(np.searchsorted(self._before_empty, i, side="right"))
+        row = i + int(np.searchsorted(self._before_left_out, i, side="right"))
         chunk = int(np.searchsorted(self._ends, row, side="right")) - 1
         offsets, data = self._chunks[chunk]
         local = row - int(self._ends[chunk])
@@ -54,10 +58,13 @@ class HubDocuments(TextDocuments):
         return bytes(where[begin:end])
 
 
-def open_hub(source: SourceConfig, on_error: OnError, key: str) -> HubDocuments:
+def open_hub(
+    source: SourceConfig, on_error: OnError, key: str, not_utf8_rows: Sequence[int] | None = None
+) -> HubDocuments:
     """The text column of a hub dataset. Raises UserError when it cannot be had or is not text.
 
-    Rows without a text are refused, or left out and counted (`on_error` "skip").
+    Rows without a text, or whose text is not UTF-8, are refused, or left out and counted (`on_error` "skip"). The
+    column is read once to find the latter, unless they are given.
     """
     what = f"{key}.hub: {source.hub}"
     with _quiet_unless_interactive():
@@ -78,10 +85,19 @@ def open_hub(source: SourceConfig, on_error: OnError, key: str) -> HubDocuments:
             f"{what}: {column.null_count} rows have no {source.text_field!r}: filter them out first, or set "
             "data.on_error=skip"
         )
-    documents = HubDocuments(str(source.hub), column.chunks)  # where a null has no bytes: an empty document
-    documents.opened_by = (source, on_error, key)
-    if column.null_count:
-        documents.skipped[documents.name] = column.null_count
+    if not_utf8_rows is None:
+        not_utf8_rows = []
+        for row in rows_not_utf8(column):
+            if on_error == "raise":
+                raise UserError(
+                    f"{not_utf8(f'{what}: row', row, source.text_field)}: convert it, or set data.on_error=skip"
+                )
+            not_utf8_rows.append(row)
+    # a null has no bytes: an empty document
+    documents = HubDocuments(str(source.hub), column.chunks, not_utf8_rows)
+    documents.opened_by = (source, on_error, key, not_utf8_rows)
+    if skipped := column.null_count + len(not_utf8_rows):
+        documents.skipped[documents.name] = skipped
     return documents
 
 

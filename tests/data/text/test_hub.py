@@ -61,6 +61,28 @@ def test_rows_without_text_are_left_out_on_request(tmp_path: Path) -> None:
     assert texts_of(again) == ["a", "é"] and again.fingerprint == documents.fingerprint
 
 
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    """It is refused, or left out and counted as rows without a text are, in a worker process, too."""
+    texts = [b"a", b"\xff", None, b"", b"b\xc3", "é".encode(), *[b"x"] * 2000, b"\xed\xa0\x80", b"last"]
+    pq.write_table(pa.table({"text": pa.array(texts).view(pa.string())}), tmp_path / "train.parquet")
+    source = SourceConfig(hub=str(tmp_path))
+    documents = open_hub(source, "skip", "k")
+    assert texts_of(documents) == ["a", "é", *["x"] * 2000, "last"]
+    assert documents.skipped == {str(tmp_path): 4} and documents.num_bytes == 2007
+    again = pickle.loads(pickle.dumps(documents))
+    assert texts_of(again) == texts_of(documents) and again.skipped == documents.skipped
+    with pytest.raises(UserError, match="1 rows have no 'text'"):
+        open_folder(tmp_path)
+    del texts[2]
+    (tmp_path / "b").mkdir()
+    pq.write_table(pa.table({"text": pa.array(texts).view(pa.string())}), tmp_path / "b" / "train.parquet")
+    message = (
+        r"data.train\[1\].hub: .*: row 1 \(counted from 0\): 'text' is not valid UTF-8: convert it, or set"
+    )
+    with pytest.raises(UserError, match=message):
+        open_folder(tmp_path / "b")
+
+
 def test_it_is_what_the_text_store_is(tmp_path: Path) -> None:
     """The same documents, lengths, pieces and fingerprint, across Arrow arrays with empty rows anywhere."""
     texts = ["", "", *random_documents(700, 3, 30), ""]

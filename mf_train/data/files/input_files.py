@@ -105,11 +105,16 @@ def compression(path: str | Path) -> str | None:
 
 
 def _suffixes(path: str | Path) -> list[str]:
-    text = str(path)
-    if text.startswith(("http://", "https://")):
-        text = text.split("?")[0].split("#")[0]
-    name = text.rpartition("/")[2].lstrip(".")  # a hidden file's first dot begins no suffix
+    name = without_query(str(path)).rpartition("/")[2]
+    name = name.lstrip(".")  # a hidden file's first dot begins no suffix
     return [f".{suffix}" for suffix in name.lower().split(".")[1:]]
+
+
+def without_query(name: str) -> str:
+    """A name or URL, one of HTTP without its query and fragment; elsewhere "?" and "#" may be part of a name."""
+    if name.startswith(("http://", "https://")):
+        return name.split("?")[0].split("#")[0]
+    return name
 
 
 def is_token_shard(file: InputFile) -> bool:
@@ -272,8 +277,9 @@ def _shards_once(names: list[str]) -> list[str]:
     present = set(names)
     once = []
     for name in names:
-        if name.endswith(".idx"):
-            shard = name.removesuffix(".idx") + ".bin"
+        path = without_query(name)
+        if path.endswith(".idx"):
+            shard = f"{path.removesuffix('.idx')}.bin{name[len(path) :]}"
             if shard in present:
                 continue
             name = shard

@@ -15,7 +15,14 @@ from mf_train.data.files.cache import (
     temporary_name,
     try_lock,
 )
-from mf_train.data.files.input_files import REMOTE_BLOCK_BYTES, InputFile, file_at, files_in, is_token_shard
+from mf_train.data.files.input_files import (
+    REMOTE_BLOCK_BYTES,
+    InputFile,
+    file_at,
+    files_in,
+    is_token_shard,
+    without_query,
+)
 from mf_train.errors import UserError
 from mf_train.files import publish
 
@@ -39,7 +46,7 @@ def _fetch_if_free(file: InputFile, companions: list[InputFile], cache: str | Pa
     versions = [(each.name, each.size, each.stamp) for each in (file, *companions)]
     identity = hashlib.blake2b(repr(versions).encode(), digest_size=16).hexdigest()
     folder = cache_folder(cache) / "shards" / identity
-    path = folder / PurePosixPath(file.name).name
+    path = folder / _local_name(file)
     if path.exists():
         return path
     with try_lock(folder.with_suffix(".lock")) as mine:
@@ -61,24 +68,29 @@ def _companions(file: InputFile, listed: dict[str, dict[str, InputFile | None]])
     """
     if not (file.remote and is_token_shard(file)):
         return []
-    folder = file.name.rpartition("/")[0]
+    path = without_query(file.name)
+    query = file.name[len(path) :]  # as a server may want for each file, such as a token
+    folder = path.rpartition("/")[0]
     if folder not in listed:
         listed[folder] = {**files_in(folder)}
     known = listed[folder]
-    index = f"{folder}/{PurePosixPath(file.name).with_suffix('.idx').name}"
-    manifest = f"{folder}/manifest.json"
+    name = PurePosixPath(path).with_suffix(".idx").name
+    index = f"{folder}/{name}{query}"
+    manifest = f"{folder}/manifest.json{query}"
     for url in (index, manifest):
         if url not in known:
             known[url] = None if file.name in known else file_at(url)
     if known[index] is None:
-        raise UserError(
-            f"{file.name} has no {PurePosixPath(index).name} beside it: put it there or leave out the .bin"
-        )
+        raise UserError(f"{file.name} has no {name} beside it: put it there or leave out the .bin")
     return [companion for companion in (known[index], known[manifest]) if companion is not None]
 
 
+def _local_name(file: InputFile) -> str:
+    return PurePosixPath(without_query(file.name)).name
+
+
 def _download(file: InputFile, folder: Path) -> None:
-    path = folder / PurePosixPath(file.name).name
+    path = folder / _local_name(file)
     temporary = temporary_name(path)
     try:
         with file.open() as source:

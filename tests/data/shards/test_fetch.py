@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -50,6 +55,52 @@ def test_what_changes_beside_a_shard_is_fetched(remote: type[FlakyFileSystem], t
     assert local_files([file], tmp_path)[0].with_name("manifest.json").read_bytes() == b"{}"
     del remote.contents["t/manifest.json"]
     assert local_files([file], tmp_path)[0] == path
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    """Answers a URL whose path and query are in `contents`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            content = contents.get(self.path)
+            self.send_response(404 if content is None else 200)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content or b"")
+
+        do_HEAD = do_GET  # noqa: N815
+
+    contents: dict[str, bytes] = {}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.contents = contents  # type: ignore[attr-defined]
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("query", ["", "?download=true", "?key=a/b.idx"])
+def test_a_shard_behind_http(query: str, server: Any, tmp_path: Path) -> None:
+    """The index and the manifest are asked for with the same query, which is no part of their names here."""
+    url = f"http://127.0.0.1:{server.server_port}/t/x.bin{query}"
+    server.contents |= {f"/t/x.bin{query}": b"tokens"}
+    files = find_files(url, "k")
+    with pytest.raises(UserError, match=rf"{re.escape(url)} has no x\.idx beside it"):
+        local_files(files, tmp_path)
+    server.contents |= {f"/t/x.idx{query}": b"index", f"/t/manifest.json{query}": b"{}"}
+    assert find_files(url.replace(".bin", ".idx", 1), "k") == files
+    (path,) = local_files(files, tmp_path)
+    assert {found.name: found.read_bytes() for found in path.parent.iterdir()} == {
+        "x.bin": b"tokens",
+        "x.idx": b"index",
+        "manifest.json": b"{}",
+    }
 
 
 def test_a_shard_without_its_index_is_refused(remote: type[FlakyFileSystem], tmp_path: Path) -> None:

@@ -38,23 +38,43 @@ def verify(path: Path) -> Iterator[str]:
     """Read a checkpoint, or all of a run's, whole; yields a line for each good one, in the order of their steps.
 
     Compared are every file's size and checksum, the tensors of every part with the manifest, and the files in the
-    folder with those in the manifest; state and configuration must parse. Uses all cores.
+    folder with those in the manifest; state and configuration must parse. Uses all cores. A line says which of a run's
+    checkpoints were deleted meanwhile: they count as neither good nor damaged.
 
     Raises TrainingError at the end that lists what is damaged, and UserError where there is no checkpoint.
     """
     damaged: dict[Path, list[str]] = {}
-    checkpoints = _find(path)
-    for checkpoint in checkpoints:
-        problems = list(find_damage(checkpoint))
-        if problems:
+    good = 0
+    for checkpoint in _find(path):
+        problems, line = _examine(checkpoint)
+        # the run's trainer deletes what checkpoint.keep does not keep; what was named itself has to be there
+        if path in (checkpoint.parent, checkpoint.parent.parent) and not checkpoint.exists():
+            yield f"{checkpoint}: deleted meanwhile"
+        elif problems:
             damaged[checkpoint] = problems
         else:
-            manifest = read_manifest(checkpoint)
-            size = sum(record.size for record in manifest.files.values())
-            yield f"{checkpoint}: good: {_describe(manifest)}, {len(manifest.files)} files, {human_bytes(size)}"
+            good += 1
+            yield line
     if damaged:
         listed = "; ".join(problem for problems in damaged.values() for problem in problems)
-        raise TrainingError(f"{len(damaged)} of {len(checkpoints)} checkpoints are damaged: {listed}")
+        raise TrainingError(f"{len(damaged)} of {good + len(damaged)} checkpoints are damaged: {listed}")
+    if not good:
+        raise UserError(
+            f"{path}: all checkpoints were deleted meanwhile: run this again for those there are now"
+        )
+
+
+def _examine(checkpoint: Path) -> tuple[list[str], str]:
+    """The problems of a checkpoint, and the line for one that has none."""
+    try:
+        if problems := list(find_damage(checkpoint)):
+            return problems, ""
+        manifest = read_manifest(checkpoint)
+    except (UserError, OSError) as error:
+        return [_brief(error)], ""
+    size = sum(record.size for record in manifest.files.values())
+    files = f"{len(manifest.files)} files, {human_bytes(size)}"
+    return [], f"{checkpoint}: good: {_describe(manifest)}, {files}"
 
 
 def find_damage(checkpoint: Path) -> Iterator[str]:
@@ -75,8 +95,11 @@ def find_damage(checkpoint: Path) -> Iterator[str]:
             yield f"{checkpoint / name}: its checksum is {found:08x} instead of {record.crc32:08x}"
         else:
             sound.append(name)
-    for name in sorted({path.name for path in checkpoint.iterdir()} - {*manifest.files, MANIFEST}):
-        yield f"{checkpoint / name}: not in {MANIFEST}"
+    try:
+        for name in sorted({path.name for path in checkpoint.iterdir()} - {*manifest.files, MANIFEST}):
+            yield f"{checkpoint / name}: not in {MANIFEST}"
+    except OSError as error:
+        yield f"{checkpoint}: cannot be read ({error.strerror})"
     expected = _expected_parts(reader)
     for name in sorted({STATE, CONFIG, PROBE, *expected} - {*manifest.files}):
         yield f"{checkpoint / name}: missing from the checkpoint and from {MANIFEST}"
@@ -99,11 +122,12 @@ def list_lines(run: Path) -> Iterator[str]:
             latest = ""
         try:
             manifest = read_manifest(checkpoint)
-        except UserError as error:
-            yield f"{checkpoint.name}  {_brief(error)}{latest}"
+            written = datetime.datetime.fromtimestamp((checkpoint / MANIFEST).stat().st_mtime)
+        except (UserError, OSError) as error:
+            if checkpoint.exists():  # else the run's trainer has deleted it meanwhile
+                yield f"{checkpoint.name}  {_brief(error)}{latest}"
             continue
         size = sum(record.size for record in manifest.files.values())
-        written = datetime.datetime.fromtimestamp((checkpoint / MANIFEST).stat().st_mtime)
         yield f"{checkpoint.name}  {human_bytes(size):>8}  {written:%Y-%m-%d %H:%M}  {_describe(manifest)}{latest}"
 
 
@@ -140,9 +164,12 @@ def _checksums(folder: Path, sizes: Mapping[str, int]) -> dict[str, int | str]:
 
 
 def _check_size(path: Path, size: int) -> str:
-    if path.is_symlink() or not path.is_file():
-        return "missing, or not a file"
-    actual = path.stat().st_size
+    try:
+        if path.is_symlink() or not path.is_file():
+            return "missing, or not a file"
+        actual = path.stat().st_size
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     return "" if actual == size else f"{actual} bytes instead of {size}"
 
 

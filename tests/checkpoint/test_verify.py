@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -222,6 +222,42 @@ def test_all_of_a_run_are_read_and_every_damage_is_told(checkpoint: Path) -> Non
     assert [line.partition(": good")[0] for line in lines] == [str(others[1])]
     for path in (checkpoint / WEIGHTS, others[0] / STATE, others[0] / "extra"):
         assert f"{path}: " in str(caught.value)
+
+
+def test_what_a_run_deletes_meanwhile_is_no_damage(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = checkpoint.parents[1]
+    second, third, fourth = (checkpoint.with_name(f"step-{step:09d}") for step in (8, 9, 10))
+    for other in (second, third, fourth):
+        shutil.copytree(checkpoint, other)
+    (fourth / WEIGHTS).unlink()
+    checksums, deleted = module._checksums, [third]
+
+    def delete_after_its_files(folder: Path, sizes: Mapping[str, int]) -> dict[str, int | str]:
+        found = checksums(folder, sizes)
+        if folder in deleted:
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(module, "_checksums", delete_after_its_files)
+    lines = verify(run)
+    assert next(lines).startswith(f"{checkpoint}: good: ")
+    shutil.rmtree(second)
+    assert [next(lines), next(lines)] == [f"{other}: deleted meanwhile" for other in (second, third)]
+    with pytest.raises(TrainingError, match=f"^1 of 2 checkpoints are damaged: {fourth / WEIGHTS}: missing"):
+        next(lines)
+    deleted += [checkpoint, fourth]
+    with pytest.raises(TrainingError, match=f"^1 of 1 checkpoints are damaged: .*{fourth}: cannot be read"):
+        list(verify(fourth))
+    with pytest.raises(UserError, match=f"^{run}: all checkpoints were deleted meanwhile"):
+        list(verify(run))
+
+
+def test_list_leaves_out_what_is_deleted_meanwhile(checkpoint: Path) -> None:
+    other = shutil.copytree(checkpoint, checkpoint.with_name("step-000000008"))
+    lines = list_lines(checkpoint.parents[1])
+    next(lines)
+    shutil.rmtree(other)
+    assert list(lines) == []
 
 
 def test_list(checkpoint: Path) -> None:

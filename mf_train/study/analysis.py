@@ -22,7 +22,7 @@ from mf_train.study.bootstrap import (
     interval,
     over_seeds,
 )
-from mf_train.study.collect import AXIS
+from mf_train.study.collect import AXIS, LOSS
 from mf_train.study.fit import Parabola, fit_parabola, fit_power
 from mf_train.study.state import DONE
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 SEED_AXIS = f"{AXIS}seed"
 SHAPE = ("model.num_layers", "model.hidden_size")  # what makes one model's sizes
-LOSS = "final_validation_loss"
 _SAME_BUDGET = 1.1  # runs whose costs differ by less than this factor are of one budget
 
 

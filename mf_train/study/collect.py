@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +12,22 @@ from mf_train.config.loading import config_to_tree
 from mf_train.errors import UserError
 from mf_train.files import write_whole
 from mf_train.run_folder import read_metrics
-from mf_train.study.cells import Cell, Grid
-from mf_train.study.state import State, cell_state
+from mf_train.study.cells import Cell, Cost, Grid
+from mf_train.study.state import DONE, State, cell_state
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # imported by functions: it takes half a second
 
 RESULTS = "results.csv"
 AXIS = "axis."  # before the name of an axis in the table's head
+LOSS = "final_validation_loss"
 # Columns beside the axes and the configuration's keys.
 COLUMNS = (
     "cell", "state", "reason", "step", "steps", "final_validation_loss", "best_validation_loss", "best_step",
     "train_loss", "tokens", "flops", "bytes_moved", "parameters", "table_parameters", "block_parameters", "seconds",
     "tokens_per_second", "folder",
 )  # fmt: skip
+_COSTS = tuple(field.name for field in fields(Cost))
 _LAST_STEPS = 20  # whose mean is the training loss that is reported
 
 
@@ -77,7 +81,11 @@ def write_results(folder: Path, rows: DataFrame) -> Path:
 
 
 def read_results(path: Path) -> DataFrame:
-    """The rows of a table that `collect` wrote; all values are text. Raises UserError."""
+    """The rows of a table that `collect` wrote; all values are text.
+
+    Raises UserError, also where a done cell has a cost that is no finite number, or a loss that is no number: a table
+    that was edited. A loss may be missing, or not finite.
+    """
     from pandas import read_csv
 
     try:
@@ -88,4 +96,24 @@ def read_results(path: Path) -> DataFrame:
         raise UserError(f"{path}: is no table ({error}); run memoryformer study collect again") from None
     if lacking := [name for name in COLUMNS if name not in rows]:
         raise UserError(f"{path}: has no column {lacking[0]}; run memoryformer study collect again")
+    for row in rows[rows["state"] == DONE].to_dict("records"):
+        for name in _COSTS:
+            if not math.isfinite(_number(path, row, name)):
+                raise _no_number(path, row, name)
+        if row[LOSS]:
+            _number(path, row, LOSS)
     return rows
+
+
+def _number(path: Path, row: Mapping[Hashable, str], name: str) -> float:
+    try:
+        return float(row[name])
+    except ValueError:
+        raise _no_number(path, row, name) from None
+
+
+def _no_number(path: Path, row: Mapping[Hashable, str], name: str) -> UserError:
+    return UserError(
+        f"{path}: cell {row['cell']}: {name} is {row[name]!r}, which is no number; memoryformer study collect writes "
+        "the table anew"
+    )

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from mf_train.drawing import render_page
 from mf_train.files import write_whole
 from mf_train.run_folder import read_metrics
-from mf_train.study.analysis import LOSS, Series, analyse, measure
+from mf_train.study.analysis import Series, analyse, measure
 from mf_train.study.bootstrap import LEVEL, Interval, LawFit
-from mf_train.study.collect import AXIS, RESULTS, read_results
+from mf_train.study.collect import AXIS, LOSS, RESULTS, read_results
 from mf_train.study.conclusions import conclude, list_values
 from mf_train.study.state import DONE, FAILED, MISSING, UNFINISHED
 from mf_train.study.summary import NOTE, SUMMARY, LossTable, loss_tables, markdown

@@ -72,6 +72,29 @@ def test_a_table_that_is_not_there_or_old_is_said(tmp_path: Path) -> None:
             read_results(tmp_path / "results.csv")
 
 
+def test_what_is_no_number_in_a_done_row_is_said(tmp_path: Path) -> None:
+    study, grid = make_study(tmp_path, {"seed": [0, 1]})
+    write_metrics(grid.cells[0].folder, {4: 2.0}, {4: 2.25})
+    rows = collect(grid)
+    for name, value in (
+        ("final_validation_loss", "n/a"),
+        ("flops", ""),
+        ("tokens", "1,000"),
+        ("table_parameters", "nan"),
+        ("bytes_moved", "inf"),
+    ):
+        edited = rows.copy()
+        edited.loc[0, name] = value
+        path = write_results(study.folder, edited)
+        message = (
+            f"{path}: cell 0: {name} is '{value}', which is no number; memoryformer study collect writes"
+        )
+        with pytest.raises(UserError, match=message):
+            read_results(path)
+        edited.loc[0, "state"] = "failed"  # no later step reads the numbers of such a cell
+        assert len(read_results(write_results(study.folder, edited))) == 2
+
+
 def test_a_damaged_outcome_is_said(tmp_path: Path) -> None:
     (cell,) = make_study(tmp_path, {"seed": [0]})[1].cells
     cell.folder.mkdir(parents=True)

@@ -68,6 +68,8 @@ def read_history(run: Path) -> History:
                 curve.steps.append(step)
                 curve.values.append(value)
             history.events += _events(step, record)
+    # a curve is empty where the run went back to before its first point, such as its first validation
+    history.curves = {name: curve for name, curve in history.curves.items() if curve.steps}
     return history
 
 

@@ -15,7 +15,7 @@ from markupsafe import escape
 from mf_train.cli import main
 from mf_train.reporting.history import Curve, read_history
 from mf_train.reporting.panels import PANELS, draw, thin
-from mf_train.reporting.report import report
+from mf_train.reporting.report import facts, report
 
 
 def record(step: int, loss: float, **more: Any) -> dict[str, Any]:
@@ -87,6 +87,17 @@ def test_curves_are_those_of_the_last_training(tmp_path: Path) -> None:
         (508, "skipped"),
     ]
     assert "flops_share" not in history.curves and history.last["step"] == 1000
+
+
+def test_a_run_that_went_back_to_before_its_only_validation_has_none(tmp_path: Path) -> None:
+    first = [record(step, 5.0) for step in range(1, 101)]
+    first[-1]["validation_loss"] = 5.0
+    run = write_run(tmp_path / "run", first + [record(step, 4.0) for step in range(51, 60)])
+    history = read_history(run)
+    assert (
+        list(history.curves["loss"].steps) == list(range(1, 60)) and "validation_loss" not in history.curves
+    )
+    assert dict(facts(history))["loss"] == "4.0000"
 
 
 def test_a_long_curve_keeps_its_mean_and_extremes() -> None:

@@ -65,12 +65,30 @@ def read_record(folder: Path) -> dict[str, Any]:
     """A run's launch/job.json, or {}. Raises UserError where it cannot be read."""
     path = folder / LAUNCH / JOB
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return record
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except ValueError:
-        raise UserError(f"{path}: is damaged; delete it if no job of this run is in the queue") from None
+    except (ValueError, RecursionError):
+        record = None
+    if not _is_record(record):
+        raise UserError(f"{path}: is damaged; delete it if no job of this run is in the queue")
+    return dict(record)
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it is what `launch` writes, in all that is read of it."""
+    if not isinstance(record, dict):
+        return False
+    before, runs = record.get("before", []), record.get("runs", {"0": ""})
+    return (
+        isinstance(record.get("job"), str)
+        and isinstance(record.get("common", ""), str)
+        and isinstance(before, list)
+        and all(isinstance(number, str) for number in before)
+        and isinstance(runs, dict)  # folders by the number of an array's task
+        and len(runs) > 0
+        and all(task.isdecimal() and isinstance(run, str) for task, run in runs.items())
+    )
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

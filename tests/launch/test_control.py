@@ -111,6 +111,32 @@ class TestWithoutSlurm:
         (line,) = [line for line in status(run) if line.startswith("error")]
         assert "rank 1 on n1" in line and "no luck" in line
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "[1]",
+            "{}",
+            "null",
+            '{"before": []}',
+            '{"job": 12}',
+            '{"job": "12", "before": null}',
+            '{"job": "12", "before": [11]}',
+            '{"job": "12", "common": 1}',
+            '{"job": "12", "runs": []}',
+            '{"job": "12", "runs": {}}',
+            '{"job": "12", "runs": {"a": "run"}}',
+            '{"job": "12", "runs": {"0": null}}',
+            "[" * 100_000,
+        ],
+        ids=lambda text: text[:40],
+    )
+    def test_a_record_that_launch_does_not_write_is_damaged(self, run: Path, text: str) -> None:
+        path = run / "launch" / "job.json"
+        path.write_text(text)
+        for ask in (status, stop):
+            with pytest.raises(UserError, match=f"{path}: is damaged; delete it if no job of this run"):
+                list(ask(run))
+
     def test_the_launch_folder_is_the_run_too(self, run: Path) -> None:
         assert next(status(run / "launch")) == f"run         {run}"
 

@@ -32,8 +32,9 @@ class Evaluation:
         return math.exp(self.loss)
 
     @property
-    def bits_per_byte(self) -> float:
-        return self.loss * self.tokens / self.bytes / math.log(2)
+    def bits_per_byte(self) -> float | None:
+        """None where the tokens stand for no bytes, such as an end of text alone."""
+        return self.loss * self.tokens / self.bytes / math.log(2) if self.bytes else None
 
 
 def evaluate(
@@ -61,7 +62,8 @@ def evaluate(
     result = measure(plain, blocks, batch_size, tokenizer.end_of_text_id if documents else None)
     yield f"loss           {result.loss:.6f} nats a token"
     yield f"perplexity     {result.perplexity:.4f}"
-    yield f"bits per byte  {result.bits_per_byte:.4f}"
+    bits = result.bits_per_byte
+    yield f"bits per byte  {'unknown' if bits is None else f'{bits:.4f}'}"
     yield f"tokens         {result.tokens:,} ({result.bytes:,} bytes of text) in blocks of {length}"
     if documents:
         yield "attention      inside documents, as in training"

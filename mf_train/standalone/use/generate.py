@@ -16,6 +16,7 @@ from mf_train.standalone.use.load import load_model
 from mf_train.standalone.use.sampling import Sampling
 
 _CONTEXT_TOKENS = 8
+_SEEDS = -(2**63), 2**64 - 1  # that torch's generators take
 _INCOMPLETE = "\ufffd"  # what bytes that are not yet a whole character decode to
 
 
@@ -41,6 +42,8 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {max_new_tokens}: it must be at least 1")
+    if not _SEEDS[0] <= seed <= _SEEDS[1]:
+        raise UserError(f"--seed is {seed}: it must be from {_SEEDS[0]} to {_SEEDS[1]}")
     if "" in stop:
         raise UserError("--stop is empty: give the text to stop before, or leave it out")
     plain = load_model(model)

@@ -39,16 +39,22 @@ class Sampling:
             )
 
     def choose(self, logits: Tensor, seen: Sequence[int], generator: torch.Generator) -> int:
-        """A token of logits [V], float32; `seen` are the tokens so far."""
+        """A token of logits [V], float32; `seen` are the tokens so far. Raises UserError for none that is finite."""
+        given = logits
         if self.repetition_penalty != 1 and seen:
             places = torch.tensor(seen)
             found = logits[places]
             penalty = self.repetition_penalty
             logits = logits.clone()
             logits[places] = torch.where(found > 0, found / penalty, found * penalty)
+        highest = logits.max()  # nan where one of them is
+        if not highest.isfinite():
+            raise self._not_finite(given)
         if self.temperature == 0:
             return int(logits.argmax())
-        logits = logits / self.temperature
+        # Less the highest, which leaves the distribution as it is, no temperature makes them infinite. In float64,
+        # because float32 takes one below 1e-45 for 0.
+        logits = ((logits - highest).double() / self.temperature).float()
         if self.top_k:
             least = logits.topk(min(self.top_k, len(logits))).values[-1]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -58,3 +64,15 @@ class Sampling:
             before = ordered.cumsum(-1) - ordered
             probabilities = probabilities.index_fill(0, places[before >= self.top_p], 0.0)
         return int(torch.multinomial(probabilities, 1, generator=generator))
+
+    def _not_finite(self, given: Tensor) -> UserError:
+        """What is to blame for logits of which the highest is not finite: the penalty, or the `given` ones."""
+        if given.isfinite().all():
+            return UserError(
+                f"--repetition-penalty is {self.repetition_penalty}: float32 cannot hold the logits that it makes: "
+                "give one nearer to 1"
+            )
+        return UserError(
+            "the model's logits are not finite: its training diverged, or its weights are damaged; convert an earlier "
+            "checkpoint"
+        )

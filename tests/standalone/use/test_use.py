@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,15 @@ def test_evaluate_all_the_text_by_hand(float32_two: Trained) -> None:
     assert lines[3] == f"tokens         {count:,} ({size:,} bytes of text) in blocks of 10"
 
 
+def test_evaluate_does_not_know_bits_per_byte_of_no_bytes(float32_two: Trained, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("a")  # predicted is the end of text alone
+    lines = list(evaluate(float32_two.model, [str(tmp_path / "one.txt")]))
+    assert lines[2:] == [
+        "bits per byte  unknown",
+        "tokens         1 (0 bytes of text) in blocks of 32",
+    ]
+
+
 def test_generate_streams_the_likeliest_text(float32_two: Trained) -> None:
     pieces = list(generate(float32_two.model, PROMPT, 10))
     assert pieces[0] == PROMPT and len(pieces) > 5
@@ -121,6 +131,31 @@ def test_top_k_top_p_and_the_penalty_are_those_of_transformers() -> None:
         assert (found - expected).abs().max() < 5 * (0.25 / 3000) ** 0.5
     greedy = Sampling(repetition_penalty=1e6).choose(logits, [int(logits.argmax())], generator)
     assert greedy == int(logits.topk(2).indices[1])
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 5e-324])
+def test_the_lowest_temperatures_take_the_likeliest(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for logits in (torch.randn(50, generator=generator), torch.randn(50, generator=generator) - 100):
+        for more in ((), (5,), (0, 0.5)):
+            token = Sampling(temperature, *more).choose(logits, [], generator)
+            assert token == int(logits.argmax())
+    drawn = {Sampling(temperature).choose(torch.tensor([1.0, 3, 3]), [], generator) for _ in range(50)}
+    assert drawn == {1, 2}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_logits_that_are_not_finite_are_said(temperature: float) -> None:
+    generator, logits = torch.Generator(), torch.tensor([0.0, 2.0, -1.0])
+    for penalty, seen in ((1e-39, [1]), (1e300, [0])):
+        with pytest.raises(
+            UserError, match=f"--repetition-penalty is {re.escape(str(penalty))}: .* nearer to 1"
+        ):
+            Sampling(temperature, repetition_penalty=penalty).choose(logits, seen, generator)
+    for value in (math.nan, math.inf):
+        logits[2] = value
+        with pytest.raises(UserError, match="the model's logits are not finite"):
+            Sampling(temperature, repetition_penalty=1.5).choose(logits, [1], generator)
 
 
 def test_a_text_ends_before_what_stops_it() -> None:
@@ -203,6 +238,8 @@ def test_mistakes_are_named(float32_two: Trained, tmp_path: Path) -> None:
         (lambda: generate(model, "x", top_k=5), "--top-k and --top-p choose among .*: give --temperature"),
         (lambda: generate(model, "x", repetition_penalty=0.0), "--repetition-penalty is 0.0"),
         (lambda: generate(model, "x", stop=[""]), "--stop is empty"),
+        (lambda: generate(model, "x", seed=2**64), "--seed is 18446744073709551616: it must be from -9223"),
+        (lambda: generate(model, "x", seed=-(2**63) - 1), "--seed is -9223372036854775809"),
         (lambda: generate(model, "x", 32), "1 tokens and --max-new-tokens 32 are more than the 32 pos"),
         (lambda: evaluate(tmp_path / "none", data), "none: no such folder"),
         (lambda: evaluate(model, [str(tmp_path / "*.txt")]), "--data.*: no file matches"),

@@ -28,6 +28,7 @@ END_OF_TEXT_ID = 0
 UNKNOWN_ID = 1  # never produced: what has no piece is written as bytes
 FIRST_BYTE_ID = 2  # <0x00> ... <0xFF> are ids 2 ... 257
 SMALLEST_VOCABULARY = FIRST_BYTE_ID + 256 + 1
+LARGEST_VOCABULARY = 2**31 - 1  # ids are int32, here and in sentencepiece
 
 # Special tokens by their use, which a tokenizer_config.json names; the end of text is `end_of_text_id`.
 SPECIAL_TOKENS = ("bos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")

@@ -14,7 +14,13 @@ from mf_train.config import DataConfig, SourceConfig
 from mf_train.data.documents import TextDocuments, segments_of
 from mf_train.data.sources import open_text
 from mf_train.data.stream.order import EpochOrder
-from mf_train.data.tokenizer import SMALLEST_VOCABULARY, SPACE_MARK, load_processor, train_model
+from mf_train.data.tokenizer import (
+    LARGEST_VOCABULARY,
+    SMALLEST_VOCABULARY,
+    SPACE_MARK,
+    load_processor,
+    train_model,
+)
 from mf_train.errors import UserError
 from mf_train.files import write_whole
 
@@ -44,6 +50,8 @@ def train_tokenizer(
         raise UserError(
             f"--vocab-size {vocab_size}: bytes and special ids alone need {SMALLEST_VOCABULARY} or more"
         )
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"--vocab-size {vocab_size}: it must be at most {LARGEST_VOCABULARY}: ids are int32")
     sources = [
         open_text(SourceConfig(path=i, text_field=text_field), "--input", DataConfig(cache=cache))
         for i in inputs
@@ -54,7 +62,7 @@ def train_tokenizer(
             _training_segments(sources, max_bytes, used), vocab_size, 4 * _TRAINING_SEGMENT_BYTES
         )
     except RuntimeError as error:
-        raise _vocabulary_error(error, vocab_size) from error
+        raise _training_error(error, vocab_size, inputs) from error
     trained = load_processor(model, Path(output_dir))
     info = {
         "vocab_size": vocab_size,
@@ -98,7 +106,8 @@ def _fertility(processor: Any, source: TextDocuments) -> float:
     return tokens / size
 
 
-def _vocabulary_error(error: RuntimeError, vocab_size: int) -> Exception:
+def _training_error(error: RuntimeError, vocab_size: int, inputs: Sequence[str]) -> Exception:
+    """What sentencepiece says of the text, for the user; an error of another kind as it is."""
     message = " ".join(str(error).split())
     if too_high := re.search(r"value <= (\d+)", message):
         return UserError(
@@ -106,6 +115,11 @@ def _vocabulary_error(error: RuntimeError, vocab_size: int) -> Exception:
         )
     if too_low := re.search(r"required_chars\. (\d+) vs (\d+)", message):
         return UserError(f"--vocab-size {vocab_size}: the characters of this text need {too_low[2]} or more")
+    if "!sentences_.empty()" in message or "(all_chars_count) > (0)" in message:
+        return UserError(
+            f"--input {', '.join(inputs)}: no text to train on: line ends, NUL, U+2581 and U+2585 do not count; name "
+            "files with words"
+        )
     return error
 
 

@@ -73,6 +73,10 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         ),
         (lambda: train_tokenizer([few], 100, tmp_path / "o"), r"--vocab-size 100: .* need 259 or more"),
         (
+            lambda: train_tokenizer([few], 2**31, tmp_path / "o"),
+            r"--vocab-size 2147483648: .* most 2147483647",
+        ),
+        (
             lambda: train_tokenizer([str(tmp_path / "empty.txt")], 300, tmp_path / "o"),
             "--input: .*empty.txt holds no text",
         ),
@@ -86,4 +90,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             mistake()
         assert "\n" not in str(caught.value)
+    for text in ("\n\n\n", "\u2581", "\u2585\n", "\0"):
+        (tmp_path / "none.txt").write_text(text)
+        with pytest.raises(UserError, match=r"--input .*none.txt: no text to train on: [^\n]*$"):
+            train_tokenizer([str(tmp_path / "none.txt")], 300, tmp_path / "o")
     assert not (tmp_path / "o").exists()

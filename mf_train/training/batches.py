@@ -203,10 +203,10 @@ class SharedBatches:
         if self.reader is None or self.stream is None:
             return None
         positions: list[Any] = [None] * self.groups.degrees.data
+        # where reading ahead failed, nothing was given out: the last batch is one that was trained on
+        given_out = self._ahead is not None and self._ahead.rows is not None
         dist.all_gather_object(
-            positions,
-            self.reader.positions(before_last=self._ahead is not None),
-            group=self.groups.data,
+            positions, self.reader.positions(before_last=given_out), group=self.groups.data
         )
         if self.groups.degrees.rank != 0:
             return None

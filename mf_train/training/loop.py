@@ -167,6 +167,7 @@ class PhaseRun:
             watch.entering(f"restoring {checkpoint.checkpoint.name}")
             load_checkpoint(self.engine, checkpoint, watch.still_alive)
             run_on_all(partial(self.telemetry.resume, checkpoint), device)
+            checkpoint.close()  # `checkpoint.keep` will delete it
         beside = config.checkpoint.interval and config.checkpoint.asynchronous
         self.deadline = find_deadline(os.environ, saves=2 if beside else 1)
         self.ranks = RankTimes(config.logging.ranks_interval, device)

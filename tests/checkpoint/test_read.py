@@ -78,6 +78,21 @@ def test_a_region(tmp_path: Path, values: Values) -> None:
     assert torch.equal(reader.read("blocks.0.query.tables", "exp_avg", region), expected)
 
 
+def test_a_reader_that_is_closed_keeps_no_space_of_what_is_deleted(tmp_path: Path, values: Values) -> None:
+    """A run goes on for days after it has read the checkpoint that it resumed from."""
+    reader = CheckpointReader(write_checkpoint(tmp_path / "step-000000005", 2, values))
+    before = {name: reader.read(name) for name in reader.shapes}
+
+    def open_files() -> list[str]:
+        found = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        return [path for path in found if path.startswith(str(tmp_path))]
+
+    assert open_files()
+    reader.close()
+    assert not open_files()
+    assert all(torch.equal(reader.read(name), tensor) for name, tensor in before.items())
+
+
 def test_damage_is_named(tmp_path: Path, values: Values) -> None:
     folder = write_checkpoint(tmp_path / "c", 2, values)
     victim = folder / part_name("exp_avg", 1, 2, 0)

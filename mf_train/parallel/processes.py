@@ -27,6 +27,11 @@ def find_process(environment: Mapping[str, str] = os.environ) -> Process:
     Raises UserError where the variables are incomplete.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
+        if restarts := _number(environment, "TORCHELASTIC_MAX_RESTARTS", 0):
+            raise UserError(
+                f"torchrun --max-restarts={restarts}: what a failed start leaves in torchrun's store would end the "
+                "next one; leave the option out, and start the same command again, which resumes"
+            )
         return Process(
             rank=_number(environment, "RANK"),
             world_size=_number(environment, "WORLD_SIZE"),

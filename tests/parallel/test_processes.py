@@ -36,6 +36,12 @@ def test_torchrun_s_environment_also_inside_srun() -> None:
     assert find_process(TORCHRUN) == find_process(SRUN | TORCHRUN) == expected
 
 
+def test_restarts_by_torchrun_are_refused() -> None:
+    assert find_process(TORCHRUN | {"TORCHELASTIC_MAX_RESTARTS": "0"}) == find_process(TORCHRUN)
+    with pytest.raises(UserError, match=r"--max-restarts=3: .* leave the option out"):
+        find_process(TORCHRUN | {"TORCHELASTIC_MAX_RESTARTS": "3"})
+
+
 def test_srun_s_environment() -> None:
     process = find_process(SRUN | {"MASTER_ADDR": "node-1"})
     assert (process.rank, process.world_size, process.local_rank) == (5, 8, 1)

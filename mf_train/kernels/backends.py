@@ -14,16 +14,13 @@ import torch
 from torch import Tensor
 
 from . import composition, cpu, cpu_adamw, cpu_loss, cpu_norm
+from .build import UnsupportedError
 
 _chosen = "auto"  # what `choose_backend` was told last
 
 BACKENDS = ("auto", "composition", "cpu", "triton", "cuda", "reference")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class UnsupportedError(ValueError):
-    """A backend cannot compute with these tensors, or not on this machine; the message says why."""
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> None:

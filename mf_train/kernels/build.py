@@ -25,6 +25,10 @@ PREBUILT = Path(__file__).parent / "prebuilt"
 Commands = Sequence[Sequence[list[str]]]  # command lines in stages: those of a stage run side by side
 
 
+class UnsupportedError(ValueError):
+    """A backend cannot compute with these tensors, or not on this machine; the message says why."""
+
+
 class BuildError(Exception):
     """A library that could not be compiled; the message says why and what would help."""
 

@@ -46,8 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import UnsupportedError
-from .build import SOURCES, BuildError, compile_once
+from .build import SOURCES, BuildError, UnsupportedError, compile_once
 from .composition import Sum, add_biases
 
 CAPABILITY = (9, 0)

@@ -15,7 +15,7 @@ from mf_train.config import Config
 from mf_train.config.phases import named, phases_of
 from mf_train.errors import UserError
 from mf_train.exit_status import DONE, STOPPED
-from mf_train.kernels.backends import UnsupportedError
+from mf_train.kernels.build import UnsupportedError
 from mf_train.parallel.agreement import run_on_all, run_on_first
 from mf_train.parallel.degrees import Degrees, check_degrees
 from mf_train.parallel.groups import Groups, start_processes, stop_processes

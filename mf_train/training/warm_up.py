@@ -18,8 +18,8 @@ from mf_train.checkpoint.probe import probe_length
 from mf_train.config import Config
 from mf_train.errors import TrainingError, UserError
 from mf_train.kernels import hash_codes, lookup_all
-from mf_train.kernels.backends import UnsupportedError, uses_triton
-from mf_train.kernels.build import BuildError
+from mf_train.kernels.backends import uses_triton
+from mf_train.kernels.build import BuildError, UnsupportedError
 from mf_train.model.memory import Hash
 from mf_train.parallel.agreement import run_long_on_all
 from mf_train.parallel.degrees import micro_batch_sizes

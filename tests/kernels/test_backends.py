@@ -21,7 +21,8 @@ from mf_train.kernels import (
     fast_norm,
     fast_rotary,
 )
-from mf_train.kernels.backends import UnsupportedError, fast_counting, find_backend
+from mf_train.kernels.backends import fast_counting, find_backend
+from mf_train.kernels.build import UnsupportedError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

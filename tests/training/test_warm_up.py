@@ -18,8 +18,7 @@ import torch
 from mf_train.config import Config, ModelConfig, ParallelConfig, TrainingConfig
 from mf_train.errors import PeerError, TrainingError, UserError
 from mf_train.kernels import ops
-from mf_train.kernels.backends import UnsupportedError
-from mf_train.kernels.build import BuildError
+from mf_train.kernels.build import BuildError, UnsupportedError
 from mf_train.parallel.engine import Engine
 from mf_train.parallel.exchange import Exchange
 from mf_train.parallel.groups import start_processes

@@ -222,14 +222,15 @@ def _within_budget(study: Study, cells: Sequence[Cell]) -> tuple[list[Cell], lis
     for cell in sorted(
         cells, key=lambda cell: (cell.number not in has_run, _price(study, cell), cell.number)
     ):
-        flops, seconds = flops + cell.cost.flops, seconds + (cell.seconds or 0.0)
-        if cell.number in has_run or (flops <= limits[0] and seconds <= limits[1]):
+        with_it = flops + cell.cost.flops, seconds + (cell.seconds or 0.0)
+        if cell.number in has_run or (with_it[0] <= limits[0] and with_it[1] <= limits[1]):
             kept.add(cell.number)
-        elif flops > limits[0]:
-            reason = f"{flops:.3g} FLOPs with it, budget.flops is {limits[0]:.3g}"
+            flops, seconds = with_it
+        elif with_it[0] > limits[0]:
+            reason = f"{with_it[0]:.3g} FLOPs with it, budget.flops is {limits[0]:.3g}"
             over.append(LeftOut(cell.values, f"over the budget: {reason}"))
         else:
-            reason = f"{seconds / 3600:.3g} hours with it, budget.hours is {study.budget.hours:g}"
+            reason = f"{with_it[1] / 3600:.3g} hours with it, budget.hours is {study.budget.hours:g}"
             over.append(LeftOut(cell.values, f"over the budget: {reason}"))
     return [cell for cell in cells if cell.number in kept], over
 

@@ -23,7 +23,7 @@ from mf_train.launch.options import TASK, JobOptions
 from mf_train.processors import usable_processors
 from mf_train.stop_signals import listen
 from mf_train.study.cells import CELLS, Cell, Grid, cell_folder, describe_values
-from mf_train.study.state import DONE, FAILED, LOG, Outcome, State, cell_state, write_outcome
+from mf_train.study.state import DONE, FAILED, LOG, Outcome, State, cell_state, read_outcome, write_outcome
 from mf_train.study.study import Study
 
 _LOCK = "run.lock"
@@ -59,7 +59,8 @@ def write_cells(study: Study, cells: Sequence[Cell]) -> None:
 def run_here(study: Study, grid: Grid, at_once: int = 1, retry: bool = False) -> int:
     """Run cells on this machine, `at_once` at a time; returns the exit status.
 
-    0: all are done; 1: some failed, which does not stop the others; 75: stopped on request, the cells have saved.
+    0: all are done; 1: some failed, which does not stop the others; 75: stopped on request, this command or some cells,
+    which have saved.
     Raises UserError where another `study run` works on the study.
     """
     _check_cells(study, grid)
@@ -77,10 +78,20 @@ def run_here(study: Study, grid: Grid, at_once: int = 1, retry: bool = False) ->
             return STOPPED
         if failed:
             print(f"{len(failed)} of {len(grid.cells)} cells failed; --retry-failed runs them again")
-        odd = [cell for cell, state in states if state.name not in (DONE, FAILED)]
-        for cell in odd:
-            print(f"cell {cell.number} has ended, but its metrics.jsonl lacks the last step; {_REDO}")
-        return 1 if failed or odd else 0
+        halted = odd = 0
+        for cell, state in states:
+            if state.name in (DONE, FAILED):
+                continue
+            outcome = read_outcome(cell.folder)
+            if outcome and outcome.status == STOPPED:
+                halted += 1
+                print(
+                    f"cell {cell.number} was stopped at step {state.step}; run the same command again to go on"
+                )
+            else:
+                odd += 1
+                print(f"cell {cell.number} has ended, but its metrics.jsonl lacks the last step; {_REDO}")
+        return 1 if failed or odd else STOPPED if halted else 0
 
 
 def submit_array(

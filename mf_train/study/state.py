@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from mf_train.errors import UserError
 from mf_train.exit_status import STOPPED
 from mf_train.files import write_whole
-from mf_train.launch.launch_folder import LOGS, Start, read_starts
+from mf_train.launch.launch_folder import LOGS, Start, read_starts, seconds_between
 from mf_train.launch.report import first_error
 from mf_train.run_folder import LAUNCH, last_metrics
 from mf_train.study.cells import Cell
@@ -25,6 +26,7 @@ class Outcome:
     status: int  # 128 + n for signal n
     reason: str  # its last line
     seconds: float
+    ended: str = ""  # ISO 8601
 
 
 @dataclass(frozen=True)
@@ -44,33 +46,41 @@ def cell_state(cell: Cell) -> State:
         return State(DONE, step)
     if failure := _failure(folder):
         return State(FAILED, step, failure)
-    if step or (folder / OUTCOME).exists() or read_starts(folder):
+    if step or read_outcome(folder) or read_starts(folder):
         return State(UNFINISHED, step)
     return State(MISSING, 0)
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Record how a cell's process ended. Raises OSError."""
-    write_whole(folder / OUTCOME, (json.dumps(asdict(outcome)) + "\n").encode())
+    """Record how a cell's process ended, now. Raises OSError."""
+    noted = replace(outcome, ended=datetime.now(UTC).isoformat(timespec="seconds"))
+    write_whole(folder / OUTCOME, (json.dumps(asdict(noted)) + "\n").encode())
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """How a cell's newest process ended here; None where none has."""
+    path = folder / OUTCOME
+    try:
+        return Outcome(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: is damaged; delete it, and the cell runs again") from None
 
 
 def _failure(folder: Path) -> str:
     """Why the newest start of a cell failed, here or under SLURM; '' if it did not."""
-    if starts := read_starts(folder):
-        last = starts[-1]
+    outcome, starts = read_outcome(folder), read_starts(folder)
+    last = starts[-1] if starts else None
+    if last and outcome and (seconds_between(last.ended or last.began, outcome.ended) or 0) > 0:
+        last = None
+    if last:
         if last.next == "ends":  # otherwise the job goes on, or was stopped
             return _first_error(folder, last) or (
                 f"job {last.job} ended with {last.status}: see memoryformer launch logs {folder}"
             )
         return ""
-    path = folder / OUTCOME
-    try:
-        outcome = Outcome(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return ""
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: is damaged; delete it, and the cell runs again") from None
-    return "" if outcome.status in (0, STOPPED) else outcome.reason
+    return "" if outcome is None or outcome.status in (0, STOPPED) else outcome.reason
 
 
 def _first_error(folder: Path, start: Start) -> str:

@@ -137,6 +137,11 @@ def test_the_budget_takes_the_cheapest_first(tmp_path: Path) -> None:
     assert [cell.config.training.steps for cell in made.cells] == [10, 20]
     assert [cell.number for cell in made.cells] == [1, 2], "the budget does not change a cell's number"
     assert "over the budget" in made.left_out[0].reason and "budget.flops" in made.left_out[0].reason
+    # one that is left out costs nothing: where hours decide the order, a cell of more FLOPs may come first
+    flops = sorted([cells[10].cost.flops, cells[20].cost.flops, cells[40].cost.flops])
+    made = grid(tmp_path, axes, budget={"flops": flops[1] + 1})
+    told = [f"{cost:.3g} FLOPs with it" for cost in (flops[0] + flops[1], flops[0] + flops[2])]
+    assert [word in left.reason for word, left in zip(told, made.left_out, strict=True)] == [True, True]
     made = grid(tmp_path, axes, budget={"hours": cells[10].seconds * 1.01 / 3600, "device": "cpu"})
     assert [cell.config.training.steps for cell in made.cells] == [10]
     assert all("budget.hours" in one.reason for one in made.left_out)

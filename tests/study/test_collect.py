@@ -59,6 +59,32 @@ def test_a_failed_slurm_start_is_a_failed_cell(tmp_path: Path) -> None:
     assert "job 7_0 ended with 1" in cell_state(grid.cells[0]).reason
 
 
+def test_the_newest_end_decides_here_or_under_slurm(tmp_path: Path) -> None:
+    _, grid = make_study(tmp_path, {"seed": [0, 1, 2, 3]})
+    lines = {
+        following: "".join(
+            f"{when}\t7\t1\t{event}\tn1\t1\tnone\t{end}\n"
+            for when, event, end in (
+                ("2026-01-01T00:00:00+0000", "started", "\t"),
+                (f"{year}-01-01T00:01:00+0000", "ended", f"1\t{following}"),
+            )
+        )
+        for following, year in (("ends", 2026), ("stopped", 2026), ("requeue", 2999))
+    }
+    failed, stopped = Outcome(2, "tokenizer.path: x does not exist", 1.0), Outcome(75, "stopped", 1.0)
+    for cell, (following, outcome) in zip(
+        grid.cells,
+        [("stopped", failed), ("ends", stopped), ("requeue", failed), ("ends", failed)],
+        strict=True,
+    ):
+        (cell.folder / "launch").mkdir(parents=True)
+        (cell.folder / "launch" / "starts.tsv").write_text(lines[following])
+        write_outcome(cell.folder, outcome)
+    states = [cell_state(cell) for cell in grid.cells]
+    assert [state.name for state in states] == ["failed", "unfinished", "unfinished", "failed"]
+    assert states[0].reason == states[3].reason == "tokenizer.path: x does not exist"
+
+
 def test_a_table_that_is_not_there_or_old_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="study collect first"):
         read_results(tmp_path / "results.csv")

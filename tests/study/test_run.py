@@ -145,6 +145,22 @@ def test_a_stop_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
     assert (grid.cells[0].folder / "checkpoints" / "latest").exists()
 
 
+@pytest.mark.distributed
+def test_a_cell_that_stopped_by_itself_goes_on_with_the_same_command(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a job whose time is nearly over cells save and stop, and nothing of them may be deleted."""
+    study, grid = make_study(tmp_path, {"seed": [0]})
+    with monkeypatch.context() as in_a_job:
+        in_a_job.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1))
+        assert run_here(study, grid) == 75
+    told = capfd.readouterr().out
+    assert (
+        "cell 0 was stopped at step 0; run the same command again to go on" in told and "delete" not in told
+    )
+    assert run_here(study, grid) == 0 and cell_state(grid.cells[0]).name == "done"
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_cells_that_a_killed_run_left_are_waited_for(tmp_path: Path) -> None:

@@ -213,11 +213,12 @@ def _range(text: str | None) -> tuple[int, int] | None:
 def _launch(given: argparse.Namespace) -> int:
     options = options_from(given)
     if given.check:
-        from mf_train.config.loading import load_config
         from mf_train.launch.check import check
+        from mf_train.launch.plan import load_runs
 
         check_options(options)
-        return check(load_config(given.config, given.overrides), options)
+        runs, _ = load_runs(given.config, given.overrides, options)
+        return check(runs[0].config, options)  # of an array the first task's
     from mf_train.launch.submit import launch
 
     return launch(

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from mf_train.config import Config
 from mf_train.errors import TrainingError, UserError
 from mf_train.launch import slurm
 from mf_train.launch.limits import checkpoint_bytes, notice_seconds
-from mf_train.launch.options import TASK, JobOptions
+from mf_train.launch.options import JobOptions
 from mf_train.launch.preflight import MARK
 from mf_train.launch.render import JobFolders, container
 from mf_train.launch.verdict import Expected, collect, judge, list_names, summary, table
@@ -38,7 +37,7 @@ def check(config: Config, options: JobOptions) -> int:
     Uses the job that it is called in (SLURM_JOB_ID), else gets nodes with salloc for the time of the check. Raises
     UserError where SLURM refuses that, TrainingError where nothing could be measured, OSError.
     """
-    run = Path(config.training.output_dir.replace(TASK, "array")).absolute()
+    run = Path(config.training.output_dir).absolute()
     begin = time.monotonic()
     with _allocation(options) as job, _scratch(run / LAUNCH, job) as folder:
         names = _nodes(job)
@@ -190,7 +189,7 @@ def _measure(
     )
     gpus = [f"--gres=gpu:{options.per_node}"] if options.gpus_per_node else []
     cpus = [f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []
-    program = [*prefix, options.python or sys.executable, "-m", "mf_train.launch.preflight"]
+    program = [*prefix, options.node_python, "-m", "mf_train.launch.preflight"]
     command = [*_step(job, nodes, options.per_node), "--wait=20", *gpus, *cpus, *srun_options, *program]
     command += [str(folder), str(size), "cuda" if options.gpus_per_node else "cpu"]
     said = _output(command, environment, MEASURE_SECONDS)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +51,11 @@ class JobOptions:
     def per_node(self) -> int:
         """Processes a node."""
         return self.gpus_per_node or self.tasks_per_node or 1
+
+    @property
+    def node_python(self) -> str:
+        """The python of the nodes: in a container the first one there, not this machine's."""
+        return self.python or ("python" if self.container else sys.executable)
 
     @property
     def node_range(self) -> tuple[int, int]:

@@ -49,7 +49,7 @@ class Plan:
 
 def make_plan(config_path: str, overrides: Sequence[str], options: JobOptions) -> Plan:
     """Load and check the configuration of each run against the job. Raises UserError; writes nothing."""
-    runs, pattern = _load_runs(config_path, overrides, options)
+    runs, pattern = load_runs(config_path, overrides, options)
     check_options(options)
     memory = _check_partition(options)
     usable, notice, found = None, 0, []
@@ -108,7 +108,7 @@ def _check_partition(options: JobOptions) -> float | None:
     return partition.node_memory if options.gpus_per_node is None else None
 
 
-def _load_runs(config_path: str, overrides: Sequence[str], options: JobOptions) -> tuple[list[Run], str]:
+def load_runs(config_path: str, overrides: Sequence[str], options: JobOptions) -> tuple[list[Run], str]:
     """The runs, and their folder with TASK in it."""
     tasks: list[int | None] = [None] if options.array is None else [*array_tasks(options.array)]
     runs, pattern = [], ""
@@ -119,7 +119,12 @@ def _load_runs(config_path: str, overrides: Sequence[str], options: JobOptions) 
             for word in overrides
         ]
         config = load_config(config_path if task is None else config_path.replace(TASK, str(task)), words)
-        pattern = os.path.abspath(config.training.output_dir)
+        before, pattern = pattern, os.path.abspath(config.training.output_dir)
+        if before not in ("", pattern):
+            raise UserError(
+                f"training.output_dir is {pattern} for task {task} and {before} for those before: in an array it must "
+                f"be the same but for {TASK}, the task's number"
+            )
         if (TASK in pattern) != (task is not None):
             raise UserError(
                 f"training.output_dir is {config.training.output_dir}: with --array it must contain {TASK}, the task's "

@@ -138,9 +138,13 @@ def _script(plan: Plan, options: JobOptions) -> str:
         f"Written by `memoryformer launch` at {now}. sbatch takes it again; `launch status` knows the first job only.\n"
         "It trains config.yaml in launch/ of the run's folder, with the code that lies beside this file."
     )
-    python = options.python or ("python" if options.container else sys.executable)
     return render_job(
-        options, plan.folders, notice=plan.notice, node_counts=plan.node_counts, python=python, head=head
+        options,
+        plan.folders,
+        notice=plan.notice,
+        node_counts=plan.node_counts,
+        python=options.node_python,
+        head=head,
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mf_train.cli import main
 from mf_train.commands import CommandParser
+from mf_train.config import Config
 from mf_train.launch.arguments import add_launch, options_from
 from mf_train.launch.options import JobOptions
 
@@ -29,6 +31,29 @@ def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) ->
     told = " ".join(capsys.readouterr().out.split())
     assert f"usage: memoryformer {verb} " in told or f"memoryformer {verb} [-h]" in told
     assert f"example: memoryformer {verb} " in told
+
+
+def test_a_check_takes_the_options_of_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def check(config: Config, options: JobOptions) -> int:
+        found.append((config.training.seed, config.training.output_dir, options.array))
+        return 0
+
+    monkeypatch.setattr("mf_train.launch.check.check", check)
+    overrides = ["training.seed={task}", f"training.output_dir={tmp_path}/seed-{{task}}"]
+    words = ["--check", "--array", "3-5", "--tasks-per-node", "2", "--time", "9"]
+    with pytest.raises(SystemExit) as ended:
+        main(["launch", "configs/quickstart.yaml", *overrides, *words])
+    assert ended.value.code == 0
+    assert found == [(3, f"{tmp_path}/seed-3", "3-5")]
+
+
+def test_the_python_of_the_nodes() -> None:
+    options = JobOptions(tasks_per_node=1)
+    assert options.node_python == sys.executable
+    assert replace(options, container="image.sif").node_python == "python"
+    assert replace(options, container="image.sif", python="/opt/python").node_python == "/opt/python"
 
 
 @pytest.mark.parametrize("words", [["status"], ["stop"], ["logs", "--rank", "1"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -120,6 +121,7 @@ def test_the_settings_are_what_bash_reads(tmp_path: Path) -> None:
         "python": "/env/bin/python",
         "starter": "srun",
         "per_node": "4",
+        "cores": "",
         "node_counts": "1 2",
         "retries": "5",
         "notice": "180",
@@ -127,6 +129,23 @@ def test_the_settings_are_what_bash_reads(tmp_path: Path) -> None:
         "prefix": "",
         "arguments": "/runs/a/launch/config.yaml",
     }
+
+
+@pytest.mark.parametrize(("asked", "cores"), [(None, 16), (6, 6)])
+def test_cores_are_the_node_s_shared_out_or_what_was_asked_for(
+    asked: int | None, cores: int, tmp_path: Path
+) -> None:
+    """A job that has its nodes alone gets all their cores, however few it asked for."""
+    text = rendered(replace(OPTIONS, cpus_per_task=asked, elastic=(1, 2), nodes=2))
+    assert run_settings(text, tmp_path)["cores"] == str(asked or "")
+    lines = text.splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("node_cpus="))
+    last = next(index for index, line in enumerate(lines) if line.startswith("export OMP_NUM_THREADS="))
+    (setting,) = [line for line in lines if line.startswith("cores=")]
+    script = "\n".join([setting, "per_node=4", *lines[first : last + 1], "echo $OMP_NUM_THREADS"])
+    environment = {"SLURM_JOB_CPUS_PER_NODE": "96,64(x3)", "PATH": os.environ["PATH"]}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(cores)
 
 
 def test_an_arrays_task_has_its_own_run(tmp_path: Path) -> None:

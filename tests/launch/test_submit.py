@@ -194,6 +194,15 @@ class TestWithoutSlurm:
         assert (launch.folder / "a4" / "b4" / "launch" / "config.yaml").is_file()
         assert (launch.folder / "aarray" / "barray" / "launch" / "job.sbatch").is_file()
 
+    def test_tasks_whose_folders_follow_other_patterns_are_refused(self, launch: Launcher) -> None:
+        for task, name in enumerate(("tiny", "small")):
+            launch.tree["training"]["output_dir"] = f"runs/{name}-{{task}}"
+            (launch.folder / f"exp-{task}.yaml").write_text(yaml.safe_dump(launch.tree))
+        launch("exp-{task}.yaml", *SIZE, "--array", "0-1", "--dry-run", expect=2)
+        assert (
+            "runs/small-{task} for task 1" in launch.errors and "runs/tiny-{task} for those" in launch.errors
+        )
+
     def test_a_task_whose_sizes_cannot_work_refuses_all(self, launch: Launcher) -> None:
         words = ["training.output_dir=a{task}", "training.global_batch_size={task}", "--array", "3-6"]
         assert "training.global_batch_size 3" in launch.refused(*SIZE, *words, "--dry-run")

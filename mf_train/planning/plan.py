@@ -275,13 +275,33 @@ def make_plan(
 
 def launch_line(plan: Plan, layout: PlannedLayout) -> str:
     """The command that submits a layout, or one with other kinds of moments."""
-    old, new = _searched_keys(plan.config), _searched_keys(layout.config)
-    changed = {key: value for key, value in new.items() if value != old[key]}
+    held = phase_edits(plan, layout)
+    changed = {key: value for key, value in _changed_keys(plan, layout).items() if key not in held}
     kept = [override for override in plan.overrides if override.partition("=")[0] not in changed]
     per_node = "--tasks-per-node" if plan.device.kind == "cpu" else "--gpus-per-node"
     command = ["memoryformer", "launch", plan.path, *kept]
     command += [f"{key}={value}" for key, value in changed.items()]
     return shlex.join([*command, "--nodes", str(plan.nodes), per_node, str(plan.per_node)])
+
+
+def phase_edits(plan: Plan, layout: PlannedLayout) -> dict[str, str]:
+    """Keys of a layout that the command line cannot change, since a phase of the run sets them: what to write there."""
+    found = {}
+    for key, value in _changed_keys(plan, layout).items():
+        section, _, name = key.partition(".")
+        setting = [
+            phase.name
+            for phase in plan.run.phases
+            if phase.start <= plan.phase.first and name in getattr(phase, section, {})
+        ]
+        if setting:
+            found[key] = f"{key}: {value} in phase {setting[-1]!r} of {plan.path}"
+    return found
+
+
+def _changed_keys(plan: Plan, layout: PlannedLayout) -> dict[str, object]:
+    old, new = _searched_keys(plan.config), _searched_keys(layout.config)
+    return {key: value for key, value in new.items() if value != old[key]}
 
 
 def _searched_keys(config: Config) -> dict[str, object]:

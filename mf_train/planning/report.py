@@ -10,7 +10,16 @@ from mf_train.errors import UserError
 from mf_train.model.counts import count_parameters
 from mf_train.planning.devices import Device
 from mf_train.planning.measured import MeasuredRun
-from mf_train.planning.plan import HELD, USABLE, Plan, PlannedLayout, launch_line, make_layout, stages
+from mf_train.planning.plan import (
+    HELD,
+    USABLE,
+    Plan,
+    PlannedLayout,
+    launch_line,
+    make_layout,
+    phase_edits,
+    stages,
+)
 from mf_train.planning.scaling import MODELLED, NOT_MODELLED
 from mf_train.planning.time import estimate_step
 from mf_train.planning.work import run_work, step_tokens
@@ -33,10 +42,12 @@ def plan_tree(
         "measured": asdict(measured) if measured else None,
         "best": plan.best.to_tree(price) if plan.best else None,
         "launch": launch_line(plan, plan.best) if plan.best else None,
+        "phase_edits": list(phase_edits(plan, plan.best).values()) if plan.best else [],
         "lighter": {
             "keys": plan.lighter.keys,
             "layout": plan.lighter.layout.to_tree(price),
             "launch": launch_line(plan, plan.lighter.layout),
+            "phase_edits": list(phase_edits(plan, plan.lighter.layout).values()),
         }
         if plan.lighter
         else None,
@@ -64,7 +75,7 @@ def plan_lines(
         yield f"best: {best.name} (of the layouts within 5 % of the quickest that fits, the least memory)"
         if not configured or best.config != configured.config:
             yield from layout_lines(best, device, price, None)
-        yield f"  {launch_line(plan, best)}"
+        yield from launch_lines(plan, best)
     if plan.lighter:
         keys, layout = plan.lighter.keys, plan.lighter.layout
         words = " ".join(f"{key}={value}" for key, value in keys.items())
@@ -72,7 +83,7 @@ def plan_lines(
         start = "without offload" if best else "nothing fits; it"
         yield f"{start} would fit, with other results (docs/memory.md): {words}"
         yield f"  {layout.name}: {layout.time.seconds:.3f} s a step, peak {layout.memory.peak / 1e9:.2f} GB a rank"
-        yield f"  {launch_line(plan, layout)}"
+        yield from launch_lines(plan, layout)
     yield ""
     yield from table_lines(plan.layouts, shown, price)
     yield ""
@@ -94,6 +105,13 @@ def head_lines(config: Config, device: Device) -> Iterator[str]:
     kept = f"{keep} kept and one being written: {(keep + 1) * each / 1e9:,.4g} GB" if keep else "all kept"
     yield f"disk      {each / 1e9:,.4g} GB a checkpoint; {kept}"
     yield f"device    {device.name}, {device.memory / 1e9:.0f} GB; {rates_text(device)}"
+
+
+def launch_lines(plan: Plan, layout: PlannedLayout) -> Iterator[str]:
+    """What to change in the file, where a phase sets a key of the layout, and the command that submits it."""
+    if edits := phase_edits(plan, layout).values():
+        yield f"  first write {'; '.join(edits)}, which the command line cannot change"
+    yield f"  {launch_line(plan, layout)}"
 
 
 def phase_lines(plan: Plan) -> Iterator[str]:

@@ -294,6 +294,24 @@ PHASES = (
 )
 
 
+def test_what_a_phase_sets_is_not_changed_by_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A phase's own value wins, so the launch line alone would not be the layout that is planned."""
+    phase = "{name: long, start: 500, model: {sequence_length: 65536}, training: {micro_batch_size: 8}}"
+    given = [str(CONFIGS / "tiny.yaml"), f"phases=[{phase}]", "training.global_batch_size=64"]
+    given += ["parallel.tensor=1", "--gpus-per-node", "8", "--device", "l40s"]
+    code, out, _ = run_plan(capsys, *given, "--json")
+    found = json.loads(out)
+    micro = found["best"]["micro_batch_size"]
+    assert code == 0 and found["phase"] == "long" and micro < 8
+    assert "training.micro_batch_size=" not in found["launch"]
+    (edit,) = found["phase_edits"]
+    assert edit == f"training.micro_batch_size: {micro} in phase 'long' of {given[0]}"
+    assert f"  first write {edit}, which the command line cannot change" in run_plan(capsys, *given)[1]
+    given[1] = given[1].replace("micro_batch_size: 8", f"micro_batch_size: {micro}")
+    again = json.loads(run_plan(capsys, *given, "--json")[1])
+    assert again["best"] == found["best"] and again["phase_edits"] == []
+
+
 def test_every_phase_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     given = [str(CONFIGS / "quickstart.yaml"), PHASES, "--gpus-per-node", "2", "--device", "cpu"]
     sizes = [8 * 256] * 100 + [16 * 256] * 150 + [16 * 512] * 50

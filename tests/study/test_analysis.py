@@ -34,21 +34,26 @@ LAWS = {
 
 def row(kind: str, size: float, tokens: float, seed: int, loss: float, **other: str) -> dict[str, str]:
     flops = 6 * size * tokens
-    return dict.fromkeys(COLUMNS, "") | {
-        "cell": f"{kind}{size:.0f}-{tokens:.0f}-{seed}",
-        "state": "done",
-        "final_validation_loss": str(loss),
-        "tokens": str(tokens),
-        "flops": str(flops),
-        "step": "1",
-        "parameters": str(size),
-        "model.kind": kind,
-        "axis.seed": str(seed),
-        "axis.learning_rate": "0.001",
-        "model.num_layers": "2",
-        "model.hidden_size": f"{size:.0f}",
-        **other,
-    }
+    costs = dict.fromkeys(("bytes_moved", "table_parameters", "block_parameters"), "1")
+    return (
+        dict.fromkeys(COLUMNS, "")
+        | costs
+        | {
+            "cell": f"{kind}{size:.0f}-{tokens:.0f}-{seed}",
+            "state": "done",
+            "final_validation_loss": str(loss),
+            "tokens": str(tokens),
+            "flops": str(flops),
+            "step": "1",
+            "parameters": str(size),
+            "model.kind": kind,
+            "axis.seed": str(seed),
+            "axis.learning_rate": "0.001",
+            "model.num_layers": "2",
+            "model.hidden_size": f"{size:.0f}",
+            **other,
+        }
+    )
 
 
 def table(kinds: tuple[str, ...] = ("memoryformer", "dense"), noise: float = 1e-3) -> list[dict[str, str]]:

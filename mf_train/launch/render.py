@@ -107,7 +107,7 @@ def settings(
         "python": quote(python),
         "starter": options.starter,
         "per_node": str(options.per_node),
-        "cores": str(options.cpus_per_task or "''"),
+        "cores": quote(str(options.cpus_per_task or "")),
         "node_counts": quote(" ".join(map(str, node_counts))),
         "retries": str(options.retries),
         "notice": str(notice),

@@ -31,9 +31,8 @@ from mf_train.text import first_line, no_such_column
 LONGEST_LINE_BYTES = 256_000_000  # of JSON: parsing a line takes some ten times the memory of its text
 PIECE_BYTES = 1 << 20  # of plain text, which is read in pieces
 _DAMAGE_BYTES = 1 << 16  # text before a damaged place that may be lost with it (zstd)
-_COMPRESSED_BYTES = (
-    1 << 13
-)  # of xz and bzip2 at once: the text of these may be lost with a damaged place in them
+# of xz and bzip2, read at once: their text may be lost with a damaged place in them
+_COMPRESSED_BYTES = 1 << 13
 
 
 class Sink(Protocol):

@@ -33,12 +33,11 @@ class HubDocuments(TextDocuments):
             np.flatnonzero(offsets[1:] == offsets[:-1]) + begin
             for (offsets, _), begin in zip(self._chunks, self._ends, strict=False)
         ]
-        self._before_left_out = np.zeros(0, np.int64)  # documents before each row that is left out: none yet
         for row in bad_rows:
-            _, begin, end = self._find(row)
+            _, begin, end = self._find_row(row)
             self.num_bytes -= end - begin
         rows = np.sort(np.concatenate([np.array(bad_rows, np.int64), *empty]))
-        self._before_left_out = rows - np.arange(len(rows))
+        self._before_left_out = rows - np.arange(len(rows))  # documents before each row that is left out
 
     def __reduce__(self) -> tuple[Any, ...]:
         assert self.opened_by is not None
@@ -48,7 +47,9 @@ class HubDocuments(TextDocuments):
         return int(self._ends[-1]) - len(self._before_left_out)
 
     def _find(self, i: int) -> tuple[memoryview, int, int]:
-        row = i + int(np.searchsorted(self._before_left_out, i, side="right"))
+        return self._find_row(i + int(np.searchsorted(self._before_left_out, i, side="right")))
+
+    def _find_row(self, row: int) -> tuple[memoryview, int, int]:
         chunk = int(np.searchsorted(self._ends, row, side="right")) - 1
         offsets, data = self._chunks[chunk]
         local = row - int(self._ends[chunk])
